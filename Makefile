@@ -1,0 +1,80 @@
+# Every target sets up .venv first if it has to; all are safe to repeat.
+.PHONY: help install demo test quick test-install docs export readme clean
+.DEFAULT_GOAL := help
+
+SHELL := /bin/bash
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+STAMP := .venv/.installed
+
+# The first Python that runs and is of a tested version (a name on the PATH need not run).
+USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
+	$$p -c '$(USABLE)' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+# Unsloth goes in without its own list of needs, which asks for newer packages than some registries
+# have and would make pip take an older Unsloth; these are what it needs beside ours.
+UNSLOTH_NEEDS := cut_cross_entropy einops hf_transfer msgspec pillow protobuf psutil sentencepiece torchao tyro
+
+QUESTION ?= What is 2+2? Think step by step.
+
+help:
+	@echo "make install       the package and all it needs, in .venv"
+	@echo "make demo          fine-tune the embedded model and ask it something (QUESTION=...)"
+	@echo "make test          everything CI runs: ruff, all tests, all notebooks"
+	@echo "make quick         the tests that take seconds"
+	@echo "make test-install  a wheel in an empty environment; a fresh clone"
+	@echo "make docs          the site, in _docs (needs Quarto)"
+	@echo "make export        notebooks cleaned, and made into modules and README.md"
+	@echo "make clean         remove what was built (keeps .venv and runs)"
+
+install: $(STAMP)
+
+# torch comes first and alone: with no GPU, set PIP_EXTRA_INDEX_URL to PyTorch's CPU index for the small build.
+$(STAMP): settings.ini setup.py constraints.txt Makefile tools/check_install.py
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found; name one: make install PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	@echo "installing into .venv (some minutes the first time)" >&2
+	@$(PIP) install --upgrade pip
+	@$(PIP) install -c constraints.txt torch
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@if [ "$$(uname)" = Linux ]; then \
+		$(PIP) install -c constraints.txt $(UNSLOTH_NEEDS) && \
+		$(PIP) install -c constraints.txt --no-deps unsloth unsloth_zoo && \
+		$(BIN)/python tools/check_install.py; \
+	fi
+	@touch $@
+
+demo: $(STAMP)
+	@set -e; out=$$($(BIN)/qlora_nb train); printf '%s\n' "$$out"; \
+	run=$$(printf '%s\n' "$$out" | tail -n 1); \
+	echo "> $(QUESTION)"; $(BIN)/qlora_nb chat "$$run" --message "$(QUESTION)"
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/pytest tests -n 2
+
+quick: $(STAMP)
+	$(BIN)/pytest tests -m quick
+
+test-install: $(STAMP)
+	$(BIN)/pytest tests_install -rP
+
+docs: $(STAMP)
+	$(BIN)/python tools/prepare_docs.py
+	@command -v quarto >/dev/null || { echo "The pages are prepared in _proc; to render them install Quarto (https://quarto.org/docs/get-started) and repeat." >&2; exit 1; }
+	cd _proc && quarto render --no-cache
+	rm -rf _docs && mv _proc/_docs _docs
+
+export: $(STAMP)
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/python tools/make_readme.py
+
+readme: $(STAMP)
+	$(BIN)/python tools/make_readme.py
+
+clean:
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/nbdev.yml nbs/sidebar.yml
+	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints -o -name unsloth_compiled_cache \) \
+		-type d -prune -exec rm -rf {} +

@@ -1,0 +1,52 @@
+"""Packaging: everything is read from settings.ini."""
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+config = ConfigParser()
+config.read(HERE / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+LICENSES = {"apache2": "Apache-2.0"}
+STATUSES = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
+SUFFIX = "_requirements"
+
+extras = {key.removesuffix(SUFFIX): cfg[key].split() for key in cfg if key.endswith(SUFFIX)}
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    license_expression=LICENSES[cfg["license"]],
+    license_files=["LICENSE"],
+    url=cfg["git_url"],
+    project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"], "Source": cfg["git_url"]},
+    keywords=cfg["keywords"].split(),
+    classifiers=[
+        f"Development Status :: {STATUSES[cfg['status']]}",
+        f"Intended Audience :: {cfg['audience']}",
+        f"Natural Language :: {cfg['language']}",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=["qlora_nb", "qlora_nb.*"]),
+    package_data={
+        "qlora_nb": [f"embedded/**/*.{suffix}" for suffix in ("json", "safetensors", "jinja", "parquet", "md")]
+    },
+    install_requires=cfg["requirements"].split(),
+    extras_require=extras,
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+    },
+    zip_safe=False,
+)

@@ -1,0 +1,70 @@
+"""What the tests know of the repository: its notebooks, modules and tools."""
+
+import ast
+import json
+import re
+import runpy
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+PACKAGE = ROOT / "qlora_nb"
+NOTEBOOKS = sorted(NBS.glob("*.ipynb"))
+MODULES = sorted(path for path in PACKAGE.glob("*.py") if not path.name.startswith("_"))
+DEFAULT_EXP = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.M)
+DIRECTIVE = re.compile(r"^\s*#\s*\|")
+
+
+def settings():
+    config = ConfigParser()
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def tool(name):
+    "The names defined in tools/<name>.py."
+    return runpy.run_path(str(ROOT / "tools" / f"{name}.py"))
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def cells(path, kind=None):
+    "Pairs of cell id and source."
+    return [(c.get("id"), "".join(c["source"])) for c in read(path)["cells"] if kind in (None, c["cell_type"])]
+
+
+def module_of(path):
+    "The module a notebook exports, or None."
+    names = [m.group(1) for _, source in cells(path, "code") for m in DEFAULT_EXP.finditer(source)]
+    assert len(names) <= 1, f"{path.name} has default_exp {names}"
+    return names[0] if names else None
+
+
+def body(source):
+    "A cell's lines of code: no directives, no blank lines."
+    return [line for line in source.splitlines() if line.strip() and not DIRECTIVE.match(line)]
+
+
+def parse(source):
+    "The tree of a cell, its magics and shell lines left out; None for a cell magic."
+    if source.lstrip().startswith("%%"):
+        return None
+    return ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()))
+
+
+def type_checking(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def top_level_imports(tree):
+    "The import statements that run when the module is imported (not those inside functions)."
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif type_checking(node):
+            yield from top_level_imports(ast.Module(node.orelse, []))
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from top_level_imports(node)

@@ -1,0 +1,94 @@
+"""Every notebook runs from top to bottom, in a process of its own, under a time limit, and leaves nothing behind."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from repository import NBS, NOTEBOOKS, ROOT
+
+NBDEV_TEST = str(Path(sys.executable).with_name("nbdev_test"))
+TIME_LIMIT = 300
+LEFT_OUT = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "unsloth_compiled_cache")
+
+
+def run_group(command, cwd, env, limit):
+    "Run a command; when it ends or its time is up, nothing that it started stays alive."
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    timed_out = False
+    try:
+        out, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        timed_out = True
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    if timed_out:
+        out, _ = process.communicate()
+    return process.returncode, timed_out, out
+
+
+def workspace(folder):
+    "A copy of the notebooks beside links to everything else, so that what a notebook leaves behind is seen."
+    shutil.copytree(NBS, folder / "nbs", symlinks=True, ignore=LEFT_OUT)
+    for path in ROOT.iterdir():
+        if path.name not in ("nbs", ".git", ".venv", "runs", "build", "dist", "_proc", "_docs"):
+            (folder / path.name).symlink_to(path)
+
+
+def listing(folder):
+    return {
+        path.relative_to(folder)
+        for path in [*folder.iterdir(), *(folder / "nbs").rglob("*")]
+        if "__pycache__" not in path.parts
+    }
+
+
+def run_notebook(name, folder, limit=TIME_LIMIT):
+    env = {key: value for key, value in os.environ.items() if key not in ("IN_TEST", "PYTHONPATH")}
+    # Two notebooks run at a time: each with one thread, where two would wait for each other.
+    env.update(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    command = [NBDEV_TEST, "--path", f"nbs/{name}", "--n_workers", "0", "--do_print"]
+    code, timed_out, out = run_group(command, folder, env, limit)
+    if timed_out:
+        pytest.fail(f"{name} did not end within {limit} s\n{out[-4000:]}", pytrace=False)
+    # nbdev_test also ends with 0 where it found nothing to run.
+    ran = re.findall(r"^Starting .*?([^/\n]+)$", out, re.M)
+    if code != 0 or "Success." not in out or ran != [name]:
+        pytest.fail(f"{name} failed (exit code {code})\n{out[-8000:]}", pytrace=False)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook(notebook, tmp_path):
+    workspace(tmp_path)
+    before = listing(tmp_path)
+    run_notebook(notebook.name, tmp_path)
+    assert listing(tmp_path) == before, "the notebook leaves files in the repository"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("a = 1\nassert a == 2", "AssertionError"),
+        ("import time\ntime.sleep(60)", "did not end within"),
+        ("raise SystemExit(0)", "failed"),
+    ],
+)
+def test_a_failing_notebook_fails(source, message, tmp_path):
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    (tmp_path / "nbs").mkdir()
+    cell = {"cell_type": "code", "id": "a", "metadata": {}, "execution_count": None, "outputs": [], "source": source}
+    notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (tmp_path / "nbs/00_bad.ipynb").write_text(json.dumps(notebook))
+    with pytest.raises(pytest.fail.Exception, match=message):
+        run_notebook("00_bad.ipynb", tmp_path, limit=8)

@@ -1,0 +1,216 @@
+"""The shape of the repository: requirements, module order, cells, stored outputs."""
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from repository import (
+    MODULES,
+    NBS,
+    NOTEBOOKS,
+    PACKAGE,
+    ROOT,
+    body,
+    cells,
+    module_of,
+    parse,
+    read,
+    settings,
+    tool,
+    top_level_imports,
+)
+
+pytestmark = pytest.mark.quick
+
+PACKAGES = "nbdev jupyter unsloth torch transformers trl peft datasets bitsandbytes matplotlib".split()
+# An absolute path begins here: not in the middle of an address, but also after the "\n" of a JSON text.
+PATH_START = r"(?:(?<![\w.-])|(?<=\\n))"
+HEAVY = {"transformers", "trl", "peft", "datasets", "bitsandbytes", "unsloth", "unsloth_zoo", "matplotlib"}
+NUMBERS = {module_of(path): path.name[:2] for path in NOTEBOOKS if module_of(path)}
+
+each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+each_module = pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+
+
+def test_notebooks_and_modules_were_found():
+    assert "index" in {path.stem for path in NOTEBOOKS} and len(NOTEBOOKS) > 1
+    assert {path.stem for path in MODULES} == set(NUMBERS), "a module without a notebook, or the other way round"
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def test_packages_are_declared():
+    keys = [key for key in settings() if key == "requirements" or key.endswith("_requirements")]
+    declared = {re.match(r"[\w-]+", word).group().lower() for key in keys for word in settings()[key].split()}
+    assert set(PACKAGES) <= declared
+
+
+def test_constraints_lie_within_the_requirements():
+    from packaging.requirements import Requirement
+
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    for key in ("requirements", "unsloth_requirements", "dev_requirements"):
+        for requirement in map(Requirement, settings()[key].split()):
+            version = pins[requirement.name.lower().replace("_", "-")]
+            assert requirement.specifier.contains(version), f"{requirement} excludes the tested {version}"
+
+
+def test_min_python():
+    assert settings()["min_python"] == "3.11"
+
+
+# --- modules --------------------------------------------------------------------------------------------------------
+
+
+def imported_modules(node):
+    "The modules of this package that an import statement takes in, and the top-level names of others."
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif node.level or node.module == "qlora_nb":
+        base = (node.module or "").removeprefix("qlora_nb").strip(".")
+        names = [f"qlora_nb.{base}"] if base else [f"qlora_nb.{alias.name}" for alias in node.names]
+    else:
+        names = [node.module]
+    ours = [name.split(".")[1] for name in names if name.startswith("qlora_nb.")]
+    return ours, {name.split(".")[0] for name in names}
+
+
+@each_module
+def test_modules_import_only_earlier_ones(module):
+    for node in top_level_imports(ast.parse(module.read_text(encoding="utf-8"))):
+        for name in imported_modules(node)[0]:
+            where = f"{module.name}: {ast.unparse(node)}"
+            assert name in NUMBERS, f"{where}: not a module (import it from the module that defines it)"
+            assert NUMBERS[name] < NUMBERS[module.stem], f"{where}: {name} comes later"
+
+
+@pytest.mark.parametrize("module", [PACKAGE / "__init__.py", *MODULES], ids=lambda path: path.stem)
+def test_no_heavy_import_at_the_top(module):
+    heavy = HEAVY | {"torch"} if module.stem == "__init__" else HEAVY
+    for node in top_level_imports(ast.parse(module.read_text(encoding="utf-8"))):
+        assert not imported_modules(node)[1] & heavy, f"{module.name}: {ast.unparse(node)}"
+
+
+def test_public_names_are_not_hidden_by_modules():
+    script = """
+import importlib, pkgutil, qlora_nb
+for info in pkgutil.iter_modules(qlora_nb.__path__):
+    importlib.import_module(f"qlora_nb.{info.name}")
+assert qlora_nb.__all__
+wrong = [name for name in qlora_nb.__all__ if name != "__version__" and not callable(getattr(qlora_nb, name))]
+assert not wrong, f"not callable once every module is imported: {wrong}"
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@each_module
+def test_all_lists_what_exists(module):
+    names = importlib.import_module(f"qlora_nb.{module.stem}")
+    assert [name for name in names.__all__ if not hasattr(names, name)] == []
+
+
+# --- notebooks ------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_flat_numbered_and_unique():
+    assert [p for p in NBS.rglob("*.ipynb") if p.parent != NBS and ".ipynb_checkpoints" not in p.parts] == []
+    for path in NOTEBOOKS:
+        assert path.stem == "index" or re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem), path.name
+    pages = [re.sub(r"^\d\d_", "", path.stem) for path in NOTEBOOKS]
+    assert len(pages) == len(set(pages)), "the site drops the numbers: two pages would have one name"
+
+
+@each_notebook
+def test_title_and_subtitle(notebook):
+    _, first = cells(notebook, "markdown")[0]
+    lines = [line for line in first.splitlines() if line.strip()]
+    assert lines[0].startswith("# ") and len(lines) > 1 and lines[1].startswith("> ")
+
+
+@each_notebook
+def test_cells_are_short(notebook):
+    for cell, source in cells(notebook, "code"):
+        limit = 40 if any(re.match(r"class\s", line) for line in body(source)) else 30
+        assert len(body(source)) <= limit, f"{notebook.name} cell {cell}: {len(body(source))} lines, limit {limit}"
+
+
+@each_notebook
+def test_imports_stand_alone(notebook):
+    "The docs build runs every cell with an import, where the notebook exports anything."
+    if module_of(notebook) is None:
+        return
+    for cell, source in cells(notebook, "code"):
+        tree = None if "nbdev_export(" in source else parse(source)
+        if tree and any(top_level_imports(tree)):
+            others = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+            assert not others, f"{notebook.name} cell {cell}: imports beside {ast.unparse(others[0])[:80]}"
+
+
+@each_notebook
+def test_cell_ids(notebook):
+    ids = [cell for cell, _ in cells(notebook)]
+    assert read(notebook)["nbformat_minor"] >= 5
+    assert all(ids) and len(ids) == len(set(ids))
+
+
+@each_notebook
+def test_metadata(notebook):
+    "No more than `nbdev_clean` leaves."
+    allowed = {"kernelspec", "jekyll", "jupytext", "doc", "widgets", *settings()["allowed_metadata_keys"].split()}
+    nb = read(notebook)
+    assert set(nb["metadata"]) <= allowed
+    for cell in nb["cells"]:
+        assert set(cell["metadata"]) <= {"hide_input"}, cell["id"]
+        assert cell.get("execution_count") is None, cell["id"]
+
+
+def machine_paths():
+    places = [str(ROOT), str(Path.home()), "/tmp", "/root", "/home", "/Users", "/var/folders"]
+    return re.compile(PATH_START + "(?:" + "|".join(re.escape(place.rstrip("/") + "/") for place in places) + ")")
+
+
+@each_notebook
+def test_stored_outputs(notebook):
+    for cell in read(notebook)["cells"]:
+        for output in cell.get("outputs", []):
+            where = f"{notebook.name} cell {cell['id']}"
+            assert output["output_type"] != "error", where
+            assert output.get("name") != "stderr", f"{where}: stderr is stored"
+            data = {k: v for k, v in output.get("data", {}).items() if k == "image/svg+xml" or "image/" not in k}
+            found = machine_paths().search(json.dumps([data, output.get("text", "")]))
+            assert not found, f"{where}: an output holds a path of the machine, {found.group()}"
+
+
+def test_skipped_cells_are_listed():
+    names = tool("skipped_cells")
+    assert names["skipped_cells"]() == names["LISTED"].read_text(encoding="utf-8").splitlines(), (
+        "the cells that no test runs have changed: look at them, then run `python tools/skipped_cells.py`"
+    )
+
+
+# --- what is committed ----------------------------------------------------------------------------------------------
+
+
+def test_no_secrets_and_no_paths_in_the_repository():
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    files = [path for path in paths if path.is_file()]
+    assert ROOT / "settings.ini" in files
+    places = "|".join(re.escape(place) for place in (f"{ROOT}/", f"{Path.home()}/", "/tmp/bash" + "_"))
+    secrets = rb"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY"
+    pattern = re.compile(f"{PATH_START}(?:{places})".encode() + b"|" + secrets)
+    found = [(path.relative_to(ROOT), m.group()) for path in files if (m := pattern.search(path.read_bytes()))]
+    assert found == []

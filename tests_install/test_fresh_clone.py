@@ -1,0 +1,26 @@
+"""`git clone`, `make demo`: the first thing that a user does."""
+
+import json
+import time
+
+from common import clean_env, clone, run
+
+
+def test_fresh_clone(tmp_path):
+    env, folder = clean_env(tmp_path), clone(tmp_path)
+    run(["make", "demo"], folder, env, 1000)
+    (summary,) = folder.glob("runs/*/summary.json")
+    result = json.loads(summary.read_text())
+    before, after = result["before"], result["after"]
+    print(json.dumps({"seconds": result["seconds"], "before": before, "after": after}, indent=1))
+    assert result["seconds"] <= 90
+    assert before["exact"] <= 0.25
+    assert after["exact"] >= 0.80
+    assert after["form"] >= 0.95
+    assert after["stops"] >= 0.98
+    assert (summary.parent / "adapter/adapter_model.safetensors").stat().st_size > 0
+
+    start = time.perf_counter()
+    run(["make", "install"], folder, env, 60)
+    assert time.perf_counter() - start < 5, "a second `make install` installs again"
+    assert run(["git", "status", "--porcelain"], folder, env, 60) == "", "the demo leaves files that git sees"

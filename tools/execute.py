@@ -1,0 +1,75 @@
+"""Run notebooks from top to bottom and store their outputs: python tools/execute.py nbs/01_lora.ipynb …
+
+Cells marked `#| eval: false`, `#| cuda` or `#| slow` are left alone (with `--flags cuda slow` the named kinds run
+too), as `nbdev_test` does. A notebook that fails is not written.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(cuda|slow|eval\s*:\s*false)\b", re.M)
+
+
+class Client(NotebookClient):
+    "Runs what the tests run."
+
+    flags: tuple = ()
+
+    async def async_execute_cell(self, cell, cell_index, **kwargs):
+        if cell.cell_type == "code" and set(DIRECTIVE.findall(cell.source)) - set(self.flags):
+            return cell
+        return await super().async_execute_cell(cell, cell_index, **kwargs)
+
+
+def tidy(notebook):
+    "No execution counts, no streams of noise, no metadata of this run: what a rerun would not change."
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            for output in cell.outputs:
+                if output.output_type == "execute_result":
+                    output.execution_count = None
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    notebook.metadata = {k: v for k, v in notebook.metadata.items() if k in ("kernelspec", "accelerator", "colab")}
+    return notebook
+
+
+def execute(path, flags=(), limit=600):
+    notebook = nbformat.read(path, 4)
+    client = Client(notebook, timeout=limit, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client.flags = tuple(flags)
+    client.execute()
+    notebook = tidy(notebook)
+    beside = path.with_suffix(".tmp")
+    nbformat.write(notebook, beside)
+    os.replace(beside, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--flags", nargs="*", default=[])
+    args = parser.parse_args()
+    failed = []
+    for path in args.notebooks:
+        start = time.time()
+        try:
+            execute(path.resolve(), args.flags)
+            print(f"{path}: {time.time() - start:.0f} s", file=sys.stderr)
+        except CellExecutionError as error:
+            failed.append(path)
+            print(f"{path}: {re.sub(chr(27) + '[^m]*m', '', str(error))[-3000:]}", file=sys.stderr)
+    sys.exit(len(failed))
+
+
+if __name__ == "__main__":
+    main()
