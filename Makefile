@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 # have and would make pip take an older Unsloth; these are what it needs beside ours.
 UNSLOTH_NEEDS := cut_cross_entropy einops hf_transfer msgspec pillow protobuf psutil sentencepiece torchao tyro
 
-QUESTION ?= What is 2+2? Think step by step.
+QUESTION ?= Mia has 12 apples. She buys 5 bags of 3 apples. She gives 7 to Tom. How many apples does Mia have now?
 
 help:
 	@echo "make install       the package and all it needs, in .venv"
@@ -46,9 +46,10 @@ $(STAMP): settings.ini setup.py constraints.txt Makefile tools/check_install.py
 	@touch $@
 
 demo: $(STAMP)
-	@set -e; out=$$($(BIN)/qlora_nb train); printf '%s\n' "$$out"; \
-	run=$$(printf '%s\n' "$$out" | tail -n 1); \
-	echo "> $(QUESTION)"; $(BIN)/qlora_nb chat "$$run" --message "$(QUESTION)"
+	@set -e; ask() { $(BIN)/qlora_nb chat "$$@" --message "$(QUESTION)" --temperature 0; }; \
+	echo "$(QUESTION)"; echo; echo "The base model answers:"; ask; echo; \
+	out=$$($(BIN)/qlora_nb train); run=$$(printf '%s\n' "$$out" | tail -n 1); \
+	echo; echo "After fine-tuning it answers:"; ask "$$run"; echo; echo "The run, with its adapter and report: $$run"
 
 test: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,30 @@
+"""LoRA and QLoRA, from the mathematics to a served model. Names are loaded on first use (PEP 562)."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "profile": "core",
+    "load_model": "model",
+    "add_lora": "model",
+    "load_sft_dataset": "data",
+    "check_dataset": "data",
+    "chat": "generation",
+    "evaluate": "evaluation",
+    "train": "training",
+    "load_run": "training",
+    "save_adapter": "merging",
+    "load_adapter": "merging",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name):
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

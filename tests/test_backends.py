@@ -1,0 +1,148 @@
+"""Both backends, each in processes of its own: the same bytes twice, the same losses, the labels that we made."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+BACKENDS = ["transformers", pytest.param("unsloth", marks=pytest.mark.skipif(
+    importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed"))]  # fmt: skip
+
+
+def python(code, cwd, **env):
+    env = {**os.environ, "QLORA_NB_PROFILE": "tiny", **env}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def cli(*arguments, cwd):
+    return python(f"from qlora_nb.cli import main; main({list(arguments)!r})", cwd)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "Short runs, made when first asked for: (backend, number) -> (folder, stderr)"
+    place, made = tmp_path_factory.mktemp("runs"), {}
+
+    def run(backend, number):
+        if (backend, number) not in made:
+            done = cli("train", "--backend", backend, "--max-steps", "6", "--eval-rows", "3", "--output",
+                       f"{backend}{number}", cwd=place)  # fmt: skip
+            made[backend, number] = place / f"{backend}{number}", done
+        return made[backend, number]
+
+    return run
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_command_gives_the_same_bytes(backend, runs):
+    first, second = runs(backend, 1)[0], runs(backend, 2)[0]
+    files = sorted(path.name for path in (first / "adapter").iterdir())
+    assert "adapter_model.safetensors" in files
+    for name in files:
+        assert (first / "adapter" / name).read_bytes() == (second / "adapter" / name).read_bytes(), name
+    losses = [[json.loads(line)["loss"] for line in open(path / "metrics.jsonl")] for path in (first, second)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stdout_holds_the_run_folder_alone(backend, runs):
+    folder, done = runs(backend, 1)
+    assert done.stdout == f"{folder}\n"
+    assert json.loads((folder / "summary.json").read_text())["backend"] == backend
+
+
+def test_unsloth_is_imported_in_time(runs):
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    assert "should be imported before" not in runs("unsloth", 1)[1].stderr
+    left = {path.name for path in runs("unsloth", 1)[0].parent.iterdir()}
+    assert not any("unsloth_compiled_cache" in name for name in left)
+
+
+def test_the_backends_agree(runs):
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    pairs = [
+        [json.loads(line) for line in open(runs(name, 1)[0] / "metrics.jsonl")] for name in ("transformers", "unsloth")
+    ]
+    for ours, theirs in zip(*pairs, strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-2)
+
+
+CAPTURE = """
+import json, sys, torch
+from qlora_nb import add_lora, load_model, load_sft_dataset
+from qlora_nb.core import PROFILES
+from qlora_nb.data import encode_dataset
+model, tokenizer = load_model(backend=sys.argv[1] if len(sys.argv) > 1 else {backend!r})
+model = add_lora(model)
+from pathlib import Path
+from qlora_nb.training import make_trainer, settings_for
+rows, dropped = encode_dataset(load_sft_dataset(limit=40), tokenizer, 256)
+assert not dropped and set(rows.column_names) == {{"input_ids", "labels"}}
+trainer = make_trainer(model, tokenizer, rows, settings_for({{"max_steps": 1}}, profile=PROFILES["tiny"]), Path("c"), [])
+seen, step = [], type(trainer).training_step
+def spy(self, model, inputs, *args, **kwargs):
+    seen.append({{k: v.tolist() for k, v in inputs.items() if k in ("input_ids", "labels", "attention_mask")}})
+    return step(self, model, inputs, *args, **kwargs)
+type(trainer).training_step = spy
+trainer.train()
+ours = {{tuple(row["input_ids"]): list(row["labels"]) for row in rows}}
+found = 0
+for batch in seen:
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"]):
+        n = sum(mask)
+        assert mask == [1] * n + [0] * (len(mask) - n)
+        assert ours[tuple(ids[:n])] == labels[:n] and set(labels[n:]) <= {{-100}}
+        found += 1
+print("checked", found, {{str(p.dtype) for p in model.parameters() if p.requires_grad}})
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_labels_that_we_made_reach_the_model(backend, tmp_path):
+    "Token by token, label by label, in a real step; and the adapters that are trained are fp32."
+    done = python(CAPTURE.format(backend=backend), tmp_path)
+    assert "checked 8 {'torch.float32'}" in done.stdout
+
+
+ORDER = """
+from qlora_nb.core import UserError
+{first}
+from qlora_nb.model import load_model
+try:
+    load_model(backend={second!r})
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        ("import trl", "unsloth", "trl and transformers"),
+        ("import qlora_nb; qlora_nb.load_model(backend='unsloth')", "transformers", "already patched this process"),
+    ],
+)
+def test_the_wrong_order_is_a_clear_error(first, second, message, tmp_path):
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    assert message in python(ORDER.format(first=first, second=second), tmp_path).stdout
+
+
+def test_a_backend_that_is_not_installed(monkeypatch):
+    from qlora_nb import model
+    from qlora_nb.core import UserError
+
+    for name in ("unsloth", *model._PATCHED):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="Unsloth is not installed: pip install"):
+        model.choose_backend("unsloth")
+    assert model.choose_backend("auto")[0] == "transformers"

@@ -1,0 +1,265 @@
+"""The command line: the main job, mistakes, interrupts, a full disk."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from repository import ROOT
+
+COMMAND = [sys.executable, "-c", "from qlora_nb.cli import main; main()"]
+ENV = {**os.environ, "QLORA_NB_PROFILE": "tiny"}
+SHORT = ["--max-steps", "12", "--eval-rows", "0", "--save-steps", "4", "--limit", "200"]
+
+
+def qlora_nb(*arguments, cwd, **more):
+    return subprocess.run([*COMMAND, *map(str, arguments)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=400, **more)
+
+
+def sha(run):
+    return json.loads((Path(run) / "summary.json").read_text())["adapter_sha256"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    "What `make demo` does: train with no argument."
+    place = tmp_path_factory.mktemp("demo")
+    done = qlora_nb("train", cwd=place)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Path(done.stdout.splitlines()[-1]), done
+
+
+def test_the_main_job(demo):
+    run, done = demo
+    assert run.is_absolute() and run.parent.name == "runs"
+    summary = json.loads((run / "summary.json").read_text())
+    before, after = summary["before"], summary["after"]
+    rows = [json.loads(line) for line in open(run / "evaluation.jsonl")]
+    assert len(rows) == 400 and sum(row["stage"] == "after" for row in rows) == 200
+    assert before["exact"] <= 0.25, before
+    assert after["exact"] >= 0.80 and after["form"] >= 0.95 and after["stops"] >= 0.98, after
+    assert before["base_perplexity"] > 1 and after["base_perplexity"] > 1
+    assert summary["backend"] == "transformers" and summary["steps"] == 300
+    print(f"before {before}, after {after}, {summary['seconds']} s")
+
+
+def test_the_shares_are_counted_from_the_replies(demo):
+    "What summary.json says follows from evaluation.jsonl, by a parser that shares no code with ours."
+    rows = [json.loads(line) for line in open(demo[0] / "evaluation.jsonl")]
+    after = [row for row in rows if row["stage"] == "after"]
+    last = [re.findall(r"\d+", row["reply"].split("</think>")[-1])[-1:] for row in after]
+    wanted = [re.findall(r"\d+", row["expected"].split("</think>")[-1])[-1:] for row in after]
+    exact = sum(a == b for a, b in zip(last, wanted)) / len(after)
+    assert json.loads((demo[0] / "summary.json").read_text())["after"]["exact"] == pytest.approx(exact)
+
+
+def test_the_run_folder(demo):
+    run, _ = demo
+    assert {path.name for path in run.iterdir()} == {
+        "adapter", "checkpoints", "config.yaml", "evaluation.jsonl", "loss.png", "metrics.jsonl", "report.md",
+        "summary.json", "versions.json",
+    }  # fmt: skip
+    metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
+    assert [m["step"] for m in metrics] == list(range(1, 301))
+    assert set(metrics[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_allocated"}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["seed"], config["random_state"], config["r"]) == (3407, 3407, 16)
+    assert set(config["fingerprints"]) == {"data", "eval_data", "template"}
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "versions.json").read_text())["peft"]
+
+
+def test_what_others_get_holds_no_path_of_this_machine(demo):
+    texts = [*(demo[0] / "adapter").glob("*.json"), *(demo[0] / "adapter").glob("*.md"), demo[0] / "config.yaml", demo[0] / "report.md"]
+    for path in texts:
+        text = path.read_text()
+        assert str(ROOT) not in text and str(demo[0].parent) not in text and str(Path.home()) + "/" not in text, path.name
+
+
+def test_chat_with_the_run(demo, tmp_path):
+    story = "Mia has 12 apples. She buys 5 bags of 3 apples. How many apples does Mia have now?"
+    done = qlora_nb("chat", demo[0], "--message", story, "--temperature", "0", cwd=tmp_path)
+    assert done.stdout.startswith("<think>\n") and "</think>" in done.stdout and "<|" not in done.stdout
+    lines = qlora_nb("chat", demo[0], "--temperature", "0", "--max-new-tokens", "64", cwd=tmp_path, input=f"{story}\n\n{story}\n")
+    assert lines.stdout == done.stdout * 2
+
+
+def test_evaluate_says_the_same_again(demo, tmp_path):
+    done = qlora_nb("evaluate", demo[0], "--limit", "40", "--max-new-tokens", "112", cwd=tmp_path)
+    found = json.loads(done.stdout.splitlines()[-1])
+    rows = [json.loads(line) for line in open(demo[0] / "evaluation.jsonl")]
+    first = [row for row in rows if row["stage"] == "after"][:40]
+    assert found["n"] == 40 and found["exact"] == pytest.approx(sum(row["exact"] for row in first) / 40)
+
+
+def test_info(tmp_path):
+    out = qlora_nb("info", cwd=tmp_path).stdout
+    for name in ("transformers", "bitsandbytes", "device", "profile", "backend"):
+        assert re.search(rf"^{name}\s+\S", out, re.M)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    place = tmp_path_factory.mktemp("whole")
+    done = qlora_nb("train", *SHORT, "--output", "run", cwd=place)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place / "run"
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_stopped_run_goes_on_to_the_same_bytes(how, code, whole, tmp_path):
+    process = subprocess.Popen([*COMMAND, "train", *SHORT, "--output", "run"], cwd=tmp_path, env=ENV,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    metrics, limit = tmp_path / "run/metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 6):
+        assert process.poll() is None and time.time() < limit
+        time.sleep(0.01)
+    process.send_signal(how)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code and out == ""
+    if how == signal.SIGINT:
+        assert "checkpoint saved: go on with qlora_nb train --resume" in err and "Traceback" not in err
+    assert not (tmp_path / "run/summary.json").exists()
+    assert "is not finished" in qlora_nb("chat", "run", "--message", "x", cwd=tmp_path).stderr
+    done = qlora_nb("train", "--resume", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sha(tmp_path / "run") == sha(whole)
+    assert (tmp_path / "run/metrics.jsonl").read_text().count("\n") == 12
+
+
+def test_config_is_taken_back(whole, tmp_path):
+    done = qlora_nb("train", "--config", whole / "config.yaml", "--output", "again", cwd=tmp_path)
+    assert done.returncode == 0 and sha(tmp_path / "again") == sha(whole)
+
+
+# What a user gets wrong. The command runs in this process (imports once), which changes nothing of what it prints.
+
+
+@pytest.fixture
+def mistake(capsys, monkeypatch, tmp_path):
+    from qlora_nb.cli import main
+
+    monkeypatch.setenv("QLORA_NB_PROFILE", "tiny")
+    monkeypatch.chdir(tmp_path)
+
+    def check(arguments, message):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert (stopped.value.code, out) == (2, ""), err
+        last = err.strip().splitlines()[-1]
+        assert last.startswith("qlora_nb: ") and re.search(message, last), err
+        assert "Traceback" not in err
+
+    return check
+
+
+def small_gpt2(path, tokenizer=True):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    from qlora_nb.core import EMBEDDED_MODEL
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=64, vocab_size=768)).save_pretrained(path)
+    AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "./none"], r"there is no folder \./none"),
+        (["--model", "file.txt"], "is a file"),
+        (["--model", "empty"], "holds no config.json"),
+        (["--data", "none.jsonl"], "none.jsonl"),
+        (["--data", "empty.jsonl"], "empty.jsonl"),
+        (["--data", "columns.csv"], "colour"),
+        (["--data", "broken.jsonl"], "broken.jsonl.*(line|row) 2"),
+        (["--r", "0"], "r is 0"),
+        (["--r", "200"], "k_proj has only 128 rows or columns"),
+        (["--lora-alpha", "-1"], "lora_alpha is -1"),
+        (["--target-modules", "q_proj,c_attn"], "no layers named c_attn"),
+        (["--backend", "vllm"], "no backend 'vllm'"),
+        (["--dtype", "int8"], "no dtype 'int8'"),
+        (["--max-steps", "0"], "max_steps is 0"),
+        (["--learning-rate", "nan"], "learning_rate is nan"),
+        (["--max-seq-length", "4096"], "context of 1 to 2048"),
+        (["--output", "old"], "holds another run"),
+        (["--output", "file.txt"], "is a file"),
+        (["--config", "none.yaml"], "can't be read"),
+        (["--config", "odd.yaml"], "not known: learning_rat"),
+        (["--resume", "empty"], "no run folder"),
+        (["--optim", "magic"], "optim.*magic"),
+        (["--lr-scheduler-type", "magic"], "lr_scheduler_type.*magic"),
+        (["--template", "magic"], "magic"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, message, mistake, tmp_path):
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.yaml").write_text("r: 16\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "columns.csv").write_text("colour,size\nred,3\n")
+    (tmp_path / "broken.jsonl").write_text('{"problem": "a", "solution": "b"}\n{"problem": \n')
+    (tmp_path / "odd.yaml").write_text("learning_rat: 1\n")
+    before = sorted(tmp_path.rglob("*"))
+    mistake(["train", *arguments], message)
+    assert [p for p in sorted(tmp_path.rglob("*")) if p.is_file()] == [p for p in before if p.is_file()]
+    assert (tmp_path / "old/config.yaml").read_text() == "r: 16\n"
+
+
+def test_a_model_without_the_known_projections(mistake, tmp_path):
+    small_gpt2(tmp_path / "gpt2")
+    mistake(["train", "--model", "gpt2", "--data", "x.jsonl"], "x.jsonl")
+    (tmp_path / "x.jsonl").write_text('{"problem": "1 + 1?", "solution": "2"}\n' * 30)
+    arguments = ["train", "--model", "gpt2", "--data", "x.jsonl", "--max-seq-length", "512"]
+    mistake(arguments, "no layers named .*q_proj.*choose target_modules from .*c_attn")
+    mistake([*arguments, "--target-modules", "c_attn"], "c_attn is a Conv1D, which can't be quantized to 4 bits")
+
+
+def test_a_damaged_model(mistake, tmp_path):
+    import shutil
+
+    from qlora_nb.core import EMBEDDED_MODEL
+
+    shutil.copytree(EMBEDDED_MODEL, tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    mistake(["chat", "--model", "cut", "--message", "x"], "cut can't be read .*damaged")
+    weights.unlink()
+    mistake(["chat", "--model", "cut", "--message", "x"], "cut can't be loaded: .*safetensors")
+    (tmp_path / "cut/pytorch_model.bin").write_bytes(b"a pickle, which nobody reads")
+    mistake(["chat", "--model", "cut", "--message", "x"], "cut can't be loaded: .*safetensors")
+
+
+def test_a_hub_model_that_is_not_to_be_had(mistake):
+    mistake(["chat", "--model", "nobody/no-such-model", "--message", "x"], "nobody/no-such-model can't be loaded")
+
+
+def test_a_full_disk_is_found_before_training(mistake, monkeypatch, tmp_path):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    mistake(["train", *SHORT, "--output", "run"], "has 1 MB free, and the run needs")
+
+
+def test_a_disk_that_fills_up_in_training(tmp_path):
+    "A real limit on what a file may hold: the checkpoint does not fit, the run says so and where to go on."
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+
+    done = qlora_nb("train", *SHORT, "--output", "run", cwd=tmp_path, preexec_fn=limit)
+    assert done.returncode == 2 and done.stdout == "", done.stderr[-3000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert "no space left in" in last and "--resume" in last and "Traceback" not in done.stderr
+    assert not (tmp_path / "run/adapter").exists()
+    done = qlora_nb("train", "--resume", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]

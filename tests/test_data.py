@@ -1,0 +1,648 @@
+"""Loading and preflight, on files made to be hostile: the right finding, or one clear sentence with file and row."""
+
+import bz2
+import copy
+import gzip
+import json
+import lzma
+import time
+
+import pytest
+
+from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
+from qlora_nb.data import (
+    CODES,
+    DatasetReport,
+    Finding,
+    check_dataset,
+    data_fingerprint,
+    encode_dataset,
+    load_sft_dataset,
+    recognise,
+    role_problem,
+)
+from qlora_nb.template import SYSTEM_PROMPT, encode
+
+pytestmark = pytest.mark.quick
+
+PAIR = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+THINK = "<think>\n2 + 2 = 4\n</think>\n\nThe answer is 4."
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+
+
+def talk(question="2+2?", reply="4", system=None):
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return {"messages": [*head, {"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+
+
+def good(count=20, start=0):
+    return [talk(f"What is {i} + 1?", f"The answer is {i + 1}.") for i in range(start, start + count)]
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def turns(data, row=0):
+    return [(m["role"], m["content"]) for m in data[row]["messages"]]
+
+
+def simple(data):
+    return data.to_list() == [{"messages": PAIR}]
+
+
+# --- the embedded set -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "heldout", "base_task"])
+def test_embedded(split, tokenizer, capsys):
+    data = load_sft_dataset(split=split)
+    assert data.column_names == ["messages"] and len(data) >= 100
+    assert capsys.readouterr().err == ""
+    report = check_dataset(data, tokenizer, 256)
+    assert report.ok and report.summary["usable"] == len(data)
+    for row in data.to_list():
+        reply = row["messages"][-1]["content"]
+        systems = [m["content"] for m in row["messages"] if m["role"] == "system"]
+        assert systems == ([SYSTEM_PROMPT] if "<think>" in reply else [])
+
+
+def test_embedded_has_no_such_split():
+    with pytest.raises(UserError, match="no split 'test' .found base_task.parquet, heldout.parquet, train.parquet"):
+        load_sft_dataset(split="test")
+
+
+def test_a_missing_embedded_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr("qlora_nb.data.EMBEDDED_DATA", tmp_path / "gone")
+    with pytest.raises(UserError, match="there is no file or folder"):
+        load_sft_dataset()
+
+
+def test_limit():
+    assert load_sft_dataset(limit=7).to_list() == load_sft_dataset().to_list()[:7]
+    for limit in (0, -1, 1.5, "all"):
+        with pytest.raises(UserError, match="limit is"):
+            load_sft_dataset(limit=limit)
+
+
+def test_limit_reads_no_further(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", [{"question": "2+2?", "answer": "4"}])
+    path.write_text(path.read_text() + "{broken\n")
+    assert simple(load_sft_dataset(path, limit=1))
+
+
+def test_speed(tokenizer):
+    data, heldout = load_sft_dataset(), load_sft_dataset(split="heldout")
+    start = time.process_time()
+    report = check_dataset(data, tokenizer, 256, eval_data=heldout)
+    assert time.process_time() - start < 3 and report.ok and report.summary["rows"] == len(data)
+
+
+# --- schemas --------------------------------------------------------------------------------------------------------
+
+V0 = {"id": "a", "reannotated_assistant_content": THINK, "problem": "2+2?", "source": "s", "solution": "4",
+      "verified": None, "quality_metrics": None}  # fmt: skip
+V1 = {"id": "a", "reannotated_assistant_content": THINK, "source": "s", "source_dataset": "d", "verified": None,
+      "reannotated_messages": [{"content": "2+2?", "role": "user"}, {"content": THINK, "role": "assistant"}],
+      "messages": PAIR, "quality_metrics": None}  # fmt: skip
+REASONED = [("system", SYSTEM_PROMPT), ("user", "2+2?"), ("assistant", THINK)]
+PLAIN = [("user", "2+2?"), ("assistant", "4")]
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        (V0, REASONED),
+        (V1, REASONED),
+        ({**V1, "reannotated_messages": None}, PLAIN),
+        ({"problem": "2+2?", "solution": "4", "verified": None}, PLAIN),
+        ({"question": "2+2?", "answer": "4"}, PLAIN),
+        ({"prompt": "2+2?", "response": "4"}, PLAIN),
+        ({"prompt": "2+2?", "completion": "4"}, PLAIN),
+        ({"prompt": PAIR[:1], "completion": PAIR[1:]}, PLAIN),
+        ({"prompt": PAIR[:1], "completion": "4"}, PLAIN),
+        ({"instruction": "2+2?", "output": "4"}, PLAIN),
+        ({"instruction": "2+2?", "input": "", "output": "4"}, PLAIN),
+        ({"instruction": "Add", "input": "2 2", "output": "4"}, [("user", "Add\n\n2 2"), ("assistant", "4")]),
+        ({"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}, PLAIN),
+        ({"conversations": PAIR}, PLAIN),
+        ({"conversations": PAIR, "system": "Be brief."}, [("system", "Be brief."), *PLAIN]),
+        ({"messages": PAIR, "prompt": "2+2?", "prompt_id": "1"}, PLAIN),
+        ({"messages": json.dumps(PAIR)}, PLAIN),
+        ({"messages": talk("2+2?", THINK, "Mine")["messages"]}, [("system", "Mine"), *REASONED[1:]]),
+        ({"messages": [PAIR[0], {"role": "assistant", "content": [{"type": "text", "text": "4"}]}]}, PLAIN),
+        ({"question": "2+2?", "answer": "4", "system": " "}, PLAIN),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "rows"])
+def test_schemas(row, expected, kind, tmp_path):
+    source = jsonl(tmp_path / "rows.jsonl", [row]) if kind == "jsonl" else [row]
+    data = load_sft_dataset(source)
+    assert turns(data) == expected and data.column_names == ["messages"]
+
+
+def test_what_was_recognised_is_said(capsys):
+    load_sft_dataset([V0])
+    assert capsys.readouterr().err == (
+        "the data: 1 rows, read as R1-Distill-SFT v0 (problem → prompt, reannotated_assistant_content → response)\n"
+    )
+
+
+def test_columns_override(capsys):
+    rows = [{"frage": "2+2?", "antwort": "4", "question": "no", "answer": "no"}]
+    data = load_sft_dataset(rows, columns={"prompt": "frage", "response": "antwort"})
+    assert simple(data) and "frage → prompt, antwort → response" in capsys.readouterr().err
+    assert turns(load_sft_dataset([{"talks": PAIR}], columns={"messages": "talks"})) == PLAIN
+
+
+@pytest.mark.parametrize(
+    "columns, words",
+    [
+        ({"prompt": "q", "response": "nein"}, "names 'nein', which is not there: found q, a"),
+        ({"prompt": "q"}, "must name messages, or prompt and response"),
+        ({"user": "q", "assistant": "a"}, "has the key 'user'"),
+    ],
+)
+def test_wrong_overrides(columns, words):
+    with pytest.raises(UserError, match=words):
+        load_sft_dataset([{"q": "1", "a": "2"}], columns=columns)
+
+
+def test_nothing_usable():
+    with pytest.raises(UserError, match="found id, text; known are problem . reannotated_assistant_content; .*columns"):
+        load_sft_dataset([{"id": 1, "text": "x"}])
+
+
+@pytest.mark.parametrize(
+    "columns, names",
+    [
+        ("prompt response completion", "prompt/response .* prompt/completion"),
+        ("messages conversations", "messages .* ShareGPT"),
+        ("problem solution messages", "messages .* problem/solution"),
+        ("question answer instruction output", "Alpaca .* question/answer"),
+    ],
+)
+def test_ambiguity(columns, names):
+    with pytest.raises(UserError, match=f"in 2 ways: {names}.* Choose one with columns="):
+        recognise(columns.split())
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+LINE = json.dumps({"question": "2+2?", "answer": "4"}).encode() + b"\n"
+CSV = b'question,answer\n2+2?,4\n'
+
+
+@pytest.mark.parametrize("pack", [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", LINE),
+        ("a.JSONL", b"\xef\xbb\xbf" + LINE + b"\n  \n"),
+        ("a.b.ndjson", LINE.rstrip()),
+        ("a.json", b"[" + LINE + b"]"),
+        ("a.json", b'{"data": [\n' + LINE + b"]}"),
+        ("a.json", LINE),
+        ("a.csv", CSV),
+        ("a.csv", b"\xef\xbb\xbf" + CSV.replace(b"\n", b"\r\n")),
+        ("a.tsv", CSV.replace(b",", b"\t")),
+    ],
+)
+def test_files(tmp_path, name, content, pack):
+    path = tmp_path / (name + pack[0])
+    path.write_bytes(pack[1](content))
+    assert simple(load_sft_dataset(path)) and simple(load_sft_dataset(str(path)))
+
+
+def test_json_with_one_object_a_line(tmp_path):
+    (tmp_path / "a.json").write_bytes(LINE * 3)
+    assert len(load_sft_dataset(tmp_path / "a.json")) == 3
+
+
+def parquet(path, rows):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_parquet(tmp_path):
+    path = parquet(tmp_path / "a.parquet", [V0])
+    assert turns(load_sft_dataset(path)) == REASONED
+    packed = tmp_path / "b.parquet.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert turns(load_sft_dataset(packed)) == REASONED
+
+
+def test_csv_with_newlines_quotes_and_a_long_field(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('question,answer\n"a\n\n""b"", c","' + "x" * 300_000 + '"\n')
+    assert turns(load_sft_dataset(path)) == [("user", 'a\n\n"b", c'), ("assistant", "x" * 300_000)]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.jsonl", b"", "has no rows"),
+        ("a.jsonl", b"\n\n", "has no rows"),
+        ("a.json", b"", "has no rows"),
+        ("a.json", b"[]", "has no rows"),
+        ("a.csv", b"", "has no rows"),
+        ("a.csv", b"question,answer\n", "has no rows"),
+        ("a.parquet", b"", "not a Parquet file"),
+        ("a.parquet", b"PAR1 nonsense", "not a Parquet file"),
+        ("a.jsonl", LINE * 500 + b'{"question": "2\n' + LINE, "a.jsonl, line 501, is not JSON"),
+        ("a.jsonl", LINE + b"[1, 2]\n", "a.jsonl, line 2, is a JSON list"),
+        ("a.jsonl", LINE + b'"\xff"\n', "a.jsonl, line 2, is not UTF-8"),
+        ("a.jsonl", LINE.decode().encode("utf-16"), "a.jsonl, line 1, is not UTF-8"),
+        ("a.jsonl", b'{"question": ' + b"[" * 100_000 + b"\n", "a.jsonl, line 1, is not JSON"),
+        ("a.jsonl", b'{"question": ' + b"9" * 10_000 + b"}\n", "a.jsonl, line 1, is not JSON"),
+        ("a.json", b'[{"a": 1},\n{"a": }]', "a.json, line 2, is not JSON"),
+        ("a.json", b'{"data": [\n  {"a": 1},\n', "a.json, line 3, is not JSON|a.json, line 2, is not JSON"),
+        ("a.json", b"[1, 2]", "a.json, row 1, is a JSON int"),
+        ("a.json", b"3", "a.json, row 1, is a JSON int"),
+        ("a.csv", CSV + b"only one\n", "a.csv, row 2, doesn't have the 2 columns"),
+        ("a.csv", CSV + b"1,2,3\n", "a.csv, row 2, doesn't have the 2 columns"),
+        ("a.csv", CSV + b'"open,2\n', "a.csv, row 2, is not CSV"),
+        ("a.csv", CSV + b"\xff\xfe,1\n", "a.csv, near row . is not UTF-8|a.csv, near row ., is not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(LINE * 1000)[:-20], "a.jsonl.gz is cut short"),
+        ("a.csv.gz", gzip.compress(CSV)[:-9], "a.csv.gz is cut short"),
+        ("a.jsonl.gz", LINE, "a.jsonl.gz is cut short or not packed"),
+        ("a.jsonl.bz2", LINE, "a.jsonl.bz2 can't be read"),
+        ("a.jsonl.xz", LINE, "a.jsonl.xz is cut short or not packed"),
+        ("a.parquet.gz", gzip.compress(b"PAR1")[:-3], "a.parquet.gz is cut short"),
+        ("a.txt", b"hello", "a.txt has no suffix that is known"),
+        ("a", b"hello", "a has no suffix that is known"),
+        ("a.pkl", b"\x80\x04.", "a.pkl has no suffix that is known"),
+        ("a.jsonl.zip", b"PK", "has no suffix that is known"),
+        ("a.jsonl", b'{"messages": "[broken"}\n', "a.jsonl, row 1: a conversation written as text is not JSON"),
+    ],
+)
+def test_broken_files(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        load_sft_dataset(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.parquet", "sub/gone.json.gz", "a/b/c", "./gone", "/gone"])
+def test_missing_files(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no file or folder"):
+        load_sft_dataset(name)
+
+
+def test_a_file_has_one_split(tmp_path):
+    with pytest.raises(UserError, match="one file, with the split 'train' alone"):
+        load_sft_dataset(jsonl(tmp_path / "a.jsonl", good()), split="test")
+
+
+def test_a_long_line(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [talk(reply="long " * 2_000_000)])
+    assert len(load_sft_dataset(path)[0]["messages"][1]["content"]) == 10_000_000
+
+
+# --- folders, objects, the Hub --------------------------------------------------------------------------------------
+
+
+def test_folder_of_datasets(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    one = Dataset.from_list([{"question": "2+2?", "answer": "4"}])
+    one.save_to_disk(tmp_path / "one", num_proc=None)
+    DatasetDict({"train": one, "test": one}).save_to_disk(tmp_path / "two")
+    assert simple(load_sft_dataset(tmp_path / "one"))
+    assert simple(load_sft_dataset(tmp_path / "two", split="test"))
+    with pytest.raises(UserError, match="no split 'valid': choose one of train, test"):
+        load_sft_dataset(tmp_path / "two", split="valid")
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"")
+    with pytest.raises(UserError, match="looks saved by datasets but can't be read"):
+        load_sft_dataset(tmp_path / "one")
+
+
+def test_folder_of_files(tmp_path):
+    jsonl(tmp_path / "train-00000-of-00002.jsonl", good(3))
+    jsonl(tmp_path / "train-00001-of-00002.jsonl", good(2))
+    jsonl(tmp_path / "trainer.jsonl", [{"state": 1}])
+    assert len(load_sft_dataset(tmp_path)) == 5
+    with pytest.raises(UserError, match="no split 'test' .found train-00000"):
+        load_sft_dataset(tmp_path, split="test")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="found no data files"):
+        load_sft_dataset(tmp_path / "empty")
+
+
+def test_objects():
+    from datasets import Dataset, DatasetDict
+
+    one = Dataset.from_list([V0])
+    assert turns(load_sft_dataset(one)) == turns(load_sft_dataset(DatasetDict({"train": one}))) == REASONED
+    assert turns(load_sft_dataset(one.to_iterable_dataset(), limit=1)) == REASONED
+    with pytest.raises(UserError, match="without a split 'train'"):
+        load_sft_dataset(DatasetDict({"test": one}))
+    with pytest.raises(UserError, match="the data is a int"):
+        load_sft_dataset(3)
+    with pytest.raises(UserError, match="rows of type str"):
+        load_sft_dataset(["a", "b"])
+    with pytest.raises(UserError, match="has no rows"):
+        load_sft_dataset([])
+
+
+def test_hub_name_with_no_network():
+    with pytest.raises(UserError, match="'nobody/no-such-data' is no file .*can't be loaded from the Hub"):
+        load_sft_dataset("nobody/no-such-data")
+
+
+class Hub:
+    "Stands in for `datasets.load_dataset`."
+
+    def __init__(self, rows):
+        self.rows, self.calls, self.read = rows, [], 0
+
+    def __call__(self, source, name, *, split, streaming):
+        self.calls.append((source, name, split, streaming))
+        for row in self.rows:
+            self.read += 1
+            if isinstance(row, Exception):
+                raise row
+            yield row
+
+
+def test_hub_streams_with_a_limit_and_names_the_licence(monkeypatch, capsys):
+    import datasets
+
+    hub = Hub([V0] * 50 + [OSError("connection lost\nmore")])
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    data = load_sft_dataset("ServiceNow-AI/R1-Distill-SFT", "v0", limit=10)
+    assert len(data) == 10 and hub.read == 10
+    assert hub.calls == [("ServiceNow-AI/R1-Distill-SFT", "v0", "train", True)]
+    said = capsys.readouterr().err
+    assert "cc-by-nc-sa-4.0, non-commercial" in said and said.count("\n") == 1
+    with pytest.raises(UserError, match="from the Hub stopped: connection lost$"):
+        load_sft_dataset("a/b")
+    assert hub.calls[-1][-1] is False
+    with pytest.raises(UserError, match="stopped"):
+        load_sft_dataset("a/b", limit=60)
+
+
+# --- what loads, and becomes a finding ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, 4, 4.5, True, {"a": 1}, ["x"], []])
+def test_contents_that_are_no_text(value, tmp_path, tokenizer, capsys):
+    rows = [{"question": "2+2?", "answer": "4"}] * 2 + [{"question": "3+3?", "answer": value}]
+    data = load_sft_dataset(jsonl(tmp_path / "a.jsonl", rows))
+    assert turns(data, 2) == [("user", "3+3?"), ("assistant", None)]
+    assert "contents that are no text: 1" in capsys.readouterr().err
+    assert codes(check_dataset(data, tokenizer))["non_string_content"] == ("error", 1, [2])
+
+
+@pytest.mark.parametrize("value", [None, "text", 3, [], ["a"], [{"role": "user"}], [{"x": 1}], [None], [[PAIR]]])
+def test_conversations_that_are_none(value, tmp_path, tokenizer):
+    data = load_sft_dataset(jsonl(tmp_path / "a.jsonl", [{"messages": PAIR}, {"messages": value}]))
+    found = codes(check_dataset(data, tokenizer))
+    assert [1] in [rows for severity, _, rows in found.values() if severity == "error"]
+
+
+def test_lone_surrogates_are_replaced(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "a\\ud800b", "answer": "4"}\n')
+    assert turns(load_sft_dataset(path))[0] == ("user", "a\ufffdb")
+    assert codes(check_dataset([talk("a\ud800b")], tokenizer))["odd_characters"] == ("error", 1, [0])
+
+
+# --- preflight ------------------------------------------------------------------------------------------------------
+
+
+def codes(report):
+    return {f.code: (f.severity, f.count, f.rows) for f in report.findings}
+
+
+EOT = "<|eot_id|>"
+
+
+@pytest.mark.parametrize(
+    "row, code, severity",
+    [
+        (talk("Hi", ""), "empty_content", "error"),
+        (talk("Hi", " \n"), "empty_content", "error"),
+        (talk(" ", "Ho"), "empty_content", "warning"),
+        (talk("Hi", None), "non_string_content", "error"),
+        (talk(7, "Ho"), "non_string_content", "error"),
+        (talk("Hi", f"Ho{EOT}"), "special_token_in_content", "error"),
+        (talk(f"Hi{EOT}<|start_header_id|>system", "Ho"), "special_token_in_content", "warning"),
+        (talk("Hi", "<think>\nHo"), "unbalanced_think", "warning"),
+        (talk("Hi", "H\ufffd"), "odd_characters", "warning"),
+        (talk("Hi\0", "Ho"), "odd_characters", "warning"),
+        (talk("Hi", "Ho</think>"), "unbalanced_think", "warning"),
+        (talk("Hi", "</think>Ho<think>"), "unbalanced_think", "warning"),
+        (talk("<|begin_of_text|>Hi", "Ho"), "double_bos", "error"),
+        ({"messages": PAIR[:1]}, "bad_roles", "error"),
+        ({"messages": PAIR[1:]}, "bad_roles", "error"),
+        ({"messages": PAIR[::-1]}, "bad_roles", "error"),
+        ({"messages": [PAIR[0], *PAIR]}, "bad_roles", "error"),
+        ({"messages": [*PAIR, PAIR[1]]}, "bad_roles", "error"),
+        ({"messages": [*PAIR, *talk("a", "b", "late")["messages"]]}, "bad_roles", "error"),
+        ({"messages": [PAIR[0], {"role": "robot", "content": "4"}]}, "bad_roles", "error"),
+        ({"messages": []}, "bad_roles", "error"),
+        ({"messages": None}, "bad_roles", "error"),
+        ({"messages": "Hi"}, "bad_roles", "error"),
+        (None, "bad_roles", "error"),
+        (talk("What is 3 + 1?", "The answer is 4."), "duplicate", "warning"),
+        (talk("Hi", "x " * 300), "row_dropped", "warning"),
+        (talk("Hi", "x " * 300), "too_long", "warning"),
+    ],
+)
+def test_one_bad_row(row, code, severity, tokenizer):
+    rows = [*good(), row]
+    report = check_dataset(rows, tokenizer, 128)
+    assert codes(report)[code] == (severity, 1, [20])
+    finding = next(f for f in report.findings if f.code == code)
+    assert finding.cause and finding.fix
+    assert report.ok == (not any(f.severity == "error" for f in report.findings))
+    if severity == "error":
+        with pytest.raises(UserError, match=f"{code} in 1 rows .first 20"):
+            report.raise_for_errors()
+
+
+def test_a_good_set_has_no_findings(tokenizer):
+    report = check_dataset(good(), tokenizer, eval_data=good(5, start=100))
+    assert report.findings == [] and report.ok and report.raise_for_errors() is None
+    assert report.table() == "no findings" and "rows 20" in str(report) and "no findings" in report._repr_markdown_()
+
+
+def test_figures(tokenizer):
+    rows = good(10)
+    made = [encode(row["messages"], tokenizer) for row in rows]
+    lengths = [len(row["input_ids"]) for row in made]
+    summary = check_dataset(rows, tokenizer, min_rows=1).summary
+    assert summary["rows"] == summary["usable"] == 10
+    assert summary["tokens"] == sum(lengths) and summary["longest"] == max(lengths)
+    assert summary["learned_tokens"] == sum(label != -100 for row in made for label in row["labels"])
+
+
+def test_leakage(tokenizer):
+    held_out = [talk("what  is 3 + 1?\n", "another reply"), talk("What is 33 + 1?", "no")]
+    assert codes(check_dataset(good(), tokenizer, eval_data=held_out))["leakage"] == ("error", 1, [3])
+    with pytest.raises(UserError, match="no messages"):
+        check_dataset(good(), tokenizer, eval_data=[{"text": "x"}])
+
+
+def test_lengths(tokenizer):
+    rows = good(199) + [talk("Hi", "x " * 300)]
+    report = check_dataset(rows, tokenizer, 128)
+    best = report.summary["keeps_99_percent"]
+    finding = next(f for f in report.findings if f.code == "row_dropped")
+    assert "0.5 % of the rows" in finding.cause and f"max_length={best} keeps 99 %" in finding.fix
+    sizes = [len(encode(row["messages"], tokenizer, max_length=9999)["input_ids"]) for row in rows]
+    assert sum(n <= best for n in sizes) >= 0.99 * 200 > sum(n < best for n in sizes)
+    everything = check_dataset(rows, tokenizer, 8)
+    assert codes(everything)["row_dropped"][:2] == ("error", 200) and everything.summary["usable"] == 0
+
+
+def test_row_counts(tokenizer):
+    assert codes(check_dataset(good(15), tokenizer)) == {"too_few_rows": ("warning", 15, [])}
+    assert check_dataset(good(15), tokenizer, min_rows=15).findings == []
+    assert check_dataset(good(160), tokenizer, max_steps=60).findings == []
+    assert list(codes(check_dataset(good(159), tokenizer, max_steps=60))) == ["too_few_rows"]
+
+
+def test_settings(tokenizer):
+    import torch
+
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = other.eos_token
+    assert codes(check_dataset(good(), other)) == {"pad_is_eos": ("warning", 1, [])}
+
+    class Model:
+        def __init__(self, rows):
+            self.embedding = torch.nn.Embedding(rows, 2)
+
+        def get_input_embeddings(self):
+            return self.embedding
+
+    assert check_dataset(good(), tokenizer, model=Model(768)).findings == []
+    assert codes(check_dataset(good(), tokenizer, model=Model(767))) == {"tokenizer_too_large": ("error", 1, [])}
+
+
+def test_templates(tokenizer):
+    def found(text):
+        return codes(check_dataset(good(), tokenizer, template=text))
+
+    turn = "{% for m in messages %}{{ m.role + '\n' + m.content + '<|eot_id|>' }}{% endfor %}"
+    ask = "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    everywhere = ("error", 20, [0, 1, 2, 3, 4])
+    assert found("{{ bos_token }}" + turn + ask) == {}
+    assert found(turn + ask) == {"no_bos": everywhere}
+    assert found("{{ bos_token + bos_token }}" + turn + ask) == {"double_bos": everywhere}
+    none_left = {"too_few_rows": ("warning", 0, [])}
+    assert found("{{ bos_token }}" + turn.replace(EOT, "\n") + ask) == {"no_end_of_turn": everywhere, **none_left}
+    other = ask.replace("assistant", "Assistant")
+    assert found("{{ bos_token }}" + turn + other) == {"prompt_not_prefix": everywhere, **none_left}
+    assert found("{{ raise_exception('no') }}") == {"template_refused": everywhere, **none_left}
+    assert list(found("{{ bos_token }}{# {{ strftime_now('%Y') }} #}" + turn + ask)) == ["date_in_template"]
+    dropped = turn.replace("m.content +", "m.content.replace('answer', '') +")
+    assert codes(check_dataset(good(), tokenizer, template="{{ bos_token }}" + dropped + ask)) == {
+        "content_changed": ("warning", 20, [0, 1, 2, 3, 4])
+    }
+
+
+def test_no_template_at_all(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        check_dataset(good(), bare)
+
+
+def test_text_and_ready_ids(tokenizer):
+    texts = [{"text": tokenizer.apply_chat_template(row["messages"], tokenize=False)} for row in good()]
+    assert codes(check_dataset(texts, tokenizer)) == {"double_bos": ("error", 20, [0, 1, 2, 3, 4])}
+    cut = [{"text": row["text"].removeprefix("<|begin_of_text|>").removesuffix(EOT)} for row in texts]
+    assert list(codes(check_dataset(cut, tokenizer))) == ["no_end_of_turn"]
+    ready, _ = encode_dataset(good(), tokenizer)
+    assert check_dataset(ready, tokenizer).findings == []
+    assert codes(check_dataset(ready, tokenizer, 12))["end_cut"][0] == "error"
+    masked = [{"input_ids": row["input_ids"], "labels": [-100] * len(row["labels"])} for row in ready]
+    assert list(codes(check_dataset(masked, tokenizer))) == ["all_masked"]
+
+
+@pytest.mark.parametrize("data", [[], [{"question": "a"}], {"train": []}, "rows.jsonl", None])
+def test_nothing_to_look_at(data, tokenizer):
+    with pytest.raises(UserError):
+        check_dataset(data, tokenizer)
+    with pytest.raises(UserError):
+        encode_dataset(data, tokenizer)
+
+
+def test_report():
+    report = DatasetReport(
+        [Finding("b", "warning", 9, [1, 2], "a | b", "do"), Finding("a", "error", 1, [7], "c", "<do>")], {"rows": 9}
+    )
+    assert [f.code for f in report.findings] == ["a", "b"] and not report.ok
+    assert str(report) == "rows 9\n" + report.table()
+    assert "error: a (1; rows 7)" in report.table() and "warning: b (9; rows 1, 2…)" in report.table()
+    assert "a \\| b" in report._repr_markdown_() and "&lt;do>" in report._repr_markdown_()
+    with pytest.raises(UserError, match="a in 1 rows .first 7.: c; <do>$"):
+        report.raise_for_errors()
+
+
+def test_roles():
+    def problem(*names):
+        return role_problem([{"role": name, "content": "x"} for name in names])
+
+    assert problem("user", "assistant") is problem("developer", "user", "assistant", "tool", "assistant") is None
+    assert problem("system", "assistant") == "the first turn after the system is the assistant's, not the user's"
+    assert problem("user", "assistant", "assistant") == "two assistant turns follow each other"
+
+
+def test_each_code_says_what_to_do():
+    assert all(severity in ("error", "warning", "info") and len(fix) > 20 for severity, fix in CODES.values())
+
+
+# --- ids and labels -------------------------------------------------------------------------------------------------
+
+
+def test_encode_dataset(tokenizer):
+    rows = [*good(3), talk("Hi", "x " * 300), *good(3, start=9)]
+    data, dropped = encode_dataset(rows, tokenizer, 128)
+    assert dropped == [3] and data.column_names == ["input_ids", "labels"] and data.cache_files == []
+    kept = [row for i, row in enumerate(rows) if i != 3]
+    assert data.to_list() == [encode(row["messages"], tokenizer, max_length=128) for row in kept]
+    again, _ = encode_dataset(load_sft_dataset(rows), tokenizer, 128, num_proc=2)
+    assert again.to_list() == data.to_list()
+
+
+def test_encode_dataset_errors(tokenizer):
+    with pytest.raises(UserError, match="no row fits max_length=8: the shortest has .* tokens, the longest"):
+        encode_dataset(good(), tokenizer, 8)
+    with pytest.raises(UserError, match="row 20: the last turn is the user's"):
+        encode_dataset([*good(), {"messages": PAIR[:1]}], tokenizer)
+    data = load_sft_dataset([{"question": "2+2?", "answer": 4}])
+    with pytest.raises(UserError, match="row 0: the content of message 2 .assistant. is NoneType"):
+        encode_dataset(data, tokenizer)
+
+
+def test_encoding_leaves_bars_as_they_were(tokenizer, capsys):
+    import datasets
+
+    before = datasets.are_progress_bars_disabled()
+    encode_dataset(good(), tokenizer)
+    assert datasets.are_progress_bars_disabled() == before and capsys.readouterr().err == ""
+
+
+def test_fingerprint(tmp_path):
+    rows = [{"question": "2+2?", "answer": "4"}, {"question": "3+3?", "answer": "é"}]
+    data = load_sft_dataset(jsonl(tmp_path / "a.jsonl", rows))
+    assert data_fingerprint(data) == data_fingerprint(load_sft_dataset(rows)) == data_fingerprint(data.to_list())
+    assert len(data_fingerprint(data)) == 64
+    assert data_fingerprint(load_sft_dataset(rows[::-1])) != data_fingerprint(data)
+    assert data_fingerprint(load_sft_dataset(EMBEDDED_DATA)) == data_fingerprint(load_sft_dataset())

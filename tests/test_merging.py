@@ -1,0 +1,327 @@
+"""Saving and loading adapters: the same bytes, whole or not at all, and never onto another model."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_nb.core import EMBEDDED_MODEL, UserError, file_sha256
+from qlora_nb.merging import adapter_size, load_adapter, read_header, save_adapter
+
+FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def load(name="qlora_nb:embedded", **settings):
+    from qlora_nb.model import load_model
+
+    return load_model(name, backend="transformers", **settings)
+
+
+def with_adapter(model, **settings):
+    from qlora_nb.model import add_lora
+
+    model = add_lora(model, **settings)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    model, tokenizer = load()
+    return with_adapter(model), tokenizer
+
+
+@pytest.fixture(scope="module")
+def saved(adapted, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    save_adapter(*adapted, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain():
+    "A base in 16 bits that no test changes."
+    return load(load_in_4bit=False, dtype="float32")
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "adapter"))
+
+
+def shas(folder):
+    return {file.name: file_sha256(file) for file in Path(folder).iterdir()}
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_in_the_folder(adapted, saved):
+    assert {file.name for file in saved.iterdir()} == FILES
+    header = read_header(saved / "adapter_model.safetensors")
+    size = (saved / "adapter_model.safetensors").stat().st_size
+    assert 0 < size - adapter_size(adapted[0]) < 20_000
+    assert adapter_size(adapted[0]) == sum(p.numel() * 4 for p in adapted[0].parameters() if p.requires_grad)
+    assert len(header) == 4 * 7 * 2 and {entry["dtype"] for entry in header.values()} == {"F32"}
+
+
+def test_the_embedded_base_has_a_name_and_no_path(saved):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "qlora_nb:embedded"
+    places = [str(EMBEDDED_MODEL), str(EMBEDDED_MODEL.parents[1]), str(Path.home()) + "/"]
+    for file in saved.iterdir():
+        assert not any(place.encode() in file.read_bytes() for place in places), file.name
+
+
+def test_a_base_of_ones_own_keeps_the_name_that_was_given(tmp_path, monkeypatch):
+    shutil.copytree(EMBEDDED_MODEL, tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load("models/mine", load_in_4bit=False)
+    save_adapter(with_adapter(model, r=2), tokenizer, "out")
+    config = json.loads(Path("out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "models/mine"
+    assert str(tmp_path) not in Path("out/README.md").read_text()
+
+
+def test_twice_the_same_bytes(adapted, saved, tmp_path):
+    sha = save_adapter(*adapted, tmp_path / "b")
+    assert sha == file_sha256(saved / "adapter_model.safetensors")
+    assert shas(tmp_path / "b") == shas(saved)
+
+
+SAVE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_merging import load, save_adapter, with_adapter
+model, tokenizer = load(load_in_4bit=False)
+save_adapter(with_adapter(model, r=4), tokenizer, sys.argv[2])
+"""
+
+
+def test_the_same_bytes_from_another_process(tmp_path):
+    "Sets have another order in each process."
+    env = {**os.environ, "PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", SAVE, str(Path(__file__).parent), str(tmp_path / "there")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = load(load_in_4bit=False)
+    save_adapter(with_adapter(model, r=4), tokenizer, tmp_path / "here")
+    assert shas(tmp_path / "here") == shas(tmp_path / "there")
+
+
+def test_saving_changes_nothing_in_the_model(adapted, tmp_path):
+    before = {k: v.clone() for k, v in adapted[0].state_dict().items()}
+    name = adapted[0].peft_config["default"].base_model_name_or_path
+    save_adapter(*adapted, tmp_path / "a")
+    after = adapted[0].state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert adapted[0].peft_config["default"].base_model_name_or_path == name
+
+
+def test_an_adapter_is_replaced_and_nothing_else(adapted, tmp_path):
+    save_adapter(*adapted, tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text("old")
+    save_adapter(*adapted, tmp_path / "a")
+    assert "qlora_nb" in (tmp_path / "a" / "README.md").read_text()
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    before = shas(tmp_path / "a")
+    with pytest.raises(UserError, match=r"holds other files \(notes.txt\)"):
+        save_adapter(*adapted, tmp_path / "a")
+    assert shas(tmp_path / "a") == before
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_in_the_way(adapted, tmp_path):
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(UserError, match="is a file"):
+        save_adapter(*adapted, tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "a file"
+
+
+def test_a_model_without_adapter(plain, tmp_path):
+    with pytest.raises(UserError, match="no adapter"):
+        save_adapter(*plain, tmp_path / "a")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_leaves_the_old_adapter(adapted, tmp_path, monkeypatch):
+    model, tokenizer = adapted
+    save_adapter(model, tokenizer, tmp_path / "a")
+    before = shas(tmp_path / "a")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(model, tokenizer, tmp_path / "a")
+    assert shas(tmp_path / "a") == before and os.listdir(tmp_path) == ["a"]
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from test_merging import load, save_adapter, with_adapter
+from qlora_nb.core import UserError
+model, tokenizer = load(load_in_4bit=False)
+model = with_adapter(model, r=16)
+for folder, limit in (word.split("=") for word in sys.argv[2:]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+    try:
+        save_adapter(model, tokenizer, folder)
+        print("saved")
+    except UserError as error:
+        print("refused:", error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_no_space_left(saved, tmp_path):
+    "Files may grow to so many bytes: too few for the numbers, the tokenizer, anything; then enough."
+    old, new = Path(shutil.copytree(saved, tmp_path / "old")), tmp_path / "new"
+    before = shas(old)
+    limits = [f"{old}=100000", f"{old}=500", f"{old}=0", f"{new}=20000", f"{new}=1000000000"]
+    command = [sys.executable, "-c", FULL, str(Path(__file__).parent), *limits]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    refused = "refused: no space left while writing {}: nothing there was changed; free some and repeat"
+    assert done.stdout.splitlines() == [refused.format(old)] * 3 + [refused.format(new), "saved"]
+    assert shas(old) == before and sorted(os.listdir(tmp_path)) == ["new", "old"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of 256 kB; skipped where mounting is not allowed."
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    command = [mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    if not mount or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk(adapted, small_disk):
+    with pytest.raises(UserError, match="no space left"):
+        save_adapter(*adapted, small_disk / "a")
+    assert os.listdir(small_disk) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_place_that_cant_be_written(adapted, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="can't be written"):
+        save_adapter(*adapted, tmp_path / "locked" / "a")
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"load_in_4bit": False, "dtype": "bfloat16"}], ids=["4-bit", "16-bit"])
+def test_round_trip(settings, tmp_path):
+    model, tokenizer = load(**settings)
+    model = with_adapter(model, r=4, use_rslora=True).eval()
+    sha = save_adapter(model, tokenizer, tmp_path / "a")
+    again = load_adapter(load(**settings)[0], tmp_path / "a").eval()
+    ids = tokenizer("How many apples?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+    assert save_adapter(again, tokenizer, tmp_path / "b") == sha
+    assert shas(tmp_path / "a") == shas(tmp_path / "b")
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_trainable(saved):
+    again = load_adapter(load()[0], saved, trainable=True)
+    trained = {name for name, p in again.named_parameters() if p.requires_grad}
+    assert len(trained) == 56 and all("lora_" in name for name in trained)
+
+
+def test_other_adapter_names_are_saved_flat(adapted, saved, tmp_path):
+    import peft
+
+    model, tokenizer = load(load_in_4bit=False)
+    model = peft.PeftModel.from_pretrained(model, saved, adapter_name="mine")
+    save_adapter(model, tokenizer, tmp_path / "a")
+    assert {file.name for file in (tmp_path / "a").iterdir()} == FILES
+    keys = [read_header(folder / "adapter_model.safetensors").keys() for folder in (saved, tmp_path / "a")]
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize(
+    "harm, said",
+    [
+        (lambda a: shutil.rmtree(a), "there is no adapter folder"),
+        (lambda a: (a / "adapter_config.json").unlink(), "no adapter_config.json"),
+        (lambda a: (a / "adapter_config.json").write_text("{"), "not JSON"),
+        (lambda a: (a / "adapter_config.json").write_text("[]"), "not JSON"),
+        (lambda a: (a / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "of the kind IA3"),
+        (lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"), "no adapter_model.safetensors"),
+        (lambda a: (a / "adapter_model.safetensors").write_bytes(b""), "damaged"),
+        (lambda a: (a / "adapter_model.safetensors").write_bytes(b"\xff" * 64), "damaged"),
+        (lambda a: os.truncate(a / "adapter_model.safetensors", 100_000), "damaged"),
+    ],
+    ids=["no folder", "no config", "broken config", "list", "other kind", "pickle", "empty", "garbage", "cut"],
+)
+def test_folders_that_are_no_adapter(plain, copied, harm, said):
+    harm(copied)
+    with pytest.raises(UserError, match=said) as caught:
+        load_adapter(plain[0], copied)
+    assert "\n" not in str(caught.value)
+    assert not any(hasattr(layer, "lora_A") for layer in plain[0].modules())
+
+
+def rewrite(folder, change):
+    import safetensors.torch
+
+    file = folder / "adapter_model.safetensors"
+    tensors = dict(change(key, value) for key, value in safetensors.torch.load_file(file).items())
+    safetensors.torch.save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda k, v: (k, torch.zeros(16, 64) if "k_proj.lora_A" in k else v), "k_proj has 64 values going in"),
+        (lambda k, v: (k, torch.zeros(99, 16) if "up_proj.lora_B" in k else v), "up_proj has 99 values going out"),
+        (lambda k, v: (k.replace("layers.3", "layers.30"), v), "no layer model.layers.30"),
+        (lambda k, v: (k, torch.zeros(3, 256) if "q_proj.lora_A" in k else v), "doesn't fit this model"),
+    ],
+    ids=["in", "out", "layer", "rank"],
+)
+def test_adapters_of_other_models(plain, copied, change, said):
+    rewrite(copied, change)
+    base = load(load_in_4bit=False)[0] if "fit" in said else plain[0]
+    with pytest.raises(UserError, match=said) as caught:
+        load_adapter(base, copied)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_on_an_adapter(adapted, saved):
+    with pytest.raises(UserError, match="carries an adapter already"):
+        load_adapter(adapted[0], saved)
+
+
+def test_load_model_takes_the_adapter(adapted, saved):
+    from qlora_nb.model import load_model
+
+    model, tokenizer = load_model(adapter=saved, backend="transformers")
+    ids = tokenizer("How many apples?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, adapted[0].eval()(ids).logits)

@@ -1,0 +1,263 @@
+"""Ids, labels and stop tokens: equal to the tokenizer's own, exact, and never cut."""
+
+import copy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_nb.core import EMBEDDED_MODEL, UserError
+from qlora_nb.template import (
+    DATE,
+    SYSTEM_PROMPT,
+    TEMPLATES,
+    encode,
+    encode_batch,
+    prompt_ids,
+    render,
+    stop_tokens,
+    template_fingerprint,
+    template_text,
+)
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="module")
+def chatml(tokenizer):
+    "A tokenizer that also has ChatML's tokens."
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    return other
+
+
+def chat(*contents, system=None):
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+    return [{"role": "system", "content": system}, *turns] if system is not None else turns
+
+
+def learned(row):
+    return [label for label in row["labels"] if label != -100]
+
+
+# --- random conversations -------------------------------------------------------------------------------------------
+
+ODD = ["\n\nHi\n", " x", "<think>\n1\n</think>\n\n2", "a {b} {{ c }} {% d %}", "é🙂\u200b"]
+contents = st.text(max_size=60) | st.sampled_from(ODD)
+conversations = st.builds(
+    lambda pairs, system: chat(*(text for pair in pairs for text in pair), system=system),
+    st.lists(st.tuples(contents, contents.filter(str.strip)), min_size=1, max_size=3),
+    st.none() | contents,
+)
+
+
+@pytest.mark.parametrize("template", [None, "llama-3.1", "chatml"])
+@settings(max_examples=120, deadline=None)
+@given(messages=conversations)
+def test_random_conversations(tokenizer, chatml, template, messages):
+    tok = chatml if template == "chatml" else tokenizer
+    end = "<|im_end|>" if template == "chatml" else "<|eot_id|>"
+    text = template_text(tok, template)
+    row = encode(messages, tok, template=template, max_length=10**6)
+    own = tok.apply_chat_template(messages, chat_template=text, date_string=DATE)["input_ids"]
+    assert row["input_ids"] == own
+    assert own.count(tok.bos_token_id) == 1 and own[0] == tok.bos_token_id
+    assert tok.decode(own) == render(messages, tok, template)
+    assert tok.decode(learned(row)) == messages[-1]["content"].strip() + end
+    prompt = prompt_ids(messages[:-1], tok, template)
+    assert own[: len(prompt)] == prompt
+    covered = [i for i, label in enumerate(row["labels"]) if label != -100]
+    assert covered == list(range(len(prompt), covered[-1] + 1)), "labels are not one span right after the prompt"
+    assert [own[i] for i in covered] == learned(row) and len(row["labels"]) == len(own)
+    every = encode(messages, tok, template=template, max_length=10**6, train_on="all")
+    replies = [m["content"].strip() + end for m in messages if m["role"] == "assistant"]
+    assert tok.decode(learned(every)) == "".join(replies) and every["input_ids"] == own
+
+
+def test_a_batch_is_the_same_as_one_by_one(tokenizer):
+    rows = [chat(f"What is {i} + 1?", str(i + 1), system=SYSTEM_PROMPT if i % 2 else None) for i in range(20)]
+    for messages, row in zip(rows, encode_batch(rows, tokenizer)):
+        assert encode(messages, tokenizer) == {"input_ids": row.input_ids, "labels": row.labels}
+
+
+# --- length ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_that_does_not_fit_is_none(tokenizer):
+    messages = chat("Hi", "word " * 50)
+    size = len(encode(messages, tokenizer)["input_ids"])
+    assert encode(messages, tokenizer, max_length=size) is not None
+    assert encode(messages, tokenizer, max_length=size - 1) is None
+
+
+# --- what can't be encoded ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "messages, words",
+    [
+        ([], "no messages"),
+        (None, "no messages"),
+        ("Hi", "no messages"),
+        (["Hi"], "message 1 has no role"),
+        ([{"content": "Hi"}], "message 1 has no role"),
+        (chat("Hi"), "the last turn is the user's"),
+        (chat("Hi", "Ho", "Again"), "the last turn is the user's"),
+        ([{"role": "assistant", "content": "Hi"}], "nothing stands before"),
+        (chat("Hi", None), r"message 2 \(assistant\) is NoneType"),
+        (chat(4, "four"), r"message 1 \(user\) is int"),
+        (chat("Hi", ["a", "b"]), "is list, not text"),
+        (chat("Hi", "\ud800"), "lone surrogate"),
+    ],
+)
+def test_unusable_messages(tokenizer, messages, words):
+    with pytest.raises(UserError, match=words):
+        encode(messages, tokenizer)
+
+
+def test_missing_content_never_becomes_the_word_none(tokenizer):
+    with pytest.raises(UserError, match="NoneType"):
+        render(chat("Hi", None), tokenizer)
+    with pytest.raises(UserError, match="NoneType"):
+        prompt_ids(chat(None), tokenizer)
+
+
+def test_prompt_ids_wants_an_open_question(tokenizer):
+    with pytest.raises(UserError, match="ends with the assistant's turn"):
+        prompt_ids(chat("Hi", "Ho"), tokenizer)
+
+
+def test_train_on(tokenizer):
+    with pytest.raises(UserError, match="choose 'last' or 'all'"):
+        encode(chat("Hi", "Ho"), tokenizer, train_on="first")
+
+
+# --- templates ------------------------------------------------------------------------------------------------------
+
+
+def test_no_template(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(UserError, match="no chat template: name one with template= .llama-3.1, chatml"):
+        encode(chat("Hi", "Ho"), bare)
+    assert encode(chat("Hi", "Ho"), bare, template="llama-3.1")["input_ids"][0] == bare.bos_token_id
+
+
+def test_unknown_template_and_missing_tokens(tokenizer):
+    with pytest.raises(UserError, match="no template 'llama-4'"):
+        render(chat("Hi"), tokenizer, "llama-4")
+    with pytest.raises(UserError, match="needs the token <.im_end.>"):
+        render(chat("Hi"), tokenizer, "chatml")
+
+
+@pytest.mark.parametrize(
+    "template, code",
+    [
+        ("{{ bos_token }}{% for m in messages %}{{ m.content }}", "template_refused"),
+        ("{{ raise_exception('roles must alternate') }}", "template_refused"),
+        ("{{ bos_token }}{% for m in messages %}{{ m.content + '\n' }}{% endfor %}", "no_end_of_turn"),
+        ("{{ bos_token }}{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}", "no_end_of_turn"),
+        (  # the reply stands before the question
+            "{{ bos_token }}{% for m in messages | reverse %}{{ m.content + '<|eot_id|>' }}{% endfor %}",
+            "prompt_not_prefix",
+        ),
+        (  # the generation prompt opens the reasoning, the row doesn't
+            "{% for m in messages %}{{ m.role + '\n' + m.content + '<|eot_id|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant\n<think>\n' }}{% endif %}",
+            "prompt_not_prefix",
+        ),
+    ],
+)
+def test_bad_templates(tokenizer, template, code):
+    assert encode_batch([chat("What?", "That.")], tokenizer, template=template)[0].code == code
+    with pytest.raises(UserError):
+        encode(chat("What?", "That."), tokenizer, template=template)
+
+
+def test_reasoning_that_a_template_drops(tokenizer):
+    "As DeepSeek-R1's template does it in every turn, and Qwen3's in all but the last."
+    content = "m.content.split('</think>')[-1] if m.role == 'assistant' {} else m.content"
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role + '\n' + (CONTENT) + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    reply = "<think>\nhm\n</think>\n\n4"
+    always = template.replace("CONTENT", content.format(""))
+    assert encode_batch([chat("2+2?", reply)], tokenizer, template=always)[0].changed
+    older = template.replace("CONTENT", content.format("and not loop.last"))
+    row = encode_batch([chat("2+2?", reply)], tokenizer, template=older)[0]
+    assert not row.changed and row.code is None
+    both = [chat("2+2?", reply, "3+3?", reply)]
+    assert encode_batch(both, tokenizer, template=older)[0].code is None
+    assert encode_batch(both, tokenizer, template=older, train_on="all")[0].code == "prompt_not_prefix"
+
+
+def test_a_reply_that_melts_with_the_header_is_found(chatml):
+    "ChatML without trimming: the header's newline and the reply's become one token."
+    template = TEMPLATES["chatml"].replace(" | trim", "")
+    assert encode_batch([chat("Hi", "\nHo")], chatml, template=template)[0].code == "prompt_not_prefix"
+    assert encode_batch([chat("Hi", "\nHo")], chatml, template="chatml")[0].code is None
+
+
+def test_the_date_does_not_move(tokenizer):
+    dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    assert render(chat("Hi"), tokenizer, dated) == DATE
+    text = render(chat("Hi", system=" Be brief. "), tokenizer, "llama-3.1")
+    assert f"Today Date: {DATE}\n\nBe brief.<|eot_id|>" in text
+
+
+def test_llama_template_to_the_letter(tokenizer):
+    head = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+    date = "Today Date: 26 Jul 2024\n\n<|eot_id|>"
+    turns = "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert render(chat(" Hi\n"), tokenizer, "llama-3.1", add_generation_prompt=True) == head + date + turns
+    assert render(chat("Hi", "Ho "), tokenizer, "llama-3.1") == head + date + turns + "Ho<|eot_id|>"
+
+
+def test_system_prompt():
+    assert SYSTEM_PROMPT == (
+        "Reflect before you answer: think it through thoroughly, step by step, between <think> and </think>, "
+        "then state the answer."
+    )
+
+
+# --- stop tokens and fingerprint ------------------------------------------------------------------------------------
+
+
+class FakeModel:
+    def __init__(self, eos):
+        self.generation_config = type("Config", (), {"eos_token_id": eos})()
+
+
+def test_stop_tokens(tokenizer, chatml):
+    names = tokenizer.convert_ids_to_tokens(stop_tokens(tokenizer))
+    assert set(names) == {"<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"}
+    assert chatml.convert_tokens_to_ids("<|im_end|>") in stop_tokens(chatml)
+    known = stop_tokens(tokenizer)
+    assert stop_tokens(tokenizer, FakeModel([5, 7])) == sorted({5, 7, *known})
+    assert stop_tokens(tokenizer, FakeModel(5)) == sorted({5, *known})
+    assert stop_tokens(tokenizer, FakeModel(None)) == stop_tokens(tokenizer, object()) == known
+
+
+def test_an_unknown_token_does_not_stop(tokenizer):
+    "Where a vocabulary has an unknown token, names that it lacks must not become its id."
+    other = copy.deepcopy(tokenizer)
+    other.unk_token = "<|reserved_special_token_0|>"
+    assert other.unk_token_id not in stop_tokens(other)
+
+
+def test_fingerprint(tokenizer):
+    own = template_fingerprint(tokenizer)
+    assert own == template_fingerprint(copy.deepcopy(tokenizer)) != template_fingerprint(tokenizer, "llama-3.1")
+    assert own == template_fingerprint(tokenizer, tokenizer.chat_template)
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<|end_of_text|>"
+    assert template_fingerprint(other) != own
