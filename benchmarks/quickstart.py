@@ -1,12 +1,12 @@
 """What our API costs over the libraries below it, on one GPU, with the quick start's own settings.
 
-A Llama of a given shape with random weights (they cost what real ones cost) is trained by four stacks: Unsloth and TRL by
-hand, and `load_model`, `add_lora`, `train` with each backend. All see the same rows in the same order. Each measurement is
-a process of its own, and the stacks take turns, so that a slow minute of the machine falls on all of them.
+A Llama of a given shape with random weights (they cost what real ones cost) is trained by four stacks: Unsloth and TRL
+by hand, and `load_model`, `add_lora`, `train` with each backend. All see the same rows in the same order. Each
+measurement is a process of its own, and the stacks take turns, so that a slow minute of the machine falls on all.
 
     python benchmarks/quickstart.py --runs 3 --out nbs/results/quickstart.json
     python benchmarks/quickstart.py --stack ours-unsloth          # one measurement, one JSON line
-    python benchmarks/quickstart.py --size tiny --steps 6 --skip 2 --runs 1 --stacks ours-transformers   # a trial on a CPU
+    python benchmarks/quickstart.py --size tiny --steps 6 --skip 2 --runs 1 --stacks ours-transformers   # on a CPU
 """
 
 import argparse
@@ -242,7 +242,7 @@ def write(a, runs):
 
     write_json(a.out, {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "versions": library_versions(),
-        "date": f"{datetime.date.today()}", "command": "python " + " ".join(["benchmarks/quickstart.py", *sys.argv[1:]]),
+        "date": f"{datetime.date.today()}", "command": " ".join(["python benchmarks/quickstart.py", *sys.argv[1:]]),
         "runs": runs,
     })  # fmt: skip
 

@@ -159,9 +159,9 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
 # %% ../nbs/00_core.ipynb #8278cb14-11
 def read_jsonl(path: str | Path) -> list[dict]:
     "The objects of a JSONL file; a last line that was cut off by a crash is left out."
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OPENERS', 'READERS', 'KNOWN', 'COMMON', 'ROLES', 'LICENCES', 'CODES', 'KNOWN_ROLES', 'read_rows', 'Schema',
            'recognise', 'to_messages', 'load_sft_dataset', 'data_fingerprint', 'Finding', 'DatasetReport',
-           'role_problem', 'content_problems', 'token_problems', 'keeps', 'check_dataset', 'encode_dataset']
+           'role_problem', 'content_problems', 'token_problems', 'question_hash', 'keeps', 'check_dataset',
+           'encode_dataset']
 
 # %% ../nbs/12_data.ipynb #7742c7f4
 import bz2
@@ -568,7 +569,7 @@ class _Collector:
                 finding.rows.append(row)
 
 # %% ../nbs/12_data.ipynb #7742c7f4-27
-def _question(messages: list[dict]) -> bytes:
+def question_hash(messages: list[dict]) -> bytes:
     "A short hash of what is asked: the user's words, without case and spacing; digits count."
     words = " ".join(m["content"] for m in messages if m["role"] == "user" and isinstance(m["content"], str))
     return hashlib.blake2b(" ".join(words.lower().split()).encode("utf-8", "replace"), digest_size=12).digest()
@@ -578,7 +579,7 @@ def _questions(data) -> set[bytes]:
     "The hashes of all questions of a data set."
     found = set()
     for batch in _messages(data):
-        found.update(_question(m) for m in batch if content_problem(m) is None)
+        found.update(question_hash(m) for m in batch if content_problem(m) is None)
     return found
 
 # %% ../nbs/12_data.ipynb #7742c7f4-28
@@ -595,7 +596,7 @@ def _check_messages(batch, first, found, tokenizer, template, special, seen, hel
             if same in seen:
                 found.add("duplicate", row, "the row is the same as an earlier one")
             seen.add(same)
-            if held_out and _question(messages) in held_out:
+            if held_out and question_hash(messages) in held_out:
                 found.add("leakage", row, "the question is also in eval_data")
         if result.code:
             found.add(result.code, row, result.why)

@@ -86,7 +86,8 @@ from pathlib import Path
 from qlora_nb.training import make_trainer, settings_for
 rows, dropped = encode_dataset(load_sft_dataset(limit=40), tokenizer, 256)
 assert not dropped and set(rows.column_names) == {{"input_ids", "labels"}}
-trainer = make_trainer(model, tokenizer, rows, settings_for({{"max_steps": 1}}, profile=PROFILES["tiny"]), Path("c"), [])
+settings = settings_for({{"max_steps": 1}}, profile=PROFILES["tiny"])
+trainer = make_trainer(model, tokenizer, rows, settings, Path("c"), [])
 seen, step = [], type(trainer).training_step
 def spy(self, model, inputs, *args, **kwargs):
     seen.append({{k: v.tolist() for k, v in inputs.items() if k in ("input_ids", "labels", "attention_mask")}})
@@ -126,7 +127,7 @@ except UserError as error:
 @pytest.mark.parametrize(
     "first, second, message",
     [
-        ("import trl", "unsloth", "trl and transformers"),
+        ("import trl", "unsloth", "came before Unsloth"),
         ("import qlora_nb; qlora_nb.load_model(backend='unsloth')", "transformers", "already patched this process"),
     ],
 )

@@ -20,7 +20,9 @@ SHORT = ["--max-steps", "12", "--eval-rows", "0", "--save-steps", "4", "--limit"
 
 
 def qlora_nb(*arguments, cwd, **more):
-    return subprocess.run([*COMMAND, *map(str, arguments)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=400, **more)
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=400, **more
+    )
 
 
 def sha(run):
@@ -77,17 +79,19 @@ def test_the_run_folder(demo):
 
 
 def test_what_others_get_holds_no_path_of_this_machine(demo):
-    texts = [*(demo[0] / "adapter").glob("*.json"), *(demo[0] / "adapter").glob("*.md"), demo[0] / "config.yaml", demo[0] / "report.md"]
-    for path in texts:
-        text = path.read_text()
-        assert str(ROOT) not in text and str(demo[0].parent) not in text and str(Path.home()) + "/" not in text, path.name
+    paths = [ROOT, demo[0].parent, f"{Path.home()}/", Path(sys.prefix)]
+    for path in demo[0].rglob("*"):
+        if path.is_file():
+            assert not [p for p in paths if str(p).encode() in path.read_bytes()], path
 
 
 def test_chat_with_the_run(demo, tmp_path):
     story = "Mia has 12 apples. She buys 5 bags of 3 apples. How many apples does Mia have now?"
     done = qlora_nb("chat", demo[0], "--message", story, "--temperature", "0", cwd=tmp_path)
     assert done.stdout.startswith("<think>\n") and "</think>" in done.stdout and "<|" not in done.stdout
-    lines = qlora_nb("chat", demo[0], "--temperature", "0", "--max-new-tokens", "64", cwd=tmp_path, input=f"{story}\n\n{story}\n")
+    lines = qlora_nb(
+        "chat", demo[0], "--temperature", "0", "--max-new-tokens", "64", cwd=tmp_path, input=f"{story}\n\n{story}\n"
+    )
     assert lines.stdout == done.stdout * 2
 
 
@@ -143,7 +147,7 @@ def test_config_is_taken_back(whole, tmp_path):
 
 
 @pytest.fixture
-def mistake(capsys, monkeypatch, tmp_path):
+def mistake(capfd, monkeypatch, tmp_path):
     from qlora_nb.cli import main
 
     monkeypatch.setenv("QLORA_NB_PROFILE", "tiny")
@@ -152,7 +156,7 @@ def mistake(capsys, monkeypatch, tmp_path):
     def check(arguments, message):
         with pytest.raises(SystemExit) as stopped:
             main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
+        out, err = capfd.readouterr()
         assert (stopped.value.code, out) == (2, ""), err
         last = err.strip().splitlines()[-1]
         assert last.startswith("qlora_nb: ") and re.search(message, last), err
@@ -233,9 +237,9 @@ def test_a_damaged_model(mistake, tmp_path):
     weights.write_bytes(weights.read_bytes()[:100_000])
     mistake(["chat", "--model", "cut", "--message", "x"], "cut can't be read .*damaged")
     weights.unlink()
-    mistake(["chat", "--model", "cut", "--message", "x"], "cut can't be loaded: .*safetensors")
+    mistake(["chat", "--model", "cut", "--message", "x"], "folder cut holds no .safetensors weights")
     (tmp_path / "cut/pytorch_model.bin").write_bytes(b"a pickle, which nobody reads")
-    mistake(["chat", "--model", "cut", "--message", "x"], "cut can't be loaded: .*safetensors")
+    mistake(["chat", "--model", "cut", "--message", "x"], "folder cut holds no .safetensors weights")
 
 
 def test_a_hub_model_that_is_not_to_be_had(mistake):
@@ -263,3 +267,67 @@ def test_a_disk_that_fills_up_in_training(tmp_path):
     assert not (tmp_path / "run/adapter").exists()
     done = qlora_nb("train", "--resume", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+CODE = """
+print('a model brought this along')
+from transformers import LlamaConfig
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+"""
+
+
+@pytest.mark.parametrize("backend", ["transformers", "unsloth"])
+def test_code_and_pickles_that_come_with_a_model_are_not_run(backend, tmp_path):
+    import shutil
+
+    from qlora_nb.core import EMBEDDED_MODEL
+
+    shutil.copytree(EMBEDDED_MODEL, tmp_path / "odd")
+    config = json.loads((tmp_path / "odd/config.json").read_text())
+    config.update(model_type="odd", auto_map={"AutoConfig": "configuration_odd.OddConfig"})
+    (tmp_path / "odd/config.json").write_text(json.dumps(config))
+    (tmp_path / "odd/configuration_odd.py").write_text(CODE)
+    ask = ["chat", "--model", "odd", "--message", "x", "--backend", backend]
+    done = qlora_nb(*ask, cwd=tmp_path, input="y\n")
+    assert done.returncode == 2 and "a model brought this along" not in done.stdout + done.stderr, done.stderr[-2000:]
+    (tmp_path / "odd/model.safetensors").rename(tmp_path / "odd/pytorch_model.bin")
+    assert "holds no .safetensors weights" in qlora_nb(*ask, cwd=tmp_path).stderr
+
+
+@pytest.mark.quick
+def test_the_colab_cell_pins_the_tested_versions():
+    cell = next(line for line in (ROOT / "nbs/30_quickstart.ipynb").read_text().splitlines() if "%pip install" in line)
+    tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pins = dict(re.findall(r"([a-z_]+)==([0-9.]+)", cell))
+    assert {"unsloth", "transformers", "trl", "peft", "bitsandbytes", "datasets"} <= set(pins)
+    assert pins == {name: tested[name] for name in pins}
+
+
+def test_a_run_that_diverges_says_so(tmp_path):
+    done = qlora_nb("train", *SHORT, "--learning-rate", "1e6", "--output", "run", cwd=tmp_path)
+    assert done.returncode == 2 and re.search("loss is .* lower the learning rate", done.stderr), done.stderr[-2000:]
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_ctrl_c_while_evaluating_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen([*COMMAND, "train", "--output", "run"], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    limit = time.time() + 120
+    while not (tmp_path / "run/versions.json").exists():
+        assert process.poll() is None and time.time() < limit
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_data_of_one_question_and_a_config_without_data(tmp_path):
+    "Rows that share their question are data too; and data without a name is not replaced by other data in silence."
+    (tmp_path / "same.jsonl").write_text('{"problem": "Go on.", "solution": "1, 2, 3"}\n' * 40)
+    done = qlora_nb("train", "--data", "same.jsonl", "--max-steps", "2", "--eval-rows", "4", "--output", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (tmp_path / "c.yaml").write_text("data: (given in Python)\n")
+    done = qlora_nb("train", "--config", "c.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and "name it with --data" in done.stderr

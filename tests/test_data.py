@@ -197,7 +197,7 @@ def test_ambiguity(columns, names):
 # --- files ----------------------------------------------------------------------------------------------------------
 
 LINE = json.dumps({"question": "2+2?", "answer": "4"}).encode() + b"\n"
-CSV = b'question,answer\n2+2?,4\n'
+CSV = b"question,answer\n2+2?,4\n"
 
 
 @pytest.mark.parametrize("pack", [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])

@@ -182,9 +182,16 @@ def test_table_of_different_rows(after):
 
 @pytest.mark.quick
 def test_evaluation_summary_and_interval():
-    found = Evaluation(exact=None, form=0.5, stops=1.0, base_perplexity=2.0, rows=[
-        {"exact": None, "form": True, "stops": True}, {"exact": None, "form": False, "stops": True},
-    ])
+    found = Evaluation(
+        exact=None,
+        form=0.5,
+        stops=1.0,
+        base_perplexity=2.0,
+        rows=[
+            {"exact": None, "form": True, "stops": True},
+            {"exact": None, "form": False, "stops": True},
+        ],
+    )
     assert found.summary() == {"exact": None, "form": 0.5, "stops": 1.0, "base_perplexity": 2.0}
     assert found.interval("exact") is None
     assert found.interval("form") == wilson(1, 2)

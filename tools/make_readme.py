@@ -49,9 +49,7 @@ def code(cell):
     if source and not directives & {"echo: false", "hide_input"}:
         parts.append(fence(source, "python"))
     if not directives & {"output: false", "hide_output"}:
-        texts = [
-            output_text(o) for o in cell["outputs"] if not any(k.startswith("image/") for k in o.get("data", {}))
-        ]
+        texts = [output_text(o) for o in cell["outputs"] if not any(k.startswith("image/") for k in o.get("data", {}))]
         if text := "".join(t if t.endswith("\n") else t + "\n" for t in texts if t.strip()).strip("\n"):
             parts.append(fence(text, "text"))
     return parts
