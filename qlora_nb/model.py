@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'PADDING', 'TARGET_MODULES', 'unsloth_refusal', 'choose_backend', 'choose_dtype', 'nf4_config',
-           'keep_4bit_layers', 'model_path', 'set_pad_token', 'model_info', 'load_model', 'adapter_base',
+           'keep_4bit_layers', 'model_path', 'set_pad_token', 'model_info', 'load_base', 'load_model', 'adapter_base',
            'quiet_libraries', 'find_targets', 'check_lora', 'add_lora', 'count_parameters']
 
 # %% ../nbs/10_model.ipynb #fca80c77
@@ -198,6 +198,21 @@ def model_info(model: torch.nn.Module) -> dict:
     return dict(info)
 
 # %% ../nbs/10_model.ipynb #fca80c77-12
+def load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, revision: str | None, max_seq_length: int):
+    "Base and tokenizer by one of the backends, set right: 4-bit layers kept, a padding token that ends no reply."
+    with quiet_libraries(backend), _loading(name):
+        if backend == "unsloth":
+            loaded, tokenizer = _load_unsloth(name, dtype, load_in_4bit, revision, max_seq_length)
+        else:
+            loaded, tokenizer = _load_transformers(name, dtype, load_in_4bit, revision)
+    context = getattr(loaded.config, "max_position_embeddings", None)
+    if not 1 <= max_seq_length <= (context or max_seq_length):
+        raise UserError(f"max_seq_length is {max_seq_length}, but {name} has a context of 1 to {context} tokens")
+    keep_4bit_layers(loaded)
+    set_pad_token(tokenizer)
+    return loaded, tokenizer
+
+# %% ../nbs/10_model.ipynb #fca80c77-13
 def load_model(
     model: str | Path | None = None,  # Hub name or folder; None takes the adapter's base, else the profile's model
     *,
@@ -214,20 +229,10 @@ def load_model(
         raise UserError(f"load_in_4bit is {load_in_4bit!r}: give true or false")
     if model is None:
         model = adapter_base(adapter) if adapter else profile().model
-    name, dtype = model_path(model), choose_dtype(dtype)
-    asked, (backend, why) = backend, choose_backend(backend)
-    if asked == "auto" and backend == "transformers" and torch.cuda.is_available():
-        print(f"backend transformers: {why}", file=sys.stderr)
-    with quiet_libraries(backend), _loading(name):
-        if backend == "unsloth":
-            loaded, tokenizer = _load_unsloth(name, dtype, load_in_4bit, revision, max_seq_length)
-        else:
-            loaded, tokenizer = _load_transformers(name, dtype, load_in_4bit, revision)
-    context = getattr(loaded.config, "max_position_embeddings", None)
-    if not 1 <= max_seq_length <= (context or max_seq_length):
-        raise UserError(f"max_seq_length is {max_seq_length}, but {name} has a context of 1 to {context} tokens")
-    keep_4bit_layers(loaded)
-    set_pad_token(tokenizer)
+    name, dtype, (backend, why) = model_path(model), choose_dtype(dtype), choose_backend(backend)
+    if why.endswith("too late to patch"):
+        print(f"backend {backend}: {why}", file=sys.stderr)
+    loaded, tokenizer = load_base(name, backend, dtype, load_in_4bit, revision, max_seq_length)
     loaded.qlora_nb_info = {
         "model": "qlora_nb:embedded" if name == str(EMBEDDED_MODEL) else str(model),
         "backend": backend, "load_in_4bit": load_in_4bit, "dtype": str(dtype).removeprefix("torch."),
@@ -239,7 +244,7 @@ def load_model(
         loaded = load_adapter(loaded, adapter)
     return loaded, tokenizer
 
-# %% ../nbs/10_model.ipynb #fca80c77-13
+# %% ../nbs/10_model.ipynb #fca80c77-14
 def adapter_base(adapter: str | Path) -> str:
     "The base model that an adapter was trained on, as its `adapter_config.json` names it."
     file = Path(adapter) / "adapter_config.json"
@@ -248,7 +253,7 @@ def adapter_base(adapter: str | Path) -> str:
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{adapter} is no adapter folder: {file.name} is missing or damaged") from error
 
-
+# %% ../nbs/10_model.ipynb #fca80c77-15
 @contextlib.contextmanager
 def quiet_libraries(backend: str = "transformers"):
     "Progress bars of the weights and the advice that libraries print at import are left out; errors are not."
@@ -274,7 +279,7 @@ def quiet_libraries(backend: str = "transformers"):
         for hub in bars:
             hub.enable_progress_bar()
 
-# %% ../nbs/10_model.ipynb #fca80c77-14
+# %% ../nbs/10_model.ipynb #fca80c77-16
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -293,7 +298,7 @@ def find_targets(
         )
     return found
 
-# %% ../nbs/10_model.ipynb #fca80c77-15
+# %% ../nbs/10_model.ipynb #fca80c77-17
 def check_lora(
     targets: dict[str, torch.nn.Module],  # from `find_targets`
     r: int,
@@ -322,7 +327,7 @@ def check_lora(
         if r > smaller:
             raise UserError(f"r is {r}, but {name} has only {smaller} rows or columns: choose a smaller rank")
 
-# %% ../nbs/10_model.ipynb #fca80c77-16
+# %% ../nbs/10_model.ipynb #fca80c77-18
 def _trainable(model, r, lora_alpha, lora_dropout, target_modules, bias, use_rslora, checkpointing, random_state):
     "peft's adapters on a model that transformers loaded."
     from peft import LoraConfig, get_peft_model
@@ -339,7 +344,7 @@ def _trainable(model, r, lora_alpha, lora_dropout, target_modules, bias, use_rsl
         model.config.use_cache = False
     return peft_model
 
-# %% ../nbs/10_model.ipynb #fca80c77-17
+# %% ../nbs/10_model.ipynb #fca80c77-19
 def add_lora(
     model: torch.nn.Module,  # from `load_model`
     r: int = 16,  # rank
@@ -374,7 +379,7 @@ def add_lora(
     model.qlora_nb_info = {**info, "use_gradient_checkpointing": use_gradient_checkpointing, "random_state": random_state}
     return peft_model
 
-# %% ../nbs/10_model.ipynb #fca80c77-18
+# %% ../nbs/10_model.ipynb #fca80c77-20
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     "`trainable` and `total` parameters; a 4-bit weight counts as what it stands for, not as its bytes."
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

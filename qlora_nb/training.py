@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'POSITIVE', 'FROM_PYTHON', 'SAME', 'Settings', 'check_setting', 'settings_for', 'check_choices',
            'check_packing', 'trainer_arguments', 'make_trainer', 'plot_loss', 'in_notebook', 'Progress', 'Interrupted',
-           'gentle_interrupt', 'watcher', 'last_checkpoint', 'at_its_end', 'restore', 'tidy_checkpoints', 'Run',
-           'load_run', 'read_config', 'percent', 'report_text', 'check_space', 'split_off', 'common_system',
+           'gentle_interrupt', 'metrics_row', 'watcher', 'last_checkpoint', 'at_its_end', 'restore', 'tidy_checkpoints',
+           'Run', 'load_run', 'read_config', 'percent', 'report_text', 'check_space', 'split_off', 'common_system',
            'run_config', 'fit', 'how_to_go_on', 'profile_of', 'resumed', 'same_run', 'preflight', 'print_to_stderr',
            'finish', 'check_model', 'start', 'run', 'steps', 'device_name', 'train']
 
@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import yaml
 
+# %% ../nbs/15_training.ipynb #96a31b6b-2
 from qlora_nb.core import (
     PROFILES,
     Profile,
@@ -47,7 +48,7 @@ from .evaluation import Evaluation, evaluate, side_by_side
 from .model import count_parameters, model_info, quiet_libraries
 from .template import template_fingerprint, template_text
 
-# %% ../nbs/15_training.ipynb #96a31b6b-2
+# %% ../nbs/15_training.ipynb #96a31b6b-3
 @dataclass(frozen=True)
 class Settings:
     "All settings of a run, with the defaults for real models. `profile` changes some of them by machine."
@@ -74,7 +75,7 @@ class Settings:
 
 SETTINGS = {field.name: field for field in fields(Settings)}
 
-# %% ../nbs/15_training.ipynb #96a31b6b-3
+# %% ../nbs/15_training.ipynb #96a31b6b-4
 POSITIVE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate", "logging_steps",
             "save_steps", "max_seq_length", "max_new_tokens", "max_grad_norm", "num_train_epochs")
 
@@ -98,7 +99,7 @@ def check_setting(name: str, value):
         raise UserError(f"{name} is {value!r}: give a number {'above 0' if name in POSITIVE else 'from 0 on'}")
     return wanted(value)
 
-# %% ../nbs/15_training.ipynb #96a31b6b-4
+# %% ../nbs/15_training.ipynb #96a31b6b-5
 def settings_for(
     arguments: dict,  # what the caller set
     config: dict | None = None,  # from a configuration file or a plan
@@ -115,11 +116,12 @@ def settings_for(
         values["num_train_epochs"] = None
     return Settings(**values)
 
-# %% ../nbs/15_training.ipynb #96a31b6b-5
+# %% ../nbs/15_training.ipynb #96a31b6b-6
 def check_choices(settings: Settings) -> None:
     "Raises `UserError` for an optimizer or a schedule that transformers doesn't know."
-    from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
+    with quiet_libraries("transformers"):
+        from transformers.trainer_utils import SchedulerType
+        from transformers.training_args import OptimizerNames
 
     for name, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
         value, known = getattr(settings, name), [choice.value for choice in kind]
@@ -133,7 +135,7 @@ def check_packing(settings: Settings, backend: str) -> None:
     if settings.packing and not (backend == "unsloth" and torch.cuda.is_available()):
         raise UserError("packing needs a GPU and backend='unsloth' here, or packed rows would see each other: leave it off")
 
-# %% ../nbs/15_training.ipynb #96a31b6b-6
+# %% ../nbs/15_training.ipynb #96a31b6b-7
 def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, checkpointing: bool):
     "TRL's `SFTConfig` for these settings; mixed precision as the compute dtype says."
     from trl import SFTConfig
@@ -162,7 +164,7 @@ def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, chec
         dataset_num_proc=None,
     )
 
-# %% ../nbs/15_training.ipynb #96a31b6b-7
+# %% ../nbs/15_training.ipynb #96a31b6b-8
 def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callbacks: list):
     "An `SFTTrainer` on rows of `input_ids` and `labels`. Its `tokens` counts what it has trained on, padding left out."
     import transformers
@@ -195,7 +197,7 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
-# %% ../nbs/15_training.ipynb #96a31b6b-8
+# %% ../nbs/15_training.ipynb #96a31b6b-9
 def plot_loss(
     metrics: list[dict],  # rows of metrics.jsonl
     ax=None,  # a matplotlib Axes; None makes one
@@ -214,7 +216,7 @@ def plot_loss(
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/15_training.ipynb #96a31b6b-9
+# %% ../nbs/15_training.ipynb #96a31b6b-10
 def in_notebook() -> bool:
     "Whether this runs in a Jupyter kernel, where a plot can be shown and updated."
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
@@ -255,7 +257,7 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-# %% ../nbs/15_training.ipynb #96a31b6b-10
+# %% ../nbs/15_training.ipynb #96a31b6b-11
 class Interrupted(UserError):
     "The run was stopped by the user; the message says how to go on."
 
@@ -283,7 +285,20 @@ def gentle_interrupt():
     finally:
         signal.signal(signal.SIGINT, old)
 
-# %% ../nbs/15_training.ipynb #96a31b6b-11
+# %% ../nbs/15_training.ipynb #96a31b6b-12
+def metrics_row(step: int, logs: dict, tokens_per_second: float) -> dict:
+    "A line of metrics.jsonl. Raises `UserError` where the loss is no number any more: nothing good comes after that."
+    if not math.isfinite(logs["loss"]):
+        rate = logs["learning_rate"]
+        raise UserError(f"the loss is {logs['loss']} at step {step}: lower the learning rate (it was {rate:g} there)")
+    norm = float(logs.get("grad_norm", math.nan))
+    return {
+        "step": step, "loss": logs["loss"], "learning_rate": logs["learning_rate"],
+        "grad_norm": norm if math.isfinite(norm) else None, "tokens_per_second": round(tokens_per_second, 1),
+        "peak_allocated": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }
+
+# %% ../nbs/15_training.ipynb #96a31b6b-13
 def watcher(path: Path, progress: Progress, interrupted: list):
     "A trainer callback that writes metrics.jsonl, shows the progress and heeds an interrupt."
     from transformers import TrainerCallback
@@ -307,18 +322,7 @@ def watcher(path: Path, progress: Progress, interrupted: list):
             if "loss" not in (logs or {}):
                 return
             now, tokens = time.time(), int(self.trainer.tokens)
-            if not math.isfinite(logs["loss"]):
-                raise UserError(
-                    f"the loss is {logs['loss']} at step {state.global_step}, and nothing good comes after that: "
-                    f"lower the learning rate ({args.learning_rate:g})"
-                )
-            norm = float(logs.get("grad_norm", math.nan))
-            row = {
-                "step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"],
-                "grad_norm": norm if math.isfinite(norm) else None,
-                "tokens_per_second": round((tokens - self.tokens) / max(now - self.clock, 1e-9), 1),
-                "peak_allocated": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-            }
+            row = metrics_row(state.global_step, logs, (tokens - self.tokens) / max(now - self.clock, 1e-9))
             self.clock, self.tokens = now, tokens
             self.metrics.append(row)
             with open(path / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -328,7 +332,7 @@ def watcher(path: Path, progress: Progress, interrupted: list):
 
     return Watch()
 
-# %% ../nbs/15_training.ipynb #96a31b6b-12
+# %% ../nbs/15_training.ipynb #96a31b6b-14
 def last_checkpoint(run: str | Path) -> Path | None:
     "The newest checkpoint of a run that was written to its end; None where there is none."
     needed = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -338,7 +342,7 @@ def last_checkpoint(run: str | Path) -> Path | None:
     ]
     return max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
 
-# %% ../nbs/15_training.ipynb #96a31b6b-13
+# %% ../nbs/15_training.ipynb #96a31b6b-15
 def at_its_end(checkpoint: Path) -> bool:
     "Whether a checkpoint is the one of the last step."
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -361,7 +365,7 @@ def tidy_checkpoints(path: Path, base: str) -> None:
         file = folder / "adapter_config.json"
         write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "base_model_name_or_path": base})
 
-# %% ../nbs/15_training.ipynb #96a31b6b-14
+# %% ../nbs/15_training.ipynb #96a31b6b-16
 @dataclass
 class Run:
     "A run's folder and what is in it. `model` and `tokenizer` are there right after training, else None."
@@ -390,7 +394,7 @@ def load_run(path: str | Path) -> Run:
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     return Run(path, summary, read_jsonl(path / "metrics.jsonl"))
 
-# %% ../nbs/15_training.ipynb #96a31b6b-15
+# %% ../nbs/15_training.ipynb #96a31b6b-17
 def read_config(path: str | Path) -> dict:
     "A configuration file (`config.yaml` of a run, or one of your own). Raises `UserError` for what is not one."
     try:
@@ -404,7 +408,7 @@ def read_config(path: str | Path) -> dict:
         raise UserError(f"the configuration {path} holds no settings: write them as `name: value`, one a line")
     return config
 
-# %% ../nbs/15_training.ipynb #96a31b6b-16
+# %% ../nbs/15_training.ipynb #96a31b6b-18
 def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
@@ -433,7 +437,7 @@ def report_text(summary: dict, config: dict, before: Evaluation | None, after: E
     ]
     return "\n".join(lines)
 
-# %% ../nbs/15_training.ipynb #96a31b6b-17
+# %% ../nbs/15_training.ipynb #96a31b6b-19
 def check_space(path: Path, trainable: int) -> None:
     "Raises `UserError` where the disk can't hold the adapter and two checkpoints (weights and two averages each)."
     need = 4 * trainable * (1 + 2 * 3) + 20_000_000
@@ -441,7 +445,7 @@ def check_space(path: Path, trainable: int) -> None:
     if free < need:
         raise UserError(f"{path} has {free / 1e6:,.0f} MB free, and the run needs {need / 1e6:,.0f} MB: free some or name another --output")
 
-# %% ../nbs/15_training.ipynb #96a31b6b-18
+# %% ../nbs/15_training.ipynb #96a31b6b-20
 def split_off(data, rows: int, seed: int):
     "Data without, and with, about `rows` rows chosen by `seed` (at most a fifth of all); (data, None) for none."
     rows = min(rows, len(data) // 5)
@@ -456,7 +460,7 @@ def split_off(data, rows: int, seed: int):
         return data, None
     return data.select(sorted(set(range(len(data))) - set(inside))), data.select(inside)
 
-# %% ../nbs/15_training.ipynb #96a31b6b-19
+# %% ../nbs/15_training.ipynb #96a31b6b-21
 FROM_PYTHON = "(given in Python)"  # stands in config.yaml where the data has no name
 
 
@@ -465,7 +469,7 @@ def common_system(data) -> str | None:
     texts = {m[0]["content"] if m and m[0]["role"] == "system" else None for m in data[:100]["messages"]}
     return texts.pop() if len(texts) == 1 else None
 
-# %% ../nbs/15_training.ipynb #96a31b6b-20
+# %% ../nbs/15_training.ipynb #96a31b6b-22
 def run_config(model, tokenizer, settings: Settings, data, eval_data, source: dict) -> dict:
     "What `config.yaml` holds: where things came from, every setting, and fingerprints."
     info, lora = model_info(model), model.peft_config["default"]
@@ -482,7 +486,7 @@ def run_config(model, tokenizer, settings: Settings, data, eval_data, source: di
         },
     }
 
-# %% ../nbs/15_training.ipynb #96a31b6b-21
+# %% ../nbs/15_training.ipynb #96a31b6b-23
 def fit(trainer, watch, progress: Progress, path: Path, interrupted: list, resume_from: Path | None) -> float:
     "Train, and return the seconds it took. Raises `Interrupted` after Ctrl-C, `UserError` on a full disk."
     watch.trainer, start = trainer, time.time()
@@ -509,7 +513,7 @@ def fit(trainer, watch, progress: Progress, path: Path, interrupted: list, resum
 def how_to_go_on(path: Path) -> str:
     return f"go on with qlora_nb train --resume {path} (in Python: train(…, resume={str(path)!r}))"
 
-# %% ../nbs/15_training.ipynb #96a31b6b-22
+# %% ../nbs/15_training.ipynb #96a31b6b-24
 def profile_of(model) -> Profile:
     "The profile whose settings fit this model: `tiny` for the embedded one, else the machine's, at least `t4`."
     if model_info(model)["model"] == "qlora_nb:embedded":
@@ -517,7 +521,7 @@ def profile_of(model) -> Profile:
     found = profile()
     return found if found.name != "tiny" else PROFILES["t4"]
 
-# %% ../nbs/15_training.ipynb #96a31b6b-23
+# %% ../nbs/15_training.ipynb #96a31b6b-25
 def resumed(run: str | Path, arguments: dict) -> tuple[Path, dict]:
     "Folder and configuration of a run that is to go on. Raises `UserError` where it is finished, missing or another."
     path = Path(run).expanduser().absolute()
@@ -545,7 +549,7 @@ def same_run(path: Path, old: dict, new: dict) -> None:
         if old["fingerprints"][name] != print_:
             raise UserError(f"{name} is not what the run {path} was started with: use the same to go on, or start a new run")
 
-# %% ../nbs/15_training.ipynb #96a31b6b-24
+# %% ../nbs/15_training.ipynb #96a31b6b-26
 def _evaluate(model, tokenizer, eval_data, base_data, settings: Settings, base: bool) -> Evaluation | None:
     "Held-out answers of the adapter, or (`base`) of the same model with its adapter switched off."
     if eval_data is None:
@@ -556,7 +560,7 @@ def _evaluate(model, tokenizer, eval_data, base_data, settings: Settings, base: 
             template=settings.template,
         )
 
-# %% ../nbs/15_training.ipynb #96a31b6b-25
+# %% ../nbs/15_training.ipynb #96a31b6b-27
 def preflight(data, tokenizer, settings: Settings, eval_data, check: bool):
     "Look at the data before anything is trained; returns rows of `input_ids` and `labels`."
     say = print_to_stderr
@@ -579,7 +583,7 @@ def preflight(data, tokenizer, settings: Settings, eval_data, check: bool):
 def print_to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
-# %% ../nbs/15_training.ipynb #96a31b6b-26
+# %% ../nbs/15_training.ipynb #96a31b6b-28
 def finish(path: Path, config: dict, watch, before, after, summary: dict) -> dict:
     "Write evaluation.jsonl, loss.png, report.md and, last, summary.json."
     import matplotlib.pyplot as plt
@@ -601,7 +605,7 @@ def finish(path: Path, config: dict, watch, before, after, summary: dict) -> dic
     write_json(path / "summary.json", summary)
     return summary
 
-# %% ../nbs/15_training.ipynb #96a31b6b-27
+# %% ../nbs/15_training.ipynb #96a31b6b-29
 def check_model(model) -> None:
     "Raises `UserError` for a model that has nothing to train."
     if not hasattr(model, "peft_config"):
@@ -609,7 +613,7 @@ def check_model(model) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("the model's adapter is frozen: load it with load_adapter(model, path, trainable=True)")
 
-# %% ../nbs/15_training.ipynb #96a31b6b-28
+# %% ../nbs/15_training.ipynb #96a31b6b-30
 def start(model, tokenizer, data, eval_data, arguments: dict, plan: dict | None, resume, output, source: dict):
     "Settings, data, folder and configuration of a run: all that is decided before anything is computed."
     check_model(model)
@@ -635,7 +639,7 @@ def start(model, tokenizer, data, eval_data, arguments: dict, plan: dict | None,
     check_space(path, count_parameters(model)["trainable"])
     return settings, data, eval_data, path, new
 
-# %% ../nbs/15_training.ipynb #96a31b6b-29
+# %% ../nbs/15_training.ipynb #96a31b6b-31
 def run(model, tokenizer, data, eval_data, output, check, plan, resume, arguments: dict, source: dict, started: float) -> Run:
     "What `train` does; `source` says where the data came from, `started` when the clock of `seconds` began."
     from transformers import set_seed
@@ -652,7 +656,7 @@ def run(model, tokenizer, data, eval_data, output, check, plan, resume, argument
     except KeyboardInterrupt:
         raise Interrupted(f"stopped: {how_to_go_on(path)}") from None
 
-# %% ../nbs/15_training.ipynb #96a31b6b-30
+# %% ../nbs/15_training.ipynb #96a31b6b-32
 def steps(model, tokenizer, rows, eval_data, settings: Settings, path: Path, config: dict, resume: bool, started: float) -> Run:
     "Evaluate, train, save, evaluate, and write down what came out."
     from qlora_nb.merging import save_adapter
@@ -680,7 +684,7 @@ def device_name() -> str:
     "The GPU's name, or `CPU` with its threads."
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
-# %% ../nbs/15_training.ipynb #96a31b6b-31
+# %% ../nbs/15_training.ipynb #96a31b6b-33
 def train(
     model,  # from `add_lora`
     tokenizer,

@@ -165,7 +165,7 @@ def mistake(capfd, monkeypatch, tmp_path):
     return check
 
 
-def small_gpt2(path, tokenizer=True):
+def small_gpt2(path):
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     from qlora_nb.core import EMBEDDED_MODEL
@@ -218,13 +218,17 @@ def test_a_mistake_is_one_sentence(arguments, message, mistake, tmp_path):
     assert (tmp_path / "old/config.yaml").read_text() == "r: 16\n"
 
 
-def test_a_model_without_the_known_projections(mistake, tmp_path):
+def test_a_model_without_the_known_projections(tmp_path):
     small_gpt2(tmp_path / "gpt2")
-    mistake(["train", "--model", "gpt2", "--data", "x.jsonl"], "x.jsonl")
     (tmp_path / "x.jsonl").write_text('{"problem": "1 + 1?", "solution": "2"}\n' * 30)
     arguments = ["train", "--model", "gpt2", "--data", "x.jsonl", "--max-seq-length", "512"]
-    mistake(arguments, "no layers named .*q_proj.*choose target_modules from .*c_attn")
-    mistake([*arguments, "--target-modules", "c_attn"], "c_attn is a Conv1D, which can't be quantized to 4 bits")
+    for more, message in [
+        ([], "no layers named .*q_proj.*choose target_modules from .*c_attn"),
+        (["--target-modules", "wte"], "wte is a Embedding, which can't be quantized to 4 bits"),
+    ]:
+        done = qlora_nb(*arguments, *more, cwd=tmp_path)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert re.search(message, done.stderr.splitlines()[-1]), done.stderr
 
 
 def test_a_damaged_model(mistake, tmp_path):
@@ -326,7 +330,9 @@ def test_ctrl_c_while_evaluating_says_how_to_go_on(tmp_path):
 def test_data_of_one_question_and_a_config_without_data(tmp_path):
     "Rows that share their question are data too; and data without a name is not replaced by other data in silence."
     (tmp_path / "same.jsonl").write_text('{"problem": "Go on.", "solution": "1, 2, 3"}\n' * 40)
-    done = qlora_nb("train", "--data", "same.jsonl", "--max-steps", "2", "--eval-rows", "4", "--output", "run", cwd=tmp_path)
+    done = qlora_nb(
+        "train", "--data", "same.jsonl", "--max-steps", "2", "--eval-rows", "4", "--output", "run", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (tmp_path / "c.yaml").write_text("data: (given in Python)\n")
     done = qlora_nb("train", "--config", "c.yaml", cwd=tmp_path)
