@@ -201,7 +201,7 @@ def train(**flags):
     settings = given(**{name: flags.pop(name) for name in TRAIN_FLAGS})
     with quiet_stdout():
         result = train_run(flags, settings)
-        print(result.report(), file=sys.stderr)
+        print(result.report().partition("\n| problem")[0], file=sys.stderr)
     print(result.path)
 
 # %% ../nbs/21_cli.ipynb #826fda92-13

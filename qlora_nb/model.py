@@ -359,13 +359,11 @@ def add_lora(
     "Put trainable LoRA adapters on a frozen base. Raises `UserError` where that can't be."
     if hasattr(model, "peft_config"):
         raise UserError("this model has an adapter already: load the base again for a new one")
-    if isinstance(target_modules, str):
-        target_modules = [name.strip() for name in target_modules.split(",")]
+    target_modules = target_modules.split(",") if isinstance(target_modules, str) else target_modules
     info, targets = model_info(model), find_targets(model, target_modules)
     check_lora(targets, r, lora_alpha, lora_dropout, bias, info["load_in_4bit"])
-    checkpointing = use_gradient_checkpointing
-    if checkpointing == "unsloth" and not torch.cuda.is_available():
-        checkpointing = False
+    off = use_gradient_checkpointing == "unsloth" and not torch.cuda.is_available()
+    checkpointing = False if off else use_gradient_checkpointing
     if info["backend"] == "transformers":
         peft_model = _trainable(model, r, lora_alpha, lora_dropout, target_modules, bias, use_rslora, checkpointing, random_state)
     else:

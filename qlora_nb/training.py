@@ -15,7 +15,6 @@ import contextlib
 import difflib
 import json
 import math
-import os
 import shutil
 import signal
 import sys
