@@ -6,6 +6,10 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "profile": "core",
+    "LoRALinear": "lora",
+    "count_lora_parameters": "lora",
+    "quantize_nf4": "nf4",
+    "QLoRALinear": "qlora",
     "load_model": "model",
     "add_lora": "model",
     "load_sft_dataset": "data",

@@ -88,12 +88,17 @@ rows, dropped = encode_dataset(load_sft_dataset(limit=40), tokenizer, 256)
 assert not dropped and set(rows.column_names) == {{"input_ids", "labels"}}
 settings = settings_for({{"max_steps": 1}}, profile=PROFILES["tiny"])
 trainer = make_trainer(model, tokenizer, rows, settings, Path("c"), [])
-seen, step = [], type(trainer).training_step
-def spy(self, model, inputs, *args, **kwargs):
-    seen.append({{k: v.tolist() for k, v in inputs.items() if k in ("input_ids", "labels", "attention_mask")}})
-    return step(self, model, inputs, *args, **kwargs)
-type(trainer).training_step = spy
+seen, embedded = [], []
+base = model.get_base_model()
+forward = base.forward
+def spy(*args, **kwargs):
+    assert not args, "ids and labels come by name"
+    seen.append({{name: kwargs[name].tolist() for name in ("input_ids", "labels", "attention_mask")}})
+    return forward(**kwargs)
+base.forward = spy
+base.get_input_embeddings().register_forward_pre_hook(lambda layer, args: embedded.append(args[0].tolist()))
 trainer.train()
+assert len(seen) == len(embedded) == 1 and seen[0]["input_ids"] == embedded[0]
 ours = {{tuple(row["input_ids"]): list(row["labels"]) for row in rows}}
 found = 0
 for batch in seen:
@@ -108,7 +113,11 @@ print("checked", found, {{str(p.dtype) for p in model.parameters() if p.requires
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_labels_that_we_made_reach_the_model(backend, tmp_path):
-    "Token by token, label by label, in a real step; and the adapters that are trained are fp32."
+    """Token by token, label by label, in a real step; and the adapters that are trained are fp32.
+
+    The batch is taken where the model's own forward gets it, and the ids once more where they are embedded: what a
+    trainer, a collator or a patch does before that would show.
+    """
     done = python(CAPTURE.format(backend=backend), tmp_path)
     assert "checked 8 {'torch.float32'}" in done.stdout
 

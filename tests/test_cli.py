@@ -165,6 +165,72 @@ def mistake(capfd, monkeypatch, tmp_path):
     return check
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "none.jsonl"], "no file or folder none.jsonl"),
+        (["--data", "broken.jsonl"], "broken.jsonl, line 2, is not JSON"),
+        (["--data", "ok.jsonl", "--eval-data", "broken.jsonl"], "broken.jsonl, line 2, is not JSON"),
+        (["--data", "columns.csv"], "found colour, size; known are"),
+        (["--model", "./none"], r"no folder \./none"),
+        (["--max-length", "0"], "max_length is 0"),
+        (["--effective-batch", "-1"], "effective_batch is -1"),
+        (["--limit", "0"], "limit is 0"),
+        (["--template", "magic"], "no template 'magic'"),
+    ],
+)
+def test_a_mistake_with_check_is_one_sentence(arguments, message, mistake, tmp_path):
+    (tmp_path / "ok.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": \n')
+    (tmp_path / "columns.csv").write_text("colour,size\nred,3\n")
+    mistake(["check", *arguments], message)
+
+
+def test_check_says_it_to_people_and_to_machines(capfd, monkeypatch, tmp_path):
+    from qlora_nb.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QLORA_NB_PROFILE", "tiny")
+    rows = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}."} for i in range(20)]
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bad = [*rows, {"question": "What?", "answer": None}, {"question": "Tell me.", "answer": "so " * 300}]
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+
+    def check(*arguments):
+        try:
+            main(["check", *arguments])
+        except SystemExit as stopped:
+            return stopped.code or 0, *capfd.readouterr()
+        return 0, *capfd.readouterr()
+
+    code, out, err = check("--data", "good.jsonl")
+    assert code == 0 and "no findings" in out and "rows 20" in out and "read as question/answer" in err
+    code, out, err = check("--data", "bad.jsonl", "--max-length", "128")
+    assert code == 1 and "error: non_string_content (1; rows 20)" in out and "Traceback" not in err
+    code, out, _ = check("--data", "bad.jsonl", "--max-seq-length", "128", "--json")
+    found = json.loads(out)
+    assert code == 1 and found["ok"] is False and found["summary"]["rows"] == 22
+    rows_of = {f["code"]: (f["severity"], f["rows"]) for f in found["findings"]}
+    assert rows_of["non_string_content"] == ("error", [20]) and rows_of["row_dropped"] == ("warning", [21])
+    code, out, _ = check("--data", "good.jsonl", "--eval-data", "good.jsonl", "--json")
+    assert code == 1 and [f["code"] for f in json.loads(out)["findings"]] == ["leakage"]
+    code, out, _ = check(
+        "--data", "bad.jsonl", "--limit", "20", "--max-steps", "60", "--template", "llama-3.1", "--json"
+    )
+    assert code == 0 and [f["code"] for f in json.loads(out)["findings"]] == ["too_few_rows"]
+    assert check("--json")[0] == 0, "the embedded set on the embedded model"
+
+
+def test_check_flags_are_the_settings_names():
+    import inspect
+
+    from qlora_nb.cli import MODEL_FLAGS, TRAIN_FLAGS, check
+    from qlora_nb.data import check_dataset
+
+    known = {*MODEL_FLAGS, *TRAIN_FLAGS, *inspect.signature(check_dataset).parameters}
+    assert set(inspect.signature(check).parameters) - known == {"as_json"}
+
+
 def small_gpt2(path):
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 

@@ -3,17 +3,21 @@
 import bz2
 import copy
 import gzip
+import io
 import json
 import lzma
 import time
+import zipfile
 
 import pytest
 
 from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
 from qlora_nb.data import (
     CODES,
+    Answers,
     DatasetReport,
     Finding,
+    Seen,
     check_dataset,
     data_fingerprint,
     encode_dataset,
@@ -200,7 +204,30 @@ LINE = json.dumps({"question": "2+2?", "answer": "4"}).encode() + b"\n"
 CSV = b"question,answer\n2+2?,4\n"
 
 
-@pytest.mark.parametrize("pack", [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
+def zst(content):
+    import pyarrow as pa
+
+    return pa.Codec("zstd").compress(content, asbytes=True)
+
+
+def zipped(content):
+    place = io.BytesIO()
+    with zipfile.ZipFile(place, "w") as archive:
+        archive.writestr("inside.dat", content)
+    return place.getvalue()
+
+
+PACKS = [
+    ("", bytes),
+    (".gz", gzip.compress),
+    (".bz2", bz2.compress),
+    (".xz", lzma.compress),
+    (".zst", zst),
+    (".zip", zipped),
+]
+
+
+@pytest.mark.parametrize("pack", PACKS, ids=lambda pack: pack[0])
 @pytest.mark.parametrize(
     "name, content",
     [
@@ -282,7 +309,7 @@ def test_csv_with_newlines_quotes_and_a_long_field(tmp_path):
         ("a.txt", b"hello", "a.txt has no suffix that is known"),
         ("a", b"hello", "a has no suffix that is known"),
         ("a.pkl", b"\x80\x04.", "a.pkl has no suffix that is known"),
-        ("a.jsonl.zip", b"PK", "has no suffix that is known"),
+        ("a.jsonl.zip", b"PK", "a.jsonl.zip is cut short or not packed"),
         ("a.jsonl", b'{"messages": "[broken"}\n', "a.jsonl, row 1: a conversation written as text is not JSON"),
     ],
 )
@@ -309,6 +336,87 @@ def test_a_file_has_one_split(tmp_path):
 def test_a_long_line(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [talk(reply="long " * 2_000_000)])
     assert len(load_sft_dataset(path)[0]["messages"][1]["content"]) == 10_000_000
+
+
+def test_parquet_reads_the_needed_columns_alone(tmp_path):
+    "The bytes of the other columns are destroyed, and nobody notices."
+    import pyarrow.parquet as pq
+
+    rows = [{**V0, "problem": f"{i}+2?", "picture": "x" * 1000 + str(i)} for i in range(50)]
+    path = parquet(tmp_path / "a.parquet", rows)
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    column = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "picture")
+    start = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(content)
+    assert len(load_sft_dataset(path)) == 50
+    with pytest.raises(UserError, match="a.parquet"):
+        load_sft_dataset(path, columns={"prompt": "problem", "response": "picture"})
+
+
+def test_a_data_set_gives_the_needed_columns_alone():
+    from datasets import Dataset
+
+    class Spy(Dataset):
+        asked = []
+
+        def select_columns(self, names):
+            Spy.asked.append(names)
+            return super().select_columns(names)
+
+    one = Dataset.from_list([V1])
+    data = load_sft_dataset(Spy(one.data, one.info))
+    assert turns(data) == REASONED and Spy.asked == [["reannotated_messages", "messages"]]
+
+
+def test_zip(tmp_path):
+    for name, members in [("a.zip", {"rows.csv": CSV}), ("b.jsonl.zip", {"__MACOSX/x": b"", "x": LINE})]:
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for member, content in members.items():
+                archive.writestr(member, content)
+        assert simple(load_sft_dataset(tmp_path / name))
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.writestr("a.csv", CSV)
+        archive.writestr("b.csv", CSV)
+    with pytest.raises(UserError, match="c.zip holds 2 files: unpack it"):
+        load_sft_dataset(tmp_path / "c.zip")
+
+
+@pytest.mark.parametrize("mark", [";", "|", "\t"])
+def test_csv_with_another_separator(mark, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(CSV.replace(b",", mark.encode()))
+    assert simple(load_sft_dataset(path))
+
+
+def test_streaming(tmp_path, tokenizer, capsys):
+    "Nothing is kept, the source is opened again for each pass, and a limit gives an ordinary data set."
+    import datasets
+
+    path = jsonl(tmp_path / "a.jsonl", [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(300)])
+    data = load_sft_dataset(path, streaming=True)
+    assert isinstance(data, datasets.IterableDataset) and data.column_names == ["messages"]
+    assert "streamed, read as question/answer" in capsys.readouterr().err
+    assert list(data) == load_sft_dataset(path).to_list() == list(data)
+    assert check_dataset(data, tokenizer).summary["rows"] == 300
+    assert isinstance(load_sft_dataset(path, streaming=True, limit=5), datasets.Dataset)
+    assert len(load_sft_dataset(path, streaming=True, limit=5)) == 5
+    path.write_text(path.read_text() + "{broken\n")
+    with pytest.raises(UserError, match="a.jsonl, line 301, is not JSON"):
+        list(load_sft_dataset(path, streaming=True))
+    with pytest.raises(UserError, match="has no rows"):
+        load_sft_dataset([], streaming=True)
+
+
+def test_the_broken_row_of_a_list_on_one_line(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"question": "a", "answer": "b"}, {"question": "c", "answer": d}]')
+    with pytest.raises(UserError, match=r"a.json is not JSON .*\(row 2\)"):
+        load_sft_dataset(path)
+    path.write_text('{"data": [{"question": "[1, 2]", "answer": "}"} , {"question": "c", "answer": "d"}, {"question')
+    with pytest.raises(UserError, match=r"a.json is not JSON .*\(row 3\)"):
+        load_sft_dataset(path)
 
 
 # --- folders, objects, the Hub --------------------------------------------------------------------------------------
@@ -477,7 +585,17 @@ def test_one_bad_row(row, code, severity, tokenizer):
 def test_a_good_set_has_no_findings(tokenizer):
     report = check_dataset(good(), tokenizer, eval_data=good(5, start=100))
     assert report.findings == [] and report.ok and report.raise_for_errors() is None
-    assert report.table() == "no findings" and "rows 20" in str(report) and "no findings" in report._repr_markdown_()
+    assert report.table() == "no findings" and "rows 20" in str(report) and "no findings" in report._repr_html_()
+
+
+def test_every_kind_of_source_gives_the_same_report(tokenizer):
+    from datasets import Dataset
+
+    rows = [*good(300), talk("Hi", None), talk("What is 3 + 1?", "The answer is 4.")]
+    data = Dataset.from_list(rows)
+    sources = [rows, tuple(rows), iter(rows), data, data.to_iterable_dataset(), [row["messages"] for row in rows]]
+    reports = [str(check_dataset(source, tokenizer)) for source in sources]
+    assert reports == [reports[0]] * 6 and "duplicate (1; rows 301)" in reports[0]
 
 
 def test_figures(tokenizer):
@@ -507,6 +625,89 @@ def test_lengths(tokenizer):
     assert sum(n <= best for n in sizes) >= 0.99 * 200 > sum(n < best for n in sizes)
     everything = check_dataset(rows, tokenizer, 8)
     assert codes(everything)["row_dropped"][:2] == ("error", 200) and everything.summary["usable"] == 0
+
+
+def test_near_duplicates_leave_digits_alone(tokenizer):
+    rows = good()
+    for near in (talk("what is 3+1", "the answer is 4"), talk("What  is\n3 + 1 ?", "The answer is 4 .")):
+        assert codes(check_dataset([*rows, near], tokenizer)) == {"near_duplicate": ("info", 1, [20])}
+    others = [talk("What is 3 - 1?", "The answer is 4."), talk("What is 3.1?", "The answer is 4."),
+              talk("What is 31?", "The answer is 4."), talk("What is 3 + 1?", "The answer is 4.5"),
+              talk("What is 3 + 10?", "The answer is 4.")]  # fmt: skip
+    assert codes(check_dataset([*rows, *others], tokenizer)) == {}
+
+
+def test_dominant_answer(tokenizer):
+    rows = [talk(f"What is {i} + 1?", f"<think>\nHm {i}.\n</think>\n\nYes.") for i in range(11)]
+    found = check_dataset([*rows, *good(10, start=50)], tokenizer).findings
+    assert [(f.code, f.severity, f.count, f.rows) for f in found] == [
+        ("dominant_answer", "warning", 11, [0, 1, 2, 3, 4])
+    ]
+    assert "52 % of the answers are 'Yes.'" in found[0].cause
+    assert codes(check_dataset([*rows, *good(11, start=50)], tokenizer)) == {}, "half is not more than half"
+
+
+def test_dominant_answer_among_very_many(tokenizer):
+    "More answers than counters: found all the same, and counted from below."
+    answers = Answers()
+    for i in range(4000):
+        answers.add(i, "Yes." if i % 5 < 3 else str(i))
+    count, rows, text = answers.dominant()
+    assert 2400 - 4000 / 256 <= count <= 2400 and text == "Yes." and len(answers.counts) <= 255
+    assert rows[0] == 0 and len(rows) == 5
+
+
+def test_length_outliers(tokenizer):
+    report = check_dataset([*good(30), talk("Hi", "x " * 300), talk("Ho", "x " * 400)], tokenizer)
+    finding = next(f for f in report.findings if f.code == "length_outlier")
+    assert (finding.severity, finding.count, finding.rows) == ("info", 2, [31, 30])
+    spread = [talk(f"Hi {i}", "x " * (20 * i)) for i in range(1, 41)]
+    assert "length_outlier" not in codes(check_dataset(spread, tokenizer)), "a wide spread is no outlier"
+
+
+@pytest.mark.parametrize(
+    "content, odd",
+    [
+        ("a\0b", "NUL"), ("a\ufffdb", "U+FFFD"), ("caf\u00c3\u00a9", "another encoding"),
+        ("it\u00e2\u20ac\u2122s", "another encoding"), ("%&/()=?!" * 10, "hardly any text"),
+        ("\x01\x02\x03\x04\x05" * 6 + "abcdefghij" * 3, "hardly any text"), ("Größe", None), ("---", None),
+        ("नमस्ते दुनिया, आप कैसे हैं?", None), ("สวัสดีชาวโลกทั้งหลาย", None), ("Ã la carte", None),
+        ("🙂🙂🙂🙂🙂🙂🙂", None), ("x = {a[i]: (b + c) * d}", None),
+    ],
+)  # fmt: skip
+def test_odd_characters(content, odd, tokenizer):
+    found = {f.code: f for f in check_dataset([*good(), talk(content, "The answer is 77.")], tokenizer).findings}
+    assert (odd in found["odd_characters"].cause) if odd else "odd_characters" not in found
+
+
+def test_memory_for_rows_is_bounded():
+    seen = Seen(capacity=1000)
+    size = len(seen.table)
+    keys = [(i * 0x9E3779B97F4A7C15) % 2**64 | 1 for i in range(1, 3001)]
+    assert not any(seen.add(key) for key in keys) and seen.full and len(seen.table) == size and seen.count == 1000
+    assert all(key in seen for key in keys[:1000]) and not any(key in seen for key in keys[1000:])
+
+
+def test_a_set_with_more_rows_than_are_remembered(monkeypatch, tokenizer):
+    monkeypatch.setattr("qlora_nb.data.REMEMBERED", 16)
+    report = check_dataset([*good(40), good(1)[0], good(1, start=39)[0]], tokenizer)
+    assert codes(report)["duplicate"] == ("warning", 1, [40]), "the last row repeats one that was not remembered"
+    assert "among the first 16 different ones" in report.summary["note"] and "among the first 16" in str(report)
+    assert check_dataset(good(10), tokenizer).summary["note"] is None
+
+
+def test_the_picture(tokenizer):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    report = check_dataset([*good(40), talk("Hi", "x " * 200)], tokenizer, 128)
+    ax = report.plot()
+    dark, light = ax.containers
+    heights = [a.get_height() + b.get_height() for a, b in zip(dark, light)]
+    assert sum(heights) == pytest.approx(41) and ax.get_lines()[0].get_xdata()[0] == 128
+    assert ax.get_xlabel() and ax.get_ylabel()
+    assert report.plot(ax) is ax
+    assert check_dataset([{"messages": []}], tokenizer).plot() is not None, "a set with no row to show"
 
 
 def test_row_counts(tokenizer):
@@ -547,9 +748,18 @@ def test_templates(tokenizer):
     none_left = {"too_few_rows": ("warning", 0, [])}
     assert found("{{ bos_token }}" + turn.replace(EOT, "\n") + ask) == {"no_end_of_turn": everywhere, **none_left}
     other = ask.replace("assistant", "Assistant")
-    assert found("{{ bos_token }}" + turn + other) == {"prompt_not_prefix": everywhere, **none_left}
+    assert found("{{ bos_token }}" + turn + other) == {"generation_prompt_mismatch": everywhere, **none_left}
+    assert found("{{ bos_token }}" + turn) == {"generation_prompt_mismatch": everywhere, **none_left}
+    assert found("{{ bos_token }}{{ messages | length }}" + turn + ask) == {
+        "prompt_not_prefix": everywhere,
+        **none_left,
+    }
     assert found("{{ raise_exception('no') }}") == {"template_refused": everywhere, **none_left}
-    assert list(found("{{ bos_token }}{# {{ strftime_now('%Y') }} #}" + turn + ask)) == ["date_in_template"]
+    dated = ("warning", 1, [])
+    assert found("{{ bos_token }}{{ strftime_now('%Y') }}" + turn + ask) == {"date_in_template": dated}
+    given = "{{ date_string if date_string is defined else strftime_now('%Y') }}"
+    assert found("{{ bos_token }}" + given + turn + ask) == {"date_in_template": ("info", 1, [])}
+    assert found("{{ bos_token }}{# {{ strftime_now('%Y') }} #}" + turn + ask) == {}, "a comment writes no date"
     dropped = turn.replace("m.content +", "m.content.replace('answer', '') +")
     assert codes(check_dataset(good(), tokenizer, template="{{ bos_token }}" + dropped + ask)) == {
         "content_changed": ("warning", 20, [0, 1, 2, 3, 4])
@@ -563,16 +773,55 @@ def test_no_template_at_all(tokenizer):
         check_dataset(good(), bare)
 
 
-def test_text_and_ready_ids(tokenizer):
+def test_text(tokenizer):
+    everywhere = [0, 1, 2, 3, 4]
     texts = [{"text": tokenizer.apply_chat_template(row["messages"], tokenize=False)} for row in good()]
-    assert codes(check_dataset(texts, tokenizer)) == {"double_bos": ("error", 20, [0, 1, 2, 3, 4])}
+    found = {"double_bos": ("error", 20, everywhere), "prompt_labelled": ("warning", 20, everywhere)}
+    assert codes(check_dataset(texts, tokenizer)) == found
     cut = [{"text": row["text"].removeprefix("<|begin_of_text|>").removesuffix(EOT)} for row in texts]
-    assert list(codes(check_dataset(cut, tokenizer))) == ["no_end_of_turn"]
+    assert list(codes(check_dataset(cut, tokenizer))) == ["no_end_of_turn", "prompt_labelled"]
+    plain_text = [{"text": f"The number {i}.<|end_of_text|>"} for i in range(20)]
+    assert codes(check_dataset(plain_text, tokenizer)) == {}, "text that is no conversation is learned whole"
+    for value, code in [(None, "non_string_content"), (4, "non_string_content"), (" ", "empty_content")]:
+        found = codes(check_dataset([*plain_text, {"text": value}], tokenizer))
+        assert found == {code: ("error", 1, [20])}
+
+
+def test_ready_ids(tokenizer):
     ready, _ = encode_dataset(good(), tokenizer)
     assert check_dataset(ready, tokenizer).findings == []
+    assert check_dataset(ready.with_format("torch"), tokenizer).findings == []
     assert codes(check_dataset(ready, tokenizer, 12))["end_cut"][0] == "error"
-    masked = [{"input_ids": row["input_ids"], "labels": [-100] * len(row["labels"])} for row in ready]
+    rows = ready.to_list()
+    masked = [{**row, "labels": [-100] * len(row["labels"])} for row in rows]
     assert list(codes(check_dataset(masked, tokenizer))) == ["all_masked"]
+    bare = [{"input_ids": row["input_ids"]} for row in rows]
+    assert list(codes(check_dataset(bare, tokenizer))) == ["prompt_labelled"]
+    marked = [{**b, "completion_mask": [int(x != -100) for x in row["labels"]]} for b, row in zip(bare, rows)]
+    assert codes(check_dataset(marked, tokenizer)) == {}
+    longer = encode_dataset([talk(f"{i}?", "two words " * 30) for i in range(4)], tokenizer)[0].to_list()
+    cut = [{name: row[name][:45] for name in row} for row in [*rows, *longer]]
+    assert max(len(row["input_ids"]) for row in rows) < 45
+    assert codes(check_dataset(cut, tokenizer))["end_cut"] == ("error", 4, [20, 21, 22, 23])
+
+
+@pytest.mark.parametrize(
+    "ids, labels",
+    [(None, None), ([], []), ("757", "757"), ([757, 1.5], [757, 1.5]), ([757, 768], [757, 768]), ([-1], [-1]),
+     ([757, 5], [757]), ([757, 5], None), ([757, 5, 766], [5, 766, -100])],
+)  # fmt: skip
+def test_ids_that_are_none(ids, labels, tokenizer):
+    ready = encode_dataset(good(), tokenizer)[0].to_list()
+    found = codes(check_dataset([*ready, {"input_ids": ids, "labels": labels}], tokenizer))
+    assert found == {"bad_ids": ("error", 1, [20])}
+
+
+def test_replies_earlier_in_a_row_may_be_labelled(tokenizer):
+    turns_ = [m for row in good(3) for m in row["messages"]]
+    row = encode(turns_, tokenizer, train_on="all")
+    assert "prompt_labelled" not in codes(check_dataset([row], tokenizer))
+    row["labels"][1] = row["input_ids"][1]
+    assert "prompt_labelled" in codes(check_dataset([row], tokenizer))
 
 
 @pytest.mark.parametrize("data", [[], [{"question": "a"}], {"train": []}, "rows.jsonl", None])
@@ -590,7 +839,8 @@ def test_report():
     assert [f.code for f in report.findings] == ["a", "b"] and not report.ok
     assert str(report) == "rows 9\n" + report.table()
     assert "error: a (1; rows 7)" in report.table() and "warning: b (9; rows 1, 2…)" in report.table()
-    assert "a \\| b" in report._repr_markdown_() and "&lt;do>" in report._repr_markdown_()
+    assert "&lt;do&gt;" in report._repr_html_() and "<do>" not in report._repr_html_()
+    assert json.loads(json.dumps(report.to_dict()))["findings"][0]["code"] == "a"
     with pytest.raises(UserError, match="a in 1 rows .first 7.: c; <do>$"):
         report.raise_for_errors()
 
@@ -619,6 +869,15 @@ def test_encode_dataset(tokenizer):
     assert data.to_list() == [encode(row["messages"], tokenizer, max_length=128) for row in kept]
     again, _ = encode_dataset(load_sft_dataset(rows), tokenizer, 128, num_proc=2)
     assert again.to_list() == data.to_list()
+
+
+def test_rows_that_keep_their_reply(tokenizer):
+    rows = [*good(3), talk("Read this. " + "word " * 200 + "Why?", "Because."), talk("Hi", "x " * 300)]
+    data, dropped = encode_dataset(rows, tokenizer, 128, truncation="cut_prompt")
+    assert dropped == [4] and [len(ids) == 128 for ids in data["input_ids"]] == [False] * 3 + [True]
+    assert data[3] == encode(rows[3]["messages"], tokenizer, max_length=128, truncation="cut_prompt")
+    with pytest.raises(UserError, match="truncation is 'right'"):
+        encode_dataset(rows, tokenizer, 128, truncation="right")
 
 
 def test_encode_dataset_errors(tokenizer):

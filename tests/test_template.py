@@ -11,6 +11,8 @@ from qlora_nb.template import (
     DATE,
     SYSTEM_PROMPT,
     TEMPLATES,
+    _Prefixes,
+    _tokenize,
     encode,
     encode_batch,
     prompt_ids,
@@ -18,6 +20,7 @@ from qlora_nb.template import (
     stop_tokens,
     template_fingerprint,
     template_text,
+    turn_end,
 )
 
 pytestmark = pytest.mark.quick
@@ -59,8 +62,8 @@ conversations = st.builds(
 )
 
 
-@pytest.mark.parametrize("template", [None, "llama-3.1", "chatml"])
-@settings(max_examples=120, deadline=None)
+@pytest.mark.parametrize("template", [None, "llama-3.1", "chatml", "embedded"])
+@settings(max_examples=200, deadline=None)
 @given(messages=conversations)
 def test_random_conversations(tokenizer, chatml, template, messages):
     tok = chatml if template == "chatml" else tokenizer
@@ -96,6 +99,45 @@ def test_a_row_that_does_not_fit_is_none(tokenizer):
     size = len(encode(messages, tokenizer)["input_ids"])
     assert encode(messages, tokenizer, max_length=size) is not None
     assert encode(messages, tokenizer, max_length=size - 1) is None
+
+
+def test_the_middle_of_the_prompt_is_cut(tokenizer):
+    system = "You are brief."
+    messages = chat("first " + "word " * 80 + "last?", "The answer is 5.", system=system)
+    whole = encode(messages, tokenizer, max_length=9999)
+    for size in (90, 120, len(whole["input_ids"]) - 1):
+        row = encode(messages, tokenizer, max_length=size, truncation="cut_prompt")
+        assert len(row["input_ids"]) == len(row["labels"]) == size and learned(row) == learned(whole)
+        text = tokenizer.decode(row["input_ids"])
+        assert text.startswith(f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>")
+        assert "user<|end_header_id|>\n\nfirst word" in text and "\n[…]\n" in text and "last?<|eot_id|>" in text
+        assert all(a in (-100, b) for a, b in zip(row["labels"], row["input_ids"]))
+    assert encode(messages, tokenizer, max_length=9999, truncation="cut_prompt") == whole
+    assert encode(messages, tokenizer, max_length=50, truncation="cut_prompt") is None
+    long_reply = chat("word " * 80, "word " * 80)
+    assert encode(long_reply, tokenizer, max_length=120, truncation="cut_prompt") is None
+    with pytest.raises(UserError, match="truncation is 'left': choose 'drop' or 'cut_prompt'"):
+        encode(long_reply, tokenizer, truncation="left")
+
+
+def test_a_huge_row_is_not_tokenized(tokenizer):
+    row = encode_batch([chat("Hi", "many words " * 200_000)], tokenizer, max_length=2048)[0]
+    assert row.code == "too_long" and row.input_ids is None and row.length > 400_000
+    assert encode(chat("Hi", "many words " * 200_000), tokenizer) is None
+
+
+PIECES = ["<|eot_id|>", "<|end_header_id|>", "\n\n", "\n", " ", "12", "ab"]
+parts = st.lists(st.text(max_size=8) | st.sampled_from(PIECES), max_size=8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(left=parts, right=parts)
+def test_counting_a_prefix_is_tokenizing_it(tokenizer, left, right):
+    "The short way, by the last control token, says what tokenizing the prefix says."
+    prefix, whole = "".join(left), "".join(left + right)
+    ids, own = (_tokenize([text], tokenizer)[text] for text in (whole, prefix))
+    expected = len(own) if ids[: len(own)] == own else None
+    assert _Prefixes(tokenizer).count(prefix, whole, ids) == expected
 
 
 # --- what can't be encoded ------------------------------------------------------------------------------------------
@@ -172,6 +214,15 @@ def test_unknown_template_and_missing_tokens(tokenizer):
         (  # the generation prompt opens the reasoning, the row doesn't
             "{% for m in messages %}{{ m.role + '\n' + m.content + '<|eot_id|>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'assistant\n<think>\n' }}{% endif %}",
+            "generation_prompt_mismatch",
+        ),
+        (  # a reply is never asked for
+            "{{ bos_token }}{% for m in messages %}{{ m.role + '\n' + m.content + '<|eot_id|>' }}{% endfor %}",
+            "generation_prompt_mismatch",
+        ),
+        (  # the whole conversation is counted before its first turn
+            "{{ messages | length }}{% for m in messages %}{{ m.role + '\n' + m.content + '<|eot_id|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}",
             "prompt_not_prefix",
         ),
     ],
@@ -245,6 +296,19 @@ def test_stop_tokens(tokenizer, chatml):
     assert stop_tokens(tokenizer, FakeModel([5, 7])) == sorted({5, 7, *known})
     assert stop_tokens(tokenizer, FakeModel(5)) == sorted({5, *known})
     assert stop_tokens(tokenizer, FakeModel(None)) == stop_tokens(tokenizer, object()) == known
+
+
+def test_the_end_of_turn_is_what_the_template_writes(tokenizer, chatml):
+    assert tokenizer.decode([turn_end(tokenizer)]) == "<|eot_id|>"
+    assert chatml.decode([turn_end(chatml, "chatml")]) == "<|im_end|>"
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<|no one knows this|>"], special_tokens=True)
+    other.chat_template = tokenizer.chat_template.replace("<|eot_id|>", "<|no one knows this|>")
+    row = encode(chat("Hi", "Ho"), other)
+    assert other.decode(learned(row)) == "Ho<|no one knows this|>" and turn_end(other) in stop_tokens(other)
+    assert turn_end(tokenizer, TEMPLATES["embedded"].replace("<|eot_id|>", "\n")) is None
+    other.chat_template = None
+    assert turn_end(other) is None
 
 
 def test_an_unknown_token_does_not_stop(tokenizer):

@@ -1,0 +1,167 @@
+"""How fast the preflight is beside the tokenizer alone, and whether its memory grows with the rows.
+
+`check_dataset` (one call over all rows, streamed) and the tokenizer's own batched call get the same rows of about 600
+tokens in one process, with the same threads. They take turns, so that a slow minute of the machine falls on both.
+The tokenizer gets rendered texts, so rendering counts against the preflight alone.
+
+    python benchmarks/preflight.py                          # 100,000 rows; about five minutes on 2 CPU cores
+    python benchmarks/preflight.py --rows 5000              # in a moment
+    python benchmarks/preflight.py --memory                 # RssAnon after 20,000 and 200,000 short streamed rows
+    TOKENIZERS_PARALLELISM=true python benchmarks/preflight.py
+    python benchmarks/preflight.py --out nbs/results/preflight.json    # all three, each in a process of its own
+"""
+
+import argparse
+import datetime
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+WORDS = (
+    "the of a number sum is then we have so first add take from it gives seven apples train hours Mia Tom how many left"
+    "".split()
+)
+PART = 2500  # rows of a turn
+
+
+def row(i, rng):
+    "A row of about 600 tokens of the embedded vocabulary, different from all others."
+
+    def text(n):
+        return " ".join(str(rng.randrange(1000)) if rng.random() < 0.2 else rng.choice(WORDS) for _ in range(n))
+
+    reply = f"<think>\n{text(100)}.\n{text(100)}.\n</think>\n\nThe answer is {i}."
+    return [{"role": "user", "content": f"{i}: {text(82)}?"}, {"role": "assistant", "content": reply}]
+
+
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    from qlora_nb.core import EMBEDDED_MODEL
+
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+
+
+class Turns:
+    "Streamed rows; before `check_dataset` gets a part of them, the tokenizer alone has its turn on the same part."
+
+    def __init__(self, rows, tok):
+        self.rows, self.tok, self.tokens = rows, tok, 0
+        self.seconds, self.outside = 0.0, 0.0  # of the tokenizer; of all that isn't the preflight
+
+    def iter(self, size):
+        rng = random.Random(0)
+        for first in range(0, self.rows, PART):
+            begun = time.perf_counter()
+            part = [row(i, rng) for i in range(first, min(first + PART, self.rows))]
+            texts = [self.tok.apply_chat_template(messages, tokenize=False) for messages in part]
+            start = time.perf_counter()
+            ids = self.tok(texts, add_special_tokens=False)["input_ids"]
+            self.seconds += time.perf_counter() - start
+            self.tokens += sum(map(len, ids))
+            del ids, texts
+            self.outside += time.perf_counter() - begun
+            for place in range(0, len(part), size):
+                yield {"messages": part[place : place + size]}
+
+
+def speed(rows, max_length=2048):
+    "Tokens a second of both, over `rows` rows, and their ratio."
+    from qlora_nb.data import check_dataset
+
+    tok = tokenizer()
+    check_dataset(Turns(50, tok), tok, max_length)
+    turns, start = Turns(rows, tok), time.perf_counter()
+    report = check_dataset(turns, tok, max_length)
+    seconds = time.perf_counter() - start - turns.outside
+    assert report.summary["tokens"] == turns.tokens and report.findings == []
+    return {
+        "rows": rows, "tokens_per_row": round(turns.tokens / rows, 1),
+        "tokenizer_tokens_per_second": round(turns.tokens / turns.seconds),
+        "preflight_tokens_per_second": round(turns.tokens / seconds), "ratio": round(turns.seconds / seconds, 3),
+    }  # fmt: skip
+
+
+def anonymous():
+    "This process's anonymous memory in MiB (Linux)."
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
+
+
+def streamed(count):
+    "RssAnon after looking at `count` short streamed rows."
+    from datasets import IterableDataset
+
+    from qlora_nb.data import check_dataset
+
+    def rows():
+        for i in range(count):
+            question = {"role": "user", "content": f"What is {i} + {i}?"}
+            yield {"messages": [question, {"role": "assistant", "content": f"It is {2 * i}."}]}
+
+    report = check_dataset(IterableDataset.from_generator(rows), tokenizer())
+    assert report.summary["rows"] == count and report.findings == []
+    return anonymous()
+
+
+def memory(counts):
+    "RssAnon for each count, each in a process of its own."
+    found = {}
+    for count in counts:
+        done = subprocess.run(
+            [sys.executable, __file__, "--streamed", str(count)], capture_output=True, text=True, check=True
+        )
+        found[f"{count}_rows_rss_anon_mib"] = round(float(done.stdout), 1)
+    return found
+
+
+def everything(rows, counts, path):
+    "Speed with and without the tokenizer's threads, and memory, each in a process of its own; written to `path`."
+    from qlora_nb.core import library_versions
+
+    runs = []
+    for parallel, arguments in [
+        ("false", ["--rows", rows]), ("true", ["--rows", rows]), ("false", ["--memory", "--counts", *counts])
+    ]:  # fmt: skip
+        env = {**os.environ, "TOKENIZERS_PARALLELISM": parallel}
+        command = [sys.executable, __file__, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        runs.append(json.loads(done.stdout))
+        print(done.stdout, end="", file=sys.stderr)
+    versions = {
+        name: v for name, v in library_versions().items() if name in ("python", "qlora_nb", "transformers", "datasets")
+    }
+    command = f"python benchmarks/preflight.py --rows {rows} --out {Path(path).as_posix()}"
+    result = {"gpu": None, "versions": versions, "date": str(datetime.date.today()), "command": command, "runs": runs}
+    Path(path).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--memory", action="store_true", help="measure memory in place of speed")
+    parser.add_argument("--counts", type=int, nargs="*", default=[20_000, 200_000])
+    parser.add_argument("--out", help="measure all, and write it to this file")
+    parser.add_argument("--streamed", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.streamed:
+        print(streamed(args.streamed))
+        return
+    if args.out:
+        everything(args.rows, args.counts, args.out)
+        return
+    result = memory(args.counts) if args.memory else speed(args.rows)
+    parallel = os.environ["TOKENIZERS_PARALLELISM"]
+    print(json.dumps({**result, "cores": os.cpu_count(), "tokenizers_parallelism": parallel}))
+
+
+if __name__ == "__main__":
+    main()
