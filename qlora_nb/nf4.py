@@ -88,8 +88,10 @@ def _quantize_blocks(
     for start in range(0, full, CHUNK):
         blocks = flat[start : min(start + CHUNK, full)].view(-1, blocksize).float()
         largest = blocks.abs().amax(1)
-        scaled = (blocks * (1.0 / largest.clamp(min=TINY)).unsqueeze(1)).clamp_(-1, 1)
         absmax[start // blocksize :][: len(largest)] = largest
+        if not largest.isfinite().all():
+            break  # NaN or infinity: refused below, with its place
+        scaled = (blocks * (1.0 / largest.clamp(min=TINY)).unsqueeze(1)).clamp_(-1, 1)
         packed[start // 2 :][: blocks.numel() // 2] = _pack(_nearest(scaled.view(-1)))
     if full < n:
         packed[full // 2 :], absmax[-1] = _quantize_rest(flat[full:].float())
