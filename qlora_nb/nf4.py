@@ -170,8 +170,16 @@ def _quantize_constants(
 # %% ../nbs/02_nf4.ipynb #815140b3
 def _dequantize_constants(index, absmax2, offset) -> torch.Tensor:  # (n,) fp32
     "The absmax of the first level."
-    values = CODE8.to(index.device)[index.long()]
-    return values * absmax2.repeat_interleave(BLOCKSIZE2)[: len(values)] + offset
+    n = len(index)
+    values = _code8(index.device).index_select(0, torch.nn.functional.pad(index, (0, -n % BLOCKSIZE2)).to(torch.int32))
+    values.view(-1, BLOCKSIZE2).mul_(absmax2.unsqueeze(1))
+    return values[:n].add_(offset)
+
+
+@functools.cache
+def _code8(device: torch.device) -> torch.Tensor:
+    "The dynamic map on a device."
+    return CODE8.to(device)
 
 # %% ../nbs/02_nf4.ipynb #df622dec
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # the ones that bitsandbytes knows
