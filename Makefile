@@ -34,10 +34,11 @@ install: $(STAMP)
 $(STAMP): settings.ini setup.py constraints.txt Makefile tools/check_install.py
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found; name one: make install PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
-	@echo "installing into .venv (some minutes the first time)" >&2
+	@command -v c++ >/dev/null || { echo "No C++ compiler (c++) found; llama.cpp is built with it: install g++" >&2; exit 1; }
+	@echo "installing into .venv (some minutes the first time: llama.cpp is built from source)" >&2
 	@$(PIP) install --upgrade pip
 	@$(PIP) install -c constraints.txt torch
-	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(PIP) install -c constraints.txt -e '.[dev,gguf]'
 	@if [ "$$(uname)" = Linux ]; then \
 		$(PIP) install -c constraints.txt $(UNSLOTH_NEEDS) && \
 		$(PIP) install -c constraints.txt --no-deps unsloth unsloth_zoo && \

@@ -8,7 +8,7 @@ from common import clean_env, clone, run
 
 def test_fresh_clone(tmp_path):
     env, folder = clean_env(tmp_path), clone(tmp_path)
-    run(["make", "demo"], folder, env, 1000)
+    run(["make", "demo"], folder, env, 1800)
     (summary,) = folder.glob("runs/*/summary.json")
     result = json.loads(summary.read_text())
     before, after = result["before"], result["after"]

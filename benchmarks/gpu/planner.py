@@ -20,6 +20,8 @@ import argparse
 import concurrent.futures
 import fcntl
 import json
+import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +33,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 LIMITS = (8, 12, 16, 24, 40, 48, 80, 96)  # GB
 DEFAULTS = {
     "size": "3b", "method": "qlora", "batch": 2, "accumulation": 4, "packing": False, "gradient_checkpointing": True,
-    "optimizer": "adamw_8bit", "seq_length": 2048, "r": 16, "limit_gb": None, "steps": 16, "skip": 4,
+    "optimizer": "adamw_8bit", "seq_length": 2048, "r": 16, "limit_gb": None, "steps": 24, "skip": 6,
 }  # fmt: skip
 GRID = (  # what someone would try by hand: eight rows a step, or three packs, which hold about as many tokens
     {"batch": 2, "accumulation": 4},
@@ -64,7 +66,7 @@ def pretend(limit_gb):
 
     size, total = int(card_of(limit_gb).bytes), torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction((size - CUDA_CONTEXT) / total)
-    properties, info = torch.cuda.get_device_properties, torch.cuda.mem_get_info
+    properties = torch.cuda.get_device_properties
 
     class Smaller:
         total_memory = size
@@ -81,7 +83,6 @@ def pretend(limit_gb):
 
     torch.cuda.get_device_properties = lambda *args, **kwargs: Smaller(properties(*args, **kwargs))
     torch.cuda.mem_get_info = smaller_info
-    return info
 
 
 def one(s, lock=None):
@@ -90,9 +91,11 @@ def one(s, lock=None):
     import torch
 
     cuda = torch.cuda.is_available()
-    info = pretend(s["limit_gb"]) if cuda and s["limit_gb"] else torch.cuda.mem_get_info
     if cuda:
-        import unsloth  # noqa: F401  before transformers and trl, as it asks
+        import unsloth  # noqa: F401  before transformers and trl, as it asks; it also sets torch's allocator
+
+        if s["limit_gb"]:
+            pretend(s["limit_gb"])
     from datasets import Dataset
     from quickstart import conversations, model_path
     from transformers.trainer_callback import DefaultFlowCallback
@@ -146,8 +149,6 @@ def one(s, lock=None):
             "peak_reserved": torch.cuda.max_memory_reserved(),
         }
         found |= {f"{k}_gib": round(found[k] / 2**30, 3) for k in ("peak_allocated", "peak_reserved")}
-        free, total = info()
-        found["context_gib"] = round((total - free - torch.cuda.memory_reserved()) / 2**30, 3)
     print("RESULT", json.dumps(found), flush=True)
 
 
@@ -195,25 +196,34 @@ def in_process(s, lock, limit=240):
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
-def verdicts(runs, sizes, limits):
-    "For each card: the choice's speed as a share of the fastest of the grid that would fit, and whether it ran."
-    found = []
-    for size in sizes:
-        for limit in limits:
-            here = [r for r in runs if r["size"] == size]
-            choice = next((r for r in here if r["role"] == "choice" and r["limit_gb"] == limit), None)
-            if not choice:
-                continue
-            room = card_of(limit).bytes / 2**30 - choice.get("context_gib", 0.75)
-            fit = [r for r in here if r["role"] == "grid" and r.get("peak_reserved_gib", 1e9) <= room]
-            best = max((r["tokens_per_second"] for r in fit), default=None)
-            rate = choice.get("tokens_per_second")
-            found.append({
-                "size": size, "limit_gb": limit, "outcome": choice["outcome"], "tokens_per_second": rate,
-                "grid_that_fits": len(fit), "fastest_of_grid": best,
-                "share": round(rate / best, 3) if rate and best else None,
-            })  # fmt: skip
-    return found
+SETTING = ("size", "method", "batch", "accumulation", "packing", "gradient_checkpointing")
+
+
+def rates(runs):
+    "Tokens per second of each setting: the median of its runs, in the grid and under whatever limit."
+    found = {}
+    for run in runs:
+        if run["outcome"] == "trained":
+            found.setdefault(tuple(run[name] for name in SETTING), []).append(run["tokens_per_second"])
+    return {setting: statistics.median(values) for setting, values in found.items()}
+
+
+def verdicts(runs):
+    "For each card: whether the choice ran, and its speed as a share of the fastest of the grid that would fit."
+    from qlora_nb.memory import CUDA_CONTEXT
+
+    speed, found = rates(runs), []
+    for choice in (run for run in runs if run["role"] == "choice"):
+        size, limit = choice["size"], choice["limit_gb"]
+        room = card_of(limit).bytes - CUDA_CONTEXT
+        grid = [run for run in runs if run["role"] == "grid" and run["size"] == size]
+        fit = [run for run in grid if run.get("peak_reserved", math.inf) <= room]
+        best = max((speed[tuple(run[name] for name in SETTING)] for run in fit), default=None)
+        rate = speed.get(tuple(choice.get(name) for name in SETTING))
+        share = round(rate / best, 3) if rate and best else None
+        row = {"size": size, "limit_gb": limit, "outcome": choice["outcome"], "tokens_per_second": rate}
+        found.append({**row, "grid_that_fits": len(fit), "fastest_of_grid": best, "share": share})
+    return sorted(found, key=lambda row: (row["size"], row["limit_gb"]))
 
 
 def main():
@@ -223,8 +233,9 @@ def main():
     parser.add_argument("--lock")
     parser.add_argument("--sizes", nargs="*", default=["3b", "8b"])
     parser.add_argument("--limits", nargs="*", type=int, default=LIMITS)
-    parser.add_argument("--no-grid", action="store_true", help="keep the grid of an earlier file, measure choices only")
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--start", help="an earlier file of results, to go on from")
+    parser.add_argument("--parts", nargs="*", default=["grid", "choice"])
+    parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1e9, help="start no run after this time")
     args = parser.parse_args()
     if args.one:
@@ -233,15 +244,13 @@ def main():
     from quickstart import model_path
 
     begun, lengths, todo = time.time(), lengths_of_rows(), []
-    runs = json.loads(Path(args.out).read_text())["runs"] if Path(args.out).exists() else []
+    runs = json.loads(Path(args.start).read_text())["runs"] if args.start else []
     for size in args.sizes:
         model_path(size)
-        if not args.no_grid:
-            runs = [r for r in runs if (r["role"], r["size"]) != ("grid", size)]
+        if "grid" in args.parts:
             todo += [{**DEFAULTS, **row, "size": size, "role": "grid"} for row in GRID]
-        for limit in args.limits:
+        for limit in args.limits if "choice" in args.parts else ():
             setting, plan = choice_for(size, limit, lengths)
-            runs = [r for r in runs if (r["role"], r["size"], r["limit_gb"]) != ("choice", size, limit)]
             if setting:
                 todo.append({**DEFAULTS, **setting, "role": "choice"})
             else:
@@ -261,9 +270,8 @@ def main():
             names = ("role", "size", "limit_gb", "method", "batch", "accumulation", "packing", "gradient_checkpointing",
                      "outcome", "tokens_per_second", "peak_reserved_gib", "process_seconds", "error")  # fmt: skip
             print(f"{time.time() - begun:.0f} s", json.dumps({k: runs[-1].get(k) for k in names}), flush=True)
-            found = verdicts(runs, sorted({r["size"] for r in runs}), LIMITS)
-            write(args.out, "cuda", runs, verdicts=found, lengths=lengths)
-    for row in verdicts(runs, args.sizes, args.limits):
+            write(args.out, "cuda", runs, verdicts=verdicts(runs), lengths=lengths)
+    for row in verdicts(runs):
         print(json.dumps(row))
 
 
