@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some processors it asks for a further package
 
-import bitsandbytes.functional as bnb
-import torch
+import bitsandbytes.functional as bnb  # noqa: E402
+import torch  # noqa: E402
 
-from qlora_nb.nf4 import quantize_nf4
+from qlora_nb.nf4 import quantize_nf4  # noqa: E402
 
 GOALS = {("quantize", torch.float32): 3.0, ("dequantize", torch.float32): 0.5, ("dequantize", torch.bfloat16): 0.4}
 
