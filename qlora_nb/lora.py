@@ -133,7 +133,8 @@ class LoRALinear(LoRALayer):
         super().__init__(columns, rows, r, lora_alpha, lora_dropout, use_rslora, **like)
         self.base = base.requires_grad_(False)
         self.register_buffer("original", None, persistent=False)  # the old weight, while merged
-        self.register_state_dict_pre_hook(_refuse_merged)
+        self.register_state_dict_pre_hook(_refuse_saving)
+        self.register_load_state_dict_pre_hook(_refuse_loading)
 
     merged = property(lambda self: self.original is not None)
 
@@ -164,11 +165,17 @@ def _add_in_place(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     return old
 
 
-def _refuse_merged(layer, prefix, keep_vars) -> None:
+def _refuse_saving(layer, prefix, keep_vars) -> None:
     "Raises `UserError` where a merged layer is about to save its state."
     if layer.merged:
         where = prefix.rstrip(".") or "the layer"
         raise UserError(f"{where} is merged, and its state would hold the change twice: unmerge() first, or save its .base")
+
+
+def _refuse_loading(layer, state_dict, prefix, *rest) -> None:
+    "Raises `UserError` where a merged layer is about to load a state, which a later unmerge would overwrite."
+    if layer.merged:
+        raise UserError(f"{prefix.rstrip('.') or 'the layer'} is merged, and can't load a state: unmerge() first")
 
 # %% ../nbs/01_lora.ipynb #35f4c2e4
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -202,8 +209,10 @@ def swap_layers(
 def check_targets(
     target_modules: tuple[str, ...] | list[str] | str,  # names, or names with commas between
 ) -> tuple[str, ...]:
-    "The names, each once. Raises `UserError` where there is none."
-    names = target_modules.split(",") if isinstance(target_modules, str) else list(target_modules)
+    "The names, each once. Raises `UserError` where there is none, or something else than names."
+    names = target_modules.split(",") if isinstance(target_modules, str) else target_modules
+    if not isinstance(names, (tuple, list, set, frozenset)) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"target_modules is {target_modules!r}: give names of layers, such as q_proj")
     names = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
     if not names:
         raise UserError(f"target_modules is {target_modules!r}: name at least one layer, such as q_proj")

@@ -20,7 +20,12 @@ from .core import UserError
 def normal_float_code(
     ends: float = 0.9677083,  # share of the normal distribution below the largest value, 1 - (1/32 + 1/30) / 2
 ) -> torch.Tensor:  # (16,) fp32, ascending, from -1 to 1
-    "The values of NF4: 7 normal quantiles below zero, zero, 8 above (arXiv 2305.14314; bitsandbytes' `create_normal_map`)."
+    """The values of NF4: 7 normal quantiles below zero, zero, 8 above. Raises `UserError` for ends that can't be.
+
+    Source: QLoRA (arXiv 2305.14314), section 3; the rounding is that of bitsandbytes' `create_normal_map`.
+    """
+    if not 0.5 < ends < 1:
+        raise UserError(f"ends={ends!r}: give a share between 0.5 and 1, both excluded")
     above = torch.special.ndtri(torch.linspace(ends, 0.5, 9)[:-1].double())
     below = -torch.special.ndtri(torch.linspace(ends, 0.5, 8)[:-1].double())
     values = torch.cat([below, torch.zeros(1), above]).float().sort().values
@@ -133,7 +138,7 @@ def _dequantize_blocks(packed, absmax, n: int, blocksize: int, dtype: torch.dtyp
 
 # %% ../nbs/02_nf4.ipynb #fbffd4ca
 def dynamic_code() -> torch.Tensor:  # (256,) fp32, ascending, from -0.993 to 1
-    "The 8-bit map of the second level: decade 10^i (i from -6 to 0) has 2^(i+6) steps on each side, then 0 and 1."
+    "The 8-bit map of the second level: the decade below 10^i (i from -6 to 0) has 2^(i+6) values on each side; then 0 and 1."
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
@@ -163,9 +168,9 @@ def _quantize_constants(
     blocks = torch.nn.functional.pad(centred, (0, -n % BLOCKSIZE2)).view(-1, BLOCKSIZE2)
     absmax2 = blocks.abs().amax(1)
     scaled = (blocks * (1.0 / absmax2).unsqueeze(1)).clamp(-1, 1)
-    point = (((scaled + 1) * 0.5).double() * 65535 + 0.5).float().nan_to_num(0.0).to(torch.int32)
+    point = (((scaled + 1) * 0.5).double() * 65535 + 0.5).float().nan_to_num(0.0).to(torch.int32)  # 0 / 0 takes point 0
     index = _grid8(centred.device).index_select(0, point.view(-1)).view_as(blocks)
-    return index.masked_fill_((absmax2 == 0).unsqueeze(1), 0).view(-1)[:n].clone(), absmax2
+    return index.view(-1)[:n].clone(), absmax2
 
 # %% ../nbs/02_nf4.ipynb #815140b3
 def _dequantize_constants(index, absmax2, offset) -> torch.Tensor:  # (n,) fp32
@@ -186,7 +191,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # the ones that bitsandb
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
 class NF4Weight:
     "A weight in NF4: what bitsandbytes calls the packed tensor and its `QuantState`, bit for bit."
 
@@ -237,11 +242,14 @@ def dequantize_nf4(
 
 # %% ../nbs/02_nf4.ipynb #7bce6c36
 def _check_weight(weight: torch.Tensor, blocksize: int) -> None:
-    "Raises `UserError` for what is not a non-empty 16- or 32-bit float tensor, or a blocksize that bitsandbytes does not know."
+    "Raises `UserError` for what is no dense, non-empty 16- or 32-bit float tensor, or a blocksize that bitsandbytes does not know."
     if not isinstance(weight, torch.Tensor):
         raise UserError(f"weight is a {type(weight).__name__}: give a torch.Tensor")
     if weight.dtype not in DTYPES:
         raise UserError(f"weight has dtype {weight.dtype}: NF4 takes torch.float32, torch.float16 or torch.bfloat16")
+    if weight.is_meta or weight.layout != torch.strided:
+        kind = "on the meta device" if weight.is_meta else f"stored as {weight.layout}"
+        raise UserError(f"weight is {kind}: give a dense tensor that holds its numbers")
     if weight.numel() == 0:
         raise UserError(f"weight is empty, its shape is {tuple(weight.shape)}: there is nothing to quantize")
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
@@ -288,18 +296,20 @@ CODES = {"nf4": NF4_CODE, "fp4": torch.cat([-FP4_CODE.flip(0), FP4_CODE[1:]]), "
 
 
 def fake_quantize(
-    weight: torch.Tensor,  # fp32, any shape
+    weight: torch.Tensor,  # fp32, fp16 or bf16, any non-empty shape, finite
     kind: str | torch.Tensor = "nf4",  # nf4, fp4, int4, int4_asymmetric, or a code of one's own: (n,) ascending
-    blocksize: int = 64,
+    blocksize: int = 64,  # weights that share a constant: 32, 64, … 4096
 ) -> torch.Tensor:  # in the weight's shape and dtype
-    "The weight after quantizing and dequantizing in blocks with fp32 constants: to compare codes. Raises `UserError` for an unknown kind."
+    "The weight after quantizing and dequantizing in blocks with fp32 constants: to compare codes. Raises `UserError` as `quantize_nf4`, or for an unknown kind."
+    _check_weight(weight, blocksize)
     flat = weight.reshape(-1).float()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % blocksize)).view(-1, blocksize)
+    _check_finite(weight, blocks.abs().amax(1))
     if isinstance(kind, str) and kind == "int4_asymmetric":
         low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
         step = ((high - low) / 15).clamp(min=TINY)
         restored = ((blocks - low) / step).round() * step + low
-    elif isinstance(kind, torch.Tensor) or kind in CODES:
+    elif isinstance(kind, torch.Tensor) or isinstance(kind, str) and kind in CODES:
         code = (kind if isinstance(kind, torch.Tensor) else CODES[kind]).to(weight.device)
         absmax = blocks.abs().amax(1, keepdim=True).clamp(min=TINY)
         restored = code[torch.bucketize(blocks / absmax, code_bounds(code))] * absmax

@@ -47,7 +47,7 @@ class QLoRAFunction(torch.autograd.Function):
     def forward(ctx, x, dequantize, bias, lora_A, lora_B, scaling):
         rows, xa = x.reshape(-1, x.shape[-1]), None  # (n, in)
         if lora_A is None:
-            y = F.linear(rows, dequantize(x.dtype), bias)
+            y = F.linear(rows, dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
         else:
             xa = (rows.to(lora_A.dtype) @ lora_A.T).mul_(scaling)  # (n, r)
             y = F.linear(xa, lora_B, None if bias is None else bias.to(lora_B.dtype)).to(x.dtype)
@@ -95,15 +95,31 @@ def qlora_matmul(
         raise UserError(f"x is {getattr(x, 'dtype', type(x).__name__)}: give floating-point activations of shape (…, in)")
     if (lora_A is None) != (lora_B is None):
         raise UserError("only one of lora_A and lora_B was given: give both, or neither")
-    width = lora_A.shape[1] if lora_A is not None else getattr(getattr(weight, "quant_state", weight), "shape", (0, 0))[-1]
-    if width and x.shape[-1] != width:
-        raise UserError(f"x is {tuple(x.shape)}, but the layer takes {width} values going in: give x of shape (…, {width})")
-    if lora_A is not None and lora_A.shape[0] != lora_B.shape[1]:
-        raise UserError(f"lora_A is {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}: they must be (r, in) and (out, r)")
+    _check_shapes(x, getattr(getattr(weight, "quant_state", weight), "shape", None), bias, lora_A, lora_B)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias, lora_A, lora_B = (None if t is None else t.to(dtype) for t in (x, bias, lora_A, lora_B))
     return QLoRAFunction.apply(x, dequantize, bias, lora_A, lora_B, scaling)
+
+# %% ../nbs/03_qlora.ipynb #7d2c60b1
+def _check_shapes(x, shape, bias, lora_A, lora_B) -> None:
+    "Raises `UserError` for what doesn't fit a weight of `shape` (out, in); None is a callable's, which nobody knows before the call."
+    if shape is not None and len(shape) != 2:
+        raise UserError(f"weight is of shape {tuple(shape)}: a layer needs a matrix, out × in")
+    if lora_A is not None:
+        a, b = tuple(lora_A.shape), tuple(lora_B.shape)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise UserError(f"lora_A is {a} and lora_B {b}: they must be (r, in) and (out, r)")
+        if shape is not None and (b[0], a[1]) != tuple(shape):
+            raise UserError(f"lora_A is {a} and lora_B {b}, but the weight is {tuple(shape)}: they must be (r, in) and (out, r)")
+        shape = (b[0], a[1])
+    if shape is None:
+        return
+    rows, width = shape
+    if x.shape[-1] != width:
+        raise UserError(f"x is {tuple(x.shape)}, but the layer takes {width} values going in: give x of shape (…, {width})")
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise UserError(f"bias is {tuple(bias.shape)}, but the weight has {rows} rows: give a bias of shape ({rows},)")
 
 # %% ../nbs/03_qlora.ipynb #49df91fa
 def saved_for_backward(

@@ -187,6 +187,9 @@ def test_a_merged_layer_saves_no_state_and_an_unmerged_one_loads_its_own():
     with pytest.raises(UserError, match="^0 is merged, .*unmerge.* or save its .base"):
         model.state_dict()
     assert set(model[0].base.state_dict()) == {"weight", "bias"}
+    with pytest.raises(UserError, match="^0 is merged, and can't load a state: unmerge"):
+        model.load_state_dict({"0.base.weight": torch.zeros(8, 12)}, strict=False)
+    assert model[0].base.weight.any()
     model[0].unmerge()
     other = nn.Sequential(LoRALinear(nn.Linear(12, 8), r=4))
     other.load_state_dict(model.state_dict())
@@ -345,6 +348,8 @@ def test_pefts_own_layer_is_not_a_base():
         (None, {"r": 33}, "r is 33, but the weight has only 32"),
         (None, {"target_modules": ["c_attn"]}, "target_modules names c_attn: choose from q_proj"),
         (None, {"target_modules": []}, "target_modules is .*: name at least one layer"),
+        (None, {"target_modules": None}, "target_modules is None: give names of layers"),
+        (None, {"target_modules": ["q_proj", 3]}, "target_modules is .*: give names of layers"),
     ],
 )
 def test_counting(config, settings, message):

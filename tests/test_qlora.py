@@ -33,6 +33,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 many = settings(max_examples=300, deadline=None, derandomize=True)
 sizes, even = st.integers(1, 40), st.integers(1, 40).map(lambda n: 2 * n)
+# Where 16 divides a row and the blocksize doesn't, bitsandbytes' AVX512 kernel takes other blocks' constants (02_nf4).
+widths = even.filter(lambda n: n % 16 or n % 64 == 0)
 
 
 def apart(found, wanted):
@@ -231,7 +233,7 @@ def peft_layer(dense, r, alpha, dtype, dropout=0.0, rslora=False):
 @given(data=st.data())
 def test_equal_to_bitsandbytes_and_peft(data):
     draw = data.draw
-    out, width = draw(even), draw(even)  # an odd width is compiled by bitsandbytes, a second a shape
+    out, width = draw(even), draw(widths)  # an odd width is compiled by bitsandbytes, a second a shape
     r, alpha = draw(st.integers(1, min(out, width))), draw(st.sampled_from([1, 8, 16, 64]))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     adapter = draw(st.sampled_from([dtype, torch.float32]))
@@ -312,8 +314,9 @@ def test_dropout_acts_on_the_adapter_alone():
         found.append((y.detach(), leaf.grad))
     for mine, other in zip(*found):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
-    ours.eval()
-    assert torch.equal(ours(x), ours(x))
+    without = QLoRALinear(dense, r=4)
+    without.load_state_dict(ours.state_dict())
+    assert torch.equal(ours.eval()(x), without(x))  # in evaluation one product, nothing dropped
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -354,6 +357,14 @@ def test_only_the_adapter_learns():
         optimizer.step()
     assert losses[-1] < 0.02 * losses[0]
     assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+
+
+def test_a_bias_of_another_dtype_is_cast():
+    dense, x = nn.Linear(64, 32).to(torch.bfloat16), torch.randn(3, 64)
+    layer = QLoRALinear(dense, r=4, lora_dropout=0.2)  # trained with dropout, and called with fp32
+    wanted = F.linear(x, layer.weight.dequantize().float(), dense.bias.float())
+    torch.testing.assert_close(layer(x), wanted)
+    torch.testing.assert_close(layer.eval()(x), wanted)
 
 
 def test_compute_dtype_is_that_of_the_base_product():
@@ -415,6 +426,11 @@ def test_mistakes_in_a_layer(base, kwargs, message):
         ({"lora_B": torch.randn(32, 5)}, "must be .r, in. and .out, r."),
         ({"weight": "nf4"}, "weight is a str"),
         ({"x": torch.randn(2, 63), "lora_A": None, "lora_B": None}, "takes 64 values going in"),
+        ({"lora_B": torch.randn(30, 4)}, "lora_B .30, 4., but the weight is .32, 64."),
+        ({"x": torch.randn(2, 60), "lora_A": torch.randn(4, 60)}, "lora_A is .4, 60. .* but the weight is .32, 64."),
+        ({"lora_A": torch.randn(64)}, "must be .r, in. and .out, r."),
+        ({"bias": torch.zeros(64)}, "bias is .64,., but the weight has 32 rows"),
+        ({"weight": torch.randn(32)}, "weight is of shape .32,.: a layer needs a matrix"),
     ],
 )
 def test_mistakes_in_a_product(change, message):
