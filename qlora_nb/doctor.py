@@ -7,10 +7,10 @@ __all__ = ['TODAY', 'INSTALL', 'TRL', 'TRANSFORMERS', 'DATASETS', 'TRAINERS', 'C
            'CONFIG_RULES', 'MODELS', 'LOAD_RULES', 'GONE', 'NAME_RULES', 'QUIET_RULES', 'TEXT_RULES', 'R1',
            'DATA_RULES', 'PIP_RULES', 'RULES', 'ASSUMED', 'OTHER', 'FUNCTIONS', 'SHIMMED', 'BEGIN', 'HEADERS',
            'REPLIES', 'TOLD', 'FILES', 'LOOKS', 'MAGIC', 'TIMED', 'SEVERITIES', 'NOTHING', 'Rule', 'Scope', 'fits',
-           'text_of', 'Facts', 'imports_of', 'facts_of', 'Hit', 'called', 'keywords', 'look_arguments', 'look_names',
-           'look_unsloth_late', 'look_trainer', 'look_config', 'look_run', 'look_pad', 'look_chat_ids',
-           'look_chat_text', 'look_text_column', 'text_faults', 'look_template', 'bad_field', 'look_format',
-           'look_unsloth_template', 'look_data', 'walk', 'parse_cell', 'look_pip', 'CodeFinding', 'CodeReport',
+           'text_of', 'Facts', 'imports_of', 'facts_of', 'Hit', 'walk', 'called', 'keywords', 'look_arguments',
+           'look_names', 'look_unsloth_late', 'look_trainer', 'look_formatting', 'look_config', 'look_run', 'look_pad',
+           'look_chat_ids', 'look_chat_text', 'look_text_column', 'text_faults', 'look_template', 'bad_field',
+           'look_format', 'look_unsloth_template', 'look_data', 'parse_cell', 'look_pip', 'CodeFinding', 'CodeReport',
            'explain_old_code', 'read_code']
 
 # %% ../nbs/09_doctor.ipynb #2fcef4b9
@@ -127,6 +127,8 @@ QUIET_RULES = (
          "leave data_collator out", f"{TRL}, run"),
     Rule("packing_without_flash", "silently wrong", "without FlashAttention (or Unsloth) the rows of a packed sequence see each "
          "other; TRL only logs a warning", 'packing=False, or attn_implementation="flash_attention_2" when the model is loaded', f"{TRL}, run"),
+    Rule("formatting_list", "breaks", "AttributeError: formatting_func is called with one row, and must return one text, not a list",
+         "a column `messages`; or a formatting_func for one row that returns a str", f"{TRL}, run"),
     Rule("assistant_only_loss", "breaks", "ValueError: Llama 3's chat template doesn't mark the assistant's tokens",
          "columns `prompt` and `completion` of messages, with completion_only_loss=True", f"{TRL}, run"),
     Rule("unsloth_late", "silently wrong", "Unsloth only warns: what was imported before it is not patched, so it is slower, and "
@@ -263,6 +265,7 @@ class Facts:
     "What is known of the whole source before it is read in order."
 
     later: dict = field(default_factory=dict)  # names → an import's dotted name, or OTHER
+    functions: dict = field(default_factory=dict)  # names → definitions
     roots: list[str] = field(default_factory=list)  # libraries that are imported when the cells run, in order
     texts: list[str] = field(default_factory=list)  # string constants
     made: set[str] = field(default_factory=set)  # columns that the source itself makes
@@ -297,28 +300,6 @@ def imports_of(node) -> Iterator[tuple[str, str, ast.alias]]:
         else:
             yield alias.asname or alias.name, "." + alias.name, alias
 
-# %% ../nbs/09_doctor.ipynb #ff2c5f45
-def facts_of(trees: list) -> Facts:
-    "The facts of some cells."
-    facts = Facts()
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            for name, dotted, _ in imports_of(node):
-                facts.later[name] = dotted
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            facts.later[node.name] = OTHER
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            facts.later.setdefault(node.id, OTHER)
-        elif isinstance(node, ast.arg):
-            facts.later.setdefault(node.arg, OTHER)
-        elif isinstance(node, ast.Attribute):
-            facts.attributes.add(node.attr)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            facts.texts.append(node.value)
-        facts.made |= _made(node)
-    facts.roots = [root for tree in trees for root in _imported(tree)]
-    return facts
-
 # %% ../nbs/09_doctor.ipynb #ea089069
 def _made(node) -> set[str]:
     "Columns that a node makes: keys of a dict, `row[key] = …`, `rename_column(old, new)`."
@@ -333,12 +314,41 @@ def _made(node) -> set[str]:
         return {word.arg for word in node.keywords if word.arg}
     return {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
 
-
+# %% ../nbs/09_doctor.ipynb #5f54227b
 def _imported(tree) -> list[str]:
     "The libraries that a tree imports when it is run, in the order of the lines; not those inside of functions."
     if isinstance(tree, (ast.Import, ast.ImportFrom)):
         return [dotted.partition(".")[0] for _, dotted, _ in imports_of(tree)]
     return [] if isinstance(tree, FUNCTIONS) else [root for part in ast.iter_child_nodes(tree) for root in _imported(part)]
+
+# %% ../nbs/09_doctor.ipynb #f00447b5
+def _names_of(node) -> Iterator[tuple[str, object]]:
+    "(name, dotted name or `OTHER`) for what a node binds, wherever it stands."
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        yield from ((name, dotted) for name, dotted, _ in imports_of(node))
+    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        yield node.name, OTHER
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id, OTHER
+    elif isinstance(node, ast.arg):
+        yield node.arg, OTHER
+
+# %% ../nbs/09_doctor.ipynb #ff2c5f45
+def facts_of(trees: list) -> Facts:
+    "The facts of some cells."
+    facts = Facts()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        for name, value in _names_of(node):
+            facts.later[name] = facts.later.get(name, OTHER) if value is OTHER else value
+        if isinstance(node, ast.Attribute):
+            facts.attributes.add(node.attr)
+        elif isinstance(node, ast.FunctionDef):
+            facts.functions[node.name] = node
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            facts.texts.append(node.value)
+        facts.made |= _made(node)
+    facts.roots = [root for tree in trees for root in _imported(tree)]
+    return facts
 
 # %% ../nbs/09_doctor.ipynb #63d04dee
 @dataclass
@@ -353,6 +363,51 @@ class Hit:
     severity: str | None = None  # where it is another than the rule's
     today: str | None = None
 
+# %% ../nbs/09_doctor.ipynb #f08dd851
+def _bind(node, scope: Scope) -> None:
+    "Bind the names that a statement or an expression binds."
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        for name, dotted, _ in imports_of(node):
+            scope.bind(name, dotted)
+    elif isinstance(node, ast.ClassDef):
+        own = any(getattr(part, "name", "") == "__init__" for part in node.body)
+        scope.bind(node.name, node.bases[0] if node.bases and not own else OTHER)
+    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        scope.bind(node.name, OTHER)
+    elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        for name in (part for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)):
+            if isinstance(name.ctx, ast.Store):
+                scope.bind(name.id, node.value if name in targets and node.value is not None else OTHER)
+    elif isinstance(node, ast.Call) and fits(scope.dotted(node.func), "*.append") and isinstance(node.func.value, ast.Name) and node.args:
+        scope.bind(node.func.value.id, ast.List([scope.value(node.args[0])], ast.Load()))  # what the list was given last
+    elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension, ast.AugAssign, ast.withitem)):
+        target = node.optional_vars if isinstance(node, ast.withitem) else node.target
+        for name in ast.walk(target) if target else ():
+            if isinstance(name, ast.Name):
+                scope.bind(name.id, OTHER)
+
+# %% ../nbs/09_doctor.ipynb #7a6c4fac
+def walk(node, looks: tuple[Callable, ...], scope: Scope, facts: Facts, whole: bool = True) -> Iterator[Hit]:
+    "What the looks see in a tree, in the order of its lines. `whole` is False inside a text that was looked at already."
+    part_of_text = isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp))
+    for look in looks if whole or not part_of_text else ():
+        yield from look(node, scope, facts)
+    if isinstance(node, FUNCTIONS):
+        scope.levels.append({argument.arg: OTHER for argument in ast.walk(node.args) if isinstance(argument, ast.arg)})
+    inside = whole and not (part_of_text and text_of(node, scope) is not None)
+    for child in _children(node):
+        yield from walk(child, looks, scope, facts, inside or not isinstance(child, (ast.Constant, ast.JoinedStr, ast.BinOp)))
+    if isinstance(node, FUNCTIONS):
+        scope.levels.pop()
+    _bind(node, scope)
+
+# %% ../nbs/09_doctor.ipynb #10910087
+def _children(node) -> list:
+    "The parts of a node: of a comprehension first what it goes through; no text that stands alone, as a docstring does."
+    parts = [p for p in ast.iter_child_nodes(node) if not (isinstance(p, ast.Expr) and isinstance(p.value, ast.Constant))]
+    return sorted(parts, key=lambda part: not isinstance(part, ast.comprehension))
+
 # %% ../nbs/09_doctor.ipynb #58ff55e5
 def called(node, scope: Scope) -> str | None:
     "The dotted name that a call calls; through functools.partial, what that will call."
@@ -361,7 +416,7 @@ def called(node, scope: Scope) -> str | None:
     name = scope.dotted(node.func)
     return scope.dotted(node.args[0]) if fits(name, "functools.partial") and node.args else name
 
-
+# %% ../nbs/09_doctor.ipynb #67de0d10
 def keywords(node: ast.Call, scope: Scope) -> dict[str, tuple]:
     "Arguments by name → (place, value), those of a `**` dict too, where it is written out."
     found = {}
@@ -434,6 +489,23 @@ def look_trainer(node, scope: Scope, facts: Facts) -> Iterator[Hit]:
         packed = any(_true((given | settings).get(name, (0, None))[1]) for name in ("packing", "padding_free"))
         yield Hit(place, "collator_with_packing" if packed else "seq2seq_collator")
 
+# %% ../nbs/09_doctor.ipynb #f47c9da6
+def _returns_list(function: ast.FunctionDef) -> bool:
+    "Whether a function returns a list that it writes or builds."
+    lists = {target.id for node in ast.walk(function) if isinstance(node, ast.Assign) and isinstance(node.value, (ast.List, ast.ListComp))
+             for target in node.targets if isinstance(target, ast.Name)}
+    values = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+    return any(isinstance(v, (ast.List, ast.ListComp)) or (isinstance(v, ast.Name) and v.id in lists) for v in values)
+
+
+def look_formatting(node, scope: Scope, facts: Facts) -> Iterator[Hit]:
+    "A formatting_func that returns a list."
+    if fits(called(node, scope), "trl.SFTTrainer"):
+        place, value = keywords(node, scope).get("formatting_func", (None, None))
+        function = facts.functions.get(getattr(value, "id", None))
+        if function is not None and _returns_list(function):
+            yield Hit(place, "formatting_list")
+
 # %% ../nbs/09_doctor.ipynb #3b7694a3
 def look_config(node, scope: Scope, facts: Facts) -> Iterator[Hit]:
     "Settings whose value does harm."
@@ -497,7 +569,7 @@ def _used_as_ids(node, scope: Scope) -> Iterator[tuple[ast.AST, str]]:
         if name == "generate":
             yield from ((word.value, f"generate({word.arg}=…)") for word in node.keywords if word.arg in ("input_ids", "inputs"))
 
-
+# %% ../nbs/09_doctor.ipynb #14a42355
 def look_chat_ids(node, scope: Scope, facts: Facts) -> Iterator[Hit]:
     "The result of apply_chat_template, taken for ids."
     for expression, use in _used_as_ids(node, scope):
@@ -611,52 +683,9 @@ def look_data(node, scope: Scope, facts: Facts) -> Iterator[Hit]:
 
 # %% ../nbs/09_doctor.ipynb #95d09b62
 LOOKS: tuple[Callable, ...] = (
-    look_arguments, look_names, look_unsloth_late, look_trainer, look_config, look_run, look_pad, look_chat_ids,
+    look_arguments, look_names, look_unsloth_late, look_trainer, look_formatting, look_config, look_run, look_pad, look_chat_ids,
     look_chat_text, look_text_column, look_template, look_format, look_unsloth_template, look_data,
 )
-
-# %% ../nbs/09_doctor.ipynb #f08dd851
-def _bind(node, scope: Scope) -> None:
-    "Bind the names that a statement or an expression binds."
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        for name, dotted, _ in imports_of(node):
-            scope.bind(name, dotted)
-    elif isinstance(node, ast.ClassDef):
-        own = any(getattr(part, "name", "") == "__init__" for part in node.body)
-        scope.bind(node.name, node.bases[0] if node.bases and not own else OTHER)
-    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        scope.bind(node.name, OTHER)
-    elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        for name in (part for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)):
-            if isinstance(name.ctx, ast.Store):
-                scope.bind(name.id, node.value if name in targets and node.value is not None else OTHER)
-    elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension, ast.AugAssign, ast.withitem)):
-        target = node.optional_vars if isinstance(node, ast.withitem) else node.target
-        for name in ast.walk(target) if target else ():
-            if isinstance(name, ast.Name):
-                scope.bind(name.id, OTHER)
-
-# %% ../nbs/09_doctor.ipynb #7a6c4fac
-def walk(node, scope: Scope, facts: Facts, whole: bool = True) -> Iterator[Hit]:
-    "What the looks see in a tree, in the order of its lines. `whole` is False inside a text that was looked at already."
-    part_of_text = isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp))
-    for look in LOOKS if whole or not part_of_text else ():
-        yield from look(node, scope, facts)
-    if isinstance(node, FUNCTIONS):
-        scope.levels.append({argument.arg: OTHER for argument in ast.walk(node.args) if isinstance(argument, ast.arg)})
-    inside = whole and not (part_of_text and text_of(node, scope) is not None)
-    for child in _children(node):
-        yield from walk(child, scope, facts, inside or not isinstance(child, (ast.Constant, ast.JoinedStr, ast.BinOp)))
-    if isinstance(node, FUNCTIONS):
-        scope.levels.pop()
-    _bind(node, scope)
-
-# %% ../nbs/09_doctor.ipynb #10910087
-def _children(node) -> list:
-    "The parts of a node: of a comprehension first what it goes through; no text that stands alone, as a docstring does."
-    parts = [p for p in ast.iter_child_nodes(node) if not (isinstance(p, ast.Expr) and isinstance(p.value, ast.Constant))]
-    return sorted(parts, key=lambda part: not isinstance(part, ast.comprehension))
 
 # %% ../nbs/09_doctor.ipynb #3be7a505
 MAGIC = re.compile(r"\s*(?:(?:[\w, ]+=\s*)?[!%].*|\?{1,2}\S+|[^#'\"]*[^#'\"\s]\?{1,2}|(?:pip3?|conda|apt(?:-get)?|cd|ls)\b(?!\s*[=(.,]).*)\s*")
@@ -870,7 +899,7 @@ def _findings(parsed: dict, cells: dict) -> Iterator[CodeFinding]:
     scope = Scope(facts.later)
     try:
         for tree, _ in parsed.values():
-            for hit in walk(tree, scope, facts):
+            for hit in walk(tree, LOOKS, scope, facts):
                 yield _finding(hit, hit.place.cell, cells[hit.place.cell])
     except RecursionError as error:
         raise UserError("the source is nested too deep to be followed: give its parts one by one") from error

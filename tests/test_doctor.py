@@ -227,6 +227,10 @@ SAMPLES = {  # code: (what meets it, what comes near and doesn't)
         "SFTConfig(packing=True)",
         "m = AutoModelForCausalLM.from_pretrained('m', attn_implementation='flash_attention_2')\nSFTConfig(packing=True)",
     ),
+    "formatting_list": (
+        "def f(e):\n    return [a for a in e['q']]\nSFTTrainer(formatting_func=f)",
+        "def f(e):\n    return e['q']\nSFTTrainer(formatting_func=f)",
+    ),
     "assistant_only_loss": (
         "m = 'meta-llama/Llama-3.2-3B-Instruct'\nSFTConfig(assistant_only_loss=True)",
         "m = 'Qwen/Qwen3-4B'\nSFTConfig(assistant_only_loss=True)",
@@ -328,6 +332,17 @@ def test_names_are_followed(source):
 )
 def test_no_false_alarm(source):
     assert codes(source) == []
+
+
+def test_texts_that_a_loop_gathers():
+    gathers = """def f(rows):
+    texts = []
+    for turns in rows["conversations"]:
+        text = tok.apply_chat_template(turns, tokenize=False)
+        texts.append(text)
+    return {"text": texts}"""
+    assert codes(gathers) == ["text_column"]
+    assert explain_old_code(gathers).findings[0].line == 4
 
 
 def test_a_name_that_is_bound_again():
