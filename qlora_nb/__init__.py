@@ -10,6 +10,7 @@ _WHERE = {
     "count_lora_parameters": "lora",
     "quantize_nf4": "nf4",
     "QLoRALinear": "qlora",
+    "explain_old_code": "doctor",
     "load_model": "model",
     "add_lora": "model",
     "load_sft_dataset": "data",

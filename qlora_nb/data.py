@@ -38,6 +38,7 @@ from qlora_nb.template import (
     HUGE,
     PROBE,
     SYSTEM_PROMPT,
+    Encoded,
     _estimate,
     _probe,
     adds_bos,
@@ -281,6 +282,18 @@ COMMON = (
     Schema("prompt/completion", prompt="prompt", response="completion"),
 )
 
+# %% ../nbs/12_data.ipynb #52c94088
+def _only_one(fits: list[Schema], columns: list[str]) -> Schema:
+    "The schema that fits. Raises `UserError` where none does, or more than one."
+    found = ", ".join(columns) or "none"
+    if not fits:
+        known = "; ".join(" + ".join(s.columns) for s in KNOWN + COMMON)
+        raise UserError(f'no usable columns: found {found}; known are {known}. Name yours: columns={{"prompt": …, "response": …}}')
+    if len(fits) > 1:
+        names = "; ".join(str(s) for s in fits)
+        raise UserError(f"the columns {found} can be read in {len(fits)} ways: {names}. Choose one with columns=")
+    return fits[0]
+
 # %% ../nbs/12_data.ipynb #7742c7f4-9
 def recognise(
     columns: list[str],  # the columns that the data has
@@ -289,17 +302,10 @@ def recognise(
     "The schema of these columns. Raises `UserError` for none, or more than one that fits."
     from dataclasses import replace
 
-    found = ", ".join(columns) or "none"
     if override:
         return _overridden(columns, override)
     fits = [s for s in KNOWN if set(s.columns) <= set(columns)][:1] or [s for s in COMMON if set(s.columns) <= set(columns)]
-    if not fits:
-        known = "; ".join(" + ".join(s.columns) for s in KNOWN + COMMON)
-        raise UserError(f'no usable columns: found {found}; known are {known}. Name yours: columns={{"prompt": …, "response": …}}')
-    if len(fits) > 1:
-        names = "; ".join(str(s) for s in fits)
-        raise UserError(f"the columns {found} can be read in {len(fits)} ways: {names}. Choose one with columns=")
-    schema = fits[0]
+    schema = _only_one(fits, columns)
     if schema.name == "Alpaca" and "input" in columns:
         schema = replace(schema, input="input")
     return replace(schema, system="system") if "system" in columns else schema
@@ -394,6 +400,11 @@ def _converted(rows: Iterable[dict], schema: Schema, what: str) -> Iterator[list
         except UserError as error:
             raise UserError(f"{what}, row {number}: {error}") from error
 
+# %% ../nbs/12_data.ipynb #98a25366
+def _count(number: int, what: str = "row") -> str:
+    "A number with its noun: 1 row, 2 rows."
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
 # %% ../nbs/12_data.ipynb #7742c7f4-13
 def _rows_to_dataset(rows: Iterable[dict], columns: dict | None, limit: int | None, what: str):
     "A data set with the one column `messages`, and the schema it was read by."
@@ -407,21 +418,26 @@ def _rows_to_dataset(rows: Iterable[dict], columns: dict | None, limit: int | No
         parts.append(pa.array(chunk, kind))
     return datasets.Dataset(pa.table({"messages": pa.chunked_array(parts)})), schema
 
+# %% ../nbs/12_data.ipynb #d594fbd4
+def _saved(path: Path, split: str):
+    "One split of a folder that `datasets` saved. Raises `UserError`."
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise UserError(f"{path} looks saved by datasets but can't be read ({(str(error).splitlines() or ['?'])[0]}): save it again") from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise UserError(f"{path} has no split {split!r}: choose one of {', '.join(data)}")
+        data = data[split]
+    return data.with_format(None)
+
 # %% ../nbs/12_data.ipynb #7742c7f4-14
 def _from_folder(path: Path, split: str, choose: Callable | None = None) -> Iterable[dict]:
     "The rows of one split of a folder."
-    import datasets
-
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        try:
-            data = datasets.load_from_disk(str(path))
-        except Exception as error:
-            raise UserError(f"{path} looks saved by datasets but can't be read ({str(error).splitlines()[0]}): save it again") from error
-        if isinstance(data, datasets.DatasetDict):
-            if split not in data:
-                raise UserError(f"{path} has no split {split!r}: choose one of {', '.join(data)}")
-            data = data[split]
-        return _only(data.with_format(None), choose)
+        return _only(_saved(path, split), choose)
     files = sorted(file for file in path.iterdir() if file.is_file() and _reader(file))
     chosen = [file for file in files if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", file.name)]
     if not chosen:
@@ -460,8 +476,8 @@ def _only(data, choose: Callable | None):
 # %% ../nbs/12_data.ipynb #7742c7f4-16
 LICENCES = {
     HUB_DATA: "licence cc-by-nc-sa-4.0, non-commercial use only",
-    "tatsu-lab/alpaca": "licence cc-by-nc-4.0, non-commercial use only",
-    "HuggingFaceH4/no_robots": "licence cc-by-nc-4.0, non-commercial use only",
+    "tatsu-lab/alpaca": "licence cc-by-nc-4.0 by its card, non-commercial use only",
+    "HuggingFaceH4/no_robots": "licence cc-by-nc-4.0 by its card, non-commercial use only",
 }
 
 # %% ../nbs/12_data.ipynb #f6e66e22
@@ -521,7 +537,7 @@ def load_sft_dataset(
         data, count = _streamed(where, arguments, schema, what), "streamed"
     else:
         data, schema = _rows_to_dataset(rows, columns, limit, what)
-        count = f"{len(data)} rows"
+        count = _count(len(data))
     if source is not None:
         _say(data, f"{what}: {count}, read as {schema}", LICENCES.get(str(source)))
     return data
@@ -625,7 +641,7 @@ class DatasetReport:
         "Raises `UserError` with the errors in one sentence; does nothing where there are none."
         errors = [f for f in self.findings if f.severity == "error"]
         if errors:
-            said = "; ".join(f"{f.code} in {f.count} rows{f' (first {f.rows[0]})' if f.rows else ''}: {f.cause}; {f.fix}" for f in errors)
+            said = "; ".join(f"{f.code} in {_count(f.count)}{f' (first {f.rows[0]})' if f.rows else ''}: {f.cause}; {f.fix}" for f in errors)
             raise UserError(f"the data set is not fit for training: {said}")
 
 # %% ../nbs/12_data.ipynb #94b3b0b8
@@ -652,6 +668,18 @@ def _html(report) -> str:
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     return f"<p>{escape(figures)}</p><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
 
+# %% ../nbs/12_data.ipynb #8afc2aff
+def _binned(lengths: dict, bins: int) -> tuple[list[float], list[float], list[float], int]:
+    "Middles of the bars; the rows in each, split by the share of their tokens that is learned; a bar's width in tokens."
+    low, high = min(lengths, default=0), max(lengths, default=1)
+    width = -(-(high - low + 1) // bins)  # whole tokens
+    rows, tokens, learned = Counter(), Counter(), Counter()
+    for n, (count, part) in lengths.items():
+        at = (n - low) // width
+        rows[at], tokens[at], learned[at] = rows[at] + count, tokens[at] + n * count, learned[at] + part
+    dark = [rows[at] * learned[at] / max(tokens[at], 1) for at in sorted(rows)]
+    return [low + (at + 0.5) * width for at in sorted(rows)], dark, [rows[at] - d for at, d in zip(sorted(rows), dark)], width
+
 # %% ../nbs/12_data.ipynb #70a1722f
 def plot_lengths(
     lengths: dict,  # {tokens of a row: (rows, learned tokens in these rows)}
@@ -663,18 +691,10 @@ def plot_lengths(
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
-    low, high = min(lengths, default=0), max(lengths, default=1)
-    width = -(-(high - low + 1) // bins)  # whole tokens
-    rows, tokens, learned = Counter(), Counter(), Counter()
-    for n, (count, part) in lengths.items():
-        at = int((n - low) / width)
-        rows[at], tokens[at], learned[at] = rows[at] + count, tokens[at] + n * count, learned[at] + part
-    at = sorted(rows)
-    dark = [rows[i] * learned[i] / max(tokens[i], 1) for i in at]
-    places = [low + (i + 0.5) * width for i in at]
+    places, dark, light, width = _binned(lengths, bins)
     ax.bar(places, dark, width, color="#0072B2", label="share of tokens learned")
-    ax.bar(places, [rows[i] - d for i, d in zip(at, dark)], width, dark, color="#9ecae1", label="share of tokens read only")
-    if max_length is not None and max_length < 4 * high:
+    ax.bar(places, light, width, dark, color="#9ecae1", label="share of tokens read only")
+    if max_length is not None and max_length < 4 * max(lengths, default=1):
         ax.axvline(max_length, color="#D55E00", ls="--", lw=1.5, label=f"max_length = {max_length}")
     ax.set(xlabel="length of a row (tokens)", ylabel="rows")
     ax.legend(frameon=False)
@@ -701,6 +721,7 @@ CODES = {
     "content_changed": ("warning", "look at render(messages, tokenizer): choose another template if the reasoning is gone"),
     "unbalanced_think": ("warning", "mend the tags, or leave these rows out: the reasoning has no end"),
     "duplicate": ("warning", "leave the repeated rows out, unless they should count twice"),
+    "prompt_cut": ("info", "raise max_length to keep these prompts whole"),
     "near_duplicate": ("info", "keep one of each, unless the small difference is the point"),
 }
 
@@ -1014,8 +1035,8 @@ def _controls(tokenizer) -> list[str]:
 class _Looker:
     "What is needed to look at rows, and what was seen."
 
-    def __init__(self, tokenizer, template, max_length: int, capacity: int, held_out: Seen | None):
-        self.tokenizer, self.template, self.held_out = tokenizer, template, held_out
+    def __init__(self, tokenizer, template, max_length: int, capacity: int, held_out: Seen | None, truncation: str = "drop"):
+        self.tokenizer, self.template, self.held_out, self.truncation = tokenizer, template, held_out, truncation
         self.special = re.compile("|".join(map(re.escape, _controls(tokenizer))) or "(?!)")
         self.stops, self.bos = set(stop_tokens(tokenizer, template=template)), adds_bos(tokenizer)
         self.asking = asking_ids(tokenizer, template) if tokenizer.chat_template or template else []
@@ -1047,6 +1068,15 @@ class _Looker:
             if code == "no_end_of_turn":
                 self.figures.unended[len(ids)] += 1
 
+# %% ../nbs/12_data.ipynb #5be1c07a
+def _cut(row: int, result: Encoded, look: _Looker) -> Encoded:
+    "The row with the middle of its prompt taken out, where that is enough, and a finding; else the row."
+    cut = fit(result, look.tokenizer, look.figures.max_length, look.truncation)
+    if cut is None:
+        return result
+    look.found.add("prompt_cut", row, f"a prompt loses {result.length - cut.length} tokens of its middle")
+    return cut
+
 # %% ../nbs/12_data.ipynb #7b298670
 def _check_messages(batch: list, first: int, look: _Looker) -> None:
     "Look at a batch of conversations."
@@ -1056,6 +1086,8 @@ def _check_messages(batch: list, first: int, look: _Looker) -> None:
             look.contents(row, messages)
         if result.changed:
             look.found.add("content_changed", row, "the template doesn't render the reply as it is")
+        if look.truncation == "cut_prompt" and result.length > look.figures.max_length:
+            result = _cut(row, result, look)
         if result.code is None:
             look.tokens(row, result.input_ids, result.labels, result.learned)
         elif result.code == "too_long":
@@ -1198,6 +1230,15 @@ def _check_rows(data, look: _Looker) -> tuple[int, bool]:
         first += len(next(iter(batch.values())))
     return first, ready
 
+# %% ../nbs/12_data.ipynb #5be1c07d
+def _check_arguments(truncation: str, **numbers: int) -> None:
+    "Raises `UserError` for a number below 1, and for a way to cut that isn't known."
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name} is {value!r}: give a whole number of at least 1")
+    if truncation not in ("drop", "cut_prompt"):
+        raise UserError(f"truncation is {truncation!r}: choose 'drop' or 'cut_prompt'")
+
 # %% ../nbs/12_data.ipynb #7742c7f4-34
 def check_dataset(
     data,  # rows of `messages` (also ready `input_ids`, or `text`): a data set, streamed or not, or a list
@@ -1210,13 +1251,12 @@ def check_dataset(
     max_steps: int | None = None,  # planned optimizer steps
     effective_batch: int = 8,  # rows in an optimizer step
     min_rows: int = 16,  # fewer usable rows are worth a warning
+    truncation: str = "drop",  # as for `encode_dataset`: rows that are too long are left out, or "cut_prompt"
 ) -> DatasetReport:
     "Look at every row as the model will see it. Raises `UserError` where there is nothing to look at."
-    for name, value in (("max_length", max_length), ("effective_batch", effective_batch), ("max_steps", max_steps or 1)):
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} is {value!r}: give a whole number of at least 1")
+    _check_arguments(truncation, max_length=max_length, effective_batch=effective_batch, max_steps=max_steps or 1)
     held_out = _questions(eval_data) if eval_data is not None else None
-    look = _Looker(tokenizer, template, max_length, _capacity(data), held_out)
+    look = _Looker(tokenizer, template, max_length, _capacity(data), held_out, truncation)
     first, ready = _check_rows(data, look)
     if first == 0:
         raise UserError("the data set is empty: give at least one row")

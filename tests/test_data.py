@@ -155,7 +155,7 @@ def test_schemas(row, expected, kind, tmp_path):
 def test_what_was_recognised_is_said(capsys):
     load_sft_dataset([V0])
     assert capsys.readouterr().err == (
-        "the data: 1 rows, read as R1-Distill-SFT v0 (problem → prompt, reannotated_assistant_content → response)\n"
+        "the data: 1 row, read as R1-Distill-SFT v0 (problem → prompt, reannotated_assistant_content → response)\n"
     )
 
 
@@ -502,6 +502,33 @@ def test_hub_streams_with_a_limit_and_names_the_licence(monkeypatch, capsys):
         load_sft_dataset("a/b", limit=60)
 
 
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_what_datasets_itself_streams(kind, tmp_path, monkeypatch, tokenizer):
+    "The real streams of `datasets`, over files in place of the Hub: with a limit, without one, and not streamed."
+    import datasets
+
+    rows = [{**V0, "problem": f"What is {i} + 1?", "quality_metrics": None} for i in range(300)]
+    path = tmp_path / f"train.{kind}"
+    getattr(datasets.Dataset.from_list(rows), f"to_{kind}")(path)
+    real, asked = datasets.load_dataset, []
+
+    def load_dataset(source, name, *, split, streaming):
+        asked.append(streaming)
+        place = str(tmp_path / "cache")
+        return real(kind, data_files={split: str(path)}, split=split, streaming=streaming, cache_dir=place)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    few = load_sft_dataset("a/b", "v0", limit=5)
+    assert isinstance(few, datasets.Dataset) and len(few) == 5 and few[4]["messages"][1]["content"] == "What is 4 + 1?"
+    endless = load_sft_dataset("a/b", "v0", streaming=True)
+    assert isinstance(endless, datasets.IterableDataset)
+    whole = load_sft_dataset("a/b", "v0")
+    assert asked == [True, True, False] and whole.column_names == ["messages"]
+    assert list(endless) == whole.to_list() and asked == [True, True, False, True]
+    assert check_dataset(endless, tokenizer).to_dict() == check_dataset(whole, tokenizer).to_dict()
+    assert load_sft_dataset(real(kind, data_files=str(path), split="train", streaming=True), limit=9).num_rows == 9
+
+
 # --- what loads, and becomes a finding ------------------------------------------------------------------------------
 
 
@@ -578,7 +605,7 @@ def test_one_bad_row(row, code, severity, tokenizer):
     assert finding.cause and finding.fix
     assert report.ok == (not any(f.severity == "error" for f in report.findings))
     if severity == "error":
-        with pytest.raises(UserError, match=f"{code} in 1 rows .first 20"):
+        with pytest.raises(UserError, match=f"{code} in 1 row .first 20"):
             report.raise_for_errors()
 
 
@@ -625,6 +652,23 @@ def test_lengths(tokenizer):
     assert sum(n <= best for n in sizes) >= 0.99 * 200 > sum(n < best for n in sizes)
     everything = check_dataset(rows, tokenizer, 8)
     assert codes(everything)["row_dropped"][:2] == ("error", 200) and everything.summary["usable"] == 0
+
+
+def test_prompts_that_are_cut(tokenizer):
+    "The preflight counts what `encode_dataset` will make with the same setting."
+    rows = [talk(f"Read {i}. " + "word " * (i * 10) + "?", f"Page {i}.") for i in range(30)]
+    rows.append(talk("Tell.", "word " * 300))
+    with_cut = check_dataset(rows, tokenizer, 120, truncation="cut_prompt")
+    found = {f.code: f.count for f in with_cut.findings}
+    made, dropped = encode_dataset(rows, tokenizer, 120, truncation="cut_prompt")
+    plain = check_dataset(rows, tokenizer, 120)
+    assert with_cut.summary["usable"] == len(made) == 30 and dropped == [30] and found["row_dropped"] == 1
+    assert found["prompt_cut"] == len(made) - plain.summary["usable"] > 10
+    fitting = check_dataset(rows[:-1], tokenizer, 120, truncation="cut_prompt").summary
+    assert fitting["tokens"] == sum(map(len, made["input_ids"])) and fitting["longest"] == 120
+    assert fitting["learned_tokens"] == sum(label != -100 for row in made["labels"] for label in row)
+    with pytest.raises(UserError, match="truncation is 'left': choose 'drop' or 'cut_prompt'"):
+        check_dataset(rows, tokenizer, truncation="left")
 
 
 def test_near_duplicates_leave_digits_alone(tokenizer):
@@ -841,7 +885,7 @@ def test_report():
     assert "error: a (1; rows 7)" in report.table() and "warning: b (9; rows 1, 2…)" in report.table()
     assert "&lt;do&gt;" in report._repr_html_() and "<do>" not in report._repr_html_()
     assert json.loads(json.dumps(report.to_dict()))["findings"][0]["code"] == "a"
-    with pytest.raises(UserError, match="a in 1 rows .first 7.: c; <do>$"):
+    with pytest.raises(UserError, match="a in 1 row .first 7.: c; <do>$"):
         report.raise_for_errors()
 
 

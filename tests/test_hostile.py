@@ -495,6 +495,8 @@ def test_templates(case, tokenizer):
 
 def test_settings(tokenizer):
     assert "leakage" in found_in(TALKS, tokenizer, eval_data=[talk("what is 3+1", "Four")])
+    document = talk("Read. " + "word " * 200 + "?", "Read.")
+    assert "prompt_cut" in found_in([*TALKS, document], tokenizer, max_length=100, truncation="cut_prompt")
     assert "tokenizer_too_large" in found_in(TALKS, tokenizer, model=type("Config", (), {"vocab_size": 767}))
     other = copy.deepcopy(tokenizer)
     other.pad_token = other.eos_token
@@ -558,7 +560,7 @@ def test_there_are_enough():
     cases = [*BROKEN, *ODD, *READY, *TEXTS, *TEMPLATES, *DAMAGE]
     assert len(cases) == len(set(cases)) >= 60
     codes = {case[2] for case in ODD.values()} | {case[1] for case in [*READY.values(), *TEMPLATES.values()]}
-    assert codes | {"leakage", "tokenizer_too_large", "pad_is_eos"} == set(CODES) | SETTINGS
+    assert codes | {"leakage", "tokenizer_too_large", "pad_is_eos", "prompt_cut"} == set(CODES) | SETTINGS
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
