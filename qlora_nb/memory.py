@@ -8,7 +8,7 @@ __all__ = ['FAMILIES', 'DTYPES', 'CODEBOOKS', 'OPTIMIZERS', 'SMALL_CARD', 'WORKS
            'vision_parameters', 'model_shape', 'weight_bytes', 'adapter_tensors', 'optimizer_bytes', 'layer_bytes',
            'loss_bytes', 'backward_bytes', 'MemoryEstimate', 'estimate_memory', 'plot_estimates', 'Card', 'known_card',
            'find_card', 'this_card', 'pass_seconds', 'Rows', 'row_lengths', 'choose_length', 'Choice',
-           'estimate_for_rows', 'Plan', 'plan_text', 'plan_training']
+           'estimate_for_rows', 'Plan', 'plan_settings', 'plan_reason', 'plan_text', 'gib', 'plan_training']
 
 # %% ../nbs/04_memory.ipynb #2be823dd
 import json
@@ -796,24 +796,12 @@ class Plan:
     @property
     def settings(self) -> dict[str, dict]:
         "Keyword arguments for `load_model`, `add_lora` and `train`. Raises `UserError` where nothing fits."
-        if not self.choice:
-            raise UserError(f"nothing fits {self.card.name} ({self.budget / 2**30:.1f} GiB with the margin): {'; '.join(self.advice)}")
-        c = self.choice
-        return {
-            "load_model": {"load_in_4bit": c.method == "qlora", "max_seq_length": c.seq_length, "backend": self.backend},
-            "add_lora": {"r": self.r, "lora_alpha": self.r,
-                         "use_gradient_checkpointing": ("unsloth" if self.backend == "unsloth" else True) if c.gradient_checkpointing else False},
-            "train": {"per_device_train_batch_size": c.batch, "gradient_accumulation_steps": c.accumulation, "packing": c.packing,
-                      "optim": c.optimizer, "max_seq_length": c.seq_length},
-        }
+        return plan_settings(self)
 
     @property
     def why(self) -> str:
         "One sentence on the choice."
-        fit = [c for c in self.rejected if c.estimate.total_bytes <= self.budget]
-        larger = [c for c in self.rejected if c not in fit and self.choice and c.tokens_per_second > self.choice.tokens_per_second]
-        said = f"expected to be the fastest of {len(fit) + 1} that fit {self.budget / 2**30:.1f} GiB"
-        return f"{said}; {larger[0]} {larger[0].reason}" if larger else said
+        return plan_reason(self)
 
     def to_dict(self) -> dict:
         "Plain values, for JSON."
@@ -825,13 +813,37 @@ class Plan:
     def __str__(self) -> str:
         return plan_text(self)
 
+# %% ../nbs/04_memory.ipynb #60ab2921
+def plan_settings(plan: Plan) -> dict[str, dict]:
+    "Keyword arguments for `load_model`, `add_lora` and `train`. Raises `UserError` where nothing fits."
+    if not plan.choice:
+        raise UserError(f"nothing fits {plan.card.name} ({gib(plan.budget)} with the margin): {'; '.join(plan.advice)}")
+    c = plan.choice
+    checkpointing = c.gradient_checkpointing and ("unsloth" if plan.backend == "unsloth" else True)
+    return {
+        "load_model": {"load_in_4bit": c.method == "qlora", "max_seq_length": c.seq_length, "backend": plan.backend},
+        "add_lora": {"r": plan.r, "lora_alpha": plan.r, "use_gradient_checkpointing": checkpointing},
+        "train": {"per_device_train_batch_size": c.batch, "gradient_accumulation_steps": c.accumulation, "packing": c.packing,
+                  "optim": c.optimizer, "max_seq_length": c.seq_length},
+    }
+
+
+def plan_reason(plan: Plan) -> str:
+    "One sentence on the choice, or on why there is none."
+    if not plan.choice:
+        return "nothing fits; " + "; ".join(plan.advice)
+    fit = [c for c in plan.rejected if c.estimate.total_bytes <= plan.budget]
+    larger = [c for c in plan.rejected if c.estimate.total_bytes > plan.budget and c.tokens_per_second > plan.choice.tokens_per_second]
+    said = f"expected to be the fastest of {len(fit) + 1} that fit {gib(plan.budget)}"
+    return f"{said}; {larger[0]} {larger[0].reason}" if larger else said
+
 # %% ../nbs/04_memory.ipynb #c1747400
 def plan_text(plan: Plan, most: int = 3) -> str:
     "The plan in words: the choice; `most` alternatives that are too large and as many that are slower; memory and disk for later."
     card, c, rows = plan.card, plan.choice, plan.rows
-    lines = [f"{card.name}: {card.bytes / 2**30:.1f} GiB to be had, {plan.budget / 2**30:.1f} GiB with the margin"]
+    lines = [f"{card.name}: {gib(card.bytes)} to be had, {gib(plan.budget)} with the margin"]
     if c:
-        lines += [f"take {c}, {c.optimizer}: {c.estimate.total_bytes / 2**30:.1f} GiB, about {c.tokens_per_second:,.0f} tokens/s"]
+        lines += [f"take {c}, {c.optimizer}: {gib(c.estimate.total_bytes)}, about {c.tokens_per_second:,.0f} tokens/s"]
     else:
         lines += ["nothing fits; " + "; ".join(plan.advice)]
     if not card.bf16:
@@ -845,6 +857,11 @@ def plan_text(plan: Plan, most: int = 3) -> str:
     lines += [f"later: {plan.merge_ram_bytes / 1e9:.1f} GB of main memory to merge, {plan.export_disk_bytes / 1e9:.1f} GB of disk to export"]
     return "\n".join(lines)
 
+# %% ../nbs/04_memory.ipynb #c11dd190
+def gib(value: float) -> str:
+    "Bytes as text: in GiB, below one in MiB."
+    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:,.0f} MiB"
+
 # %% ../nbs/04_memory.ipynb #60daaa0f
 def _rejected(choices: list[Choice], chosen: Choice | None, budget: float) -> tuple[Choice, ...]:
     "The others with the reason: those expected to be faster first, then the next best."
@@ -854,7 +871,7 @@ def _rejected(choices: list[Choice], chosen: Choice | None, budget: float) -> tu
             continue
         over = choice.estimate.total_bytes - budget
         slower = 1 - choice.tokens_per_second / chosen.tokens_per_second if chosen else 0
-        reason = f"needs {choice.estimate.total_bytes / 2**30:.1f} GiB, {over / 2**30:.1f} GiB too many" if over > 0 else (
+        reason = f"needs {gib(choice.estimate.total_bytes)}, {gib(over)} too many" if over > 0 else (
             f"expected {slower:.0%} slower" if round(slower, 2) else "as fast, and takes more memory")
         found.append(replace(choice, reason=reason))
     return tuple(found)
@@ -919,7 +936,7 @@ def plan_training(
 def _advice(shape: Shape, card: Card, smallest: Choice, budget: float) -> list[str]:
     "What is missing where not even the smallest choice fits: a larger card or a smaller model."
     need = smallest.estimate.total_bytes
-    found = [f"the smallest way ({smallest}) needs {need / 2**30:.1f} GiB"]
+    found = [f"the smallest way ({smallest}) needs {gib(need)}"]
     larger = sorted((c for c in CARDS.values() if c.bytes * budget / card.bytes >= need), key=lambda c: c.bytes)
     found += [f"take a larger card: {larger[0].name} is enough"] if larger else []
     return [*found, f"or a smaller model: about {parameter_count(shape)['total'] * budget / need / 1e9:.1f}B parameters"]
