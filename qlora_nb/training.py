@@ -9,9 +9,9 @@ __all__ = ['SETTINGS', 'POSITIVE', 'FROM_PYTHON', 'SAME', 'Settings', 'check_set
            'last_checkpoint', 'at_its_end', 'restore', 'tidy_checkpoints', 'Run', 'load_run', 'read_config',
            'memory_lines', 'percent', 'report_text', 'adapter_of', 'token_lengths', 'check_plan', 'make_plan',
            'checkpointing_of', 'set_checkpointing', 'expected_memory', 'memory_warning', 'plan_record', 'peak_memory',
-           'check_space', 'split_off', 'common_system', 'run_config', 'fit', 'how_to_go_on', 'profile_of', 'resumed',
-           'same_run', 'preflight', 'print_to_stderr', 'finish', 'check_model', 'check_settings', 'training_rows',
-           'planned', 'start', 'run', 'foresee', 'steps', 'device_name', 'train']
+           'check_space', 'split_off', 'common_system', 'run_config', 'fit', 'how_to_go_on', 'profile_for',
+           'profile_of', 'resumed', 'same_run', 'preflight', 'print_to_stderr', 'finish', 'check_model',
+           'check_settings', 'training_rows', 'planned', 'start', 'run', 'foresee', 'steps', 'device_name', 'train']
 
 # %% ../nbs/15_training.ipynb #96a31b6b
 import contextlib
@@ -32,6 +32,7 @@ import yaml
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2
 from qlora_nb.core import (
+    EMBEDDED_MODEL,
     PROFILES,
     Profile,
     UserError,
@@ -47,6 +48,10 @@ from qlora_nb.core import (
 )
 from .data import check_dataset, data_fingerprint, encode_dataset, load_sft_dataset, question_hash
 from .evaluation import Evaluation, evaluate, side_by_side
+from .model import count_parameters, model_info, quiet_libraries
+from .template import template_fingerprint, template_text
+
+# %% ../nbs/15_training.ipynb #2d8bdb86
 from qlora_nb.memory import (
     Card,
     MemoryEstimate,
@@ -59,8 +64,6 @@ from qlora_nb.memory import (
     model_shape,
     plan_training,
 )
-from .model import count_parameters, model_info, quiet_libraries
-from .template import template_fingerprint, template_text
 
 # %% ../nbs/15_training.ipynb #96a31b6b-3
 @dataclass(frozen=True)
@@ -727,12 +730,17 @@ def how_to_go_on(path: Path) -> str:
     return f"go on with qlora_nb train --resume {path} (in Python: train(…, resume={str(path)!r}))"
 
 # %% ../nbs/15_training.ipynb #96a31b6b-24
-def profile_of(model) -> Profile:
-    "The profile whose settings fit this model: `tiny` for the embedded one, else the machine's, at least `t4`."
-    if model_info(model)["model"] == "qlora_nb:embedded":
+def profile_for(model: str) -> Profile:
+    "The profile for a model of this name: `tiny` for the embedded one, else the machine's, at least `t4`."
+    if model in ("qlora_nb:embedded", str(EMBEDDED_MODEL)):
         return PROFILES["tiny"]
     found = profile()
     return found if found.name != "tiny" else PROFILES["t4"]
+
+
+def profile_of(model) -> Profile:
+    "The profile whose settings fit this model."
+    return profile_for(model_info(model)["model"])
 
 # %% ../nbs/15_training.ipynb #96a31b6b-25
 def resumed(run: str | Path, arguments: dict) -> tuple[Path, dict]:
