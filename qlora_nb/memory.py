@@ -939,7 +939,8 @@ def _advice(shape: Shape, card: Card, smallest: Choice, budget: float) -> list[s
     found = [f"the smallest way ({smallest}) needs {gib(need)}"]
     larger = sorted((c for c in CARDS.values() if c.bytes * budget / card.bytes >= need), key=lambda c: c.bytes)
     found += [f"take a larger card: {larger[0].name} is enough"] if larger else []
-    return [*found, f"or a smaller model: about {parameter_count(shape)['total'] * budget / need / 1e9:.1f}B parameters"]
+    least = parameter_count(shape)["total"] * budget / need / 1e6
+    return [*found, f"or a smaller model: about {f'{least / 1000:.1f}B' if least >= 1000 else f'{least:.0f}M'} parameters"]
 
 # %% ../nbs/04_memory.ipynb #3d1df6ce
 def _shorter(shape: Shape, card: Card, rows: Rows, want: dict, lengths: Sequence[int], budget: float) -> list[str]:

@@ -201,7 +201,7 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
         def training_step(self, model, inputs, *args, **kwargs):
             mask = inputs.get("attention_mask")
             self.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
-            self.targets += (inputs["labels"] != -100).sum()
+            self.targets += (inputs["labels"][..., 1:] != -100).sum()
             return super().training_step(model, inputs, *args, **kwargs)
 
         if plain_cpu:
@@ -214,6 +214,8 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
         trainer = Trainer(
             model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
         )
+    if len(trainer.train_dataset) == 0:  # TRL leaves out rows without a label
+        raise UserError("no row has a token with a label, so there is nothing to learn: look at the data with check_dataset")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -510,7 +510,7 @@ def test_train_follows_a_plan_and_its_configuration_is_taken_back(command, tmp_p
 
 
 def test_train_warns_before_it_loads_a_model_that_does_not_fit(tmp_path):
-    "From config.json and the tokenizer: the folder holds no weights."
+    "From config.json and the tokenizer: the folder's weights are an empty file."
     import shutil
 
     from qlora_nb.cli import foresee
@@ -523,6 +523,7 @@ def test_train_warns_before_it_loads_a_model_that_does_not_fit(tmp_path):
     for file in EMBEDDED_MODEL.iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, place)
+    (place / "model.safetensors").touch()
     how = {"load_in_4bit": True, "backend": "transformers", "revision": None, "max_seq_length": 2048}
     lora = {"r": 16, "target_modules": ("q_proj",), "use_gradient_checkpointing": False}
     data, settings = load_sft_dataset(limit=50), {"per_device_train_batch_size": 8}
