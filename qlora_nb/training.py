@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'POSITIVE', 'FROM_PYTHON', 'SAME', 'Settings', 'check_setting', 'settings_for', 'check_choices',
            'check_packing', 'trainer_arguments', 'make_trainer', 'plot_loss', 'in_notebook', 'Progress', 'Interrupted',
-           'gentle_interrupt', 'metrics_row', 'watcher', 'last_checkpoint', 'at_its_end', 'restore', 'tidy_checkpoints',
-           'Run', 'load_run', 'read_config', 'percent', 'report_text', 'check_space', 'split_off', 'common_system',
-           'run_config', 'fit', 'how_to_go_on', 'profile_of', 'resumed', 'same_run', 'preflight', 'print_to_stderr',
-           'finish', 'check_model', 'start', 'run', 'steps', 'device_name', 'train']
+           'gentle_interrupt', 'metrics_row', 'Diverged', 'likely_cause', 'Tripwire', 'watcher', 'stopped',
+           'last_checkpoint', 'at_its_end', 'restore', 'tidy_checkpoints', 'Run', 'load_run', 'read_config',
+           'memory_lines', 'percent', 'report_text', 'adapter_of', 'token_lengths', 'check_plan', 'make_plan',
+           'checkpointing_of', 'set_checkpointing', 'expected_memory', 'memory_warning', 'plan_record', 'peak_memory',
+           'check_space', 'split_off', 'common_system', 'run_config', 'fit', 'how_to_go_on', 'profile_for',
+           'profile_of', 'resumed', 'same_run', 'preflight', 'print_to_stderr', 'finish', 'check_model',
+           'check_settings', 'training_rows', 'planned', 'start', 'run', 'foresee', 'steps', 'device_name', 'train']
 
 # %% ../nbs/15_training.ipynb #96a31b6b
 import contextlib
@@ -29,6 +32,7 @@ import yaml
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2
 from qlora_nb.core import (
+    EMBEDDED_MODEL,
     PROFILES,
     Profile,
     UserError,
@@ -46,6 +50,20 @@ from .data import check_dataset, data_fingerprint, encode_dataset, load_sft_data
 from .evaluation import Evaluation, evaluate, side_by_side
 from .model import count_parameters, model_info, quiet_libraries
 from .template import template_fingerprint, template_text
+
+# %% ../nbs/15_training.ipynb #2d8bdb86
+from qlora_nb.memory import (
+    Card,
+    MemoryEstimate,
+    Plan,
+    Rows,
+    choose_length,
+    estimate_for_rows,
+    find_card,
+    gib,
+    model_shape,
+    plan_training,
+)
 
 # %% ../nbs/15_training.ipynb #96a31b6b-3
 @dataclass(frozen=True)
@@ -67,6 +85,7 @@ class Settings:
     save_steps: int = 50
     seed: int = 3407
     max_seq_length: int = 2048
+    truncation: str = "drop"
     eval_rows: int = 16
     max_new_tokens: int = 512
     template: str | None = None
@@ -101,15 +120,17 @@ def check_setting(name: str, value):
 # %% ../nbs/15_training.ipynb #96a31b6b-5
 def settings_for(
     arguments: dict,  # what the caller set
-    config: dict | None = None,  # from a configuration file or a plan
+    config: dict | None = None,  # from a configuration file
     profile: Profile | None = None,  # the machine's
+    planned: dict | None = None,  # from a plan
 ) -> Settings:
-    "Settings by the order argument, config, profile, default. Raises `UserError` for what can't be."
+    "Settings by the order argument, config, plan, profile, default. Raises `UserError` for what can't be."
     values = {name: getattr(profile, name) for name in SETTINGS if hasattr(profile, name)}
+    values.update(planned or {})
     values.update({name: value for name, value in (config or {}).items() if name in SETTINGS})
     values.update(arguments)
     values = {name: check_setting(name, value) for name, value in values.items()}
-    if "num_train_epochs" in arguments and arguments["num_train_epochs"] and arguments.get("max_steps"):
+    if arguments.get("num_train_epochs") and arguments.get("max_steps"):
         raise UserError("max_steps and num_train_epochs are both given: give one of them")
     if arguments.get("max_steps"):
         values["num_train_epochs"] = None
@@ -117,7 +138,9 @@ def settings_for(
 
 # %% ../nbs/15_training.ipynb #96a31b6b-6
 def check_choices(settings: Settings) -> None:
-    "Raises `UserError` for an optimizer or a schedule that transformers doesn't know."
+    "Raises `UserError` for a truncation that there isn't, and an optimizer or a schedule that transformers doesn't know."
+    if settings.truncation not in ("drop", "cut_prompt"):
+        raise UserError(f"truncation is {settings.truncation!r}: choose drop or cut_prompt")
     with quiet_libraries("transformers"):
         from transformers.trainer_utils import SchedulerType
         from transformers.training_args import OptimizerNames
@@ -165,7 +188,7 @@ def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, chec
 
 # %% ../nbs/15_training.ipynb #96a31b6b-8
 def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callbacks: list):
-    "An `SFTTrainer` on rows of `input_ids` and `labels`. Its `tokens` counts what it has trained on, padding left out."
+    "An `SFTTrainer` on rows of `input_ids` and `labels`. Its `tokens` counts what it has trained on, padding left out; `targets` those with a label."
     import transformers
     import trl
 
@@ -173,11 +196,12 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
     plain_cpu = info["backend"] == "transformers" and not torch.cuda.is_available()
 
     class Trainer(trl.SFTTrainer):
-        tokens = 0
+        tokens = targets = 0
 
         def training_step(self, model, inputs, *args, **kwargs):
             mask = inputs.get("attention_mask")
             self.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
+            self.targets += (inputs["labels"][..., 1:] != -100).sum()
             return super().training_step(model, inputs, *args, **kwargs)
 
         if plain_cpu:
@@ -190,6 +214,8 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
         trainer = Trainer(
             model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
         )
+    if len(trainer.train_dataset) == 0:  # TRL leaves out rows without a label
+        raise UserError("no row has a token with a label, so there is nothing to learn: look at the data with check_dataset")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -286,10 +312,7 @@ def gentle_interrupt():
 
 # %% ../nbs/15_training.ipynb #96a31b6b-12
 def metrics_row(step: int, logs: dict, tokens_per_second: float) -> dict:
-    "A line of metrics.jsonl. Raises `UserError` where the loss is no number any more: nothing good comes after that."
-    if not math.isfinite(logs["loss"]):
-        rate = logs["learning_rate"]
-        raise UserError(f"the loss is {logs['loss']} at step {step}: lower the learning rate (it was {rate:g} there)")
+    "A line of metrics.jsonl. A gradient norm that is no number is None: in fp16 the first ones are, until the scale is found."
     norm = float(logs.get("grad_norm", math.nan))
     return {
         "step": step, "loss": logs["loss"], "learning_rate": logs["learning_rate"],
@@ -297,20 +320,77 @@ def metrics_row(step: int, logs: dict, tokens_per_second: float) -> dict:
         "peak_allocated": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
 
+# %% ../nbs/15_training.ipynb #241162b8
+class Diverged(UserError):
+    "The run was stopped by the tripwire; the message says why, and where the last good adapter is."
+
+
+def likely_cause(
+    targets: int,  # tokens with a label since the last line
+    loss: float,
+    learning_rate: float,  # of this step
+    trained: bool,  # whether a step before this one changed the adapter
+    fp16: bool,  # whether that is what products are computed in
+) -> str:
+    "Why a loss is no number or 0, and what to do, by what is known."
+    if targets == 0:
+        return "no token of its rows has a label: look at the data with check_dataset, and at the template"
+    if loss == 0:
+        return "the rows leave nothing to learn: see in the data whether the replies are there, with check_dataset"
+    if not trained:
+        return "nothing was trained yet, so the base model's weights are damaged or overflow: load it with another dtype"
+    cure = f"lower the learning rate (it was {learning_rate:g} there)"
+    return f"fp16 ends at 65,504 and overflowed: take dtype='bfloat16' on a card that has it, or {cure}" if fp16 else cure
+
+# %% ../nbs/15_training.ipynb #c319df90
+class Tripwire:
+    "Looks at each line of metrics, and keeps copies of the adapter (`model`'s trainable parameters) in main memory."
+
+    def __init__(self, model, fp16: bool, patience: int = 25):  # infinite gradient norms in a row that fp16 may have
+        self.model, self.fp16, self.patience = model, fp16, patience
+        self.first = self.good = self.newest = None  # first loss; (step, copies) that proved good, and the newest
+        self.seen = self.zeros = self.skipped = 0
+
+    def trained(self) -> dict:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def wrong(self, step: int, loss: float, norm: float | None) -> bool:
+        "Whether to stop here; else remember what this step says of those before it."
+        self.seen, self.zeros = self.seen + 1, self.zeros + (loss == 0)
+        self.skipped = self.skipped + 1 if norm is not None and not math.isfinite(norm) else 0
+        if not math.isfinite(loss) or self.skipped > (self.patience if self.fp16 else 0) or self.zeros == self.seen == 3:
+            return True
+        self.first = loss if self.first is None else self.first
+        if self.newest and loss <= 1.5 * self.first:
+            self.good = self.newest
+        if self.newest is None or step <= 10 or step - self.newest[0] >= 10:
+            self.newest = step, {name: p.detach().to("cpu", copy=True) for name, p in self.trained().items()}
+        return False
+
+    def put_back(self) -> int | None:
+        "Give the model its last good adapter; returns that step, None where there is none."
+        if self.good is None:
+            return None
+        with torch.no_grad():
+            for name, p in self.trained().items():
+                p.copy_(self.good[1][name])
+        return self.good[0]
+
 # %% ../nbs/15_training.ipynb #96a31b6b-13
 def watcher(path: Path, progress: Progress, interrupted: list):
-    "A trainer callback that writes metrics.jsonl, shows the progress and heeds an interrupt."
+    "A trainer callback that writes metrics.jsonl, shows the progress, heeds an interrupt and holds the tripwire."
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
-        trainer, metrics, clock, tokens = None, [], None, 0
+        trainer, wire, metrics, clock, tokens, targets = None, None, [], None, 0, 0
 
         def on_train_begin(self, args, state, control, **kwargs):
-            file = path / "metrics.jsonl"
-            self.metrics = [m for m in read_jsonl(file) if m["step"] <= state.global_step] if file.exists() else []
-            write_jsonl(file, self.metrics)
+            before = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
+            self.metrics = [m for m in before if m["step"] <= state.global_step]
+            write_jsonl(path / "metrics.jsonl", self.metrics)
             progress.start(state.max_steps, state.global_step)
-            self.clock, self.started, self.first = time.time(), time.time(), state.global_step
+            self.wire, self.first = Tripwire(self.trainer.model, args.fp16), state.global_step
+            self.clock = self.started = time.time()
 
         def on_step_end(self, args, state, control, **kwargs):
             if interrupted:
@@ -318,11 +398,13 @@ def watcher(path: Path, progress: Progress, interrupted: list):
             control.should_log = control.should_log or state.global_step >= state.max_steps
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" not in (logs or {}):
+            if "loss" not in logs:
                 return
             now, tokens = time.time(), int(self.trainer.tokens)
             row = metrics_row(state.global_step, logs, (tokens - self.tokens) / max(now - self.clock, 1e-9))
-            self.clock, self.tokens = now, tokens
+            if self.wire.wrong(state.global_step, logs["loss"], logs.get("grad_norm")):
+                raise stopped(path, self, state.global_step, logs, int(self.trainer.targets) - self.targets)
+            self.clock, self.tokens, self.targets = now, tokens, int(self.trainer.targets)
             self.metrics.append(row)
             with open(path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -330,6 +412,25 @@ def watcher(path: Path, progress: Progress, interrupted: list):
             progress.step(self.metrics, state.max_steps, left, state.global_step == state.max_steps)
 
     return Watch()
+
+# %% ../nbs/15_training.ipynb #0624563d
+def stopped(path: Path, watch, step: int, logs: dict, targets: int) -> Diverged:
+    "What the tripwire raises: the last good adapter is put back and saved, later checkpoints are taken away, stopped.json says why."
+    from qlora_nb.merging import save_adapter
+
+    loss, norm = logs["loss"], logs.get("grad_norm")
+    trained = any(m["learning_rate"] > 0 for m in watch.metrics)
+    cause = likely_cause(targets, loss, logs["learning_rate"], trained, watch.wire.fp16)
+    good, kept = watch.wire.put_back(), "no step before was good"
+    for folder in Path(path, "checkpoints").glob("checkpoint-*"):
+        if int(folder.name.rsplit("-", 1)[1]) > (good or 0):
+            shutil.rmtree(folder)
+    if good is not None:
+        save_adapter(watch.trainer.model, watch.trainer.processing_class, path / f"adapter-step-{good}")
+        kept = f"the adapter of step {good}, the last good one, is in {path / f'adapter-step-{good}'}"
+    write_json(path / "stopped.json", {"step": step, "loss": str(loss), "grad_norm": str(norm), "cause": cause, "last_good": good})
+    what = f"the loss is {loss}" if not math.isfinite(loss) or loss == 0 else f"the gradient norm is {norm}"
+    return Diverged(f"stopped at step {step}, where {what}: {cause}; {kept}")
 
 # %% ../nbs/15_training.ipynb #96a31b6b-14
 def last_checkpoint(run: str | Path) -> Path | None:
@@ -407,6 +508,14 @@ def read_config(path: str | Path) -> dict:
         raise UserError(f"the configuration {path} holds no settings: write them as `name: value`, one a line")
     return config
 
+# %% ../nbs/15_training.ipynb #8ce5ee53
+def memory_lines(plan: dict | None) -> list[str]:
+    "Predicted and measured memory of a planned run, for the report."
+    if not plan or not plan["predicted"]:
+        return []
+    said = f"Planned for {plan['card']}: {plan['choice']}; predicted {gib(plan['predicted']['allocated_bytes'])} allocated"
+    return [said + (f", measured {gib(plan['measured']['allocated_bytes'])}." if plan["measured"] else ", not measured (no GPU).")]
+
 # %% ../nbs/15_training.ipynb #96a31b6b-18
 def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
@@ -419,7 +528,8 @@ def report_text(summary: dict, config: dict, before: Evaluation | None, after: E
         f"{summary['steps']} steps, {summary['train_seconds']:.0f} s of training, {summary['seconds']:.0f} s in all; "
         f"mean loss {summary['mean_loss']:.3f}, last {summary['last_loss']:.3f}.",
         f"Backend {summary['backend']}, rank {config['r']}, learning rate {config['learning_rate']:g}, "
-        f"{summary['trainable']:,} of {summary['total']:,} parameters trained.", "", "![loss](loss.png)", "",
+        f"{summary['trainable']:,} of {summary['total']:,} parameters trained.", *memory_lines(summary.get("plan")), "",
+        "![loss](loss.png)", "",
     ]
     if before and after:
         lines += [f"## Before and after, on {len(after.rows)} held-out problems", "", "| | before | after |", "|---|---|---|"]
@@ -435,6 +545,110 @@ def report_text(summary: dict, config: dict, before: Evaluation | None, after: E
             ", with `--data` for the data that was given in Python" if config["data"] == FROM_PYTHON else ""), "",
     ]
     return "\n".join(lines)
+
+# %% ../nbs/15_training.ipynb #0ebf9a93
+def adapter_of(model) -> dict:
+    "What `add_lora` and `load_model` decided: `method`, `r` and `target_modules`."
+    lora = model.peft_config["default"]
+    method = "qlora" if model_info(model)["load_in_4bit"] else "lora"
+    return {"method": method, "r": lora.r, "target_modules": tuple(sorted(lora.target_modules))}
+
+
+def token_lengths(rows) -> list[int]:
+    "Tokens of each encoded row."
+    return [len(ids) for batch in rows.iter(1000) for ids in batch["input_ids"]]
+
+
+def check_plan(model, plan: Plan) -> Plan:
+    "The plan. Raises `UserError` where nothing fits or it was made for another model, method, rank or backend."
+    own, wanted = {**adapter_of(model), "backend": model_info(model)["backend"]}, plan.settings and {
+        "method": plan.choice.method, "r": plan.r, "backend": plan.backend}
+    for name, value in wanted.items():
+        if own[name] != value:
+            raise UserError(f"the plan is for {name} {value}, but the model has {own[name]}: plan again, or load it as plan.settings says")
+    if plan.shape != model_shape(model.get_base_model().config):
+        raise UserError("the plan is for a model of another shape: plan again with this model's configuration")
+    return plan
+
+# %% ../nbs/15_training.ipynb #631aaf75
+def make_plan(model, tokenizer, data, plan, settings: Settings, fixed: dict) -> Plan | None:
+    "The plan that `plan` stands for; `fixed` are the settings that somebody gave. None for `auto` without a GPU."
+    cuda, info = torch.cuda.is_available(), model_info(model)
+    if isinstance(plan, Plan):
+        return check_plan(model, plan)
+    if plan == "auto" and not cuda:
+        print_to_stderr("plan: there is no GPU here to plan for, so the profile decides")
+        return None
+    card, shape = find_card("cuda" if plan == "auto" else plan), model_shape(model.get_base_model().config)
+    rows, _ = encode_dataset(data, tokenizer, settings.max_seq_length, settings.template, truncation=settings.truncation)
+    lengths, usual = token_lengths(rows), profile_of(model)
+    batch, steps = (fixed.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    effective = batch * steps if batch and steps else usual.per_device_train_batch_size * usual.gradient_accumulation_steps
+    found = plan_training(
+        shape, card, lengths, effective_batch=effective, batch_size=batch or (steps and max(1, round(effective / steps))),
+        seq_length=fixed.get("max_seq_length") or min(choose_length(lengths, shape.context), settings.max_seq_length),
+        packing=fixed.get("packing", None if cuda else False), optimizer=fixed.get("optim", "adamw_8bit"), backend=info["backend"],
+        **adapter_of(model),
+    )
+    return check_plan(model, found)
+
+# %% ../nbs/15_training.ipynb #e1e419f6
+def checkpointing_of(model) -> bool:
+    "Whether the layers are checkpointed."
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def set_checkpointing(model, on: bool) -> None:
+    "Switch gradient checkpointing on or off. Source: unsloth 2026.10.9, `FastLlamaModel.get_peft_model` and `for_training`."
+    base, info = model.get_base_model(), model_info(model)
+    if info["backend"] == "unsloth":
+        from unsloth.models._utils import apply_unsloth_gradient_checkpointing
+
+        wanted = "unsloth" if on and torch.cuda.is_available() else on
+        mode = apply_unsloth_gradient_checkpointing(wanted, info["max_seq_length"], getattr(torch, info["dtype"]))
+        model._unsloth_gradient_checkpointing = mode
+        model.for_training(use_gradient_checkpointing=mode)
+    elif on:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.config.use_cache = False
+    else:
+        base.gradient_checkpointing_disable()
+    base.qlora_nb_info = {**info, "use_gradient_checkpointing": ("unsloth" if info["backend"] == "unsloth" else True) if on else False}
+
+# %% ../nbs/15_training.ipynb #b38d1713
+def expected_memory(model, settings: Settings, lengths: list[int], card: Card) -> MemoryEstimate | None:
+    "What this run should take on that card; None for an architecture or an optimizer that isn't counted."
+    rows = Rows(tuple(sorted(lengths, reverse=True)), settings.max_seq_length, 0)
+    try:
+        return estimate_for_rows(
+            model.get_base_model().config, card, rows, batch_size=settings.per_device_train_batch_size, packing=settings.packing,
+            accumulation=settings.gradient_accumulation_steps, gradient_checkpointing=checkpointing_of(model), optimizer=settings.optim,
+            backend=model_info(model)["backend"], **adapter_of(model),
+        )
+    except UserError:
+        return None
+
+
+def memory_warning(estimate: MemoryEstimate | None, card: Card) -> str | None:
+    "A sentence where the estimate is more than the card has."
+    if estimate is None or estimate.total_bytes <= card.bytes:
+        return None
+    need, has = gib(estimate.total_bytes), gib(card.bytes)
+    return (f"warning: this run should need {need} at its fullest, and {card.name} has {has} for it: "
+            "take --plan auto (in Python plan='auto'), a smaller batch or a shorter max_seq_length")
+
+
+def plan_record(plan: Plan, estimate: MemoryEstimate | None) -> dict:
+    "What config.yaml and summary.json keep of a plan."
+    predicted = {k: v for k, v in estimate.to_dict().items() if k != "by_component"} if estimate else None
+    return {"card": plan.card.name, "budget_bytes": round(plan.budget), "choice": str(plan.choice), "why": plan.why, "predicted": predicted}
+
+
+def peak_memory() -> dict | None:
+    "Peaks of this process since they were last reset; None without a GPU."
+    if not torch.cuda.is_available():
+        return None
+    return {"allocated_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
 
 # %% ../nbs/15_training.ipynb #96a31b6b-19
 def check_space(path: Path, trainable: int) -> None:
@@ -496,6 +710,11 @@ def fit(trainer, watch, progress: Progress, path: Path, interrupted: list, resum
     try:
         with quiet_libraries(model_info(trainer.model)["backend"]):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory was used up at step {trainer.state.global_step + 1}: take plan='auto', a smaller batch, "
+            "use_gradient_checkpointing='unsloth' or a shorter max_seq_length"
+        ) from error
     except Exception as error:
         if disk_full(error):
             raise UserError(
@@ -513,12 +732,17 @@ def how_to_go_on(path: Path) -> str:
     return f"go on with qlora_nb train --resume {path} (in Python: train(…, resume={str(path)!r}))"
 
 # %% ../nbs/15_training.ipynb #96a31b6b-24
-def profile_of(model) -> Profile:
-    "The profile whose settings fit this model: `tiny` for the embedded one, else the machine's, at least `t4`."
-    if model_info(model)["model"] == "qlora_nb:embedded":
+def profile_for(model: str) -> Profile:
+    "The profile for a model of this name: `tiny` for the embedded one, else the machine's, at least `t4`."
+    if model in ("qlora_nb:embedded", str(EMBEDDED_MODEL)):
         return PROFILES["tiny"]
     found = profile()
     return found if found.name != "tiny" else PROFILES["t4"]
+
+
+def profile_of(model) -> Profile:
+    "The profile whose settings fit this model."
+    return profile_for(model_info(model)["model"])
 
 # %% ../nbs/15_training.ipynb #96a31b6b-25
 def resumed(run: str | Path, arguments: dict) -> tuple[Path, dict]:
@@ -562,18 +786,21 @@ def _evaluate(model, tokenizer, eval_data, base_data, settings: Settings, base: 
 # %% ../nbs/15_training.ipynb #96a31b6b-27
 def preflight(data, tokenizer, settings: Settings, eval_data, check: bool):
     "Look at the data before anything is trained; returns rows of `input_ids` and `labels`."
-    say = print_to_stderr
+    say, report, cut = print_to_stderr, None, settings.truncation == "cut_prompt"
     if check:
         report = check_dataset(
             data, tokenizer, settings.max_seq_length, eval_data=eval_data, template=settings.template,
             max_steps=None if settings.num_train_epochs else settings.max_steps,
             effective_batch=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
         )
+        report.findings = [f for f in report.findings if not (cut and f.code in ("row_dropped", "too_long"))]
         for finding in report.findings:
             if finding.severity == "warning":
                 say(f"warning: {finding.cause}; {finding.fix}")
         report.raise_for_errors()
-    rows, dropped = encode_dataset(data, tokenizer, settings.max_seq_length, settings.template)
+    rows, dropped = encode_dataset(data, tokenizer, settings.max_seq_length, settings.template, truncation=settings.truncation)
+    if report and cut and (longer := sum(count for n, (count, _) in report.lengths.items() if n > settings.max_seq_length)):
+        say(f"{longer - len(dropped)} of {len(data)} rows are longer than {settings.max_seq_length} tokens: their prompts were cut")
     if dropped:
         say(f"{len(dropped)} of {len(data)} rows are longer than {settings.max_seq_length} tokens and were left out")
     return rows
@@ -613,40 +840,69 @@ def check_model(model) -> None:
         raise UserError("the model's adapter is frozen: load it with load_adapter(model, path, trainable=True)")
 
 # %% ../nbs/15_training.ipynb #96a31b6b-30
-def start(model, tokenizer, data, eval_data, arguments: dict, plan: dict | None, resume, output, source: dict):
-    "Settings, data, folder and configuration of a run: all that is decided before anything is computed."
-    check_model(model)
-    path, config = resumed(resume, arguments) if resume else (None, plan)
-    longest = model_info(model)["max_seq_length"]
-    settings = settings_for(arguments, config, replace(profile_of(model), max_seq_length=longest))
-    if settings.max_seq_length > longest:
-        raise UserError(f"max_seq_length is {settings.max_seq_length}, but the model was loaded for {longest}: load it for more")
+def check_settings(model, settings: Settings) -> None:
+    "Raises `UserError` for settings that don't suit the model or the libraries."
+    info = model_info(model)
+    if settings.max_seq_length > info["max_seq_length"]:
+        raise UserError(f"max_seq_length is {settings.max_seq_length}, but the model was loaded for {info['max_seq_length']}: load it for more")
     check_choices(settings)
-    check_packing(settings, model_info(model)["backend"])
+    check_packing(settings, info["backend"])
+
+
+def training_rows(data, eval_data, settings: Settings):
+    "Rows to train on, and those held out (or None). Raises `UserError` where there are none."
     if len(data) == 0:
         raise UserError("the data set has no rows: give one with at least one conversation")
     if eval_data is None:
-        data, eval_data = split_off(data, settings.eval_rows, settings.seed)
-    else:
-        eval_data = eval_data.select(range(min(settings.eval_rows, len(eval_data)))) if settings.eval_rows else None
+        return split_off(data, settings.eval_rows, settings.seed)
+    return data, eval_data.select(range(min(settings.eval_rows, len(eval_data)))) if settings.eval_rows else None
+
+# %% ../nbs/15_training.ipynb #212b2a1a
+def planned(model, tokenizer, data, plan, arguments: dict, config: dict | None, usual: Profile, settings: Settings):
+    "Settings and plan: the plan is made, followed and said."
+    fixed = {name: getattr(settings, name) for name in {**(config or {}), **arguments} if name in SETTINGS}
+    found = make_plan(model, tokenizer, data, plan, settings, fixed)
+    if found is None:
+        return settings, None
+    settings = settings_for(arguments, config, usual, found.settings["train"])
+    check_settings(model, settings)
+    set_checkpointing(model, found.choice.gradient_checkpointing)
+    takes, has = gib(found.choice.estimate.total_bytes), gib(found.card.bytes)
+    print_to_stderr(f"plan for {found.card.name}: {found.choice}, {found.choice.optimizer}; {takes} of {has} expected")
+    print_to_stderr(f"plan: {found.why}")
+    return settings, found
+
+# %% ../nbs/15_training.ipynb #54aea6c3
+def start(model, tokenizer, data, eval_data, arguments: dict, config: dict | None, plan, resume, output, source: dict):
+    "Settings, data, folder, configuration and plan of a run: all that is decided before anything is computed."
+    check_model(model)
+    path, config = resumed(resume, arguments) if resume else (None, config)
+    usual = replace(profile_of(model), max_seq_length=model_info(model)["max_seq_length"])
+    settings, found = settings_for(arguments, config, usual), None
+    check_settings(model, settings)
+    data, eval_data = training_rows(data, eval_data, settings)
+    if plan is not None:
+        settings, found = planned(model, tokenizer, data, plan, arguments, config, usual, settings)
     new = run_config(model, tokenizer, settings, data, eval_data, source)
     if resume:
         same_run(path, config, new)
-        new.update({name: config[name] for name in ("data", "data_name", "limit", "eval_data") if name in config})
+        new.update({name: config[name] for name in ("data", "data_name", "limit", "eval_data", "plan") if name in config})
+        (path / "stopped.json").unlink(missing_ok=True)
     else:
         path = new_run_folder(output, new["model"].replace("qlora_nb:embedded", "tiny-llama"))
     check_space(path, count_parameters(model)["trainable"])
-    return settings, data, eval_data, path, new
+    return settings, data, eval_data, path, new, found
 
 # %% ../nbs/15_training.ipynb #96a31b6b-31
-def run(model, tokenizer, data, eval_data, output, check, plan, resume, arguments: dict, source: dict, started: float) -> Run:
+def run(model, tokenizer, data, eval_data, output, check, config, plan, resume, arguments: dict, source: dict, started: float) -> Run:
     "What `train` does; `source` says where the data came from, `started` when the clock of `seconds` began."
     from transformers import set_seed
 
-    settings, data, eval_data, path, config = start(
-        model, tokenizer, data, eval_data, arguments, plan, resume, output, source
+    settings, data, eval_data, path, config, found = start(
+        model, tokenizer, data, eval_data, arguments, config, plan, resume, output, source
     )
     rows = preflight(data, tokenizer, settings, eval_data, check)
+    foresee(model, settings, rows, found, config)
     write_yaml(path / "config.yaml", config)
     write_json(path / "versions.json", {**library_versions(), "device": device_name(), "date": f"{datetime.now():%Y-%m-%d}"})
     set_seed(settings.seed)
@@ -654,6 +910,16 @@ def run(model, tokenizer, data, eval_data, output, check, plan, resume, argument
         return steps(model, tokenizer, rows, eval_data, settings, path, config, bool(resume), started)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped: {how_to_go_on(path)}") from None
+
+
+def foresee(model, settings: Settings, rows, found: Plan | None, config: dict) -> None:
+    "Note the plan with what it predicts in `config`; without a plan, warn where the card is too small."
+    card = found.card if found else find_card("cuda") if torch.cuda.is_available() else None
+    expected = expected_memory(model, settings, token_lengths(rows), card) if card else None
+    if found:
+        config["plan"] = plan_record(found, expected)
+    elif card and (warning := memory_warning(expected, card)):
+        print_to_stderr(warning)
 
 # %% ../nbs/15_training.ipynb #96a31b6b-32
 def steps(model, tokenizer, rows, eval_data, settings: Settings, path: Path, config: dict, resume: bool, started: float) -> Run:
@@ -666,7 +932,10 @@ def steps(model, tokenizer, rows, eval_data, settings: Settings, path: Path, con
     with gentle_interrupt() as interrupted:
         watch = watcher(path, progress, interrupted)
         trainer = make_trainer(model, tokenizer, rows, settings, path / "checkpoints", [watch])
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         seconds = fit(trainer, watch, progress, path, interrupted, last_checkpoint(path) if resume else None)
+    plan = config.get("plan") and {"plan": {**config["plan"], "measured": peak_memory()}}
     if settings.template:  # what is served is what was trained
         tokenizer.chat_template = template_text(tokenizer, settings.template)
     sha = save_adapter(model, tokenizer, path / "adapter")
@@ -674,7 +943,7 @@ def steps(model, tokenizer, rows, eval_data, settings: Settings, path: Path, con
     after = _evaluate(model, tokenizer, eval_data, base_data, settings, base=False)
     summary = finish(path, config, watch, before, after, {
         "seconds": round(time.time() - started, 2), "train_seconds": round(seconds, 2), "adapter_sha256": sha,
-        "backend": config["backend"], **count_parameters(model),
+        "backend": config["backend"], **count_parameters(model), **(plan or {}),
     })
     return Run(path, summary, watch.metrics, model, tokenizer)
 
@@ -692,16 +961,17 @@ def train(
     eval_data=None,  # held-out rows; None splits `eval_rows` off `data` (at most a fifth), and never trains on them
     output: str | Path | None = None,  # the run folder, new or empty; None is ./runs/<time>-<model>
     check: bool = True,  # look at the data first, and stop on errors
-    plan: dict | None = None,  # a mapping of settings that stands between arguments and profile
+    plan=None,  # "auto" for this card; a card's name, bytes or `Card`; a `Plan`; or a mapping of settings, as a file's
     resume: str | Path | None = None,  # the folder of a run that was stopped
     **settings,  # any of `Settings`, by name
 ) -> Run:
-    "Fine-tune the adapter; evaluate before and after. Raises `UserError` for a mistake, `Interrupted` after Ctrl-C."
-    if plan is not None and not isinstance(plan, dict):
-        raise UserError(f"plan is {plan!r}: give a mapping of settings (a planner that makes one is not in this version)")
-    for name, value in (plan or {}).items():
+    "Fine-tune the adapter; evaluate before and after. Raises `UserError` for a mistake, `Interrupted` after Ctrl-C, `Diverged`."
+    config, plan = (plan, None) if isinstance(plan, dict) else (None, plan)
+    for name, value in (config or {}).items():
         check_setting(name, value)
     if resume and output:
         raise UserError("output and resume are both given: a run that goes on stays in its folder")
+    if resume and (plan or config):
+        raise UserError("plan and resume are both given: a run that goes on keeps its settings")
     source = {"data": FROM_PYTHON}
-    return run(model, tokenizer, data, eval_data, output, check, plan, resume, settings, source, time.time())
+    return run(model, tokenizer, data, eval_data, output, check, config, plan, resume, settings, source, time.time())

@@ -403,3 +403,137 @@ def test_data_of_one_question_and_a_config_without_data(tmp_path):
     (tmp_path / "c.yaml").write_text("data: (given in Python)\n")
     done = qlora_nb("train", "--config", "c.yaml", cwd=tmp_path)
     assert done.returncode == 2 and "name it with --data" in done.stderr
+
+
+# --- plan -----------------------------------------------------------------------------------------------------------
+
+SHAPE_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072,
+}  # fmt: skip
+
+
+@pytest.fixture
+def command(capfd, monkeypatch, tmp_path):
+    "Runs the command in this process: (exit code, stdout, stderr)."
+    from qlora_nb.cli import main
+
+    monkeypatch.setenv("QLORA_NB_PROFILE", "tiny")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "8b").mkdir()
+    (tmp_path / "8b/config.json").write_text(json.dumps(SHAPE_8B))
+
+    def run(*arguments):
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as stopped:
+            return stopped.code or 0, *capfd.readouterr()
+        return 0, *capfd.readouterr()
+
+    return run
+
+
+def test_plan_says_it_to_people_and_to_machines(command):
+    code, out, _ = command("plan", "--model", "8b", "--gpu", "T4")
+    assert code == 0 and "take qlora, 8 x 1, 2048 tokens" in out and "computes in fp16" in out
+    wishes = ["--method", "lora", "--seq-length", "512"]
+    code, out, _ = command("plan", "--model", "8b", "--gpu", "A100 80GB", *wishes, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["fits"] and found["choice"]["method"] == "lora" and found["choice"]["seq_length"] == 512
+    assert found["settings"]["load_model"]["load_in_4bit"] is False and found["rejected"]
+    code, out, _ = command("plan", "--model", "8b", "--gpu", "4 GB")
+    assert code == 1 and "nothing fits; the smallest way" in out
+    code, out, _ = command("plan", "--model", "8b", "--gpu", "4 GB", "--json")
+    assert code == 1 and json.loads(out)["fits"] is False and json.loads(out)["advice"]
+
+
+def test_plan_without_a_card_looks_at_all_the_usual_ones(command):
+    import torch
+
+    from qlora_nb.memory import CARDS
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a card")
+    code, out, _ = command("plan", "--model", "8b", "--method", "lora")
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 1 + len(CARDS) and "nothing fits" in lines[1] and "lora" in lines[-1]
+    assert len(json.loads(command("plan", "--model", "8b", "--json")[1])) == len(CARDS)
+
+
+def test_plan_counts_the_rows_of_the_data(command, tmp_path):
+    rows = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}."} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wishes = ["--r", "8", "--effective-batch", "4", "--json"]
+    code, out, _ = command("plan", "--gpu", "T4", "--data", "rows.jsonl", *wishes)
+    found = json.loads(out)
+    assert code == 0 and found["rows"] == 40 and found["mean_length"] < 40 and found["r"] == 8
+    assert found["choice"]["batch"] * found["choice"]["accumulation"] == 4 and found["choice"]["seq_length"] == 256
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--gpu", "T5"], "there is no card 'T5': choose one of T4"),
+        (["--gpu", "T4", "--model", "./none"], "there is no model folder ./none"),
+        (["--gpu", "T4", "--method", "full"], "method is 'full'"),
+        (["--gpu", "T4", "--backend", "mlx"], "backend is 'mlx'"),
+        (["--gpu", "T4", "--r", "0"], "r is 0"),
+        (["--gpu", "T4", "--effective-batch", "0"], "effective_batch is 0"),
+        (["--gpu", "T4", "--seq-length", "100000"], "context of 2048"),
+        (["--gpu", "T4", "--data", "none.jsonl"], "none.jsonl"),
+    ],
+)
+def test_a_mistake_with_plan_is_one_sentence(arguments, message, mistake):
+    mistake(["plan", *arguments], message)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--plan", "T5"], "there is no card 'T5'"),
+        (["--plan", "auto", "--resume", "x"], "no run folder"),
+        (["--truncation", "left"], "truncation is 'left'"),
+    ],
+)
+def test_a_mistake_with_a_planned_run_is_one_sentence(arguments, message, mistake):
+    mistake(["train", *arguments], message)
+
+
+def test_train_follows_a_plan_and_its_configuration_is_taken_back(command, tmp_path):
+    short = ["--max-steps", "2", "--eval-rows", "0", "--limit", "100"]
+    code, out, err = command("train", *short, "--plan", "L4", "--output", "run")
+    assert code == 0 and "plan for L4: qlora, 8 x 1, 256 tokens" in err, err[-2000:]
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["optim"] == "adamw_8bit" and config["plan"]["card"] == "L4" and config["truncation"] == "drop"
+    code, _, err = command("train", "--config", "run/config.yaml", "--output", "again")
+    assert code == 0 and "plan for" not in err and sha(tmp_path / "again") == sha(tmp_path / "run")
+
+
+def test_train_warns_before_it_loads_a_model_that_does_not_fit(tmp_path):
+    "From config.json and the tokenizer: the folder's weights are an empty file."
+    import shutil
+
+    from qlora_nb.cli import foresee
+    from qlora_nb.core import EMBEDDED_MODEL
+    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.memory import CUDA_CONTEXT, Card
+
+    place = tmp_path / "model"
+    place.mkdir()
+    for file in EMBEDDED_MODEL.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, place)
+    (place / "model.safetensors").touch()
+    how = {"load_in_4bit": True, "backend": "transformers", "revision": None, "max_seq_length": 2048}
+    lora = {"r": 16, "target_modules": ("q_proj",), "use_gradient_checkpointing": False}
+    data, settings = load_sft_dataset(limit=50), {"per_device_train_batch_size": 8}
+
+    def said(mib, **more):
+        card = Card("a card", CUDA_CONTEXT + mib * 2**20)
+        return foresee(str(place), data, {**settings, **more}, {}, lora, how, card)
+
+    assert said(2000) is None, "full rows fit"
+    assert said(150) is None, "full rows would not, the real ones do"
+    assert re.match(r"warning: this run should need \d+ MiB at its fullest, and a card has", said(20))
+    assert said(20, optim="adafactor") is None, "nobody can tell"
+

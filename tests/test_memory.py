@@ -1,0 +1,364 @@
+"""The estimate and the planner: mistakes, families, cards, what is fetched, and laws that must hold for any setting."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+
+from qlora_nb.core import EMBEDDED_MODEL, UserError
+from qlora_nb.memory import (
+    CARDS,
+    COMPONENTS,
+    FAMILIES,
+    Card,
+    Rows,
+    choose_length,
+    estimate_memory,
+    find_card,
+    known_card,
+    model_shape,
+    parameter_count,
+    plan_training,
+    row_lengths,
+)
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+    "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+    "vocab_size": 128_256, "max_position_embeddings": 131_072,
+}  # fmt: skip
+GiB = 2**30
+
+
+# --- configurations -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_configuration_object_takes_under_50_ms_and_loads_nothing(family):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family)
+    before = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+    start = time.perf_counter()
+    estimate = estimate_memory(config)
+    assert time.perf_counter() - start < 0.05
+    assert sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()) == before
+    assert tuple(estimate.by_component) == COMPONENTS
+    assert estimate.total_bytes == sum(estimate.by_component.values()) > estimate.allocated_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "mamba"}, "architecture 'mamba' is not among those"),
+        ({"model_type": None}, "architecture 'None'"),
+        ({"hidden_size": None}, "llama configuration has no hidden_size"),
+        ({"vocab_size": "many"}, "'many' as its vocab_size"),
+        ({"num_hidden_layers": 0}, "0 as its num_hidden_layers"),
+        ({"num_attention_heads": 2.5}, "2.5 as its num_attention_heads"),
+        ({"head_dim": -1}, "-1 as its head_dim"),
+    ],
+)
+def test_a_configuration_that_cannot_be(change, message):
+    with pytest.raises(UserError, match=message) as refused:
+        estimate_memory({**LLAMA, **change})
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"method": "dora"}, "method is 'dora': choose one of full, lora, qlora"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"seq_length": 200_000}, "context of 131072"),
+        ({"r": 1025}, "narrowest target has 1024"),
+        ({"target_modules": ()}, "target_modules is empty"),
+        ({"target_modules": ("c_attn",)}, "target_modules is 'c_attn'"),
+        ({"optimizer": "adam"}, "optimizer is 'adam': choose one of adamw_8bit"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"backend": "mlx"}, "backend is 'mlx'"),
+        ({"packing": True, "backend": "transformers"}, "packing needs backend='unsloth'"),
+        ({"gradient_checkpointing": "sometimes"}, "gradient_checkpointing is 'sometimes'"),
+        ({"loss_rows": -1}, "loss_rows is -1"),
+    ],
+)
+def test_a_setting_that_cannot_be(change, message):
+    with pytest.raises(UserError, match=message) as refused:
+        estimate_memory(LLAMA, **change)
+    assert "\n" not in str(refused.value)
+
+
+def test_places_without_a_configuration(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    for name, text in (("broken", "{"), ("list", "[1]"), ("latin", b"\xff\xfe{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    for model, message in [
+        (tmp_path / "nowhere", "there is no model folder"),
+        ("./nowhere", "there is no model folder"),
+        (tmp_path / "empty", "holds no config.json"),
+        (tmp_path / "broken", "can't be read as JSON"),
+        (tmp_path / "latin", "can't be read as JSON"),
+        (tmp_path / "list", "holds a JSON list"),
+        (7, "model is a int"),
+        ("nobody/nothing", "config.json of nobody/nothing can't be had"),
+    ]:
+        with pytest.raises(UserError, match=message) as refused:
+            estimate_memory(model)
+        assert "\n" not in str(refused.value)
+
+
+def test_the_folder_and_the_name_of_the_embedded_model():
+    assert model_shape(EMBEDDED_MODEL) == model_shape("qlora_nb:embedded") == model_shape(str(EMBEDDED_MODEL))
+
+
+def test_a_model_that_also_sees():
+    "The decoder under text_config is what counts; the tower's weights are there too, whatever the method."
+    seen = {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "image_size": 896,
+    }
+    text = {**LLAMA, "model_type": "gemma3_text"}
+    both = estimate_memory({"model_type": "gemma3", "text_config": text, "vision_config": seen})
+    alone = estimate_memory(text)
+    tower = parameter_count(both.shape)["vision"]
+    assert 0.40e9 < tower < 0.45e9
+    assert both.by_component["base_weights"] - alone.by_component["base_weights"] == 2 * tower
+    assert both.by_component["activations"] == alone.by_component["activations"]
+    with pytest.raises(UserError, match="vision configuration has no hidden_size"):
+        model_shape({"model_type": "gemma3", "text_config": text, "vision_config": {"image_size": 1}})
+
+
+def test_a_hub_name_fetches_the_configuration_and_nothing_else(tmp_path):
+    "A server that holds a whole model sees one file asked for."
+    asked, body = [], json.dumps(LLAMA).encode()
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            headers = {"ETag": '"abc"', "X-Repo-Commit": "f" * 40, "Content-Length": str(len(body))}
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    script = "from qlora_nb.memory import estimate_memory; print(estimate_memory('someone/model').total_bytes)"
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path),
+           "HF_HUB_OFFLINE": "0",
+           "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    server.shutdown()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) == estimate_memory(LLAMA).total_bytes
+    assert {path for path in asked if "someone" in path} == {"/someone/model/resolve/main/config.json"}
+
+
+def test_an_estimate_imports_no_heavy_library():
+    script = (
+        "import sys; from qlora_nb.memory import estimate_memory; estimate_memory('qlora_nb:embedded', seq_length=512);"
+        "print([name for name in ('transformers', 'unsloth', 'matplotlib', 'bitsandbytes') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
+
+
+# --- laws that hold for any setting ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["unsloth", "transformers"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_more_of_anything_takes_no_less(backend, checkpointing):
+    def total(**more):
+        return estimate_memory(LLAMA, backend=backend, gradient_checkpointing=checkpointing, **more).allocated_bytes
+
+    for name, values in {"batch_size": (1, 2, 4, 8), "seq_length": (512, 1024, 2048, 8192), "r": (4, 16, 64)}.items():
+        sizes = [total(**{name: value}) for value in values]
+        assert sizes == sorted(sizes), (name, sizes)
+    assert total(method="qlora") < total(method="lora") < total(method="full")
+    assert total(accumulation=4) >= total(accumulation=1)
+    assert total(optimizer="paged_adamw_8bit") < total(optimizer="adamw_8bit") < total(optimizer="adamw_torch")
+    assert total(target_modules=("q_proj", "v_proj")) < total()
+
+
+def test_accumulation_keeps_the_gradients_in_the_fullest_moment():
+    one, two = (estimate_memory(LLAMA, gradient_checkpointing=False, accumulation=n) for n in (1, 2))
+    adapters = 4 * 24_313_856
+    assert one.moment == two.moment == "loss"
+    assert (one.by_component["gradients"], two.by_component["gradients"]) == (0, adapters)
+
+
+def test_the_loss_of_a_small_card_is_tiled_but_not_without_bf16():
+    big, small, turing = (
+        estimate_memory(LLAMA, gradient_checkpointing=False, batch_size=1, card=card, bf16=bf16).by_component[
+            "logits_loss"
+        ]
+        for card, bf16 in ((None, True), (16 * GiB, True), (16 * GiB, False))
+    )
+    assert turing == big > small
+    long = dict(gradient_checkpointing=False, batch_size=4)
+    tiled, rows = (estimate_memory(LLAMA, bf16=bf16, **long).by_component["logits_loss"] for bf16 in (True, False))
+    assert tiled != rows
+
+
+def test_inputs_stay_on_the_card_where_unsloth_was_loaded_for_short_rows():
+    "Source: unsloth 2026.10.9, `apply_unsloth_gradient_checkpointing`."
+    short, long = (
+        estimate_memory(LLAMA, batch_size=8, seq_length=256, max_seq_length=n).by_component["activations"]
+        for n in (256, 2048)
+    )
+    assert short > long
+
+
+# --- cards and plans ------------------------------------------------------------------------------------------------
+
+
+ADVERTISED = {
+    "T4": 16, "V100": 16, "L4": 24, "A10": 24, "RTX 3090": 24, "RTX 4090": 24, "A40": 48, "L40S": 48, "A100 40GB": 40,
+    "A100 80GB": 80, "H100": 80, "H200": 141,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_each_card_is_found_by_its_names(name):
+    for written in (name, name.lower(), f"NVIDIA {name}", name.replace(" ", "-")):
+        assert find_card(written) is CARDS[name]
+    assert 0.91 < CARDS[name].bytes / (ADVERTISED[name] * GiB) <= 1
+
+
+def test_names_that_are_no_card():
+    for name in ("", "RTX", "NVIDIA", "A1000", "T400", "L400", "RTX A6000"):
+        assert known_card(name) is None, name
+    for device in ("T5", "", "-1 GB", "0 GB", 5, -1, 10**30, None, True, [1]):
+        with pytest.raises(UserError, match="there is no card|give bytes"):
+            find_card(device)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="there is no GPU here"):
+            find_card("cuda")
+
+
+@pytest.mark.parametrize("gb", [8, 12, 16, 24, 40, 48, 80, 96])
+@pytest.mark.parametrize("backend", ["unsloth", "transformers"])
+def test_a_plan_fits_with_its_margin_and_keeps_the_effective_batch(gb, backend):
+    lengths = [100 + 37 * (i % 50) for i in range(500)]
+    plan = plan_training(LLAMA, f"{gb} GB", lengths, backend=backend)
+    choice = plan.choice
+    assert choice.estimate.total_bytes <= 0.94 * plan.card.bytes
+    assert plan.rows.dropped <= 0.01 * len(lengths)
+    tokens = choice.batch * choice.accumulation * (choice.seq_length if choice.packing else plan.rows.mean)
+    assert 0.7 < tokens / (8 * plan.rows.mean) < 1.5
+    assert choice.packing <= (backend == "unsloth")
+    fitting = [c for c in plan.rejected if c.estimate.total_bytes <= plan.budget]
+    assert all(c.tokens_per_second <= choice.tokens_per_second + 0.05 for c in fitting)
+    assert all(c.reason for c in plan.rejected)
+    assert set(json.loads(json.dumps(plan.to_dict()))) >= {"card", "choice", "rejected", "settings", "advice"}
+
+
+def test_more_memory_is_never_planned_slower():
+    speeds = [plan_training(LLAMA, gb * GiB).choice.tokens_per_second for gb in (8, 12, 16, 24, 32, 48, 64, 80)]
+    assert speeds == sorted(speeds)
+
+
+def test_what_is_wished_is_kept():
+    plan = plan_training(
+        LLAMA, "A100 80GB", [300] * 100, batch_size=2, gradient_checkpointing=True, packing=False, method="lora"
+    )
+    c = plan.choice
+    assert (c.batch, c.accumulation, c.gradient_checkpointing, c.packing, c.method) == (2, 4, True, False, "lora")
+    assert plan_training(LLAMA, "T4", effective_batch=7).choice.batch in (1, 7)
+    assert plan_training(LLAMA, "T4", batch_size=16).choice.accumulation == 1
+
+
+def test_rows_are_not_packed_without_being_asked_where_that_was_never_tried():
+    lengths = [700] * 98 + [3300] * 2
+    for card, packed in (("L4", True), ("T4", False)):
+        assert any(c.packing for c in plan_training(LLAMA, card, lengths).rejected) == packed
+    assert plan_training(LLAMA, "T4", lengths, packing=True).choice.packing
+
+
+def test_nothing_fits_and_what_to_change():
+    plan = plan_training(LLAMA, "6 GB", method="lora", backend="transformers")
+    assert not plan.fits and plan.choice is None
+    said = str(plan)
+    for part in (
+        "nothing fits",
+        "the smallest way (lora",
+        "take a larger card: T4",
+        "or method='qlora'",
+        "or a smaller model",
+    ):
+        assert part in said, said
+    with pytest.raises(UserError, match="nothing fits 6 GB") as refused:
+        _ = plan.settings
+    assert "\n" not in str(refused.value)
+    tight = plan_training(LLAMA, "5 GB", [7000] * 90 + [200] * 10, gradient_checkpointing=False)
+    assert not tight.fits and any("gradient_checkpointing=True" in a for a in tight.advice)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"effective_batch": 0}, "effective_batch is 0"),
+        ({"seq_length": 0}, "seq_length is 0"),
+        ({"seq_length": 10**6}, "context of 131072"),
+        ({"method": "full"}, "method is 'full'"),
+        ({"margin": 1.5}, "margin is 1.5"),
+        ({"packing": "yes"}, "packing is 'yes'"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"data": []}, "data has no rows"),
+        ({"data": [0, 5]}, "a length of 0"),
+        ({"data": ["text"]}, "neither whole numbers nor rows of messages"),
+        ({"data": [{"messages": []}]}, "give tokenizer="),
+        ({"data": [900], "seq_length": 100}, "every row is longer than seq_length=100"),
+        ({"optimizer": "adafactor"}, "optimizer is 'adafactor'"),
+    ],
+)
+def test_a_wish_that_cannot_be(change, message):
+    with pytest.raises(UserError, match=message) as refused:
+        plan_training(LLAMA, "T4", **change)
+    assert "\n" not in str(refused.value)
+
+
+def test_lengths_are_those_of_the_trainer():
+    from transformers import AutoTokenizer
+
+    from qlora_nb.data import encode_dataset, load_sft_dataset
+
+    tokenizer, data = AutoTokenizer.from_pretrained(EMBEDDED_MODEL), load_sft_dataset(limit=250)
+    rows, dropped = encode_dataset(data, tokenizer, 2048)
+    assert row_lengths(data, tokenizer) == [len(ids) for ids in rows["input_ids"]] and not dropped
+    assert row_lengths(iter(torch.arange(1, 4).numpy())) == [1, 2, 3]
+    bad = [*data, {"messages": [{"role": "user", "content": None}]}]
+    assert len(row_lengths(bad, tokenizer)) == 250
+
+
+def test_choose_length_keeps_99_percent():
+    assert choose_length([100] * 99 + [5000], 8192) == 256
+    assert choose_length([100] * 98 + [5000] * 2, 8192) == 5120
+    assert choose_length([100] * 98 + [5000] * 2, 4096) == 4096
+    assert choose_length([], 1024) == 1024
+    assert Rows((), 512, 0).padded(3) == 512
+
+
+def test_a_card_whose_memory_is_partly_taken_is_still_a_large_one():
+    "Unsloth asks for the card's whole size when it chooses how to compute the loss."
+    free = Card("half of it", 20 * GiB, total=80 * GiB)
+    assert plan_training(LLAMA, free).choice.estimate.settings["card"] == 80 * GiB

@@ -1,0 +1,409 @@
+"""`train`: plans followed, memory foretold, rows that are too long, and the tripwire."""
+
+import contextlib
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from qlora_nb.core import PROFILES, UserError
+from qlora_nb.data import load_sft_dataset
+from qlora_nb.memory import CUDA_CONTEXT, Card, estimate_memory, model_shape, plan_training
+from qlora_nb.model import add_lora, load_model, model_info
+from qlora_nb.training import (
+    Diverged,
+    Tripwire,
+    checkpointing_of,
+    expected_memory,
+    likely_cause,
+    make_plan,
+    make_trainer,
+    memory_warning,
+    set_checkpointing,
+    settings_for,
+    train,
+    watcher,
+)
+
+TINY = PROFILES["tiny"]
+SHORT = {"eval_rows": 0, "max_steps": 2, "warmup_steps": 1}
+
+
+def fresh(**more):
+    model, tokenizer = load_model(TINY.model, max_seq_length=256, backend="transformers", **more)
+    return add_lora(model, r=8), tokenizer
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_sft_dataset(limit=120)
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    "A model for what changes nothing of it."
+    return fresh()
+
+
+def tight(mib):
+    "A card with so many MiB beside the context."
+    return Card(f"{mib} MiB", CUDA_CONTEXT + mib * 2**20)
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_followed_and_written_down(data, tmp_path, capsys):
+    model, tokenizer = fresh()
+    run = train(model, tokenizer, data, output=tmp_path / "run", plan=tight(80), **SHORT)
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("plan")]
+    assert len(said) == 2 and said[0].startswith(f"plan for 80 MiB: {config['plan']['choice']}")
+    batch, steps = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
+    assert f"{batch} x {steps}" in config["plan"]["choice"] and batch * steps == 8 and batch < 8
+    assert config["optim"] == "adamw_8bit" and config["packing"] is False
+    assert (
+        ("no checkpointing" in config["plan"]["choice"])
+        != checkpointing_of(model)
+        == config["use_gradient_checkpointing"]
+    )
+    assert run.summary["plan"] == {**config["plan"], "measured": None}
+    assert run.summary["plan"]["predicted"]["total_bytes"] <= 0.94 * tight(80).bytes
+    assert "Planned for 80 MiB" in run.report() and "not measured" in run.report()
+
+
+def test_arguments_win_over_the_plan_and_the_file_over_it_too(data, adapted):
+    model, tokenizer = adapted
+    settings = settings_for({}, profile=TINY)
+    for fixed, batch, steps in [
+        ({"per_device_train_batch_size": 2}, 2, 4),
+        ({"gradient_accumulation_steps": 4}, 2, 4),
+        ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}, 3, 5),
+        ({}, 8, 1),
+    ]:
+        c = make_plan(model, tokenizer, data, "L4", settings, fixed).choice
+        assert (c.batch, c.accumulation, c.method, c.packing) == (batch, steps, "qlora", False)
+    c = make_plan(model, tokenizer, data, "L4", settings, {"max_seq_length": 200, "optim": "adamw_torch"}).choice
+    assert (c.seq_length, c.optimizer) == (200, "adamw_torch")
+    assert settings_for({"optim": "sgd"}, {"packing": True}, TINY, {"optim": "x", "packing": False}).packing is True
+
+
+def test_the_rank_is_that_of_the_model_and_the_rows_are_those_of_the_data(data, adapted):
+    model, tokenizer = adapted
+    plan = make_plan(model, tokenizer, data, "L4", settings_for({}, profile=TINY), {})
+    assert plan.r == 8 and plan.shape == model_shape("qlora_nb:embedded") and len(plan.rows.lengths) == len(data)
+    assert plan.choice.seq_length <= model_info(model)["max_seq_length"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card to plan for")
+def test_auto_without_a_gpu_says_so_and_goes_on(data, tmp_path, capsys):
+    model, tokenizer = fresh()
+    run = train(model, tokenizer, data, output=tmp_path / "run", plan="auto", **SHORT)
+    assert "there is no GPU here to plan for, so the profile decides" in capsys.readouterr().err
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert config["per_device_train_batch_size"] == TINY.per_device_train_batch_size and "plan" not in config
+    assert "plan" not in run.summary
+
+
+def test_plans_that_do_not_suit_the_model(data, adapted, tmp_path):
+    model, tokenizer = adapted
+    ours = {"data": [200] * 50, "backend": "transformers", "r": 8}
+    for plan, message in [
+        (
+            plan_training("qlora_nb:embedded", "T4", method="lora", **ours),
+            "the plan is for method lora, but the model has qlora",
+        ),
+        (
+            plan_training("qlora_nb:embedded", "T4", method="qlora", **{**ours, "r": 4}),
+            "the plan is for r 4, but the model has 8",
+        ),
+        (
+            plan_training("qlora_nb:embedded", "T4", method="qlora", **{**ours, "backend": "unsloth"}),
+            "for backend unsloth",
+        ),
+        (
+            plan_training({**model.config.to_dict(), "vocab_size": 800}, "T4", method="qlora", **ours),
+            "a model of another shape",
+        ),
+        (plan_training("qlora_nb:embedded", tight(1), method="qlora", **ours), "nothing fits 1 MiB"),
+        (tight(1), "nothing fits 1 MiB"),
+        ("T5", "there is no card 'T5'"),
+        ([1], "there is no card"),
+    ]:
+        with pytest.raises(UserError, match=message) as refused:
+            train(model, tokenizer, data, output=tmp_path / "run", plan=plan, **SHORT)
+        assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def test_a_plan_made_beforehand_is_taken(data, tmp_path):
+    plan = plan_training("qlora_nb:embedded", tight(110), [200] * 50, method="qlora", backend="transformers", r=8)
+    model, tokenizer = fresh()
+    run = train(model, tokenizer, data, output=tmp_path / "run", plan=plan, max_seq_length=256, **SHORT)
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert config["per_device_train_batch_size"] == plan.choice.batch and config["plan"]["choice"] == str(plan.choice)
+
+
+def test_a_planned_run_goes_on_as_it_was_planned(data, tmp_path):
+    def go(output=None, **more):
+        model, tokenizer = fresh()
+        return train(model, tokenizer, data, output=output, **more)
+
+    whole = go(tmp_path / "run", plan=tight(80), eval_rows=0, max_steps=4, warmup_steps=1, save_steps=2)
+    (whole.path / "summary.json").unlink()
+    again = go(resume=whole.path)
+    assert again.summary["plan"] == whole.summary["plan"]
+    assert again.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
+    (whole.path / "summary.json").unlink()
+    with pytest.raises(UserError, match="a run that goes on keeps its settings"):
+        go(resume=whole.path, plan="auto")
+
+
+SWITCH = """
+import sys, torch
+from qlora_nb.model import add_lora, load_model, model_info
+from qlora_nb.training import checkpointing_of, set_checkpointing
+model, _ = load_model("qlora_nb:embedded", backend=sys.argv[1])
+model = add_lora(model, use_gradient_checkpointing=False).train()
+own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+def kept():
+    seen = {}
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            seen[t.untyped_storage().data_ptr()] = t
+        return t
+    ids = torch.arange(10, 138)[None]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return sum(t.untyped_storage().nbytes() for t in seen.values()), loss.item()
+kept()
+first = kept()
+found = []
+for on in (True, False):
+    set_checkpointing(model, on)
+    assert checkpointing_of(model) == on == bool(model_info(model)["use_gradient_checkpointing"])
+    found.append(kept())
+print(first, *found)
+assert found[1][0] == first[0], "switched off, it is what it was"
+assert found[0][0] < first[0] / 4, "switched on, much less is kept"
+assert abs(found[0][1] - first[1]) < 1e-5
+"""
+
+
+@pytest.mark.parametrize("backend", ["transformers", "unsloth"])
+def test_checkpointing_is_switched_on_and_off(backend):
+    done = subprocess.run([sys.executable, "-c", SWITCH, backend], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# --- memory foretold ------------------------------------------------------------------------------------------------
+
+
+def test_a_warning_where_the_card_is_too_small(adapted):
+    model, _ = adapted
+    settings = settings_for({"optim": "adamw_8bit"}, profile=TINY)
+    expected = expected_memory(model, settings, [200, 100, 50] * 10, tight(500))
+    same = estimate_memory("qlora_nb:embedded", r=8, batch_size=8, seq_length=200, gradient_checkpointing=False,
+                           padded=True,
+                           backend="transformers", card=tight(500).bytes, hopper=False, max_seq_length=256)  # fmt: skip
+    assert expected.by_component == same.by_component
+    assert memory_warning(expected, tight(500)) is None
+    said = memory_warning(expected, tight(1))
+    assert re.search(r"should need \d+ MiB at its fullest, and 1 MiB has 768 MiB for it: take --plan auto", said), said
+    assert memory_warning(None, tight(1)) is None
+    assert expected_memory(model, settings_for({"optim": "adafactor"}, profile=TINY), [200], tight(500)) is None
+
+
+# --- rows that are too long -----------------------------------------------------------------------------------------
+
+
+def long_rows():
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Add. " * n + f"What is {n} + 1?"},
+                {"role": "assistant", "content": f"It is {n + 1}."},
+            ]
+        }
+        for n in [*range(1, 31), 120, 130]
+    ]
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [*rows, {"messages": [{"role": "user", "content": "Tell."}, {"role": "assistant", "content": "so " * 400}]}]
+    )
+
+
+@pytest.mark.parametrize(
+    "truncation, said",
+    [
+        ("drop", ["3 of 33 rows are longer than 256 tokens and were left out"]),
+        ("cut_prompt", ["2 of 33 rows are longer than 256 tokens: their prompts were cut",
+                        "1 of 33 rows are longer than 256 tokens and were left out"]),
+    ],
+)  # fmt: skip
+def test_rows_that_are_too_long_are_counted_and_said(truncation, said, tmp_path, capsys):
+    model, tokenizer = fresh()
+    run = train(model, tokenizer, long_rows(), output=tmp_path / "run", truncation=truncation, **SHORT)
+    err = capsys.readouterr().err
+    assert [line for line in err.splitlines() if "rows are longer" in line and not line.startswith("warning")] == said
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["truncation"] == truncation
+
+
+def test_an_unknown_truncation(adapted, data, tmp_path):
+    with pytest.raises(UserError, match="truncation is 'left': choose drop or cut_prompt"):
+        train(*adapted, data, output=tmp_path / "run", truncation="left", **SHORT)
+
+
+# --- the tripwire ---------------------------------------------------------------------------------------------------
+
+
+def test_a_learning_rate_of_ten_thousand_is_stopped(data, tmp_path):
+    model, tokenizer = fresh()
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(Diverged, match="lower the learning rate") as stopped:
+        train(
+            model,
+            tokenizer,
+            data,
+            output=tmp_path / "run",
+            eval_rows=0,
+            max_steps=40,
+            learning_rate=1e4,
+            warmup_steps=5,
+            save_steps=1,
+        )
+    assert "\n" not in str(stopped.value) and stopped.value.exit_code == 2
+    found = json.loads((tmp_path / "run/stopped.json").read_text())
+    assert found["loss"] == "nan" and found["step"] <= 20 and found["last_good"] is not None
+    assert not (tmp_path / "run/summary.json").exists() and not (tmp_path / "run/adapter").exists()
+    kept = tmp_path / f"run/adapter-step-{found['last_good']}"
+    steps = [int(p.name.split("-")[1]) for p in (tmp_path / "run/checkpoints").glob("checkpoint-*")]
+    assert all(step <= found["last_good"] for step in steps)
+    again, _ = load_model(adapter=kept, backend="transformers", max_seq_length=256)
+    saved = dict(again.named_parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.isfinite().all() and torch.equal(saved[name].float(), p.data) and name in start
+    metrics = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
+    assert len(metrics) == found["step"] - 1 and all(math.isfinite(m["loss"]) for m in metrics)
+
+
+class Silent:
+    "Shows nothing."
+
+    def start(self, *args): ...
+
+    def step(self, *args): ...
+
+
+def rows_with(labels):
+    from datasets import Dataset
+
+    return Dataset.from_list([{"input_ids": list(range(10, 40)), "labels": labels}] * 40)
+
+
+def test_rows_whose_labels_are_all_masked(tmp_path):
+    model, tokenizer = fresh()
+    with pytest.raises(UserError, match="no row has a token with a label"):
+        make_trainer(model, tokenizer, rows_with([-100] * 30), settings_for(SHORT, profile=TINY), tmp_path, [])
+
+
+def test_a_loss_of_zero_is_stopped_and_named(tmp_path):
+    "The one label stands where nothing is predicted: at the first token."
+    model, tokenizer = fresh()
+    watch, settings = watcher(tmp_path, Silent(), []), settings_for({**SHORT, "max_steps": 9}, profile=TINY)
+    rows = rows_with([10] + [-100] * 29)
+    watch.trainer = trainer = make_trainer(model, tokenizer, rows, settings, tmp_path / "checkpoints", [watch])
+    with pytest.raises(Diverged, match="at step 3, where the loss is 0.0: no token of its rows has a label") as stopped:
+        trainer.train()
+    assert "the last good one" in str(stopped.value)
+    assert json.loads((tmp_path / "stopped.json").read_text())["loss"] == "0.0"
+
+
+def wire(fp16=False):
+    layer = torch.nn.Linear(2, 2)
+    return layer, Tripwire(layer, fp16)
+
+
+def test_the_wire_stops_at_what_it_says_and_at_nothing_else():
+    nan, inf = math.nan, math.inf
+    for losses, norms, fp16, stops in [
+        ([1.0, 0.9, nan], [1, 1, 1], False, 3),
+        ([1.0, inf], [1, 1], False, 2),
+        ([1.0, 0.9], [1, nan], False, 2),
+        ([1.0] * 24, [inf] * 24, True, None),
+        ([1.0] * 26, [inf] * 26, True, 26),
+        ([1.0] * 40, [*[inf] * 20, 1, *[inf] * 19], True, None),
+        ([0.0, 0.0, 0.0], [1, 1, 1], False, 3),
+        ([0.0, 0.0, 0.1, 0.0, 0.0, 0.0], [1] * 6, False, None),
+        ([0.5, 0.0, 0.0, 0.0], [1] * 4, False, None),
+        ([3.0, 40.0, 2.0], [1, 900, None], False, None),
+    ]:
+        _, watch = wire(fp16)
+        found = next((i for i, (loss, norm) in enumerate(zip(losses, norms), 1) if watch.wrong(i, loss, norm)), None)
+        assert found == stops, (losses, found)
+
+
+def test_only_what_the_next_loss_has_proved_is_kept():
+    layer, watch = wire()
+    for step, loss in enumerate([3.0, 2.9, 2.8, 9.0, 6.0], 1):
+        with torch.no_grad():
+            layer.weight.fill_(step)  # what the update of this step made
+        assert not watch.wrong(step, loss, 1.0)
+    assert watch.wrong(6, math.nan, 1.0)
+    assert watch.put_back() == 2, "step 3's weights gave the loss of 9"
+    assert layer.weight.eq(2).all()
+    _, watch = wire()
+    assert watch.wrong(1, math.nan, 1.0) and watch.put_back() is None
+
+
+def test_copies_are_few_after_the_first_steps():
+    _, watch = wire()
+    taken = set()
+    for step in range(1, 61):
+        watch.wrong(step, 1.0, 1.0)
+        taken.add(watch.newest[0])
+    assert taken == {*range(1, 11), 20, 30, 40, 50, 60}
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ((0, math.nan, 1e-3, True, False), "no token of its rows has a label"),
+        ((9, 0.0, 1e-3, True, False), "nothing to learn"),
+        ((9, math.nan, 1e-3, False, False), "base model's weights are damaged or overflow"),
+        ((9, math.nan, 1e-3, True, False), "lower the learning rate .it was 0.001"),
+        ((9, math.inf, 1e-3, True, True), "fp16 ends at 65,504"),
+    ],
+)
+def test_causes(arguments, said):
+    assert re.search(said, likely_cause(*arguments))
+
+
+def test_a_gpu_that_is_full_is_one_sentence(data, tmp_path):
+    "The exception is torch's own; only where it comes from is played."
+    model, tokenizer = fresh()
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+
+    model.get_base_model().model.layers[0].register_forward_hook(full)
+    with pytest.raises(UserError, match="memory was used up at step 1: take plan='auto', a smaller batch") as refused:
+        with contextlib.redirect_stderr(io.StringIO()):
+            train(model, tokenizer, data, output=tmp_path / "run", **SHORT)
+    assert "\n" not in str(refused.value)
+
+
+def test_set_checkpointing_is_noted(adapted):
+    model, _ = adapted
+    before = checkpointing_of(model)
+    set_checkpointing(model, True)
+    assert model_info(model)["use_gradient_checkpointing"] is True
+    set_checkpointing(model, before)
