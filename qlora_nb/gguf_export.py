@@ -448,7 +448,7 @@ def read_vocabulary(
     if parts["model"]["type"] != "BPE":
         raise UserError(f"the tokenizer is a {parts['model']['type']}: only BPE can be exported, byte-level or SentencePiece-like")
     tokens, types = _tokens(tokenizer, rows)
-    byte_level = "bytes" in split_steps(parts.get("pre_tokenizer"))
+    byte_level = '"ByteLevel"' in json.dumps(parts.get("pre_tokenizer"))
     found = Vocabulary("gpt2" if byte_level else "llama", "default", tokens, types, flags=_added(tokenizer))
     _byte_level(parts, found) if byte_level else _sentencepiece(tokenizer, parts, found)
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}

@@ -604,7 +604,7 @@ def disk(tmp_path):
 @pytest.mark.parametrize("quantization", ["f16", "q8_0", "q4_k_m", ["q8_0", "q4_k_m"]], ids=str)
 @pytest.mark.parametrize("asked_first", [True, False], ids=["asked first", "found while writing"])
 def test_a_full_disk(quantization, asked_first, disk, tmp_path, monkeypatch):
-    place = disk("size=5500k")
+    place = disk("size=5000k")
     old = export_gguf(EMBEDDED_MODEL, None, place / "m" / "m-Q8_0.gguf", "q8_0")
     before = file_sha256(old)
     if not asked_first:
@@ -625,7 +625,7 @@ def test_llama_cpp_runs_out_of_space(disk, monkeypatch):
 
 
 def test_a_read_only_disk(disk):
-    place = disk("size=1m,ro")
+    place = disk("size=20m,ro")
     with pytest.raises(UserError, match="can't be written"):
         export_gguf(EMBEDDED_MODEL, None, place / "m.gguf")
 
