@@ -21,6 +21,8 @@ _WHERE = {
     "load_run": "training",
     "save_adapter": "merging",
     "load_adapter": "merging",
+    "merge_adapter": "merging",
+    "export_gguf": "gguf_export",
 }
 __all__ = sorted(_WHERE)
 
