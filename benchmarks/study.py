@@ -325,6 +325,7 @@ def factor_settings(rates):
     return {
         "rank": [{"r": r, "scaling": "alpha/r"} for r in (1, 2, 4, 8, 32, 64, 128)]
         + [{"r": r, "lora_alpha": 4, "scaling": "alpha/sqrt(r)"} for r in (1, 2, 4, 8, 32, 64, 128)],
+        "alpha = r": [{"r": r, "lora_alpha": r} for r in (1, 4, 64, 128)],
         "epochs": [{**few, "epochs": n} for n in (1, 2, 4, 8, 16, 32)],
         "few rows, cures": [{**few, "epochs": 32, "dropout": 0.1}, {**few, "epochs": 32, "r": 2},
                             {**few, "epochs": 32, "method": "full", "learning_rate": full}],
