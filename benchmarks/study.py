@@ -221,7 +221,8 @@ def checkpoint_bytes(model):
 
 
 def quality(model, tokenizer, rows, base_rows, new_tokens=112):
-    "Held-out loss and answers; perplexity and answers on the base's own task."
+    """Held-out loss and answers; and the base's own task: perplexity of its replies, answers in whatever form, answers
+    within the 16 tokens that the base needs, and how many replies take the new form."""
     from qlora_nb.evaluation import answer_loss, evaluate
 
     loss, tokens = answer_loss(model, tokenizer, rows, batch_size=50)
@@ -229,11 +230,12 @@ def quality(model, tokenizer, rows, base_rows, new_tokens=112):
     if not math.isfinite(loss):
         return {"loss": None, "base_perplexity": None}
     found = evaluate(model, tokenizer, rows, max_new_tokens=new_tokens, batch_size=200)
-    base = evaluate(model, tokenizer, base_rows, max_new_tokens=16, batch_size=300)
+    base = evaluate(model, tokenizer, base_rows, max_new_tokens=new_tokens, batch_size=300)
+    direct = evaluate(model, tokenizer, base_rows, max_new_tokens=16, batch_size=300)
     return {
         "loss": number(loss), "exact": found.exact, "form": found.form, "stops": found.stops,
         "length": number(mean_length(found.rows, tokenizer)), "base_perplexity": number(math.exp(min(base_loss, 700))),
-        "base_exact": base.exact,
+        "base_exact": base.exact, "base_form": base.form, "base_direct": direct.exact,
     }  # fmt: skip
 
 
@@ -467,7 +469,7 @@ def listed(part, rates, device, a):
     return base_runs(rates, a.methods, seeds) if part == "base" else factor_runs(rates, a.factors)
 
 
-SAME = ("loss", "exact", "form", "stops", "length", "base_perplexity", "base_exact", "train_loss")
+SAME = ("loss", "exact", "form", "stops", "length", "base_perplexity", "base_exact", "base_direct", "train_loss")
 
 
 def compare(made, stored):
