@@ -46,7 +46,7 @@ class Evidence:
 
     def data(self, name: str) -> float | None:
         "A figure of the rows that were trained on; None in runs that did not record it."
-        return (self.summary.get("data") or self.config.get("rows_read") or {}).get(name)
+        return {**(self.config.get("rows_read") or {}), **(self.summary.get("data") or {})}.get(name)
 
 # %% ../nbs/19_diagnose.ipynb #630c5465
 def read_evidence(run: str | Path) -> Evidence:
