@@ -14,10 +14,14 @@ from qlora_nb.core import UserError
 from qlora_nb.evaluation import (
     Evaluation,
     answer_loss,
+    before_and_after,
+    bootstrap,
+    change,
     evaluate,
     has_form,
     parse_answer,
     perplexity,
+    row_losses,
     side_by_side,
     split_reply,
     wilson,
@@ -144,6 +148,82 @@ def test_wilson_refuses(hits, n):
         wilson(hits, n)
 
 
+@pytest.mark.quick
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.integers(1, 50)), min_size=1, max_size=60))
+def test_bootstrap_lies_within_the_rows(rows):
+    sums, counts = zip(*rows)
+    low, high = bootstrap(sums, counts, draws=200)
+    ratios = [a / b for a, b in rows]
+    assert min(ratios) - 1e-9 <= low <= high <= max(ratios) + 1e-9
+    assert (low, high) == bootstrap(sums, counts, draws=200), "the same rows give the same interval"
+    wider = bootstrap(sums, counts, 0.99, draws=200)
+    assert wider[0] <= low and high <= wider[1]
+
+
+@pytest.mark.quick
+def test_bootstrap_against_numpy():
+    "The same statistic by another route: every draw made with numpy."
+    import numpy
+
+    chance = numpy.random.default_rng(1)
+    sums, counts = chance.gamma(2, 3, 80), chance.integers(1, 30, 80)
+    picks = chance.integers(0, 80, (20_000, 80))
+    wanted = numpy.quantile(sums[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
+    assert bootstrap(sums.tolist(), counts.tolist(), draws=20_000) == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("sums, counts", [([], None), ([1.0], [1, 2])])
+def test_bootstrap_refuses(sums, counts):
+    with pytest.raises(UserError):
+        bootstrap(sums, counts)
+
+
+# --- changes --------------------------------------------------------------------------------------------------------
+
+
+def measured(losses, base=(), exact=None):
+    rows = [
+        {"problem": str(i), "expected": "1", "reply": "1", "exact": exact and exact[i], "form": True, "stops": True,
+         "length": 3, "loss": loss, "tokens": 4 + i}
+        for i, loss in enumerate(losses)
+    ]  # fmt: skip
+    return Evaluation(None, 1.0, 1.0, None, rows=rows, base_losses=list(base))
+
+
+@pytest.mark.quick
+def test_a_change_is_paired():
+    "Rows differ much, their changes little: the interval of the change is narrow."
+    before = [float(i % 7) for i in range(50)]
+    old, new = measured(before), measured([x + 0.1 for x in before])
+    moved, low, high = change(old, new, "loss")
+    assert moved == pytest.approx(0.1) and high - low < 1e-9
+    a, b = old.interval("loss")
+    assert b - a > 0.5
+
+
+@pytest.mark.quick
+def test_a_change_of_perplexity_is_a_factor():
+    old = measured([1.0], base=[(2.0, 10), (4.0, 20)])
+    new = measured([1.0], base=[(2.0 + 10 * math.log(2), 10), (4.0 + 20 * math.log(2), 20)])
+    assert change(old, new, "base_perplexity") == pytest.approx((2, 2, 2))
+
+
+@pytest.mark.quick
+def test_changes_that_cannot_be():
+    assert change(measured([1.0]), measured([2.0]), "base_perplexity") is None
+    with pytest.raises(UserError, match="different rows"):
+        change(measured([1.0]), measured([1.0, 2.0]), "loss")
+    with pytest.raises(UserError, match="loss was measured on 1 rows before and 2 after"):
+        change(measured([1.0, None]), measured([1.0, 2.0]), "loss")
+
+
+@pytest.mark.quick
+def test_exact_changes_over_the_rows_that_have_an_answer():
+    old, new = (measured([1.0] * 4, exact=[True, right, right, None]) for right in (False, True))
+    assert change(old, new, "exact")[0] == pytest.approx(2 / 3)
+
+
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
@@ -192,8 +272,10 @@ def test_evaluation_summary_and_interval():
             {"exact": None, "form": False, "stops": True},
         ],
     )
-    assert found.summary() == {"exact": None, "form": 0.5, "stops": 1.0, "base_perplexity": 2.0}
-    assert found.interval("exact") is None
+    assert found.summary() == {
+        "exact": None, "form": 0.5, "stops": 1.0, "base_perplexity": 2.0, "loss": None, "length": None,
+    }  # fmt: skip
+    assert found.interval("exact") is found.interval("loss") is found.interval("base_perplexity") is None
     assert found.interval("form") == wilson(1, 2)
 
 
@@ -265,6 +347,54 @@ def test_rows_that_do_not_fit_are_left_out(exact):
     assert perplexity(*exact, [*ROWS, long]) == pytest.approx(perplexity(*exact, ROWS), rel=1e-4)
     with pytest.raises(UserError, match="none of the 1 rows fits"):
         perplexity(*exact, [long])
+
+
+def test_losses_come_in_the_order_of_the_rows(exact):
+    long = row("word " * 3000, "The answer is 1.")
+    found = row_losses(*exact, [ROWS[0], long, *ROWS[1:]], batch_size=2)
+    assert found.pop(1) is None
+    for (loss, tokens), nats in zip(found, by_hand(*exact, ROWS)):
+        assert tokens == len(nats) and loss == pytest.approx(sum(nats), rel=1e-4, abs=1e-5)
+
+
+def test_the_evaluation_holds_the_loss(exact):
+    found = evaluate(*exact, ROWS, max_new_tokens=8, base_data=ROWS[:2])
+    assert found.loss == pytest.approx(answer_loss(*exact, ROWS)[0], rel=1e-6)
+    assert found.base_perplexity == pytest.approx(perplexity(*exact, ROWS[:2]), rel=1e-6)
+    assert found.length == sum(r["length"] for r in found.rows) / 5 and max(r["length"] for r in found.rows) <= 8
+    for name in ("loss", "length", "base_perplexity", "form", "stops", "exact"):
+        low, high = found.interval(name)
+        assert low <= getattr(found, name) <= high
+    with pytest.raises(UserError, match="0 held-out rows"):
+        evaluate(*exact, [])
+
+
+def test_replies_one_by_one_and_in_a_batch(exact):
+    from qlora_nb.data import load_sft_dataset
+
+    data = load_sft_dataset(split="heldout").select(range(24))
+    together, alone = (evaluate(*exact, data, max_new_tokens=64, batch_size=size) for size in (24, 1))
+    for a, b in zip(together.rows, alone.rows):
+        assert {**a, "loss": 0} == {**b, "loss": 0}
+
+
+def test_switched_off_is_the_base(exact):
+    from qlora_nb.model import add_lora, load_model
+
+    base = evaluate(*exact, ROWS, max_new_tokens=16, base_data=ROWS)
+    model, tokenizer = load_model("qlora_nb:embedded", load_in_4bit=False, dtype="float32", backend="transformers")
+    model = add_lora(model, r=8)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    before, after = before_and_after(model, tokenizer, iter(ROWS), max_new_tokens=16, base_data=ROWS)
+    assert before.rows == base.rows and before.summary() == base.summary()
+    assert abs(after.loss - before.loss) > 0.1
+    moved, low, high = change(before, after, "loss")
+    assert moved == pytest.approx(after.loss - before.loss, rel=1e-5) and low <= moved <= high
+    assert not any(getattr(m, "disable_adapters", False) is True for m in model.modules()), "the adapter is on again"
+    with pytest.raises(UserError, match="no adapter to switch off"):
+        before_and_after(*exact, ROWS)
 
 
 def test_a_uniform_model_hesitates_between_all_tokens(exact):

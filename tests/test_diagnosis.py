@@ -1,0 +1,408 @@
+"""Each trouble is provoked by a real run and named; a healthy run gives no finding; the rules, from both sides."""
+
+import dataclasses
+import json
+import math
+import shutil
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from qlora_nb.core import UserError, write_json, write_jsonl
+from qlora_nb.diagnosis import (
+    FOLLOWS,
+    RULES,
+    SEVERITIES,
+    diagnose,
+    diverging,
+    fifths,
+    flat,
+    forgetting,
+    gradients,
+    memory,
+    never_stops,
+    no_gain,
+    not_a_number,
+    overfitting,
+    read_evidence,
+    rows_lost,
+    slow,
+    still_falling,
+    unfinished,
+    zero_loss,
+)
+
+USUAL = {
+    "per_device_train_batch_size": 4, "eval_rows": 8, "max_new_tokens": 64, "max_steps": 20, "learning_rate": 2e-3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data():
+    from qlora_nb.data import load_sft_dataset
+
+    return load_sft_dataset(split="train"), load_sft_dataset(split="heldout")
+
+
+@pytest.fixture(scope="module")
+def spoil(data, tmp_path_factory):
+    "A real run in a folder of its own, and its diagnosis."
+    import qlora_nb.training as training
+    from qlora_nb.model import add_lora, load_model
+
+    torch.set_num_threads(1)
+
+    def make(rows=None, change=None, collator=None, fails=(), **settings):
+        model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", max_seq_length=256)
+        output, encode = tmp_path_factory.mktemp("run") / "run", training.encode_dataset
+
+        def changed(*arguments, **more):
+            encoded, left_out = encode(*arguments, **more)
+            return (encoded.map(change) if change else encoded), left_out
+
+        try:
+            with patch.object(training, "encode_dataset", changed):
+                training.train(
+                    add_lora(model), tokenizer, data[0] if rows is None else rows, eval_data=data[1], output=output,
+                    check=False, **{**USUAL, **settings},
+                )  # fmt: skip
+            assert not fails, f"training should have failed with {fails}"
+        except fails:
+            pass
+        return diagnose(output)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def healthy(spoil):
+    return spoil(per_device_train_batch_size=8, max_steps=60, learning_rate=1e-3)
+
+
+# --- real runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_run_gives_no_finding(healthy):
+    assert healthy.codes == [] and healthy.ok
+    assert healthy.table() == "no findings" and "no findings" in healthy._repr_html_()
+    assert healthy.evidence.of("after", "loss") < 0.5 * healthy.evidence.of("before", "loss")
+
+
+def test_a_rate_of_ten_diverges(spoil):
+    found = spoil(learning_rate=10.0)
+    assert found.codes == ["diverging"] and not found.ok
+    assert "learning rate 10" in found.findings[0].cause and "lower the learning rate" in found.findings[0].cure
+
+
+def test_a_rate_of_a_millionth_is_flat(spoil):
+    found = spoil(learning_rate=1e-6)
+    assert found.codes == ["flat"] and "raise the learning rate" in found.findings[0].cure
+
+
+def test_rows_learnt_by_heart(spoil, data):
+    found = spoil(rows=data[0].select(range(16)), max_steps=60, learning_rate=5e-3, max_new_tokens=96)
+    assert "overfitting" in found.codes and not found.ok
+    trouble = next(f for f in found.findings if f.code == "overfitting")
+    assert "by heart" in trouble.cause and "epochs" in trouble.cure
+
+
+def test_replies_that_lost_their_end(spoil):
+    def half(row):
+        learned = [i for i, label in enumerate(row["labels"]) if label != -100]
+        return {name: row[name][: learned[len(learned) // 2]] for name in ("input_ids", "labels")}
+
+    found = spoil(change=half, max_steps=40, learning_rate=5e-3)
+    assert "never_stops" in found.codes and "overfitting" not in found.codes
+    assert found.findings[0].severity == "error"
+
+
+def test_a_limit_that_is_too_short_is_another_trouble(spoil):
+    found = spoil(max_new_tokens=8)
+    assert "limit_too_short" in found.codes and "never_stops" not in found.codes
+    trouble = next(f for f in found.findings if f.code == "limit_too_short")
+    longest = max(row["tokens"] for row in found.evidence.replies if row["stage"] == "after")
+    assert trouble.cure.startswith(f"raise max_new_tokens to {longest}")
+
+
+def test_a_base_that_forgets(spoil):
+    found = spoil(learning_rate=1e-2, max_steps=40)
+    assert "forgetting" in found.codes
+    trouble = next(f for f in found.findings if f.code == "forgetting")
+    after = found.evidence.of("after", "base_perplexity")
+    assert f"{after:.4g}" in trouble.cause
+    assert trouble.severity == ("warning" if after > 10 * found.evidence.of("before", "base_perplexity") else "info")
+
+
+def test_a_loss_that_is_no_number(spoil):
+    found = spoil(learning_rate=1e25, warmup_steps=0, max_steps=12, fails=(UserError,))
+    if not found.evidence.stopped and all(map(math.isfinite, found.evidence.losses)):
+        pytest.skip("this train leaves no stopped.json")
+    assert found.codes == ["nan_loss"] and "lower the learning rate" in found.findings[0].cure
+
+
+def test_masked_labels(spoil):
+    "Only the first token keeps a label, and the loss looks at none before the second: there is nothing to learn."
+    found = spoil(
+        change=lambda row: {"labels": [row["input_ids"][0], *[-100] * (len(row["labels"]) - 1)]},
+        max_steps=12, fails=(UserError, ValueError),
+    )  # fmt: skip
+    if not found.evidence.stopped and not found.evidence.losses:
+        pytest.skip("this train leaves no stopped.json")
+    assert set(found.codes) & {"zero_loss", "nan_loss"}, found.codes
+    assert "labels" in found.findings[0].cure
+    assert found.findings[0].severity == "error"
+
+
+def test_most_rows_left_out(spoil, data):
+    import qlora_nb.training as training
+
+    found = spoil(max_seq_length=96, max_steps=4)
+    if found.evidence.data("rows") is None:
+        pytest.skip("this train does not record the rows that it left out")
+    assert "rows_left_out" in found.codes
+    assert training.SETTINGS["max_seq_length"] and "max_seq_length=96" in str(found)
+
+
+def test_padding(spoil, data):
+    "One row of four is ten times as long as the others."
+    import datasets
+
+    short = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7"}]
+    long = [{"role": "user", "content": "What is 3 + 4? " * 20}, {"role": "assistant", "content": "7"}]
+    rows = datasets.Dataset.from_list([{"messages": long if i % 8 == 0 else short} for i in range(400)])
+    found = spoil(rows=rows, per_device_train_batch_size=16, max_steps=6)
+    if found.evidence.data("padding") is None:
+        pytest.skip("this train does not record padding")
+    assert found.evidence.data("padding") > 0.5 and "padding" in found.codes
+
+
+def test_a_loader_that_is_waited_for(spoil):
+    import time
+
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as Collator
+
+    collate = Collator.torch_call
+
+    def slowly(self, examples):
+        time.sleep(0.5)
+        return collate(self, examples)
+
+    with patch.object(Collator, "torch_call", slowly):
+        found = spoil(max_steps=6)
+    if "loader_seconds" not in found.evidence.summary:
+        pytest.skip("this train does not record the time of its loader")
+    assert "slow_loader" in found.codes
+
+
+def test_a_run_that_was_stopped(healthy, tmp_path):
+    "As Ctrl-C leaves it: settings and some steps, no summary."
+    path = copied(healthy, tmp_path)
+    (path / "summary.json").unlink()
+    lines = (path / "metrics.jsonl").read_text().splitlines()[:30]
+    (path / "metrics.jsonl").write_text("\n".join([*lines, lines[0][:20]]))
+    found = diagnose(path)
+    assert "unfinished" in found.codes and found.ok
+    assert "step 30 of 60" in found.findings[-1].cause or "step 30 of 60" in str(found)
+
+
+# --- the records of a GPU, added to a real run ----------------------------------------------------------------------
+
+
+def copied(found, folder):
+    return shutil.copytree(found.evidence.path, folder / "copy")
+
+
+@pytest.mark.parametrize(
+    "peak, checkpointing, codes",
+    [
+        (0.95, "unsloth", ["memory_full"]), (0.7, "unsloth", []), (0.3, "unsloth", ["memory_idle", "checkpointing"]),
+        (0.3, False, ["memory_idle"]),
+    ],
+)  # fmt: skip
+def test_memory(healthy, peak, checkpointing, codes):
+    card = 16 * 2**30
+    seen = changed(
+        healthy.evidence, summary={**healthy.evidence.summary, "device_bytes": card},
+        config={**healthy.evidence.config, "use_gradient_checkpointing": checkpointing},
+        metrics=[{**row, "peak_allocated": int(peak * card)} for row in healthy.evidence.metrics],
+    )  # fmt: skip
+    found = memory(seen)
+    assert [f.code for f in found] == codes
+    if codes:
+        assert "of 16.0 GiB" in found[0].cause
+
+
+def changed(evidence, **values):
+    return dataclasses.replace(evidence, **values)
+
+
+# --- the rules, from both sides -------------------------------------------------------------------------------------
+
+
+def run_of(healthy, losses, norms=None, rate=1e-3):
+    norms = norms or [0.5] * len(losses)
+    rows = [
+        {"step": i, "loss": loss, "learning_rate": rate, "grad_norm": norm, "peak_allocated": None}
+        for i, (loss, norm) in enumerate(zip(losses, norms), 1)
+    ]
+    return changed(healthy.evidence, metrics=rows)
+
+
+@pytest.mark.quick
+def test_fifths():
+    assert fifths([1.0] * 9) == []
+    assert fifths([float(i) for i in range(13)]) == pytest.approx([1.0, 3.5, 6.0, 8.5, 11.0], abs=0.6)
+    assert len(fifths([1.0] * 11)) == 5
+
+
+def test_losses_from_both_sides(healthy):
+    down = [3.5 * 0.97**i + 0.3 for i in range(60)]
+    assert not diverging(run_of(healthy, down)) and not flat(run_of(healthy, down))
+    assert diverging(run_of(healthy, down[:40] + [0.9 + 0.1 * i for i in range(20)]))
+    assert diverging(run_of(healthy, [3.5, 3.6] + [4.2] * 28)), "above where it began, from the second step on"
+    assert flat(run_of(healthy, [3.5 + 0.02 * (i % 3) for i in range(30)]))
+    assert not flat(run_of(healthy, [0.01] * 30)), "a loss of nearly nothing can't fall"
+    assert not flat(run_of(healthy, [3.5] * 9)), "nine steps tell nothing"
+    assert still_falling(run_of(healthy, [4 * 0.93**i for i in range(50)])) and not still_falling(run_of(healthy, down))
+    frozen = flat(run_of(healthy, [3.5] * 30, norms=[0.0] * 30))
+    assert "no weight gets a gradient" in frozen.cause and "trainable" in frozen.cure
+
+
+def test_gradients_from_both_sides(healthy):
+    losses = [3.0 - i / 30 for i in range(60)]
+    assert gradients(run_of(healthy, losses, [0.5] * 60)) is None
+    assert gradients(run_of(healthy, losses, [30.0] * 5 + [0.5] * 55)) is None, "long ones at the start are usual"
+    assert gradients(run_of(healthy, losses, [8.0] * 60)).code == "gradients_cut"
+    spikes = gradients(run_of(healthy, losses, [0.5] * 40 + [40.0] + [0.5] * 19))
+    assert spikes.code == "gradient_spikes" and "step 41" in spikes.cause
+    assert gradients(run_of(healthy, losses, [0.0] * 60)).code == "no_gradient"
+    assert gradients(run_of(healthy, losses[:9], [8.0] * 9)) is None
+
+
+def with_figures(healthy, before, after, **more):
+    summary = {**healthy.evidence.summary, "before": before, "after": after}
+    return changed(healthy.evidence, summary=summary, **more)
+
+
+def test_held_out_from_both_sides(healthy):
+    last = fifths(healthy.evidence.losses)[-1]
+    assert overfitting(with_figures(healthy, {"loss": 3.4}, {"loss": 1.5 * last + 0.05})) is None
+    assert overfitting(with_figures(healthy, {"loss": 3.4}, {"loss": 1.5 * last + 0.15}))
+    assert overfitting(with_figures(healthy, {}, {})) is None
+    assert no_gain(with_figures(healthy, {"loss": 3.4}, {"loss": 3.39}))
+    assert not no_gain(with_figures(healthy, {"loss": 3.4}, {"loss": 3.0}))
+    replies = [{"stage": "after", "exact": True, "stops": True}] * 200
+    figures = {"loss": 3.4, "exact": 0.9}, {"loss": 1.0, "exact": 0.5}
+    assert "50% of the held-out answers" in no_gain(with_figures(healthy, *figures, replies=replies)).cause
+    assert not no_gain(with_figures(healthy, {"loss": 3.4, "exact": 0.5}, {"loss": 1, "exact": 0.48}, replies=replies))
+
+
+def test_forgetting_from_both_sides(healthy):
+    for factor, severity in ((1.4, None), (2, "info"), (20, "warning")):
+        found = forgetting(with_figures(healthy, {"base_perplexity": 1.5}, {"base_perplexity": 1.5 * factor}))
+        assert (found and found.severity) == severity
+    assert forgetting(with_figures(healthy, {}, {"base_perplexity": 50.0})) is None
+
+
+def test_stops_from_both_sides(healthy):
+    def replies(cut, tokens):
+        return [{"stage": "after", "stops": i >= cut, "tokens": tokens, "exact": None} for i in range(20)]
+
+    for share, severity in ((1.0, None), (0.9, None), (0.6, "warning"), (0.2, "error")):
+        cut = round(20 * (1 - share))
+        said = never_stops(with_figures(healthy, {}, {"stops": share}, replies=replies(cut, 40)))
+        assert (said and (said.code, said.severity)) == (severity and ("never_stops", severity))
+    assert never_stops(with_figures(healthy, {}, {"stops": 0.0}, replies=replies(20, 900))).code == "limit_too_short"
+    assert never_stops(with_figures(healthy, {}, {"stops": None}, replies=[])) is None
+
+
+def test_rows_padding_and_loader_from_both_sides(healthy):
+    def seen(seconds=10.0, **data):
+        return changed(healthy.evidence, summary={**healthy.evidence.summary, "train_seconds": seconds, **data})
+
+    whole = {"rows": 900, "left_out": 50, "cut": 40, "longest": 400}
+    assert rows_lost(seen(data=whole)) == [] and rows_lost(seen()) == []
+    most = rows_lost(seen(data={**whole, "left_out": 1000}))
+    assert [(f.code, f.severity) for f in most] == [("rows_left_out", "error")] and "1000 of 1900" in most[0].cause
+    assert [(f.code, f.severity) for f in rows_lost(seen(data={**whole, "cut": 200}))] == [("rows_cut", "warning")]
+    assert [f.code for f in slow(seen(data={"padding": 0.5}, loader_seconds=3.0))] == ["padding", "slow_loader"]
+    assert slow(seen(data={"padding": 0.3}, loader_seconds=1.0)) == []
+
+
+@pytest.mark.parametrize(
+    "stopped, code",
+    [
+        ({"step": 3, "loss": "nan", "grad_norm": "nan", "cause": "x"}, "nan_loss"),
+        ({"step": 3, "loss": "2.5", "grad_norm": "inf", "cause": "x"}, "nan_loss"),
+        ({"step": 3, "loss": "0.0", "grad_norm": "0.0", "cause": "x"}, "zero_loss"),
+        ({"step": 3, "kind": "out_of_memory", "cause": "x"}, "out_of_memory"),
+    ],
+)
+def test_runs_that_train_stopped(healthy, tmp_path, stopped, code):
+    path = copied(healthy, tmp_path)
+    (path / "summary.json").unlink()
+    write_jsonl(path / "metrics.jsonl", healthy.evidence.metrics[:2])
+    write_json(path / "stopped.json", stopped)
+    found = diagnose(path)
+    assert found.codes == [code] and "step" in found.findings[0].cause
+
+
+def test_numbers_that_are_none_in_the_metrics(healthy):
+    seen = run_of(healthy, [3.0, 2.0, None, None])
+    assert "step 3" in not_a_number(seen).cause
+    assert zero_loss(run_of(healthy, [0.0] * 4)).code == "zero_loss"
+    assert zero_loss(run_of(healthy, [1.0, 0.0, 1.0])) is None
+    assert unfinished(seen) is None
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def test_display_is_escaped_and_ordered(healthy, tmp_path):
+    path = copied(healthy, tmp_path)
+    summary = json.loads((path / "summary.json").read_text())
+    summary["after"].update(base_perplexity=3.0, stops=0.1)
+    write_json(path / "summary.json", summary)
+    rows = [{"stage": "after", "stops": False, "tokens": 5, "exact": None, "reply": "<b>"}] * 4
+    write_jsonl(path / "evaluation.jsonl", rows)
+    found = diagnose(path)
+    assert found.codes == ["never_stops", "forgetting"], "errors come first"
+    assert found.table().startswith("error: never_stops\n  ") and "\n  → " in found.table()
+    assert found.markdown().count("\n") == 1 and found.to_dict()["findings"][0]["code"] == "never_stops"
+    assert "<b>" not in found._repr_html_() and found._repr_html_().count("<tr>") == 3
+    assert repr(found) == str(found) == found.table()
+
+
+def test_the_plot_has_both_losses(healthy):
+    import matplotlib
+
+    matplotlib.use("agg")
+    ax = healthy.plot()
+    dots = ax.get_lines()[-1]
+    assert list(dots.get_xdata()) == [0, 60]
+    assert list(dots.get_ydata()) == [healthy.evidence.of(when, "loss") for when in ("before", "after")]
+
+
+@pytest.mark.quick
+def test_every_consequence_is_a_finding_of_a_rule():
+    import inspect
+
+    import qlora_nb.diagnosis as module
+
+    source = inspect.getsource(module)
+    for code in {*FOLLOWS, *set().union(*FOLLOWS.values())}:
+        assert f'"{code}"' in source.split("FOLLOWS = ")[0], code
+    assert len(RULES) == len(set(RULES)) and SEVERITIES == ("error", "warning", "info")
+
+
+@pytest.mark.quick
+def test_what_is_no_run_folder(tmp_path):
+    with pytest.raises(UserError, match="no config.yaml"):
+        diagnose(tmp_path)
+    (tmp_path / "config.yaml").write_text("learning_rate: 0.001\nmax_steps: 5\n")
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        read_evidence(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    assert diagnose(tmp_path).codes == ["unfinished"]

@@ -1,0 +1,227 @@
+"""Settings with reasons: the rules from both sides, and that what is advised can be used."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_nb.core import UserError
+from qlora_nb.memory import CARDS, model_shape, parameter_count
+from qlora_nb.recommendation import (
+    ARGUMENTS,
+    SOURCES,
+    Facts,
+    adapter_parameters,
+    count_data,
+    dropout,
+    effective_batch,
+    epochs,
+    learning_rate,
+    rank,
+    recommend,
+    schedule,
+    steps_of,
+    width_rule,
+)
+
+LLAMA_3B = {
+    "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+    "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True, "model_type": "llama",
+    "max_position_embeddings": 131072, "head_dim": 128,
+}  # fmt: skip
+ROWS = st.one_of(st.none(), st.integers(1, 10**7))
+
+
+def facts(rows=None, tokens=None, method="qlora", config=LLAMA_3B, parameters=None):
+    shape = model_shape(config)
+    return Facts(shape, parameters or parameter_count(shape)["total"], method, rows, tokens, "cpu")
+
+
+# --- the rules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "parameters, method, rate",
+    [
+        (1.2e9, "qlora", 2e-4), (3.2e9, "lora", 2e-4), (13.1e9, "qlora", 2e-4), (33e9, "qlora", 1e-4),
+        (70e9, "lora", 1e-4), (8e9, "full", 2e-5), (70e9, "full", 1e-5),
+    ],
+)  # fmt: skip
+def test_the_papers_rates(parameters, method, rate):
+    assert learning_rate(facts(method=method, parameters=parameters)).value == pytest.approx(rate)
+
+
+@pytest.mark.quick
+def test_small_models_follow_the_width():
+    "By hand, for a Llama of width 256: 5e-4 * (2000 / 256) ** 0.781."
+    assert width_rule(256) == pytest.approx(5e-4 * 7.8125**0.781)
+    assert width_rule(256, "full") == pytest.approx(width_rule(256) / 10)
+    assert width_rule(4096, family="qwen3") == pytest.approx(5e-4 * (2000 / 4096) ** 0.0775)
+    assert width_rule(2000) == pytest.approx(5e-4)
+
+
+@pytest.mark.quick
+@given(st.integers(1, 10**9))
+def test_the_rank_has_room_for_the_tokens_or_says_so(tokens):
+    advice = rank(facts(10**5, tokens))[0]
+    shape = model_shape(LLAMA_3B)
+    assert advice.value in (16, 32, 64, 128)
+    if adapter_parameters(shape, advice.value) < tokens:
+        assert advice.value == 128 and "full fine-tuning" in advice.reason
+    elif advice.value > 16:
+        assert adapter_parameters(shape, advice.value // 2) < tokens, "half the rank would have had room"
+
+
+@pytest.mark.quick
+def test_few_rows_get_a_smaller_rank_and_steps_enough():
+    assert rank(facts(499))[0].value == 8 and rank(facts(500))[0].value == rank(facts())[0].value == 16
+    for rows in (10, 60, 100, 300, 700, 3000):
+        found = facts(rows)
+        assert steps_of(found) >= 100 or epochs(found).value == 8, rows
+
+
+@pytest.mark.quick
+def test_adapter_parameters_against_peft():
+    from qlora_nb.model import add_lora, count_parameters, load_model
+
+    model, _ = load_model("qlora_nb:embedded", load_in_4bit=False, dtype="float32", backend="transformers")
+    counted = count_parameters(add_lora(model, r=8))["trainable"]
+    assert adapter_parameters(model_shape(model.config), 8) == counted
+
+
+@pytest.mark.quick
+@given(ROWS)
+def test_batch_epochs_and_warm_up_hang_together(rows):
+    found = facts(rows)
+    batch, passes, steps = effective_batch(found).value, epochs(found).value, steps_of(found)
+    assert 1 <= batch <= 32 and 1 <= passes <= 8
+    warm = next(a.value for a in schedule(found) if a.name == "warmup_steps")
+    if rows is None:
+        assert steps is None and warm == 5
+    else:
+        assert steps * batch >= rows * passes > (steps - passes) * batch
+        assert 0 <= warm <= min(100, steps), "a run is not all warm-up"
+        assert warm <= max(steps / 5, 0.05 * steps)
+
+
+@pytest.mark.quick
+@given(st.integers(1, 10**6), st.integers(1, 10**6))
+def test_more_rows_never_mean_more_passes(a, b):
+    few, many = sorted((a, b))
+    assert epochs(facts(few)).value >= epochs(facts(many)).value
+    assert effective_batch(facts(few)).value <= effective_batch(facts(many)).value
+    assert dropout(facts(few)).value >= dropout(facts(many)).value
+
+
+# --- the data -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from qlora_nb.model import load_model
+
+    return load_model("qlora_nb:embedded", load_in_4bit=False, dtype="float32", backend="transformers")[1]
+
+
+def test_learned_tokens_are_those_of_the_replies(tokenizer):
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The answer is 7."}]}]
+    ids = tokenizer("The answer is 7.", add_special_tokens=False)["input_ids"]
+    assert count_data(rows, tokenizer) == (1, len(ids) + 1), "the reply's tokens and the end of its turn"
+    assert count_data(rows * 5, tokenizer) == (5, 5 * (len(ids) + 1))
+    assert count_data(iter(rows * 5), tokenizer)[0] == 5
+
+
+def test_many_rows_are_estimated(tokenizer):
+    from qlora_nb.data import load_sft_dataset
+
+    data = list(load_sft_dataset(split="train"))
+    exact = count_data(data, tokenizer)[1]
+    estimated = count_data(data * 2, tokenizer)[1]
+    assert estimated == pytest.approx(2 * exact, rel=0.02)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("data, said", [(0, "data is 0"), (-3, "data is -3"), ([], "no rows"), (iter([]), "no rows")])
+def test_no_data(data, said):
+    with pytest.raises(UserError, match=said):
+        recommend(LLAMA_3B, data, "cpu")
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("device", ["cpu", *CARDS])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_every_setting_has_a_reason_and_a_source(device, method):
+    found = recommend(LLAMA_3B, 1000, device, method=method)
+    assert len({a.name for a in found.advice}) == len(found.advice)
+    for advice in found.advice:
+        assert advice.reason and all(source in SOURCES.values() for source in known_sources(advice.source)), advice
+    batch = found["per_device_train_batch_size"] * found["gradient_accumulation_steps"]
+    assert batch == found["effective_batch"]
+    assert found["lora_alpha"] == found["r"]
+    if device != "cpu":
+        assert found["load_in_4bit"] is (method == "qlora")
+
+
+def known_sources(text):
+    "The sources that a line names: some hold a semicolon themselves."
+    for source in SOURCES.values():
+        if source in text:
+            text = text.replace(source, "")
+            yield source
+    assert not text.strip("; "), f"unknown source: {text}"
+
+
+@pytest.mark.quick
+def test_what_is_advised_is_taken():
+    "Names and types are those of `train`, `add_lora` and `load_model`."
+    import inspect
+
+    from qlora_nb.model import add_lora, load_model
+    from qlora_nb.training import SETTINGS, settings_for
+
+    for device in ("cpu", "T4"):
+        found = recommend(LLAMA_3B, 1000, device).settings
+        assert set(found["add_lora"]) <= set(inspect.signature(add_lora).parameters)
+        assert set(found["load_model"]) <= set(inspect.signature(load_model).parameters)
+        assert set(found["train"]) <= set(SETTINGS)
+        taken = dataclasses.asdict(settings_for(found["train"]))
+        assert {name: taken[name] for name in found["train"]} == found["train"]
+    assert set(ARGUMENTS) == {"load_model", "add_lora", "train"}
+
+
+@pytest.mark.quick
+def test_full_fine_tuning_gets_no_adapter_settings():
+    found = recommend(LLAMA_3B, 1000, "cpu", method="full")
+    assert found.settings["add_lora"] == {}
+    assert found["learning_rate"] == pytest.approx(2e-5)
+
+
+@pytest.mark.quick
+def test_text_and_html():
+    found = recommend(LLAMA_3B, 1000, "cpu")
+    assert str(found).count("\n") == 2 * len(found.advice) - 1
+    assert found._repr_html_().count("<tr>") == len(found.advice) + 1
+    assert found.to_dict()["r"]["value"] == 16 and found.why("r").startswith("r = 16: ")
+    for wrong in (lambda: found["colour"], lambda: found.why("colour"), lambda: recommend(LLAMA_3B, method="prefix")):
+        with pytest.raises(UserError):
+            wrong()
+
+
+def test_advice_trains(tokenizer, tmp_path):
+    "A short run with all that is recommended, on the embedded model."
+    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.model import add_lora, load_model
+    from qlora_nb.training import train
+
+    data = load_sft_dataset(split="train").select(range(24))
+    model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", max_seq_length=256)
+    advised = recommend(model, data, "cpu", tokenizer=tokenizer).settings
+    model = add_lora(model, **advised["add_lora"])
+    # `max_steps` would come from the profile; the recommendation speaks of epochs.
+    run = train(model, tokenizer, data, output=tmp_path / "run", eval_rows=0, check=False, plan=advised["train"])
+    assert run.summary["steps"] == 8 * 6 and run.metrics[-1]["loss"] < run.metrics[0]["loss"]
