@@ -185,7 +185,7 @@ def not_a_number(seen: Evidence) -> Trouble | None:
 def zero_loss(seen: Evidence) -> Trouble | None:
     "A loss of exactly 0: no token is labelled."
     flat = [row["step"] for row, loss in zip(seen.metrics, seen.losses) if loss == 0]
-    if _figure(seen.stopped.get("loss")) != 0 and len(flat) < max(1, len(seen.metrics) // 2):
+    if _figure(seen.stopped.get("loss")) != 0 and 2 * len(flat) <= len(seen.metrics):
         return None
     at = flat[0] if flat else seen.stopped["step"]
     return Trouble(
