@@ -104,8 +104,7 @@ class Diagnosis:
 
     def markdown(self) -> str:
         "The findings as a list, for a run's report."
-        lines = [f"- **{f.code}** ({f.severity}): {f.cause}. *Cure:* {f.cure}." for f in self.findings]
-        return "\n".join(lines) or "Nothing found that is wrong with this run."
+        return _markdown(self.findings)
 
     def to_dict(self) -> dict:
         "Plain values, for JSON."
@@ -124,6 +123,12 @@ class Diagnosis:
         return _plot(self.evidence, ax)
 
 # %% ../nbs/19_diagnose.ipynb #39c6d0af
+def _markdown(findings: list[Trouble]) -> str:
+    "Findings as a list."
+    lines = [f"- **{f.code}** ({f.severity}): {f.cause}. *Cure:* {f.cure}." for f in findings]
+    return "\n".join(lines) or "Nothing found that is wrong with this run."
+
+
 def _html(findings: list[Trouble]) -> str:
     "Findings as a table, every value escaped."
     from html import escape
@@ -185,7 +190,7 @@ def not_a_number(seen: Evidence) -> Trouble | None:
 def zero_loss(seen: Evidence) -> Trouble | None:
     "A loss of exactly 0: no token is labelled."
     flat = [row["step"] for row, loss in zip(seen.metrics, seen.losses) if loss == 0]
-    if _figure(seen.stopped.get("loss")) != 0 and len(flat) < max(1, len(seen.metrics) // 2):
+    if _figure(seen.stopped.get("loss")) != 0 and 2 * len(flat) <= len(seen.metrics):
         return None
     at = flat[0] if flat else seen.stopped["step"]
     return Trouble(

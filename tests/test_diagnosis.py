@@ -157,11 +157,11 @@ def test_masked_labels(spoil):
 def test_most_rows_left_out(spoil, data):
     import qlora_nb.training as training
 
-    found = spoil(max_seq_length=96, max_steps=4)
+    found = spoil(max_seq_length=120, max_steps=4)
     if found.evidence.data("rows") is None:
         pytest.skip("this train does not record the rows that it left out")
     assert "rows_left_out" in found.codes
-    assert training.SETTINGS["max_seq_length"] and "max_seq_length=96" in str(found)
+    assert training.SETTINGS["max_seq_length"] and "max_seq_length=120" in str(found)
 
 
 def test_padding(spoil, data):
