@@ -10,6 +10,8 @@ _WHERE = {
     "count_lora_parameters": "lora",
     "quantize_nf4": "nf4",
     "QLoRALinear": "qlora",
+    "estimate_memory": "memory",
+    "plan_training": "memory",
     "explain_old_code": "doctor",
     "load_model": "model",
     "add_lora": "model",

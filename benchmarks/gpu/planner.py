@@ -235,6 +235,8 @@ def main():
     parser.add_argument("--limits", nargs="*", type=int, default=LIMITS)
     parser.add_argument("--start", help="an earlier file of results, to go on from")
     parser.add_argument("--parts", nargs="*", default=["grid", "choice"])
+    parser.add_argument("--steps", type=int, default=DEFAULTS["steps"])
+    parser.add_argument("--skip", type=int, default=DEFAULTS["skip"], help="steps that are not timed")
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1e9, help="start no run after this time")
     args = parser.parse_args()
@@ -244,15 +246,16 @@ def main():
     from quickstart import model_path
 
     begun, lengths, todo = time.time(), lengths_of_rows(), []
+    usual = {**DEFAULTS, "steps": args.steps, "skip": args.skip}
     runs = json.loads(Path(args.start).read_text())["runs"] if args.start else []
     for size in args.sizes:
         model_path(size)
         if "grid" in args.parts:
-            todo += [{**DEFAULTS, **row, "size": size, "role": "grid"} for row in GRID]
+            todo += [{**usual, **row, "size": size, "role": "grid"} for row in GRID]
         for limit in args.limits if "choice" in args.parts else ():
             setting, plan = choice_for(size, limit, lengths)
             if setting:
-                todo.append({**DEFAULTS, **setting, "role": "choice"})
+                todo.append({**usual, **setting, "role": "choice"})
             else:
                 nothing = {"outcome": "nothing fits", "error": "; ".join(plan.advice)}
                 runs.append({"size": size, "limit_gb": limit, "role": "choice", **nothing})
