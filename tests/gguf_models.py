@@ -1,6 +1,7 @@
 """Small random models and tokenizers of each kind that GGUF export knows, and llama.cpp to judge them."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -269,14 +270,14 @@ def write_llama_1b(folder, shards=3, layers=16):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     shapes = {name: p.shape for name, p in model.named_parameters()}
+    # Random bits of bf16 below 2 in size, the same 16 million again and again: to make them all takes too long.
+    bits = torch.randint(0, 2**16, (1 << 24,), dtype=torch.uint16) & 0xBF7F
+    block = bits.view(torch.bfloat16).repeat(-(-max(map(math.prod, shapes.values())) // len(bits)))
     names, weight_map = list(shapes), {}
     for i in range(shards):
         mine = names[i::shards]
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        # Random bits of bf16 below 1 in size: as quick to make as to write.
-        tensors = {
-            n: (torch.randint(0, 2**16, shapes[n], dtype=torch.uint16) & 0xBF7F).view(torch.bfloat16) for n in mine
-        }
+        tensors = {name: block[: math.prod(shapes[name])].reshape(shapes[name]).clone() for name in mine}
         safetensors.torch.save_file(tensors, folder / file)
         weight_map |= dict.fromkeys(mine, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

@@ -643,7 +643,8 @@ def test_a_folder_in_the_way(tmp_path):
 
 
 AGAIN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from qlora_nb.core import EMBEDDED_MODEL
 from qlora_nb.gguf_export import export_gguf
 print("ready", flush=True)
@@ -718,11 +719,11 @@ def test_a_2_5_gb_folder_is_streamed(tmp_path):
     )
     assert 2.4e9 < size < 2.6e9 and largest == 128_256 * 2048 * 2
     try:
-        command = [sys.executable, "-c", WATCH, str(folder), str(tmp_path / "out"), "bf16", "q8_0"]
+        command = [sys.executable, "-c", WATCH, str(folder), str(tmp_path / "out"), "q8_0"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
-        peak, bf16, q8_0 = json.loads(done.stdout)
-        assert 0 < bf16 - size < 15e6 and 0.53 < q8_0 / bf16 < 0.54
+        peak, written = json.loads(done.stdout)
+        assert 0.53 < written / size < 0.54  # 8.5 bits of 16, and the tokenizer
         assert peak <= 3 * largest + 500e6
         assert peak < 400e6, "no tensor is held whole: it was 60 MB when this was written"
     finally:

@@ -409,14 +409,15 @@ def test_the_report_is_the_difference_to_what_was_trained(target):
     for note in merged.merge_report:
         layer, now = model.get_base_model().get_submodule(note.name), base_weight(merged.get_submodule(note.name))
         base = base_weight(layer.base_layer)
-        update = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        update = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
         norms = [float(torch.linalg.norm(x)) for x in (base, update, now - base - update)]
         assert [note.base, note.update, note.error] == pytest.approx(norms, rel=1e-4, abs=1e-5)
         assert note.lost == pytest.approx(norms[2] / norms[1], rel=1e-4, abs=1e-5)
         if target == "original":
             whole = read_tensor(original, f"{note.name}.weight").float()
             torch.testing.assert_close(now, whole + update)
-        assert (note.error > 0.05 * note.base) == (target != "dequantized")
+        # a small update is rounded away: then the error is as large as the update
+        assert note.error == 0 if target == "dequantized" else note.error > 0.5 * min(note.update, 0.09 * note.base)
 
 
 def test_quantized_again_is_a_4_bit_model(tmp_path):
