@@ -22,6 +22,7 @@ _WHERE = {
     "load_adapter": "merging",
     "merge_adapter": "merging",
     "export_gguf": "gguf_export",
+    "write_modelfile": "ollama_export",
 }
 __all__ = sorted(_WHERE)
 
