@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'ARCHITECTURES', 'BLOCK', 'QUANTIZATIONS', 'PACKERS', 'BITS', 'LLAMA_3_SPLIT', 'QWEN2_SPLIT', 'GPT2_SPLIT',
-           'NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'CHUNK', 'Architecture', 'architecture_of',
-           'head_dim', 'rope_of', 'rope_factors', 'permute_rows', 'Plan', 'tensor_names', 'plan_tensors', 'check_shape',
-           'to_q8_0', 'to_q4_0', 'Quantization', 'tensor_type', 'split_steps', 'pre_tokenizer_name', 'Vocabulary',
-           'read_vocabulary', 'write_keys', 'write_yarn', 'write_tokenizer', 'About', 'write_about', 'FolderSource',
-           'read_json', 'ModelSource', 'TensorWriter', 'start_file', 'pour', 'quiet_llama', 'quantize_with_llama',
-           'check_quantizations', 'target_files', 'remove_leftovers', 'open_source', 'describe', 'export_gguf',
-           'write_parts']
+           'NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'CHUNK', 'BITS_ABOUT', 'Architecture',
+           'architecture_of', 'head_dim', 'rope_of', 'rope_factors', 'permute_rows', 'Plan', 'tensor_names',
+           'plan_tensors', 'check_shape', 'to_q8_0', 'to_q4_0', 'Quantization', 'tensor_type', 'split_steps',
+           'pre_tokenizer_name', 'Vocabulary', 'read_vocabulary', 'write_keys', 'write_yarn', 'write_tokenizer',
+           'About', 'write_about', 'FolderSource', 'read_json', 'ModelSource', 'TensorWriter', 'start_file', 'pour',
+           'quiet_llama', 'quantize_with_llama', 'check_quantizations', 'target_files', 'remove_leftovers',
+           'load_adapted', 'open_source', 'describe', 'exact_type', 'check_space', 'writable', 'export_gguf',
+           'write_parts', 'adapter_tensors', 'check_adapter', 'export_adapter_gguf', 'write_adapter']
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1
 import contextlib
@@ -20,16 +21,18 @@ import math
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-2
 import qlora_nb
 from .core import UserError, write_aside
-from .merging import MergedTensors, TensorFolder, base_name, read_tensor
+from .merging import MergedTensors, TensorFolder, base_name, check_mergeable, read_tensor
 from .model import load_model, model_path
 from .template import control_tokens, render, template_text, turn_end
 
@@ -199,14 +202,10 @@ def to_q8_0(
     "Blocks of 32: an fp16 scale (largest / 127), then 32 signed bytes. Equal to ggml's reference, bit for bit."
     blocks = rows.reshape(-1, BLOCK)
     scale = blocks.abs().amax(1, keepdim=True) / 127
-    inverse = torch.where(scale == 0, 0, 1 / scale)
-    scaled = blocks * inverse
-    whole = scaled.abs().floor()
-    whole = scaled.sign() * (whole + (2 * (scaled.abs() - whole)).floor())  # halves away from zero
-    out = torch.empty(len(blocks), 34, dtype=torch.uint8, device=rows.device)
-    out[:, :2] = scale.half().view(torch.uint8)
-    out[:, 2:] = whole.to(torch.int8).view(torch.uint8)
-    return out.reshape(len(rows), -1)
+    scaled = blocks * torch.where(scale == 0, 0, 1 / scale)
+    code = scaled.to(torch.int8)  # cut off: then one more where half or more is left
+    code += scaled.sub_(code).mul_(2).to(torch.int8)
+    return torch.cat([scale.half().view(torch.uint8), code.view(torch.uint8)], 1).reshape(len(rows), -1)
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-13
 def to_q4_0(
@@ -214,14 +213,15 @@ def to_q4_0(
 ) -> torch.Tensor:  # (n, in / 32 · 18) bytes
     "Blocks of 32: an fp16 scale (the largest by size, / −8), then 32 values 0…15 meaning −8…7, two a byte."
     blocks = rows.reshape(-1, BLOCK)
-    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-    scale = largest / -8
+    high, low = blocks.amax(1), blocks.amin(1)
+    largest = torch.where(high > -low, high, low)
+    ties = (high == -low).nonzero().squeeze(1)  # of two as large, the first
+    largest[ties] = blocks[ties].gather(1, blocks[ties].abs().argmax(1, keepdim=True)).squeeze(1)
+    scale = largest.unsqueeze(1) / -8
     inverse = torch.where(scale == 0, 0, 1 / scale)
-    code = (blocks * inverse + 8.5).trunc().clamp(0, 15).to(torch.uint8)
-    out = torch.empty(len(blocks), 18, dtype=torch.uint8, device=rows.device)
-    out[:, :2] = scale.half().view(torch.uint8)
-    out[:, 2:] = code[:, :16] | (code[:, 16:] << 4)
-    return out.reshape(len(rows), -1)
+    code = (blocks * inverse).add_(8.5).clamp_(max=15.5).to(torch.uint8)
+    packed = code[:, :16] | (code[:, 16:] << 4)
+    return torch.cat([scale.half().view(torch.uint8), packed], 1).reshape(len(rows), -1)
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-14
 @dataclass(frozen=True)
@@ -547,7 +547,7 @@ def write_about(writer, about: About, plans: list[Plan], file_type: int) -> None
     writer.add_file_type(file_type)
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-32
-CHUNK = 1 << 22  # numbers that are converted at a time
+CHUNK = 1 << 20  # numbers that are converted at a time
 
 
 class FolderSource:
@@ -648,8 +648,8 @@ def pour(source, plans: list[Plan], writers: list[TensorWriter]) -> None:
     for plan in plans:
         pieces = [plan.value] if plan.source is None else source.rows(plan.source, plan.heads)
         for piece in pieces:
-            piece = piece.float()
-            largest = float(piece.abs().max()) if piece.numel() else 0.0
+            low, high = (float(x) for x in piece.aminmax())
+            largest, piece = max(-low, high) if low == low else math.nan, piece.float()
             if not math.isfinite(largest):
                 raise UserError(f"{plan.source} holds a number that is not finite: the model is damaged, or its training went astray")
             for writer in writers:
@@ -730,6 +730,19 @@ def remove_leftovers(file: Path) -> None:
                 part.unlink()
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-40
+def load_adapted(folder: Path) -> tuple | None:  # (model, tokenizer)
+    "The adapter of a folder (of an adapter or a run) on the base that it was trained on; None where there is none."
+    adapter = next((place for place in (folder, folder / "adapter") if (place / "adapter_config.json").exists()), None)
+    if adapter is None:
+        return None
+    run = next((place / "config.yaml" for place in (folder, folder.parent) if (place / "config.yaml").exists()), None)
+    settings = {}
+    if run is not None:  # the run knows what was trained: in 4 bits or 16, from which revision
+        found = yaml.safe_load(run.read_text(encoding="utf-8"))
+        settings = {key: found[key] for key in ("load_in_4bit", "revision", "dtype") if isinstance(found, dict) and key in found}
+    return load_model(adapter=adapter, backend="auto" if "unsloth" in sys.modules else "transformers", **settings)
+
+
 def open_source(model, tokenizer) -> tuple:  # (source, tokenizer)
     "A live model, a model's folder, an adapter's or a run's: what is exported, and its tokenizer."
     if isinstance(model, torch.nn.Module):
@@ -739,15 +752,14 @@ def open_source(model, tokenizer) -> tuple:  # (source, tokenizer)
     path = Path(model).expanduser()
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: name a model's or an adapter's folder, or pass the model itself")
-    for adapter in (path, path / "adapter"):
-        if (adapter / "adapter_config.json").exists():
-            loaded, own = load_model(adapter=adapter, backend="transformers")
-            return ModelSource(loaded), tokenizer or own
+    if adapted := load_adapted(path):
+        return ModelSource(adapted[0]), tokenizer or adapted[1]
+    source = FolderSource(model_path(path))
     if tokenizer is None:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model_path(path), trust_remote_code=False)
-    return FolderSource(model_path(path)), tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return source, tokenizer
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-41
 def describe(source, name: str, license: str | None) -> About:
@@ -766,6 +778,40 @@ def describe(source, name: str, license: str | None) -> About:
         )
     return about
 
+# %% ../nbs/17_gguf.ipynb #5b90e6d1-48
+BITS_ABOUT = {"q4_k_m": 4.9, "q5_k_m": 5.7, "q6_k": 6.6}
+
+
+def exact_type(source) -> str:
+    "The quantization that holds what the source holds: what K-quants are made from."
+    return {torch.float16: "f16", torch.bfloat16: "bf16"}.get(source.dtype, "f32")
+
+
+def check_space(files: dict[str, Path], plans: list[Plan], source) -> None:
+    "Raises `UserError` where the disk can't hold what is about to be written; removes what killed processes left there."
+    for file in files.values():
+        remove_leftovers(file)
+    kinds = set(files) | ({exact_type(source)} if any(QUANTIZATIONS[key].type is None for key in files) else set())
+    bits = sum(BITS_ABOUT.get(kind) or BITS[QUANTIZATIONS[kind].type] for kind in kinds)
+    needed = sum(math.prod(plan.shape) for plan in plans) * bits / 8
+    place = next(iter(files.values())).parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(f"{', '.join(sorted(kinds))} need about {needed / 1e9:.2g} GB and {place} has {free / 1e9:.2g} GB free: free some, or choose another place")
+
+
+@contextlib.contextmanager
+def writable(path: str | Path):
+    "Turns what the system says of a place that can't be written into one sentence."
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"{path} can't be written ({error.strerror or error}): choose another place") from error
+
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-42
 def export_gguf(
     model_or_folder,  # a model (an adapter is merged into the dequantized base), or the folder of a model, adapter or run
@@ -783,9 +829,8 @@ def export_gguf(
     plans = plan_tensors(source.config, source.shapes)
     vocabulary = read_vocabulary(tokenizer, plans[0].shape[0])
     about = describe(source, name or Path(path).name.removesuffix(".gguf"), license)
-    with contextlib.ExitStack() as stack:
-        for file in files.values():
-            remove_leftovers(file)
+    check_space(files, plans, source)
+    with writable(path), contextlib.ExitStack() as stack:
         parts = {key: stack.enter_context(write_aside(file)) for key, file in files.items()}
         write_parts(parts, source, plans, vocabulary, about)
     return [files[key] for key in names] if not isinstance(quantization, str) else files[names[0]]
@@ -795,8 +840,7 @@ def write_parts(parts: dict[str, Path], source, plans: list[Plan], vocabulary: V
     "All files from one pass; K-quants from a file that holds what the source holds, removed afterwards."
     direct = {key: part for key, part in parts.items() if QUANTIZATIONS[key].type}
     indirect = {key: part for key, part in parts.items() if key not in direct}
-    exact = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(source.dtype, "f32")
-    aside = None
+    exact, aside = exact_type(source), None
     if indirect and exact not in direct:
         first = next(iter(indirect.values()))
         aside = first.with_name(f"{first.name.removesuffix('.part')}-{exact}.part")
@@ -815,3 +859,82 @@ def write_parts(parts: dict[str, Path], source, plans: list[Plan], vocabulary: V
                 writer.file.close()
         if aside:
             aside.unlink(missing_ok=True)
+
+# %% ../nbs/17_gguf.ipynb #5b90e6d1-44
+def adapter_tensors(model: torch.nn.Module, adapter: str, config: dict) -> tuple[float, dict[str, torch.Tensor]]:
+    """`adapter.lora.alpha` and the matrices. llama.cpp multiplies by alpha/r, with one alpha for all.
+
+    rsLoRA's alpha/√r is alpha·√r there; layers with another scale have it multiplied into B. Raises `UserError` for
+    what a LoRA file can't hold.
+    """
+    names, found, alpha = tensor_names(config), {}, None
+    for name, layer in model.get_base_model().named_modules():
+        if not hasattr(layer, "lora_A") or adapter not in layer.lora_A:
+            continue
+        if f"{name}.weight" not in names:
+            raise UserError(f"the adapter on {name} has no place in GGUF: train on {', '.join(LINEAR)}")
+        new, heads = names[f"{name}.weight"]
+        a, b = (matrix[adapter].weight.detach().float() for matrix in (layer.lora_A, layer.lora_B))
+        mine = layer.scaling[adapter] * len(a)
+        alpha = mine if alpha is None else alpha
+        b = b if mine == alpha else b * (mine / alpha)
+        found[f"{new}.lora_a"], found[f"{new}.lora_b"] = a, permute_rows(b, heads) if heads else b
+    return alpha, found
+
+# %% ../nbs/17_gguf.ipynb #5b90e6d1-45
+def check_adapter(model: torch.nn.Module) -> str:  # the active adapter's name
+    "Raises `UserError` for an adapter that is more than A and B: it has to be merged."
+    adapter = check_mergeable(model)
+    config = model.peft_config[adapter]
+    for setting, usual in (("use_dora", False), ("modules_to_save", None), ("bias", "none")):
+        if getattr(config, setting) not in (usual, None, []):
+            raise UserError(f"the adapter has {setting}={getattr(config, setting)!r}, which a LoRA file can't hold: export the merged model (export_gguf)")
+    return adapter
+
+# %% ../nbs/17_gguf.ipynb #5b90e6d1-46
+def export_adapter_gguf(
+    model_or_folder,  # a peft model, or the folder of an adapter or run
+    path: str | Path,  # a file that ends in .gguf, or a folder
+    quantization: str = "f16",  # f32, f16 or bf16
+    *,
+    name: str | None = None,  # general.name; None is the file's
+) -> Path:
+    "Write the adapter alone, for llama.cpp beside the GGUF of its base. Raises `UserError` where that can't be."
+    (kind,) = check_quantizations(quantization)
+    if kind not in ("f32", "f16", "bf16"):
+        raise UserError(f"an adapter can't be {kind}: choose f32, f16 or bf16")
+    file = target_files(path, [kind])[kind]
+    model = open_source(model_or_folder, False)[0].tensors.model
+    adapter = check_adapter(model)
+    base = model.get_base_model()
+    config = {**base.config.to_dict(), "architectures": [type(base).__name__]}
+    alpha, tensors = adapter_tensors(model, adapter, config)
+    remove_leftovers(file)
+    with writable(file), write_aside(file) as part:
+        write_adapter(part, config, alpha, tensors, kind, {"name": name or file.stem, "base": base_name(model)})
+    return file
+
+# %% ../nbs/17_gguf.ipynb #5b90e6d1-47
+def write_adapter(path: Path, config: dict, alpha: float, tensors: dict[str, torch.Tensor], kind: str, about: dict) -> None:
+    "The file of an adapter, with the `gguf` package."
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture_of(config).name)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    writer.add_name(about["name"])
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, about["base"])
+    writer.add_description(f"A LoRA adapter for {about['base']}. Written by qlora_nb {qlora_nb.__version__}.")
+    writer.add_file_type(QUANTIZATIONS[kind].file_type)
+    kind = QUANTIZATIONS[kind].type
+    for name, tensor in tensors.items():
+        packed = PACKERS[kind](tensor).cpu().numpy()
+        writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType[kind])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
