@@ -23,6 +23,7 @@ _WHERE = {
     "merge_adapter": "merging",
     "export_gguf": "gguf_export",
     "write_modelfile": "ollama_export",
+    "certify": "certificate",
 }
 __all__ = sorted(_WHERE)
 

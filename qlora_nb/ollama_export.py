@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .core import UserError, write_aside
-from .template import CHATML, EMBEDDED, LLAMA_3_1, adds_bos, control_tokens, render, stop_tokens, template_text
+from .template import CHATML, EMBEDDED, LLAMA_3_1, adds_bos, render, stop_tokens, template_text
 
 # %% ../nbs/18_ollama.ipynb #aa4fc3c9
 _WORD = re.compile(
