@@ -40,7 +40,7 @@ from .ollama_export import Modelfile, ollama_data, ollama_messages, parse_modelf
 from .template import DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
 from .training import read_config
 
-# %% ../nbs/22_certificate.ipynb #9685e3ff
+# %% ../nbs/22_certificate.ipynb #3c0492b5
 KINDS = ("held out", "other system turn", "several turns", "white space", "unicode", "look-alikes")
 
 
@@ -65,7 +65,7 @@ def _change(kind: str, turns: list[dict], before: list[dict], look_alike: str) -
     }[kind]
     return [{**turn, "content": wrap.replace("{}", turn["content"], 1) if kind != "look-alikes" or turn["role"] == "user" else turn["content"]} for turn in turns]
 
-# %% ../nbs/22_certificate.ipynb #3c0492b5
+# %% ../nbs/22_certificate.ipynb #f50b262c
 def make_cases(
     data,  # held-out rows with `messages`, each ending with a reply
     tokenizer,
@@ -85,7 +85,7 @@ def make_cases(
         cases.append(Case(kind, wrapped))
     return cases
 
-# %% ../nbs/22_certificate.ipynb #51cc6a98
+# %% ../nbs/22_certificate.ipynb #20fd0505
 @dataclass(frozen=True)
 class Ids:
     "A conversation as tokens."
@@ -119,7 +119,7 @@ def tokenizer_ids(messages: list[dict], tokenizer, template: str | None = None) 
 
     return Ids(ids(messages[:-1], True), ids(messages, False))
 
-# %% ../nbs/22_certificate.ipynb #c0736697
+# %% ../nbs/22_certificate.ipynb #29467320
 @contextlib.contextmanager
 def chat_server(
     gguf: str | Path,
@@ -133,23 +133,38 @@ def chat_server(
     settings.model.path, settings.use_jinja, settings.prefill_assistant = str(gguf), True, False
     settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.port = 256, 1, 0, 0
     settings.warmup, settings.verbosity, settings.n_threads_http, settings.cache_ram_mib = False, -1, 1, 0
-    main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    restore = _signals()
     try:
         server = xllamacpp.Server(settings)
     except (RuntimeError, ValueError) as error:
+        restore()
         raise UserError(f"llama.cpp's server can't open {gguf} ({error}): export it again") from error
-    finally:
-        for number, handler in handlers.items():  # the server takes Ctrl-C for itself
-            if main and handler is not None:
-                signal.signal(number, handler)
     address = server.listening_address
+
+    def ask(place: str, body: dict) -> dict:
+        restore()
+        return _ask(address + place, body)
+
     try:
-        yield lambda place, body: _ask(address + place, body)
+        yield ask
     finally:
         del server, settings
+        restore()
 
-# %% ../nbs/22_certificate.ipynb #29467320
+# %% ../nbs/22_certificate.ipynb #70caa079
+def _signals():
+    "A function that gives Ctrl-C and SIGTERM back to those who have them now."
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            if main and handler is not None:
+                signal.signal(number, handler)
+
+    return restore
+
+
 def _ask(address: str, body: dict) -> dict:
     "POST JSON to the server. Raises `UserError` in its words."
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -166,7 +181,7 @@ def _ask(address: str, body: dict) -> dict:
     except OSError as error:
         raise UserError(f"llama.cpp's server doesn't answer ({error}): repeat, with less else on this machine") from error
 
-# %% ../nbs/22_certificate.ipynb #1fdc6ba5
+# %% ../nbs/22_certificate.ipynb #c2466dc0
 class _Quiet:
     "llama.cpp says nothing as long as any file is open."
 
@@ -183,7 +198,7 @@ class _Quiet:
         if _Quiet.files == 0:
             _Quiet.stack.close()
 
-# %% ../nbs/22_certificate.ipynb #79c49219
+# %% ../nbs/22_certificate.ipynb #df1826b4
 class LlamaFile:
     "A GGUF in llama.cpp, on the CPU: tokens, logits, greedy replies. Use it in a `with` block. Raises `UserError`."
 
@@ -220,7 +235,7 @@ class LlamaFile:
         count = self.lib.llama_tokenize(self.vocab, data, len(data), ids, room, True, True)
         return list(ids[:count])
 
-# %% ../nbs/22_certificate.ipynb #c2466dc0
+# %% ../nbs/22_certificate.ipynb #4e1fd3e8
 def _open(file: LlamaFile, stack: contextlib.ExitStack) -> None:
     "Model and context of a `LlamaFile`, each with its end."
     lib = file.lib
@@ -244,7 +259,7 @@ def _open(file: LlamaFile, stack: contextlib.ExitStack) -> None:
     file.batch = lib.llama_batch_init(settings.n_batch, 0, 1)
     stack.callback(lib.llama_batch_free, file.batch)
 
-# %% ../nbs/22_certificate.ipynb #df1826b4
+# %% ../nbs/22_certificate.ipynb #dd38f29b
 def _decode(file: LlamaFile, tokens: list[tuple[int, int, int, bool]]) -> torch.Tensor:
     "Run (token, place, conversation, wanted) through the model; logits of the wanted ones, (n, vocabulary)."
     batch = file.batch
@@ -271,7 +286,7 @@ def file_logits(
     _forget(file)
     return _decode(file, [(token, place, 0, True) for place, token in enumerate(ids)])
 
-# %% ../nbs/22_certificate.ipynb #4e1fd3e8
+# %% ../nbs/22_certificate.ipynb #69547794
 def greedy(
     file: LlamaFile,
     prompts: list[list[int]],
@@ -295,7 +310,7 @@ def greedy(
         replies += [rows[row] for row in range(len(group))]
     return replies
 
-# %% ../nbs/22_certificate.ipynb #1b327250
+# %% ../nbs/22_certificate.ipynb #cb10721a
 def gguf_ids(messages: list[dict], ask, file: LlamaFile) -> Ids:
     "The third path: the template in the file, by llama.cpp's server, and the file's vocabulary."
     def ids(turns, prompt):
@@ -312,7 +327,7 @@ def modelfile_ids(messages: list[dict], modelfile: Modelfile, file: LlamaFile) -
 
     return Ids(ids(messages[:-1]), ids(messages))
 
-# %% ../nbs/22_certificate.ipynb #ac2353da
+# %% ../nbs/22_certificate.ipynb #d906adad
 PATHS = ("tokenizer", "GGUF", "Modelfile")
 
 
@@ -347,7 +362,7 @@ def _leading(ids: list[int], bos: int | None) -> int:
     "How many BOS stand at the beginning."
     return next((i for i, token in enumerate(ids) if token != bos), len(ids)) if bos is not None else 0
 
-# %% ../nbs/22_certificate.ipynb #de5e132c
+# %% ../nbs/22_certificate.ipynb #80e3d50a
 def _difference(want: list[int], got: list[int], tokenizer) -> str:
     "Where two rows of ids part, in words."
     at = next((i for i, (a, b) in enumerate(zip(want, got)) if a != b), min(len(want), len(got)))
@@ -380,7 +395,7 @@ def check_paths(
                 check.note(case, want, got, tokenizer, end)
     return checks
 
-# %% ../nbs/22_certificate.ipynb #49ad7489
+# %% ../nbs/22_certificate.ipynb #7e9884ce
 def divergence(
     reference: torch.Tensor,  # (n, vocabulary) logits
     other: torch.Tensor,  # (n, vocabulary) logits
@@ -392,7 +407,7 @@ def divergence(
         parts.append((p.exp() * (p - q)).sum(-1).clamp(min=0))
     return torch.cat(parts)
 
-# %% ../nbs/22_certificate.ipynb #c4878c64
+# %% ../nbs/22_certificate.ipynb #2c6b2ef4
 @dataclass
 class Distance:
     "How far one model's logits are from the reference's, over many conversations."
@@ -430,7 +445,7 @@ class Distance:
     def perplexity_ratio(self) -> float:
         return math.exp(self.loss / max(self.tokens, 1))
 
-# %% ../nbs/22_certificate.ipynb #2c6b2ef4
+# %% ../nbs/22_certificate.ipynb #02603fd4
 def unpack(model: torch.nn.Module) -> torch.nn.Module:
     "The model, its 4-bit matrices replaced by the fp32 ones that they stand for. The adapter stays beside them."
     for name, layer in list(model.named_modules()):
@@ -445,7 +460,7 @@ def unpack(model: torch.nn.Module) -> torch.nn.Module:
         setattr(model.get_submodule(place), leaf, plain)
     return model
 
-# %% ../nbs/22_certificate.ipynb #02603fd4
+# %% ../nbs/22_certificate.ipynb #c135319b
 @dataclass
 class Subject:
     "What is certified: the reference, and what is known of it."
@@ -470,7 +485,7 @@ def _read_subject(path: Path) -> Subject:
     model, tokenizer = load_model(config.get("model"), adapter=adapter, dtype="float32", backend=backend, **kept)
     return Subject(unpack(model).eval(), tokenizer, path.name, config, file_sha256(adapter / "adapter_model.safetensors"))
 
-# %% ../nbs/22_certificate.ipynb #b99ed92d
+# %% ../nbs/22_certificate.ipynb #bc432792
 def open_subject(
     subject,  # a run or its folder, an adapter's folder, a merged model's, a model, or what this gave before
     tokenizer=None,  # with a model
@@ -491,7 +506,7 @@ def open_subject(
         raise UserError(f"there is no folder {path}: name a run's, an adapter's or a merged model's folder")
     return _read_subject(path)
 
-# %% ../nbs/22_certificate.ipynb #bc432792
+# %% ../nbs/22_certificate.ipynb #ceac4bc2
 def reference_logits(model: torch.nn.Module, rows: list[list[int]], batch: int = 16):
     "Yields (row number, logits (tokens, vocabulary)) for rows of ids, sorted by length."
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -525,7 +540,7 @@ def measure_distances(
                 distance.note(logits, served, ids[number])
     return distances
 
-# %% ../nbs/22_certificate.ipynb #946b1dda
+# %% ../nbs/22_certificate.ipynb #defe0ce9
 @dataclass(frozen=True)
 class Bounds:
     "What a file must reach; None is stated, not bounded."
@@ -545,7 +560,7 @@ THRESHOLDS = {
 }
 FILE_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 7: "Q8_0", 15: "Q4_K_M", 17: "Q5_K_M", 18: "Q6_K", 32: "BF16"}
 
-# %% ../nbs/22_certificate.ipynb #b5ae279b
+# %% ../nbs/22_certificate.ipynb #ef7532d5
 @dataclass
 class FileCheck:
     "What was found for the merged model, or for one file."
@@ -568,7 +583,7 @@ class FileCheck:
             "accuracy": self.accuracy, "reference_accuracy": self.reference_accuracy,
         }
 
-# %% ../nbs/22_certificate.ipynb #defe0ce9
+# %% ../nbs/22_certificate.ipynb #e913bc61
 def failures_of(
     check: FileCheck,
     bounds: Bounds,
@@ -591,7 +606,7 @@ def failures_of(
         found.append(f"{name}: held-out accuracy is {check.accuracy:.1%}, and the trained model's {check.reference_accuracy:.1%}")
     return found
 
-# %% ../nbs/22_certificate.ipynb #e913bc61
+# %% ../nbs/22_certificate.ipynb #91650285
 class CertificateFailed(UserError):
     "The export is not what was trained; the message says in which respect."
 
@@ -638,7 +653,7 @@ class Certificate:
     def to_json(self, path: str | Path | None = None) -> Path:
         return write_certificate(self, path)
 
-# %% ../nbs/22_certificate.ipynb #fa7c5c1c
+# %% ../nbs/22_certificate.ipynb #e2fffc77
 _HEADS = ("", "same tokens", "mean KL", "max KL", "top-1", "perplexity", "same replies", "accuracy")
 
 
@@ -667,7 +682,7 @@ def _words(certificate: Certificate) -> list[str]:
         lines.append(f"{certificate.left_out} conversations were left out: training would not have taken them.")
     return lines
 
-# %% ../nbs/22_certificate.ipynb #91650285
+# %% ../nbs/22_certificate.ipynb #6c28252a
 def certificate_text(certificate: Certificate) -> str:
     "The certificate for a terminal."
     table = [list(_HEADS), *(_cells(check) for check in certificate.checks)]
@@ -691,7 +706,7 @@ def certificate_html(certificate: Certificate) -> str:
     words = "".join(f"<p>{html.escape(line)}</p>" for line in _words(certificate))
     return f"<p><b>Certificate of {html.escape(certificate.subject)}: {verdict}</b></p>{words}<table>{rows}</table>" + (f"<ul>{failures}</ul>" if failures else "")
 
-# %% ../nbs/22_certificate.ipynb #e2fffc77
+# %% ../nbs/22_certificate.ipynb #1a0499b7
 def write_certificate(
     certificate: Certificate,
     path: str | Path | None = None,  # None: certificate.json beside the first GGUF
@@ -713,7 +728,7 @@ def write_certificate(
     })
     return path
 
-# %% ../nbs/22_certificate.ipynb #1a0499b7
+# %% ../nbs/22_certificate.ipynb #30e82a7e
 def compare_replies(
     subject: Subject,
     cases: list[Case],  # held-out rows
@@ -739,7 +754,7 @@ def _accuracy(replies: list[Reply], answers: list[str | None]) -> float | None:
     known = [parse_answer(reply.text) == answer for reply, answer in zip(replies, answers) if answer is not None]
     return sum(known) / len(known) if known else None
 
-# %% ../nbs/22_certificate.ipynb #49ea3145
+# %% ../nbs/22_certificate.ipynb #beed0f73
 def check_modelfile(modelfile: Modelfile, path: Path, files: list[Path], subject: Subject) -> list[str]:
     "What is wrong with a Modelfile beside its template."
     found, template = [], subject.config.get("template")
@@ -755,7 +770,7 @@ def check_modelfile(modelfile: Modelfile, path: Path, files: list[Path], subject
         found.append("the Modelfile's SYSTEM is not the system text that training put before every question")
     return found
 
-# %% ../nbs/22_certificate.ipynb #beed0f73
+# %% ../nbs/22_certificate.ipynb #d9e5065f
 def certify(
     subject,  # a run or its folder, an adapter's or merged model's folder, or an fp32 model
     *,
@@ -784,7 +799,7 @@ def certify(
         {**THRESHOLDS, **(thresholds or {})}, notes, facts, time.perf_counter() - start, files[0].absolute().parent,
     )
 
-# %% ../nbs/22_certificate.ipynb #2af57623
+# %% ../nbs/22_certificate.ipynb #92457632
 def _files(gguf) -> list[Path]:
     "One file or several, as a list. Raises `UserError` where one isn't there."
     files = [Path(file).expanduser() for file in (gguf if isinstance(gguf, (list, tuple)) else [gguf])]
@@ -815,7 +830,7 @@ def _versions() -> dict:
             found[name] = importlib.metadata.version(name)
     return found
 
-# %% ../nbs/22_certificate.ipynb #d9e5065f
+# %% ../nbs/22_certificate.ipynb #08e0c2fb
 def _prepare(subject: Subject, data, rows: int, modelfile: Modelfile | None) -> tuple[list[Case], list[Ids], int]:
     "Conversations as they are served, their ids in training, and how many were left out."
     info = getattr(subject.model.get_base_model() if hasattr(subject.model, "get_base_model") else subject.model, "qlora_nb_info", {})
@@ -833,7 +848,7 @@ def _prepare(subject: Subject, data, rows: int, modelfile: Modelfile | None) -> 
         raise UserError(f"none of the {len(cases)} held-out conversations can be rendered and fits into {context} tokens: give others")
     return [case for case, _ in kept], [row for _, row in kept], len(cases) - len(kept)
 
-# %% ../nbs/22_certificate.ipynb #08e0c2fb
+# %% ../nbs/22_certificate.ipynb #7a8dea17
 def in_front(
     messages: list[dict],
     modelfile: Modelfile,
@@ -843,7 +858,7 @@ def in_front(
     turns = [*modelfile.messages, *messages]
     return [{"role": "system", "content": system}, *turns] if system and messages[0]["role"] != "system" else turns
 
-# %% ../nbs/22_certificate.ipynb #8664a434
+# %% ../nbs/22_certificate.ipynb #19b49b3f
 def _compare(subject, paths, modelfile, cases, ids, count, limit) -> tuple[list[FileCheck], int]:
     "Tokens, logits and replies; and how many replies."
     context = max(len(row.whole) for row in ids) + 8

@@ -6,7 +6,7 @@
 __all__ = ['DEEPEST', 'TRIM', 'GO_EMBEDDED', 'GO_CHATML', 'GO_LLAMA_3_1', 'GO_TEMPLATES', 'AWKWARD', 'INSTRUCTIONS', 'PARAMETERS',
            'render_go', 'ollama_messages', 'ollama_data', 'awkward_conversations', 'quote_go', 'prove_go',
            'go_template_for', 'hold', 'Modelfile', 'parse_modelfile', 'modelfile_text', 'write_modelfile',
-           'OllamaResult', 'ollama_commands', 'ollama_create', 'ollama_run']
+           'modelfile_for', 'OllamaResult', 'ollama_commands', 'ollama_create', 'ollama_run']
 
 # %% ../nbs/18_ollama.ipynb #6b07ff16
 import importlib.util
@@ -813,7 +813,32 @@ def write_modelfile(
         part.write_text(modelfile_text(instructions), encoding="utf-8", newline="")
     return path
 
-# %% ../nbs/18_ollama.ipynb #fb3a03a4
+# %% ../nbs/18_ollama.ipynb #fa415694
+def modelfile_for(
+    run,  # a run or its folder, an adapter's folder, or a merged model's
+    gguf: str | Path,  # the file that was exported from it
+    path: str | Path | None = None,  # None is Modelfile, beside the GGUF
+    **settings,  # of `write_modelfile`, over what the run says
+) -> Path:
+    "The Modelfile of a run, with its template, system text and context. Raises `UserError`."
+    from transformers import AutoTokenizer
+
+    from qlora_nb.training import read_config
+
+    folder = Path(getattr(run, "path", run)).expanduser()
+    config = read_config(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
+    home = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if not (home / "tokenizer_config.json").exists():
+        raise UserError(f"{folder} holds no tokenizer: name a run's, an adapter's or a merged model's folder")
+    known = {"template": config.get("template"), "system": config.get("system")}
+    if config.get("max_seq_length"):
+        known["parameters"] = {"num_ctx": config["max_seq_length"]}
+    known["parameters"] = {**known.get("parameters", {}), **(settings.pop("parameters", None) or {})}
+    known |= {name: value for name, value in settings.items() if value is not None}
+    path = path or Path(gguf).expanduser().absolute().parent
+    return write_modelfile(path, gguf, tokenizer=AutoTokenizer.from_pretrained(home, trust_remote_code=False), **known)
+
+# %% ../nbs/18_ollama.ipynb #8bbb2b27
 @dataclass
 class OllamaResult:
     "What Ollama did, or the commands that do it."
@@ -840,7 +865,7 @@ def _client(host: str | None):
         raise UserError(f"the Ollama server refuses ({error.error}): look at its log") from error
     return client, None
 
-# %% ../nbs/18_ollama.ipynb #72e83684
+# %% ../nbs/18_ollama.ipynb #b9b978ed
 def ollama_commands(
     name: str,  # of the model in Ollama
     modelfile: str | Path | None = None,
@@ -857,7 +882,7 @@ def _check_name(name: str) -> None:
     if not re.fullmatch(r"(?:[A-Za-z0-9._-]+/)*[A-Za-z0-9][A-Za-z0-9._-]*(?::[A-Za-z0-9._-]+)?", name):
         raise UserError(f"{name!r} can't be a model's name in Ollama: use letters, digits, . _ and -")
 
-# %% ../nbs/18_ollama.ipynb #1bb1cbd0
+# %% ../nbs/18_ollama.ipynb #788b87a6
 def _typed(parameters: dict[str, list[str]]) -> dict:
     "Parameters as the server wants them: numbers as numbers, several stops as a list."
     def one(value: str):
@@ -887,7 +912,7 @@ def ollama_create(
         return OllamaResult(False, f"# {why}; type:\n{ollama_commands(name, path)}")
     return _create(client, name, path)
 
-# %% ../nbs/18_ollama.ipynb #8bbb2b27
+# %% ../nbs/18_ollama.ipynb #79fe7552
 def _create(client, name: str, path: Path) -> OllamaResult:
     "Send the GGUF, then the instructions."
     import ollama
@@ -908,7 +933,7 @@ def _create(client, name: str, path: Path) -> OllamaResult:
         raise UserError("the Ollama server went away: start it again (ollama serve) and repeat") from error
     return OllamaResult(True, f"created {name} ({answer.status})")
 
-# %% ../nbs/18_ollama.ipynb #b9b978ed
+# %% ../nbs/18_ollama.ipynb #9dd2f60d
 def ollama_run(
     name: str,  # of the model in Ollama
     message: str = "What is machine learning?",

@@ -5,6 +5,7 @@ import json
 import signal
 import socket
 import threading
+import time
 import unittest.mock as mock
 from urllib.parse import urlparse
 
@@ -52,7 +53,7 @@ def run(place):
     model = add_lora(model, r=8, lora_alpha=16)
     heldout = load_sft_dataset(split="heldout")
     return train(
-        model, tokenizer, load_sft_dataset(), eval_data=heldout, output=place / "run", max_steps=150, eval_rows=0
+        model, tokenizer, load_sft_dataset(), eval_data=heldout, output=place / "run", max_steps=120, eval_rows=0
     )
 
 
@@ -199,13 +200,13 @@ def test_another_template_in_the_file_fails(run, place, subject, modelfile):
 
 def test_a_template_with_the_date_fails(run, place, subject):
     tokenizer = copy.deepcopy(run.tokenizer)
-    tokenizer.chat_template = TEMPLATES["llama-3.1"]
+    tokenizer.chat_template = TEMPLATES["llama-3.1"].replace("date_string", "datetime")  # llama.cpp gives both
     other = copy.copy(subject)
     other.tokenizer = tokenizer
     fails(
         short(other, export_gguf(run.model, tokenizer, place / "wrong.gguf", "f16")),
         "on the path GGUF",
-        "26 Jul 2024"[:2],
+        "training has",
     )
 
 
@@ -332,6 +333,8 @@ def test_the_server_stops_and_leaves_interrupts_alone(files):
         with chat_server(files[0]) as asked:
             assert asked("/apply-template", {"messages": [{"role": "user", "content": "Hi"}]})["prompt"]
             assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+            time.sleep(0.3)  # by now the server has taken them
+            asked("/apply-template", {"messages": [{"role": "user", "content": "Hi"}]})
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
             raise ZeroDivisionError
