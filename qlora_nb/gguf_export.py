@@ -10,8 +10,8 @@ __all__ = ['LINEAR', 'ARCHITECTURES', 'BLOCK', 'QUANTIZATIONS', 'PACKERS', 'BITS
            'pre_tokenizer_name', 'Vocabulary', 'read_vocabulary', 'write_keys', 'write_yarn', 'write_tokenizer',
            'About', 'write_about', 'FolderSource', 'read_json', 'ModelSource', 'TensorWriter', 'start_file', 'pour',
            'quiet_llama', 'quantize_with_llama', 'check_quantizations', 'target_files', 'remove_leftovers',
-           'load_adapted', 'open_source', 'describe', 'exact_type', 'check_space', 'writable', 'export_gguf',
-           'write_parts', 'adapter_tensors', 'check_adapter', 'export_adapter_gguf', 'write_adapter']
+           'load_adapted', 'open_source', 'read_card', 'describe', 'exact_type', 'check_space', 'writable',
+           'export_gguf', 'write_parts', 'adapter_tensors', 'check_adapter', 'export_adapter_gguf', 'write_adapter']
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1
 import contextlib
@@ -31,8 +31,8 @@ import yaml
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-2
 import qlora_nb
-from .core import UserError, write_aside
-from .merging import MergedTensors, TensorFolder, base_name, check_mergeable, read_tensor
+from .core import EMBEDDED_MODEL, UserError, write_aside
+from .merging import EMBEDDED_NAME, MergedTensors, TensorFolder, base_name, check_mergeable, read_tensor
 from .model import load_model, model_path
 from .template import control_tokens, render, template_text, turn_end
 
@@ -368,7 +368,7 @@ def _starts_with_space(when: str, texts: list[tuple[str, bool]]) -> bool | None:
             agreed &= {False}
         else:
             agreed &= {not text.startswith((" ", "▁"))}
-    return None if not agreed else max(agreed) if when != "never" else False
+    return max(agreed, default=None)
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-23
 def _space_prefix(tokenizer, when: str) -> bool:
@@ -448,7 +448,7 @@ def read_vocabulary(
     if parts["model"]["type"] != "BPE":
         raise UserError(f"the tokenizer is a {parts['model']['type']}: only BPE can be exported, byte-level or SentencePiece-like")
     tokens, types = _tokens(tokenizer, rows)
-    byte_level = "bytes" in split_steps(parts.get("pre_tokenizer"))
+    byte_level = '"ByteLevel"' in json.dumps(parts.get("pre_tokenizer"))
     found = Vocabulary("gpt2" if byte_level else "llama", "default", tokens, types, flags=_added(tokenizer))
     _byte_level(parts, found) if byte_level else _sentencepiece(tokenizer, parts, found)
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
@@ -560,6 +560,14 @@ class FolderSource:
             raise UserError(f"the model in {path} is quantized already: merge it first (save_merged), or load it with load_model and export that")
         self.shapes = {name: entry[2] for name, entry in self.folder.entries.items()}
         self.dtype = self.folder.entries.get("model.embed_tokens.weight", (0, torch.float32))[1]
+        if self.config.get("tie_word_embeddings") and "lm_head.weight" in self.shapes:
+            self._check_tied()
+
+    def _check_tied(self) -> None:
+        "Raises `UserError` where a tied lm_head is stored after all, with other numbers."
+        pieces = (self.rows(name, 0) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+        if self.shapes["lm_head.weight"] != self.shapes.get("model.embed_tokens.weight") or not all(map(torch.equal, *pieces)):
+            raise UserError(f"the config in {self.folder.path} ties embedding and lm_head, but the files hold different numbers for them: one of the two is wrong")
 
     def rows(self, name: str, heads: int):
         "The tensor in pieces, permuted where `heads` says so."
@@ -749,7 +757,7 @@ def open_source(model, tokenizer) -> tuple:  # (source, tokenizer)
         if tokenizer is None:
             raise UserError("no tokenizer was given: pass the one that load_model returned")
         return ModelSource(model), tokenizer
-    path = Path(model).expanduser()
+    path = EMBEDDED_MODEL if str(model) == EMBEDDED_NAME else Path(model).expanduser()
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: name a model's or an adapter's folder, or pass the model itself")
     if adapted := load_adapted(path):
@@ -762,10 +770,23 @@ def open_source(model, tokenizer) -> tuple:  # (source, tokenizer)
     return source, tokenizer
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-41
+def read_card(file: Path) -> dict:
+    "The settings at the head of a model card (licence, base model); an empty dict where there is none."
+    try:
+        parts = file.read_text(encoding="utf-8").split("---\n", 2)
+        found = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def describe(source, name: str, license: str | None) -> About:
     "Name, base, licence and a line of provenance."
     about = About(name, license=license or "", description=f"Written by qlora_nb {qlora_nb.__version__}.")
     if isinstance(source, FolderSource):
+        card = read_card(source.folder.path / "README.md")
+        about.license = about.license or str(card.get("license") or "")
+        about.base = card["base_model"] if isinstance(card.get("base_model"), str) else ""
         return about
     base, adapter = source.tensors.base, source.tensors.adapter
     about.base = getattr(base, "qlora_nb_info", {}).get("model") or getattr(base, "name_or_path", "")

@@ -247,7 +247,7 @@ def large_tokenizer(size=128_000):
     return tokenizer
 
 
-def write_llama_1b(folder, shards=3):
+def write_llama_1b(folder, shards=3, layers=16):
     "A folder with the shape of Llama-3.2-1B and random bf16 weights, 2.5 GB, written a tensor at a time."
     import safetensors.torch
     import transformers
@@ -260,7 +260,7 @@ def write_llama_1b(folder, shards=3):
         "high_freq_factor": 4.0,
     }
     config = transformers.LlamaConfig(
-        vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=True,
         rope_parameters=rope, dtype="bfloat16",
     )  # fmt: skip

@@ -11,7 +11,18 @@ import pytest
 import torch
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError, file_sha256
-from qlora_nb.merging import adapter_size, load_adapter, read_header, save_adapter
+from qlora_nb.merging import (
+    TARGETS,
+    TensorFolder,
+    adapter_size,
+    base_weight,
+    load_adapter,
+    merge_adapter,
+    read_header,
+    read_tensor,
+    save_adapter,
+    save_merged,
+)
 
 FILES = {
     "README.md",
@@ -325,3 +336,204 @@ def test_load_model_takes_the_adapter(adapted, saved):
     ids = tokenizer("How many apples?", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, adapted[0].eval()(ids).logits)
+
+
+# --- merging --------------------------------------------------------------------------------------------------------
+
+
+IDS = torch.tensor([[757, 3, 40, 200, 401, 77, 766, 5]])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits.float()
+
+
+SETTINGS = {
+    "plain": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"up_proj": 40}},
+    "some layers": {"target_modules": ["q_proj", "v_proj"]},
+    "embedding in full": {"modules_to_save": ["embed_tokens", "lm_head"]},
+}  # fmt: skip
+
+
+def with_peft(model, **settings):
+    import peft
+
+    settings = {"r": 8, "lora_alpha": 12, "target_modules": "all-linear", **settings}
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+        elif "magnitude" in name:
+            parameter.data.mul_(1.1)
+    return model
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_the_merged_model_is_the_adapted_one(kind, bits):
+    model = load(load_in_4bit=bits == 4)[0]
+    plain = logits(model)
+    model = with_peft(model, **SETTINGS[kind])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wanted = logits(model)
+    merged = merge_adapter(model)
+    assert (wanted - plain).abs().max() > 0.1
+    torch.testing.assert_close(logits(merged), wanted, rtol=0, atol=1e-4)
+    after = model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert torch.equal(logits(model), wanted)
+    assert not hasattr(merged, "peft_config") and type(merged).__name__ == "LlamaForCausalLM"
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    names = {layer.name for layer in merged.merge_report}
+    assert len(names) == len(merged.merge_report) == (8 if kind == "some layers" else 28)
+    assert all(layer.error == 0 < layer.update for layer in merged.merge_report)
+
+
+def test_as_peft_merges_in_16_bits():
+    "Another implementation of the same sum, in fp32."
+    model = with_peft(load(load_in_4bit=False, dtype="float32")[0], use_rslora=True)
+    merged = merge_adapter(model)
+    theirs = model.merge_and_unload()
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_report_is_the_difference_to_what_was_trained(target):
+    model = with_adapter(load()[0])
+    merged = merge_adapter(model, target)
+    original = TensorFolder(EMBEDDED_MODEL)
+    for note in merged.merge_report:
+        layer, now = model.get_base_model().get_submodule(note.name), base_weight(merged.get_submodule(note.name))
+        base = base_weight(layer.base_layer)
+        update = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        norms = [float(torch.linalg.norm(x)) for x in (base, update, now - base - update)]
+        assert [note.base, note.update, note.error] == pytest.approx(norms, rel=1e-4, abs=1e-5)
+        assert note.lost == pytest.approx(norms[2] / norms[1], rel=1e-4, abs=1e-5)
+        if target == "original":
+            whole = read_tensor(original, f"{note.name}.weight").float()
+            torch.testing.assert_close(now, whole + update)
+        assert (note.error > 0.05 * note.base) == (target != "dequantized")
+
+
+def test_quantized_again_is_a_4_bit_model(tmp_path):
+    from qlora_nb.model import load_model
+
+    model, tokenizer = load()
+    model = with_adapter(model)
+    merged = merge_adapter(model, "requantized")
+    kinds = {type(m).__name__ for name, m in merged.named_modules() if name.endswith("_proj")}
+    assert kinds == {"Linear4bit"} and merged.is_quantized
+    save_merged(model, tokenizer, tmp_path / "a", "requantized")
+    again, _ = load_model(tmp_path / "a", backend="transformers")
+    torch.testing.assert_close(logits(again), logits(merged), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_merged_folder(dtype, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = load()
+    model = with_adapter(model)
+    report = save_merged(model, tokenizer, tmp_path / "a", dtype=dtype, shard_size=700_000)
+    files = sorted((tmp_path / "a").glob("*.safetensors"))
+    assert len(files) > 3 and {e["dtype"] for f in files for e in read_header(f).values()} == {
+        {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    }
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert again.dtype == getattr(torch, dtype) and again.lm_head.weight is again.model.embed_tokens.weight
+    built = merge_adapter(model, dtype=dtype)
+    assert all(torch.equal(tensor, built.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert [layer.error for layer in report] == [layer.error for layer in built.merge_report]
+    assert max(layer.lost for layer in report) < {"float32": 1e-9, "bfloat16": 0.1, "float16": 0.01}[dtype]
+
+
+def test_rope_is_spelt_both_ways(tmp_path):
+    import transformers
+
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 64
+    config = transformers.LlamaConfig(
+        vocab_size=768, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, rope_parameters=rope, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = with_peft(transformers.LlamaForCausalLM(config))
+    save_merged(model, load(load_in_4bit=False)[1], tmp_path / "a")
+    found = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert found["rope_theta"] == found["rope_parameters"]["rope_theta"] == 5e5
+    assert found["rope_scaling"] == {key: value for key, value in rope.items() if key != "rope_theta"}
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert again.config.rope_parameters == model.get_base_model().config.rope_parameters
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-4)
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    model, tokenizer = load(load_in_4bit=False)
+    model = with_adapter(model, r=2)
+    save_merged(model, tokenizer, tmp_path / "a", shard_size=700_000)
+    save_merged(model, tokenizer, tmp_path / "a")  # in one file now: the shards go
+    assert [file.name for file in (tmp_path / "a").glob("model*")] == ["model.safetensors"]
+    (tmp_path / "a" / "thesis.txt").write_text("years")
+    before = shas(tmp_path / "a")
+    with pytest.raises(UserError, match="holds other files .thesis.txt"):
+        save_merged(model, tokenizer, tmp_path / "a")
+    assert shas(tmp_path / "a") == before and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_full_disk_while_merging(small_disk):
+    model, tokenizer = load(load_in_4bit=False)
+    with pytest.raises(UserError, match="no space left"):
+        save_merged(with_adapter(model, r=2), tokenizer, small_disk / "a")
+    assert os.listdir(small_disk) == []
+
+
+def spoil(kind):
+    import peft
+
+    model = load(load_in_4bit=False, dtype="float32")[0]
+    if kind == "embedding":
+        return peft.get_peft_model(model, peft.LoraConfig(target_modules=["embed_tokens"]))
+    if kind == "lora_bias":
+        return with_peft(model, lora_bias=False, trainable_token_indices=[1, 2])
+    model = with_peft(model)
+    if kind == "merged":
+        model.merge_adapter()
+    if kind == "two":
+        model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))
+        model.base_model.set_adapter(["default", "other"])
+    if kind == "untied":
+        model.get_base_model().lm_head.weight = torch.nn.Parameter(torch.zeros(768, 256))
+    if kind == "large":
+        model.get_base_model().model.layers[2].mlp.up_proj.lora_B["default"].weight.data[3, 3] = 1e7
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("embedding", "embed_tokens is an embedding's"), ("lora_bias", "trainable_token_indices"),
+        ("merged", "is merged already"), ("two", "2 adapters are active"), ("untied", "hold different numbers"),
+        ("large", "layers.2.mlp.up_proj.weight holds numbers that float16 can't hold"),
+    ],
+)  # fmt: skip
+def test_what_cant_be_merged_rightly(kind, said):
+    with pytest.raises(UserError, match=said) as caught:
+        merge_adapter(spoil(kind), dtype="float16")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_bases_and_names_are_refused(plain, tmp_path):
+    model = with_adapter(load(load_in_4bit=False)[0], r=2)
+    with pytest.raises(UserError, match="no target '4bit'"):
+        merge_adapter(model, "4bit")
+    with pytest.raises(UserError, match="no adapter"):
+        merge_adapter(plain[0])
+    with pytest.raises(UserError, match="there is no folder .*nowhere"):
+        merge_adapter(model, "original", base=tmp_path / "nowhere")
+    shutil.copytree(EMBEDDED_MODEL, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 500_000)
+    with pytest.raises(UserError, match="damaged or not whole"):
+        merge_adapter(model, "original", base=tmp_path / "cut")
