@@ -25,6 +25,8 @@ _WHERE = {
     "load_adapter": "merging",
     "merge_adapter": "merging",
     "export_gguf": "gguf_export",
+    "write_modelfile": "ollama_export",
+    "certify": "certificate",
 }
 __all__ = sorted(_WHERE)
 
