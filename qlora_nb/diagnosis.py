@@ -362,7 +362,7 @@ def slow(seen: Evidence) -> list[Trouble]:
         ))
     return found
 
-
+# %% ../nbs/19_diagnose.ipynb #97608f09
 def memory(seen: Evidence) -> list[Trouble]:
     "A card that is nearly full, or half empty."
     peaks = [row["peak_allocated"] for row in seen.metrics if row.get("peak_allocated")]
