@@ -214,7 +214,7 @@ def diverging(seen: Evidence) -> Trouble | None:
         f"lower the learning rate: a tenth ({rate / 10:.2g}), or what recommend(model, data) names; warm up for longer; max_grad_norm at 1",
     )
 
-
+# %% ../nbs/19_diagnose.ipynb #0a5decfb
 def flat(seen: Evidence) -> Trouble | None:
     "The loss hardly fell."
     parts, norms = fifths(seen.losses), seen.norms
@@ -227,7 +227,7 @@ def flat(seen: Evidence) -> Trouble | None:
         f"raise the learning rate ten times ({10 * rate:.2g}), or to what recommend(model, data) names")
     return Trouble("flat", "warning", f"the loss stayed at {parts[0]:.3g} to {parts[-1]:.3g} over {len(seen.metrics)} steps: {cause}", cure)
 
-
+# %% ../nbs/19_diagnose.ipynb #8f106fda
 def still_falling(seen: Evidence) -> Trouble | None:
     "The loss was still falling fast when the run ended."
     parts = fifths(seen.losses)
@@ -362,7 +362,7 @@ def slow(seen: Evidence) -> list[Trouble]:
         ))
     return found
 
-
+# %% ../nbs/19_diagnose.ipynb #97608f09
 def memory(seen: Evidence) -> list[Trouble]:
     "A card that is nearly full, or half empty."
     peaks = [row["peak_allocated"] for row in seen.metrics if row.get("peak_allocated")]

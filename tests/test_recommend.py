@@ -223,5 +223,5 @@ def test_advice_trains(tokenizer, tmp_path):
     advised = recommend(model, data, "cpu", tokenizer=tokenizer).settings
     model = add_lora(model, **advised["add_lora"])
     # `max_steps` would come from the profile; the recommendation speaks of epochs.
-    run = train(model, tokenizer, data, output=tmp_path / "run", eval_rows=0, check=False, plan=advised["train"])
+    run = train(model, tokenizer, data, output=tmp_path / "run", eval_rows=0, check=False, **advised["train"])
     assert run.summary["steps"] == 8 * 6 and run.metrics[-1]["loss"] < run.metrics[0]["loss"]
