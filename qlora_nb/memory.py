@@ -749,7 +749,7 @@ def _choice_for(shape: Shape, card: Card, rows: Rows, want: dict, method: str, b
         **{name: want[name] for name in ("r", "target_modules", "optimizer", "backend")},
     )
     plain = want["backend"] == "transformers"
-    real = batch * (0.99 * rows.seq_length if packing else rows.mean)  # best-fit packing leaves about a hundredth empty
+    real = batch * (0.997 * rows.seq_length if packing else rows.mean)  # best-fit packing leaves so little empty
     computed = batch * (rows.seq_length if packing else rows.padded(batch) if plain else rows.mean)
     seconds = pass_seconds(shape, card, method, computed, checkpoints)
     return Choice(method, batch, total // batch, packing, checkpoints, want["optimizer"], rows.seq_length, estimate, real / seconds)
@@ -901,7 +901,7 @@ def _plan(shape: Shape, card: Card, rows: Rows, want: dict, lengths: list[int], 
     "`plan_training` after its checks."
     choices = _choices(shape, card, rows, want)
     fit = [c for c in choices if c.estimate.total_bytes <= budget]
-    near = [c for c in fit if c.tokens_per_second >= 0.97 * fit[0].tokens_per_second]  # the model is no finer than that
+    near = [c for c in fit if c.tokens_per_second >= 0.99 * fit[0].tokens_per_second]  # the model is no finer than that
     chosen = min(near, key=lambda c: c.estimate.total_bytes, default=None)
     advice = []
     if not chosen:
