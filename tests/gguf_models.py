@@ -253,13 +253,7 @@ def write_llama_1b(folder, shards=3, layers=16):
     import safetensors.torch
     import transformers
 
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-    }
+    rope = {**LLAMA_ROPE, "rope_theta": 500000.0, "factor": 32.0, "original_max_position_embeddings": 8192}
     config = transformers.LlamaConfig(
         vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=True,
