@@ -12,7 +12,8 @@ __all__ = ['Points', 'MEASURES', 'SEVERITIES', 'SECTIONS', 'Html', 'clean', 'esc
            'section_plan', 'interval', 'share_row', 'section_evaluation', 'marked', 'cut', 'judged', 'example',
            'section_replies', 'short', 'rows_table', 'certificate_part', 'section_certificate', 'use_lines',
            'section_use', 'again_command', 'section_again', 'document', 'notes', 'report_page', 'write_report',
-           'Report', 'show_report', 'flat', 'run_figures', 'Comparison', 'plot_comparison', 'run_names', 'compare']
+           'Report', 'show_report', 'flat', 'run_figures', 'Comparison', 'write_comparison', 'plot_comparison',
+           'run_names', 'compare']
 
 # %% ../nbs/20_report.ipynb #aef325c0
 import difflib
@@ -34,8 +35,8 @@ class Html(str):
 
 
 def clean(value) -> str:
-    "A value as text that can be written: no control characters and no halves of characters (lone surrogates)."
-    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]", "\ufffd", str(value).replace("\r\n", "\n"))
+    "A value as text that can be written: no control characters, none that turn lines round, no lone surrogates."
+    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff]", "\ufffd", str(value).replace("\r\n", "\n"))
     return text.encode("utf-8", "replace").decode("utf-8")
 
 # %% ../nbs/20_report.ipynb #04b27c89
@@ -178,7 +179,9 @@ def read_folder(run: str | Path | Run) -> Folder:
     found.preflight = read_part(found, path / "preflight.json")
     found.stopped = read_part(found, path / "stopped.json")
     diagnosis = read_part(found, path / "diagnosis.json", (list, dict))
-    found.diagnosis = diagnosis.get("findings", []) if isinstance(diagnosis, dict) else diagnosis
+    found.diagnosis = diagnosis.get("findings") if isinstance(diagnosis, dict) else diagnosis
+    if diagnosis is not None and not isinstance(found.diagnosis, list):
+        found.diagnosis = found.problems.append("diagnosis.json holds no list of findings: make it again")
     for file in find_certificates(path):
         if certificate := read_part(found, file):
             found.certificates[file.relative_to(path).as_posix()] = certificate
@@ -193,7 +196,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 # %% ../nbs/20_report.ipynb #b9785597
 Points = list[tuple[float, float]]
@@ -413,10 +416,10 @@ def facts(pairs: dict) -> Html:
 
 
 def table(heads: list[str], rows: list[list], left: int = 1) -> Html:
-    "A table; all but the first `left` columns are numbers."
+    "A table; all but the first `left` columns are set right, and numbers are never broken."
     def cells(kind, row):
-        shown = [cell if isinstance(cell, Html) else figure(cell) for cell in row]
-        return tag("tr", [tag(kind, cell, class_=None if i < left else "n") for i, cell in enumerate(shown)])
+        looks = [None if i < left else "n d" if number(cell) else "n" for i, cell in enumerate(row)]
+        return tag("tr", [tag(kind, figure(cell), class_=look) for cell, look in zip(row, looks)])
 
     return tag("div", tag("table", tag("thead", cells("th", heads)), tag("tbody", [cells("td", row) for row in rows])), class_="scroll", tabindex=0)
 
@@ -464,7 +467,7 @@ def setup_facts(folder: Folder) -> dict:
         "Data": data_name(c), "System text": c.get("system"),
         "Adapter": f"rank {figure(c.get('r'))}, alpha {figure(c.get('lora_alpha'))}, on {figure(c.get('target_modules'))}",
         "Parameters trained": share, "Adapter on disk": size(weights.stat().st_size) if weights.is_file() else None,
-        "Length": length(folder), "Batch": f"{figure(batch)} × {figure(times)} rows" if batch and times else None,
+        "Rows trained on": s.get("rows"), "Length": length(folder), "Batch": f"{figure(batch)} × {figure(times)} rows" if batch and times else None,
         "Learning rate": f"{figure(c.get('learning_rate'))}, {figure(c.get('lr_scheduler_type'))}, {figure(c.get('warmup_steps'))} steps of warm-up",
         "Optimizer": c.get("optim"), "Seed": plain_numbers(c).get("seed"), "Backend": c.get("backend"), "Machine": v.get("device"), "Date": v.get("date"),
     }
@@ -638,7 +641,7 @@ def marked(before: str, after: str) -> tuple[Html, Html]:
     "Two texts with what is gone (`del`, in the first) and what is new (`ins`, in the second) marked, word by word."
     a, b = _WORDS.findall(clean(before)), _WORDS.findall(clean(after))
     left, right = [], []
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+    for kind, i, j, k, m in difflib.SequenceMatcher(str.isspace, a, b).get_opcodes():
         old, new = "".join(a[i:j]), "".join(b[k:m])
         left.append(old if kind == "equal" or not old.strip() else tag("del", old))
         right.append(new if kind == "equal" or not new.strip() else tag("ins", new))
@@ -686,8 +689,10 @@ def section_replies(folder: Folder, first: int = 3, more: int = 5) -> Html:
 
 # %% ../nbs/20_report.ipynb #ba51eff0
 def short(value):
-    "A long hexadecimal number by its first 12 digits; all else as it is."
-    return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{40,}", value) else value
+    "A long hexadecimal number by its first 12 digits, a long text by its first 80 characters; all else as it is."
+    if not isinstance(value, str):
+        return value
+    return f"{value[:12]}…" if re.fullmatch("[0-9a-f]{40,}", value) else value if len(value) <= 80 else f"{value[:79]}…"
 
 
 def rows_table(title: str, rows: list) -> Html:
@@ -732,11 +737,11 @@ def use_lines(folder: Folder) -> str:
     problems = [row["problem"] for row in folder.replies if isinstance(row.get("problem"), str) and len(row["problem"]) <= 300]
     system = folder.config.get("system")
     adapter = f"{folder.name}/adapter"
-    asked = f"chat(model, tokenizer, {clean(problems[0]) if problems else 'What is 2+2? Think step by step.'!r}"
+    asked = f"chat(model, tokenizer, {problems[0] if problems else 'What is 2+2? Think step by step.'!r}"
     return "\n".join([
         "from qlora_nb import chat, load_model",
         f"model, tokenizer = load_model(adapter={adapter!r})",
-        f"system = {clean(system)!r}" if system else "system = None",
+        f"system = {str(system)!r}" if system else "system = None",
         f"print({asked}, system=system, do_sample=False))",
     ])
 
@@ -774,11 +779,11 @@ def section_again(folder: Folder) -> Html:
 # %% ../nbs/20_report.ipynb #5591eed6
 _STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --text: #1d2125; --muted: #59616b; --rule: #e2e5e9; --soft: #f5f6f8;
-  --c0: #0b5cad; --c1: #b4500b; --c2: #1b7a4b; --c3: #9b3a86; --c4: #4b5bd6; --c5: #7a6a00; --faint: #a9c8e8;
+  --c0: #0b5cad; --c1: #b4500b; --c2: #1b7a4b; --c3: #9b3a86; --c4: #4b5bd6; --c5: #7a6a00; --faint: #8fb8e0;
   --ok: #18663a; --ok-bg: #e3f4e9; --error: #a32118; --error-bg: #fce9e7; --warning: #7a5000; --warning-bg: #fdf1d8;
   --info: #3d4a5c; --info-bg: #e9edf2; --ins: #d8f0df; --del: #fbdedb; }
 @media screen and (prefers-color-scheme: dark) { :root { --bg: #15181b; --text: #e4e7ea; --muted: #a2abb5; --rule: #30363c;
-  --soft: #1d2125; --c0: #72b1f2; --c1: #f0a060; --c2: #63c48f; --c3: #e08fce; --c4: #a3acff; --c5: #d3c04a; --faint: #2f5478;
+  --soft: #1d2125; --c0: #72b1f2; --c1: #f0a060; --c2: #63c48f; --c3: #e08fce; --c4: #a3acff; --c5: #d3c04a; --faint: #42719f;
   --ok: #7fd6a2; --ok-bg: #16331f; --error: #ff9d93; --error-bg: #401c19; --warning: #efc35f; --warning-bg: #3a2d10;
   --info: #b9c4d2; --info-bg: #29313a; --ins: #1d4429; --del: #552623; } }
 * { box-sizing: border-box; }
@@ -883,7 +888,7 @@ footer { margin-top: 4rem; color: var(--muted); font-size: 0.875rem; }
   figure, article, .measure, .bars, .findings li, .facts div, pre { break-inside: avoid; } h2, h3, h4, .problem { break-after: avoid; }
   details:not([open]) { display: none; } .pair, .bars > div, blockquote { font-size: inherit; }
   p:has(+ pre), p:has(+ article) { break-after: avoid; }
-  .scroll { overflow: visible; } table { font-size: 8pt; } th, td { padding-right: 0.5rem; }
+  .scroll { overflow: visible; } table { font-size: 8pt; } th, td { white-space: normal; overflow-wrap: anywhere; } td.d { white-space: nowrap; } th, td { padding-right: 0.5rem; }
   .tag, ins, del, .bar, pre, blockquote, .note { print-color-adjust: exact; -webkit-print-color-adjust: exact; } @page { margin: 16mm; } }
 """
 
@@ -1021,6 +1026,16 @@ def _repr_comparison(self) -> str:
     return Report(self.page(), Path(), height)._repr_html_()
 
 
+def write_comparison(self, path: str | Path) -> Path:
+    "Write the comparison as one page of HTML, aside and then renamed; returns the path. Raises `UserError`."
+    path = Path(path).expanduser().absolute()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file, such as {path / 'comparison.html'}")
+    with write_aside(path) as part:
+        part.write_text(self.page(), encoding="utf-8")
+    return path
+
+
 def plot_comparison(self, ax=None):
     "Loss of each run, as a running mean, over the steps; takes and returns a matplotlib Axes."
     import matplotlib.pyplot as plt
@@ -1038,6 +1053,7 @@ def plot_comparison(self, ax=None):
 
 Comparison._repr_html_ = _repr_comparison
 Comparison.plot = plot_comparison
+Comparison.write = write_comparison
 
 # %% ../nbs/20_report.ipynb #da688671
 def run_names(folders: list[Folder]) -> list[str]:
