@@ -858,7 +858,7 @@ figcaption svg { display: inline-block; vertical-align: middle; }
 .reach { stroke: var(--c0); stroke-width: 3; stroke-linecap: round; opacity: 0.55; }
 .reach.before { stroke: var(--muted); }
 .dot { fill: var(--c0); stroke: var(--bg); stroke-width: 1.5; } .dot.before { fill: var(--bg); stroke: var(--muted); stroke-width: 2; }
-.bar { fill: var(--c0); } .bar.predicted { fill: var(--faint); } .bar.budget { fill: var(--rule); }
+.bar { fill: var(--c0); } .bar.predicted { fill: var(--faint); } .bar.budget { fill: var(--muted); opacity: 0.5; }
 .measure { margin-bottom: 1.5rem; } .measure p { margin-top: 0.3rem; }
 """
 

@@ -215,7 +215,7 @@ def test_the_plots_are_seen(browser, full, plain, width, scheme):
     "Every plot has a size and stands inside the page; without its lines, dots and bars each looks different."
     hide = "document.querySelectorAll('polyline, .dot, .bar').forEach(e => e.style.visibility = 'hidden')"
     for run, plots in ((plain, {".chart": 4, ".shares": 6}), (full, {".chart": 4, ".shares": 6, ".track": 5})):
-        with opened(browser, write_report(run), width, scheme) as (page, _):
+        with opened(browser, write_report(run), width, scheme, unfold=False) as (page, _):
             for kind, count in plots.items():
                 boxes = [one.bounding_box() for one in page.query_selector_all(f"svg{kind}")]
                 assert len(boxes) == count, kind
@@ -225,17 +225,19 @@ def test_the_plots_are_seen(browser, full, plain, width, scheme):
             for line in page.query_selector_all(".chart polyline"):
                 box = line.bounding_box()
                 assert box["width"] > 90 and (box["height"] > 5 or "level" in line.get_attribute("class")), box
-            drawn = page.query_selector_all(", ".join(f"svg{kind}" for kind in plots))
-            pictures = [one.screenshot() for one in drawn]
+            seen = page.screenshot(full_page=True)
             page.evaluate(hide)
-            for one, before in zip(drawn, pictures):
-                assert changed(before, one.screenshot()) > 20, one.get_attribute("aria-label")
+            differs = difference(seen, page.screenshot(full_page=True))
+            for one in page.query_selector_all(", ".join(f"svg{kind}" for kind in plots)):
+                x, y, w, h = one.bounding_box().values()
+                changed = sum(differs.crop((int(x), int(y), int(x + w), int(y + h))).histogram()[40:])
+                assert changed > 20, one.get_attribute("aria-label")
 
 
-def changed(*pictures):
-    "Pixels that differ plainly between two PNGs of one size."
+def difference(*pictures):
+    "Where two PNGs of one size differ, and how much (0 to 255)."
     a, b = (Image.open(io.BytesIO(png)).convert("L") for png in pictures)
-    return sum(ImageChops.difference(a, b).histogram()[40:])
+    return ImageChops.difference(a, b)
 
 
 CONTRAST = """() => {
