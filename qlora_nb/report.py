@@ -419,7 +419,7 @@ def table(heads: list[str], rows: list[list], left: int = 1) -> Html:
     "A table; all but the first `left` columns are set right, and numbers are never broken."
     def cells(kind, row):
         looks = [None if i < left else "n d" if number(cell) else "n" for i, cell in enumerate(row)]
-        return tag("tr", [tag(kind, figure(cell), class_=look) for cell, look in zip(row, looks)])
+        return tag("tr", [tag(kind, cell if isinstance(cell, Html) else figure(cell), class_=look) for cell, look in zip(row, looks)])
 
     return tag("div", tag("table", tag("thead", cells("th", heads)), tag("tbody", [cells("td", row) for row in rows])), class_="scroll", tabindex=0)
 
@@ -826,7 +826,7 @@ table { border-collapse: collapse; font-size: 0.875rem; overflow-wrap: normal; m
 th, td { text-align: left; padding: 0.35rem 1.25rem 0.35rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th { font-weight: 600; color: var(--muted); }
 th.n, td.n { text-align: right; }
-td { white-space: nowrap; }
+td { white-space: nowrap; } td:first-child { white-space: normal; }
 th:last-child, td:last-child { padding-right: 0; }
 details > article:first-of-type { margin-top: 1rem; }
 details .facts div { grid-template-columns: 17rem 1fr; }
@@ -1013,7 +1013,7 @@ class Comparison:
     def page(self) -> Html:
         "The comparison as one page of HTML, made as the report is."
         lines = [Line(name, points, f"c{i % 6}") for i, (name, points) in enumerate(self.curves.items())]
-        heads = ["", *self.names]
+        heads = [Html(), *self.names]
         tables = [section(title, table(heads, [[name, *values] for name, values in part.items()])) if part else None
                   for title, part in (("What differs", self.settings), ("What came of it", self.figures))]
         said = [tag("p", note, class_="note") for note in self.notes]
