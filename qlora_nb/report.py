@@ -944,7 +944,7 @@ def write_report(
     return path
 
 # %% ../nbs/20_report.ipynb #6279883e
-@dataclass
+@dataclass(repr=False)
 class Report:
     "A page that shows itself in a notebook; as text, it says where it is."
 
@@ -954,6 +954,9 @@ class Report:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"<{self.path.parent.name}/{self.path.name}>"
 
     def _repr_html_(self) -> str:
         frame = tag("iframe", srcdoc=self.page, sandbox="", title="Fine-tuning report", width="100%", height=self.height,
@@ -992,7 +995,7 @@ def run_figures(folder: Folder) -> dict[str, str]:
     return found
 
 # %% ../nbs/20_report.ipynb #a72f6dad
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     "Runs side by side. `settings` are those that differ, `figures` what came out; each maps a name to one text per run."
 
@@ -1009,6 +1012,8 @@ class Comparison:
         lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
         lines.insert(1 + len(self.settings), "")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+    __repr__ = __str__
 
     def page(self) -> Html:
         "The comparison as one page of HTML, made as the report is."
