@@ -9,8 +9,8 @@ __all__ = ['Points', 'MEASURES', 'SEVERITIES', 'SECTIONS', 'Html', 'clean', 'esc
            'section_curves', 'sign_test', 'pairs_of', 'changes', 'shares', 'verdict', 'headline', 'facts', 'table',
            'details', 'data_name', 'method', 'length', 'setup_facts', 'plain_numbers', 'fingerprints', 'section_setup',
            'finding', 'findings', 'check_command', 'section_preflight', 'section_diagnosis', 'memory_of', 'bars',
-           'section_plan', 'interval', 'share_row', 'section_evaluation', 'marked', 'cut', 'judged', 'example',
-           'section_replies', 'short', 'rows_table', 'certificate_part', 'section_certificate', 'use_lines',
+           'section_plan', 'interval', 'share_row', 'before_after', 'section_evaluation', 'marked', 'cut', 'judged',
+           'example', 'section_replies', 'short', 'rows_table', 'certificate_part', 'section_certificate', 'use_lines',
            'section_use', 'again_command', 'section_again', 'document', 'notes', 'report_page', 'write_report',
            'Report', 'show_report', 'flat', 'run_figures', 'Comparison', 'write_comparison', 'plot_comparison',
            'run_names', 'compare']
@@ -316,9 +316,11 @@ def missing(what: str, command: str | None = None, how: str = "Make it with") ->
     return tag("p", what, [f" {how} ", tag("code", command), "."] if command else None, class_="missing")
 
 
-def loss_chart(metrics: list[dict]) -> Html:
-    "Loss of each step, its running mean, and the held-out loss where it was measured."
+def loss_chart(metrics: list[dict], ends: tuple[float | None, float | None] = (None, None)) -> Html:
+    "Loss of each step, its running mean, and the held-out loss where it was measured: on the way, or at both ends."
     loss, held = curve(metrics, "loss"), curve(metrics, "eval_loss", "held_out_loss", "heldout_loss")
+    if not held and loss and all(number(end) for end in ends):
+        held = [(0, ends[0]), (metrics[-1]["step"], ends[1])]
     window = window_of(len(loss))
     lines = [Line("each step", loss, "faint"), Line(f"mean of {window}", running_mean(loss, window))] if loss else []
     return chart(lines + ([Line("held-out", held, "other")] if held else []), "Loss", "nats per labelled token", 240)
@@ -335,7 +337,7 @@ def section_curves(folder: Folder) -> Html:
         chart([Line("gradient norm", curve(folder.metrics, "grad_norm"))], "Gradient norm", level=level),
         chart([Line("tokens per second", curve(folder.metrics, "tokens_per_second"))], "Tokens per second"),
     ]
-    return section("Curves", loss_chart(folder.metrics), tag("div", small, class_="three"), tag("p", "By optimizer step.", class_="muted small"), id_="curves")
+    return section("Curves", loss_chart(folder.metrics, shares(folder.summary, "loss")), tag("div", small, class_="three"), tag("p", "By optimizer step.", class_="muted small"), id_="curves")
 
 # %% ../nbs/20_report.ipynb #0dac5c32
 def sign_test(better: int, worse: int) -> float:
@@ -613,6 +615,15 @@ def share_row(stage: str, share: float, reach: tuple[float, float] | None) -> Ht
     return tag("div", tag("span", stage), picture, tag("span", percent(share), class_="n"), tag("span", words, class_="n muted"), class_="pair")
 
 # %% ../nbs/20_report.ipynb #f71b150c
+def before_after(folder: Folder, name: str, words: str, meaning: str) -> Html | None:
+    "A line with a figure of summary.json before and after; None where it was not taken."
+    before, after = shares(folder.summary, name)
+    if not before or not after:
+        return None
+    times = f" after, {after / before:.2f} times as much."
+    return tag("p", words, tag("b", f"{before:.3f}"), " before, ", tag("b", f"{after:.3f}"), times, meaning)
+
+
 def section_evaluation(folder: Folder) -> Html:
     "Shares before and after with intervals, what changed, and the perplexity on the base's own task."
     pairs, blocks = pairs_of(folder.replies), []
@@ -625,13 +636,11 @@ def section_evaluation(folder: Folder) -> Html:
     if not blocks:
         what = "No held-out rows were answered" + (" in this run (eval_rows was 0)." if folder.finished else ": the run is not finished.")
         return section("Evaluation", missing(what, f"qlora_nb evaluate {shlex.quote(folder.name)}" if folder.finished else None), id_="evaluation")
-    low, high = shares(folder.summary, "base_perplexity")
-    forgot = None
-    if low and high:
-        forgot = tag("p", "Perplexity on the base's own task: ", tag("b", f"{low:.3f}"), " before, ", tag("b", f"{high:.3f}"),
-                     f" after, {high / low:.2f} times as much. What rises here was forgotten.")
+    lines = [before_after(folder, "loss", "Loss on the expected replies, in nats per token: ", " What falls here was learned."),
+             before_after(folder, "length", "Length of a reply in tokens, in the mean: ", ""),
+             before_after(folder, "base_perplexity", "Perplexity on the base's own task: ", " What rises here was forgotten.")]
     n = f"{len(pairs)} held-out problems, the same before and after, answered greedily, on a line from 0 to 100 %." if pairs else "evaluation.jsonl is not there, so there are no intervals."
-    return section("Evaluation", tag("p", n, " The bars are 95 % intervals." if pairs else None), blocks, forgot, id_="evaluation")
+    return section("Evaluation", tag("p", n, " The bars are 95 % intervals." if pairs else None), blocks, lines, id_="evaluation")
 
 # %% ../nbs/20_report.ipynb #79be1e44
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")

@@ -468,6 +468,19 @@ def test_the_full_report_says_all(full):
     assert text.count("passed") == 1 and text.count("failed") == 1 and "abababababab…" in text
 
 
+def test_held_out_loss_at_both_ends(plain, tmp_path):
+    path = shutil.copytree(plain, tmp_path / "copy")
+    rows = [{k: v for k, v in row.items() if k != "eval_loss"} for row in read_folder(path).metrics]
+    write_jsonl(path / "metrics.jsonl", rows)
+    assert "held-out: " not in report_page(path)
+    summary = json.loads((path / "summary.json").read_text())
+    summary["before"]["loss"], summary["after"]["loss"] = 2.5, 1.25
+    (path / "summary.json").write_text(json.dumps(summary))
+    page = report_page(path)
+    assert "held-out: 2.5 at step 0, 1.25 at the last" in page
+    assert "2.500 before, 1.250 after, 0.50 times as much" in Page(page).text
+
+
 def test_the_file_replaces_the_old_one(plain):
     path = write_report(str(plain))
     assert path == plain / "report.html" and path.read_text(encoding="utf-8") == report_page(plain)
