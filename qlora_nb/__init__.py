@@ -27,6 +27,8 @@ _WHERE = {
     "export_gguf": "gguf_export",
     "write_modelfile": "ollama_export",
     "certify": "certificate",
+    "recommend": "recommendation",
+    "diagnose": "diagnosis",
 }
 __all__ = sorted(_WHERE)
 

@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'PATHS', 'THRESHOLDS', 'FILE_TYPES', 'Case', 'make_cases', '
            'divergence', 'Distance', 'unpack', 'Subject', 'open_subject', 'reference_logits', 'measure_distances',
            'Bounds', 'FileCheck', 'failures_of', 'CertificateFailed', 'Certificate', 'certificate_text',
            'certificate_html', 'write_certificate', 'compare_replies', 'check_modelfile', 'certify', 'read_modelfile',
-           'in_front', 'spread']
+           'in_front', 'spread', 'chat_gguf']
 
 # %% ../nbs/22_certificate.ipynb #2f158038
 import contextlib
@@ -123,6 +123,7 @@ def tokenizer_ids(messages: list[dict], tokenizer, template: str | None = None) 
 @contextlib.contextmanager
 def chat_server(
     gguf: str | Path,
+    context: int = 256,  # tokens of a conversation; rendering a template needs few
 ):  # yields ask(address, body): the server's answer
     "llama.cpp's server with this file, in this process, its Jinja on; surely stopped at the end. Raises `UserError`."
     try:
@@ -131,7 +132,7 @@ def chat_server(
         raise UserError(f"the certificate needs llama.cpp's server ({error}): pip install 'qlora_nb[gguf]'") from error
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.use_jinja, settings.prefill_assistant = str(gguf), True, False
-    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.port = 256, 1, 0, 0
+    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.port = context, 1, 0, 0
     settings.warmup, settings.verbosity, settings.n_threads_http, settings.cache_ram_mib = False, -1, 1, 0
     restore = _signals()
     try:
@@ -884,3 +885,22 @@ def _compare(subject, paths, modelfile, cases, ids, count, limit) -> tuple[list[
 def spread(n: int, count: int) -> list[int]:
     "`count` of n places, evenly."
     return sorted({i * n // count for i in range(count)}) if count else []
+
+# %% ../nbs/22_certificate.ipynb #7de35a90
+def chat_gguf(
+    gguf: str | Path,
+    message_or_messages,  # a question, or `messages` that end with one
+    *,
+    system: str | None = None,  # system text before a question
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    do_sample: bool = True,  # False takes the most likely token each time
+    context: int = 4096,  # tokens of prompt and reply
+) -> str:
+    "llama.cpp's reply, alone. Raises `UserError` where the file can't be opened."
+    asked = message_or_messages
+    if isinstance(asked, str):
+        asked = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": asked}]
+    body = {"messages": asked, "max_tokens": max_new_tokens, "temperature": temperature if do_sample else 0.0, "reasoning_format": "none"}
+    with chat_server(gguf, context) as ask:
+        return ask("/v1/chat/completions", body)["choices"][0]["message"]["content"]

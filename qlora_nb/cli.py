@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['app', 'MODEL_FLAGS', 'TRAIN_FLAGS', 'given', 'pick', 'data_of', 'lora_arguments', 'configuration', 'compare_data',
-           'plan_of', 'loading_arguments', 'foresee', 'train_run', 'process_start', 'with_flags', 'train',
-           'quiet_stdout', 'opened', 'chat', 'evaluate', 'plans', 'cards_table', 'plan', 'tokenizer_of', 'checked',
-           'check', 'info', 'main']
+           'plan_of', 'loading_arguments', 'foresee', 'train_run', 'process_start', 'quantizations', 'served',
+           'with_flags', 'train', 'quiet_stdout', 'opened', 'run_of', 'chat', 'evaluate', 'plans', 'cards_table',
+           'plan', 'tokenizer_of', 'checked', 'check', 'export', 'modelfile', 'certify', 'report', 'compare', 'doctor',
+           'recommend', 'diagnose', 'info', 'main']
 
 # %% ../nbs/21_cli.ipynb #826fda92
 import contextlib
 import inspect
 import json
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -188,6 +191,7 @@ MODEL_FLAGS = {  # name: (type, help)
     "output": (str, "run folder, new or empty; default ./runs/<time>-<model>"),
     "config": (str, "a run's config.yaml, or one of your own"),
     "resume": (str, "a run folder to go on with"),
+    "export": (str, "then export and certify: GGUF formats with commas, such as q8_0,q4_k_m"),
     "plan": (str, "auto fits the run to this GPU; or a card's name, such as T4"),
     "backend": (str, "auto, unsloth or transformers"),
     "dtype": (str, "float32, float16 or bfloat16; default: by hardware"),
@@ -226,6 +230,27 @@ TRAIN_FLAGS = {
     "template": (str, "a named chat template; default: the model's own"),
 }
 
+# %% ../nbs/21_cli.ipynb #a2f61c07
+def quantizations(text: str | None) -> list[str]:
+    "Names with commas between them, checked before anything long begins."
+    if text is None:
+        return []
+    from qlora_nb.gguf_export import check_quantizations
+
+    return check_quantizations([name.strip() for name in text.split(",") if name.strip()])
+
+
+def served(run, names: list[str], model_rows: int = 40) -> bool:
+    "Export a run and certify it; `seconds` of its summary then cover that too. Whether what is served is what was trained."
+    from qlora_nb.core import write_json
+
+    run.export(names)
+    found = run.certify(model_rows=model_rows)
+    print(found, file=sys.stderr)
+    run.summary = {**run.summary, "seconds": round(time.time() - process_start(), 2), "certified": found.passed}
+    write_json(run.path / "summary.json", run.summary)
+    return found.passed
+
 # %% ../nbs/21_cli.ipynb #826fda92-12
 def with_flags(function):
     "Give `function(**flags)` the flags of both tables, each None when it is not given."
@@ -244,11 +269,15 @@ def with_flags(function):
 @with_flags
 def train(**flags):
     "Fine-tune a model; with no argument, the embedded one on the embedded data."
-    settings = given(**{name: flags.pop(name) for name in TRAIN_FLAGS})
+    settings, formats = given(**{name: flags.pop(name) for name in TRAIN_FLAGS}), flags.pop("export")
     with quiet_stdout():
+        names = quantizations(formats)
         result = train_run(flags, settings)
         print(result.report().partition("\n| problem")[0], file=sys.stderr)
+        passed = not names or served(result, names)
     print(result.path)
+    if not passed:
+        raise typer.Exit(1)
 
 # %% ../nbs/21_cli.ipynb #826fda92-13
 @contextlib.contextmanager
@@ -277,10 +306,18 @@ def opened(run: str | None, model: str | None, adapter: str | None, backend: str
     )
     return *loaded, config
 
+# %% ../nbs/21_cli.ipynb #a2f61c08
+def run_of(file: Path) -> dict:
+    "The configuration of the run that a file lies in; {} for a file elsewhere."
+    from qlora_nb.training import read_config
+
+    config = file.expanduser().absolute().parent / "config.yaml"
+    return read_config(config) if config.exists() else {}
+
 # %% ../nbs/21_cli.ipynb #826fda92-15
 @app.command()
 def chat(
-    run: Annotated[str | None, typer.Argument(help="a run folder; or give --model and --adapter")] = None,
+    run: Annotated[str | None, typer.Argument(help="a run folder or a .gguf file; or give --model and --adapter")] = None,
     model: Annotated[str | None, typer.Option(help="Hub name or folder")] = None,
     adapter: Annotated[str | None, typer.Option(help="folder with an adapter")] = None,
     message: Annotated[str | None, typer.Option(help="ask once; without it, line by line")] = None,
@@ -289,17 +326,23 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.7,
     backend: Annotated[str | None, typer.Option(help="auto, unsloth or transformers")] = None,
 ):
-    "Talk to a fine-tuned model, or to a base."
+    "Talk to a fine-tuned model, to a base, or to a GGUF file in llama.cpp."
     with quiet_stdout():
-        from qlora_nb.generation import chat as ask
+        if run and run.lower().endswith(".gguf"):
+            from qlora_nb.certificate import chat_gguf
 
-        loaded, tokenizer, config = opened(run, model, adapter, backend)
+            ask, config = partial(chat_gguf, run), run_of(Path(run))
+        else:
+            from qlora_nb.generation import chat as ask_model
+
+            loaded, tokenizer, config = opened(run, model, adapter, backend)
+            ask = partial(ask_model, loaded, tokenizer)
     system = system if system is not None else config.get("system")
     how = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
     lines = [message] if message is not None else sys.stdin
     for line in lines:
         if text := line.strip():
-            print(ask(loaded, tokenizer, text, system=system, max_new_tokens=max_new_tokens, **how), flush=True)
+            print(ask(text, system=system, max_new_tokens=max_new_tokens, **how), flush=True)
 
 # %% ../nbs/21_cli.ipynb #826fda92-16
 @app.command()
@@ -420,14 +463,160 @@ def check(
     effective_batch: Annotated[int, typer.Option(help="rows in an update")] = 8,
     min_rows: Annotated[int, typer.Option(help="fewer usable rows are worth a warning")] = 16,
     revision: Annotated[str | None, typer.Option(help="commit or tag of the model on the Hub")] = None,
+    truncation: Annotated[str, typer.Option(help="rows that are too long: drop, or cut_prompt")] = "drop",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ):
     "Look at a data set as the model will see it, and say what would go wrong. Exit code 1 where there are errors."
     with quiet_stdout():
         report = checked(model, revision, data, data_name, eval_data, limit, max_length, template=template,
-                         max_steps=max_steps, effective_batch=effective_batch, min_rows=min_rows)
+                         max_steps=max_steps, effective_batch=effective_batch, min_rows=min_rows, truncation=truncation)
     print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else report)
     if not report.ok:
+        raise typer.Exit(1)
+
+# %% ../nbs/21_cli.ipynb #b3e70d02
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="folder of a run, an adapter or a model")],
+    output: Annotated[str | None, typer.Option(help="a .gguf file or a folder; default: the folder itself")] = None,
+    quantization: Annotated[str, typer.Option(help="f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k; several with commas")] = "q8_0",
+    license: Annotated[str | None, typer.Option(help="of the model, e.g. llama3.2; default: its card's")] = None,
+):
+    "Write GGUF files; an adapter is merged into the base it was trained on. The paths go to stdout."
+    with quiet_stdout():
+        from qlora_nb.gguf_export import export_gguf
+
+        found = export_gguf(source, None, output or source, quantizations(quantization), license=license)
+    print(*found, sep="\n")
+
+# %% ../nbs/21_cli.ipynb #b3e70d03
+@app.command()
+def modelfile(
+    run: Annotated[str, typer.Argument(help="folder of a run, an adapter or a merged model")],
+    gguf: Annotated[str, typer.Argument(help="the GGUF that was exported from it")],
+    output: Annotated[str | None, typer.Option(help="the Modelfile; default: Modelfile beside the GGUF")] = None,
+    template: Annotated[str | None, typer.Option(help="a named chat template; default: the one of training")] = None,
+    system: Annotated[str | None, typer.Option(help="system text; default: the one of training")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy [0.7]")] = None,
+    name: Annotated[str, typer.Option(help="what Ollama will call the model")] = "my-model",
+):
+    "Write the Modelfile that serves what was trained; the commands for Ollama go to stderr."
+    with quiet_stdout():
+        from qlora_nb.ollama_export import modelfile_for, ollama_commands
+
+        path = modelfile_for(run, gguf, output, template=template, system=system, parameters=given(temperature=temperature))
+        print(ollama_commands(name, path), file=sys.stderr)
+    print(path)
+
+# %% ../nbs/21_cli.ipynb #b3e70d04
+@app.command()
+def certify(
+    run: Annotated[str, typer.Argument(help="folder of a run, an adapter or a merged model")],
+    gguf: Annotated[list[str], typer.Argument(help="the GGUF files to compare with it")],
+    modelfile: Annotated[str | None, typer.Option(help="its template is compared too; default: the one beside the first GGUF")] = None,
+    data: Annotated[str | None, typer.Option(help="held-out rows; default: the embedded ones")] = None,
+    data_name: Annotated[str | None, typer.Option(help="configuration of a Hub data set")] = None,
+    rows: Annotated[int, typer.Option(help="conversations whose tokens are compared")] = 200,
+    model_rows: Annotated[int | None, typer.Option(help="of those, how many go through the models; default: all")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="limit of a reply; 0 asks for none; default: the run's")] = None,
+    output: Annotated[str | None, typer.Option(help="JSON; default: certificate.json beside the first GGUF")] = None,
+):
+    "Prove that GGUF and Modelfile serve what was trained; exit code 1 where they don't. The last line is the JSON's path."
+    with quiet_stdout():
+        from qlora_nb.certificate import certify as compare
+        from qlora_nb.data import load_sft_dataset
+
+        beside = Path(gguf[0]).expanduser().absolute().parent / "Modelfile"
+        rows_ = load_sft_dataset(data, data_name, limit=rows) if data else None
+        found = compare(
+            run, gguf=list(gguf), modelfile=modelfile or (beside if beside.exists() else None), data=rows_, rows=rows,
+            model_rows=model_rows, max_new_tokens=max_new_tokens,
+        )
+        print(found, file=sys.stderr)
+        path = found.to_json(output)
+    print(path)
+    if not found.passed:
+        raise SystemExit(1)
+
+# %% ../nbs/21_cli.ipynb #b3e70d06
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="a run folder, finished or not")],
+    show: Annotated[bool, typer.Option("--open", help="show it in the browser")] = False,
+):
+    "Write report.html into a run's folder; the last line is its path."
+    with quiet_stdout():
+        from qlora_nb.report import write_report
+
+        path = write_report(run)
+        if show:
+            import webbrowser
+
+            webbrowser.open(path.as_uri())
+    print(path)
+
+# %% ../nbs/21_cli.ipynb #b3e70d07
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="two or more run folders")],
+    output: Annotated[str | None, typer.Option(help="also a page of HTML with the loss curves, written to this file")] = None,
+):
+    "Put runs side by side: the settings that differ, and what came of them."
+    with quiet_stdout():
+        from qlora_nb.report import compare as side_by_side
+
+        found = side_by_side(runs)
+        if output:
+            print(f"written: {found.write(output)}", file=sys.stderr)
+    print(found)
+
+# %% ../nbs/21_cli.ipynb #b3e70d09
+@app.command()
+def doctor(
+    file: Annotated[Path, typer.Argument(help="a script (.py) or a notebook (.ipynb); it is read, never run")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+):
+    "Say what no longer works in older code, and what to write now. Exit code 1 where something breaks or goes wrong in silence."
+    from qlora_nb.doctor import explain_old_code, read_code
+
+    report = explain_old_code(read_code(file))
+    print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+# %% ../nbs/21_cli.ipynb #c1a5e002
+@app.command()
+def recommend(
+    model: Annotated[str, typer.Option(help="Hub name or folder; its config.json is read, no weights")] = "qlora_nb:embedded",
+    data: Annotated[str | None, typer.Option(help="Hub name, folder or file; default: by model")] = None,
+    data_name: Annotated[str | None, typer.Option(help="configuration of a Hub data set")] = None,
+    limit: Annotated[int | None, typer.Option(help="rows to take from the data")] = None,
+    rows: Annotated[int | None, typer.Option(help="how many rows there are, instead of the data")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, a card's name, or a size such as '24 GB'; default: this machine")] = None,
+    method: Annotated[str, typer.Option(help="lora, qlora or full")] = "qlora",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+):
+    "Settings to start from for this model and data, each with its reason and source."
+    with quiet_stdout():
+        from qlora_nb.recommendation import recommend as advise
+
+        tokenizer, config = tokenizer_of(model, None)
+        found = advise(config, rows or data_of(model, data, data_name, limit)[0], device, tokenizer=tokenizer, method=method)
+    print(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else found)
+
+# %% ../nbs/21_cli.ipynb #c1a5e003
+@app.command()
+def diagnose(
+    run: Annotated[str, typer.Argument(help="a run folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+):
+    "What went wrong in a run, and the cure; from its folder alone. Exit code 1 where something is wrong."
+    with quiet_stdout():
+        from qlora_nb.diagnosis import diagnose as look
+
+        found = look(run)
+    print(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else found)
+    if not found.ok:
         raise typer.Exit(1)
 
 # %% ../nbs/21_cli.ipynb #826fda92-17

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .core import UserError, read_jsonl, write_aside
+from .diagnosis import diagnose
 from .evaluation import wilson
 from .training import FROM_PYTHON, Run, percent, read_config
 
@@ -541,11 +542,12 @@ def section_preflight(folder: Folder) -> Html:
 
 
 def section_diagnosis(folder: Folder) -> Html:
-    "What the diagnosis found, from diagnosis.json."
-    if folder.diagnosis is None:
-        content = missing("The run was not diagnosed yet.", f"qlora_nb diagnose {shlex.quote(folder.name)}")
-    else:
-        content = findings(folder.diagnosis, "Nothing to report: no sign of trouble in this run.")
+    "What the diagnosis finds."
+    try:
+        found = diagnose(folder.path).to_dict()["findings"] if folder.diagnosis is None else folder.diagnosis
+        content = findings(found, "Nothing to report: no sign of trouble in this run.")
+    except (UserError, AttributeError, KeyError, TypeError, ValueError):  # a damaged file, which is named elsewhere
+        content = missing("The run can't be diagnosed: a file of its folder is missing or damaged.")
     return section("Diagnosis", content, id_="diagnosis")
 
 # %% ../nbs/20_report.ipynb #c305621c
