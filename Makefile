@@ -1,5 +1,5 @@
 # Every target sets up .venv first if it has to; all are safe to repeat.
-.PHONY: help install demo test quick test-install docs export readme clean
+.PHONY: help install demo test quick test-install study study-full docs export readme clean
 .DEFAULT_GOAL := help
 
 SHELL := /bin/bash
@@ -24,6 +24,8 @@ help:
 	@echo "make test          everything CI runs: ruff, all tests, all notebooks"
 	@echo "make quick         the tests that take seconds"
 	@echo "make test-install  a wheel in an empty environment; a fresh clone"
+	@echo "make study         full, LoRA and QLoRA again, three seeds each (about 10 minutes)"
+	@echo "make study-full    all of the study (hours; a GPU is used where there is one)"
 	@echo "make docs          the site, in _docs (needs Quarto)"
 	@echo "make export        notebooks cleaned, and made into modules and README.md"
 	@echo "make clean         remove what was built (keeps .venv and runs)"
@@ -49,8 +51,9 @@ $(STAMP): settings.ini setup.py constraints.txt Makefile tools/check_install.py
 demo: $(STAMP)
 	@set -e; ask() { $(BIN)/qlora_nb chat "$$@" --message "$(QUESTION)" --temperature 0; }; \
 	echo "$(QUESTION)"; echo; echo "The base model answers:"; ask; echo; \
-	out=$$($(BIN)/qlora_nb train); run=$$(printf '%s\n' "$$out" | tail -n 1); \
-	echo; echo "After fine-tuning it answers:"; ask "$$run"; echo; echo "The run, with its adapter and report: $$run"
+	out=$$($(BIN)/qlora_nb train --export q8_0); run=$$(printf '%s\n' "$$out" | tail -n 1); \
+	echo; echo "After fine-tuning it answers, served by llama.cpp from the exported file:"; ask "$$run"/*.gguf; echo; \
+	echo "The run, with its adapter, report.html, GGUF, Modelfile and certificate: $$run"
 
 test: $(STAMP)
 	$(BIN)/ruff check .
@@ -61,6 +64,14 @@ quick: $(STAMP)
 
 test-install: $(STAMP)
 	$(BIN)/pytest tests_install -rP
+
+study: $(STAMP)
+	@mkdir -p build; rm -f build/study.json
+	$(BIN)/python benchmarks/study.py --part base --device cpu --methods full lora qlora --workers 2 --out build/study.json
+
+study-full: $(STAMP)
+	@mkdir -p build
+	$(BIN)/python benchmarks/study.py --part all --workers $${WORKERS:-2} --out build/study-full.json
 
 docs: $(STAMP)
 	$(BIN)/python tools/prepare_docs.py

@@ -477,16 +477,21 @@ def check(
 # %% ../nbs/21_cli.ipynb #b3e70d02
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(help="folder of a run, an adapter or a model")],
-    output: Annotated[str | None, typer.Option(help="a .gguf file or a folder; default: the folder itself")] = None,
+    source: Annotated[str, typer.Argument(help="folder of a run, an adapter or a model; or a model's name on the Hub")],
+    output: Annotated[str | None, typer.Option(help="a .gguf file or a folder; default: the folder itself, or ./model")] = None,
     quantization: Annotated[str, typer.Option(help="f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k; several with commas")] = "q8_0",
     license: Annotated[str | None, typer.Option(help="of the model, e.g. llama3.2; default: its card's")] = None,
 ):
     "Write GGUF files; an adapter is merged into the base it was trained on. The paths go to stdout."
     with quiet_stdout():
         from qlora_nb.gguf_export import export_gguf
+        from qlora_nb.model import load_model
 
-        found = export_gguf(source, None, output or source, quantizations(quantization), license=license)
+        names, tokenizer, here = quantizations(quantization), None, Path(source).expanduser().is_dir()
+        where = output or (source if here else "model")
+        if not here:
+            source, tokenizer = load_model(source, load_in_4bit=False)
+        found = export_gguf(source, tokenizer, where, names, license=license)
     print(*found, sep="\n")
 
 # %% ../nbs/21_cli.ipynb #b3e70d03

@@ -7,11 +7,12 @@ __all__ = ['LINEAR', 'ARCHITECTURES', 'BLOCK', 'QUANTIZATIONS', 'PACKERS', 'BITS
            'NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'CHUNK', 'BITS_ABOUT', 'Architecture',
            'architecture_of', 'head_dim', 'rope_of', 'rope_factors', 'permute_rows', 'Plan', 'tensor_names',
            'plan_tensors', 'check_shape', 'to_q8_0', 'to_q4_0', 'Quantization', 'tensor_type', 'split_steps',
-           'pre_tokenizer_name', 'Vocabulary', 'read_vocabulary', 'write_keys', 'write_yarn', 'write_tokenizer',
-           'About', 'write_about', 'FolderSource', 'read_json', 'ModelSource', 'TensorWriter', 'start_file', 'pour',
-           'quiet_llama', 'quantize_with_llama', 'check_quantizations', 'target_files', 'remove_leftovers',
-           'load_adapted', 'open_source', 'read_card', 'describe', 'exact_type', 'check_space', 'writable',
-           'export_gguf', 'write_parts', 'adapter_tensors', 'check_adapter', 'export_adapter_gguf', 'write_adapter']
+           'pre_tokenizer_name', 'Vocabulary', 'pinned', 'read_vocabulary', 'write_keys', 'write_yarn',
+           'write_tokenizer', 'About', 'write_about', 'FolderSource', 'read_json', 'ModelSource', 'TensorWriter',
+           'start_file', 'pour', 'quiet_llama', 'quantize_with_llama', 'check_quantizations', 'target_files',
+           'remove_leftovers', 'load_adapted', 'open_source', 'read_card', 'describe', 'exact_type', 'check_space',
+           'writable', 'export_gguf', 'write_parts', 'adapter_tensors', 'check_adapter', 'export_adapter_gguf',
+           'write_adapter']
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1
 import contextlib
@@ -34,7 +35,7 @@ import qlora_nb
 from .core import EMBEDDED_MODEL, UserError, write_aside
 from .merging import EMBEDDED_NAME, MergedTensors, TensorFolder, base_name, check_mergeable, read_tensor
 from .model import load_model, model_path
-from .template import control_tokens, render, template_text, turn_end
+from .template import DATE, control_tokens, render, template_text, turn_end
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-3
 @dataclass(frozen=True)
@@ -437,6 +438,11 @@ def _added(tokenizer) -> dict[str, bool]:
     names = tokenizer.convert_ids_to_tokens(whole)
     raise UserError(f"the tokenizer makes {names} of 'a', which is neither BOS before nor EOS after the text: GGUF can't say that")
 
+# %% ../nbs/17_gguf.ipynb #d4c0a7f2
+def pinned(template: str) -> str:
+    "The chat template with the date of training set inside, where it asks for `date_string`."
+    return f'{{%- set date_string = "{DATE}" %}}{template}' if "date_string" in template else template
+
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-27
 def read_vocabulary(
     tokenizer,  # a transformers tokenizer
@@ -453,7 +459,7 @@ def read_vocabulary(
     _byte_level(parts, found) if byte_level else _sentencepiece(tokenizer, parts, found)
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
     if tokenizer.chat_template:
-        found.template = template_text(tokenizer)
+        found.template = pinned(template_text(tokenizer))
         ids["eot"] = turn_end(tokenizer)
     ids["eom"] = tokenizer.added_tokens_encoder.get("<|eom_id|>")
     found.special = {key: i for key, i in ids.items() if i is not None}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'PADDING', 'unsloth_refusal', 'choose_backend', 'choose_dtype', 'nf4_config', 'keep_4bit_layers',
-           'model_path', 'set_pad_token', 'model_info', 'load_base', 'load_model', 'adapter_base', 'quiet_libraries',
-           'find_targets', 'check_lora', 'add_lora', 'count_parameters']
+           'check_4bit_layers', 'model_path', 'set_pad_token', 'model_info', 'load_base', 'load_model', 'adapter_base',
+           'quiet_libraries', 'find_targets', 'check_lora', 'add_lora', 'count_parameters']
 
 # %% ../nbs/10_model.ipynb #fca80c77
 import contextlib
@@ -103,6 +103,18 @@ def keep_4bit_layers(model: torch.nn.Module) -> int:
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
     return len(layers)
+
+# %% ../nbs/10_model.ipynb #e81b52d1
+def check_4bit_layers(model: torch.nn.Module, count: int) -> None:
+    "Raises `UserError` for a 4-bit layer that bitsandbytes 0.50.2 would dequantize wrongly on this CPU."
+    if not count or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return
+    for name, layer in model.named_modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None and not layer.weight.is_cuda and layer.in_features % 16 == 0 and layer.in_features % state.blocksize:
+            raise UserError(
+                f"{name} has rows of {layer.in_features} weights, no whole number of blocks of {state.blocksize}: bitsandbytes dequantizes "
+                "them wrongly on this CPU (AVX512); load the model with load_in_4bit=False, or on a GPU")
 
 # %% ../nbs/10_model.ipynb #fca80c77-7
 def model_path(model: str | Path) -> str:
@@ -209,7 +221,7 @@ def load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, r
     context = getattr(loaded.config, "max_position_embeddings", None)
     if not 1 <= max_seq_length <= (context or max_seq_length):
         raise UserError(f"max_seq_length is {max_seq_length}, but {name} has a context of 1 to {context} tokens")
-    keep_4bit_layers(loaded)
+    check_4bit_layers(loaded, keep_4bit_layers(loaded))
     set_pad_token(tokenizer)
     return loaded, tokenizer
 

@@ -660,6 +660,7 @@ def set_checkpointing(model, on: bool) -> None:
         base.config.use_cache = False
     else:
         base.gradient_checkpointing_disable()
+    if not on:  # what made the embedding's output ask for a gradient
         base.disable_input_require_grads()
     base.qlora_nb_info = {**info, "use_gradient_checkpointing": ("unsloth" if info["backend"] == "unsloth" else True) if on else False}
 

@@ -504,7 +504,6 @@ def test_a_report_is_the_same_twice(full):
         ("evaluation.jsonl", "There are no replies to show"),
         ("versions.json", "Run it again"),
         ("preflight.json", "Look at them with qlora_nb check"),
-        ("diagnosis.json", "Make it with qlora_nb diagnose copy."),
         ("certificate.json", "Make it with qlora_nb certify copy."),
         ("adapter/adapter_model.safetensors", "There is no adapter yet"),
     ],
