@@ -211,7 +211,9 @@ def library_versions() -> dict[str, str | None]:
     return found
 
 # %% ../nbs/00_core.ipynb #8278cb14-14
-def fingerprint(value) -> str:
+def fingerprint(
+    value,  # anything that JSON can hold
+) -> str:  # 64 hexadecimal digits
     "SHA-256 (64 hexadecimal digits) of bytes, of a string, or of the JSON of anything else."
     if not isinstance(value, (bytes, str)):
         value = json.dumps(value, sort_keys=True, ensure_ascii=False)

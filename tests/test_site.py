@@ -5,6 +5,7 @@ Quarto itself is not needed: its engine, pandoc, turns each page into HTML, and 
 
 import ast
 import fcntl
+import functools
 import html
 import importlib
 import json
@@ -17,7 +18,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
-from repository import MODULES, NBS, NOTEBOOKS, ROOT, cells, read, settings, tool
+from repository import MODULES, NBS, NOTEBOOKS, ROOT, cells, module_of, read, settings, tool
 
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 each_module = pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
@@ -31,8 +32,14 @@ NOISE = re.compile(
 )
 
 
+@functools.cache
+def names_of(name):
+    return tool(name)
+
+
+@functools.cache
 def address(path):
-    return tool("prepare_docs")["address"](path)
+    return names_of("prepare_docs")["address"](path)
 
 
 # --- the pages, made once ---------------------------------------------------------------------------------------------
@@ -46,11 +53,11 @@ def build(place):
     shutil.copytree(ROOT / "tools", place / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     (place / "qlora_nb").symlink_to(ROOT / "qlora_nb")
     env = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
-    script = "import runpy, time; runpy.run_path('tools/prepare_docs.py', run_name='__main__')\nprint(time.process_time())"
-    command = [sys.executable, "-c", script]
+    script = "import runpy, time; runpy.run_path('tools/prepare_docs.py', run_name='__main__')"
+    command = [sys.executable, "-c", f"{script}; print(time.process_time())"]
     done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-6000:]
-    said = tool("plain_pages")["make"](place / "_proc", place / "html")
+    said = names_of("plain_pages")["make"](place / "_proc", place / "html")
     (place / "made.json").write_text(
         json.dumps({"said": said, "cpu_seconds": float(done.stdout.split()[-1]), "stderr": done.stderr})
     )
@@ -108,10 +115,9 @@ def html_of(site, page):
     return (site / "html" / address(page)).read_text(encoding="utf-8")
 
 
-def parsed(site, page, known={}):  # noqa: B006
-    if (site, page) not in known:
-        known[site, page] = Page(html_of(site, page))
-    return known[site, page]
+@functools.cache
+def parsed(site, page):
+    return Page(html_of(site, page))
 
 
 def test_the_pages_are_made_quickly_and_completely(site):
@@ -132,7 +138,7 @@ def test_a_bad_page_is_seen(tmp_path):
     "The check that stands on pandoc's warnings sees a broken formula and an open div."
     (tmp_path / "in").mkdir()
     (tmp_path / "in/bad.md").write_text("---\ntitle: t\ndescription: d\n---\n\n$\\frac{1$\n\n::: {.note}\nopen\n")
-    (lines,) = tool("plain_pages")["make"](tmp_path / "in", tmp_path / "out").values()
+    (lines,) = names_of("plain_pages")["make"](tmp_path / "in", tmp_path / "out").values()
     assert any("Could not convert TeX math" in line for line in lines) and any("unclosed" in line for line in lines)
 
 
@@ -198,7 +204,7 @@ def test_pictures_are_there_and_described(site, page):
 
 @each_notebook
 def test_figures_have_label_caption_and_alt_text(site, notebook):
-    directives = tool("plain_pages")["read_directives"]
+    directives = names_of("plain_pages")["read_directives"]
     labels = []
     for cell in read(site / "_proc" / notebook.name)["cells"]:
         pictures = [o for o in cell.get("outputs", []) if any(k.startswith("image/") for k in o.get("data", {}))]
@@ -258,18 +264,24 @@ def public(module):
             yield name, thing
 
 
-def parameters(tree, source):
-    "Each parameter of a function and whether a comment or a docstring speaks of it."
+def parameters(tree, source, strict=True):
+    "Each parameter of a function and whether a comment speaks of it; an annotation is enough where it isn't strict."
     lines = source.splitlines()
     arguments = [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]
     for arg in arguments:
         if arg.arg not in ("self", "cls"):
-            yield arg.arg, "#" in lines[arg.end_lineno - 1].partition(arg.arg)[2]
+            said = "#" in lines[arg.end_lineno - 1].partition(arg.arg)[2]
+            yield arg.arg, said or arg.arg in COMMON or not strict and bool(arg.annotation)
+
+
+# What these are called everywhere, and what they are there.
+COMMON = {"model", "tokenizer", "data", "rows", "ax", "shape"}
 
 
 def undocumented(module):
     source, found = module.read_text(encoding="utf-8"), []
     names = dict(public(module))
+    api = {name for name, thing in names.items() if getattr(importlib.import_module("qlora_nb"), name, None) is thing}
     for node in ast.parse(source).body:
         if getattr(node, "name", None) not in names:
             continue
@@ -280,7 +292,7 @@ def undocumented(module):
             functions = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
         for function in functions:
             doc = f"{ast.get_docstring(node)} {ast.get_docstring(function)}"
-            for name, commented in parameters(function, source):
+            for name, commented in parameters(function, source, node.name in api):
                 if not commented and not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", doc):
                     found.append(f"{node.name}: {name}")
     return found
@@ -310,6 +322,18 @@ def test_public_names_stand_on_their_page(site, module):
         assert anchor in made.ids, f"{name} is not in the reference of {page}"
 
 
+@each_module
+def test_source_links_lead_to_the_line(site, module):
+    page = next(path for path in NOTEBOOKS if module_of(path) == module.stem)
+    text = html_of(site, page)
+    found = re.findall(r'href="([^"]+)#L(\d+)"[^>]*>source</a></p>\s*<h3 id="[^"]*">([^<]*)</h3>', text)
+    lines = module.read_text(encoding="utf-8").splitlines()
+    assert bool(found) == any(True for _ in public(module))
+    for link, line, name in found:
+        assert link.endswith(f"/qlora_nb/{module.name}"), f"{name}: {link}"
+        assert re.match(rf"(@|(async )?def {name}\b|class {name}\b)", lines[int(line) - 1]), f"{name}: line {line}"
+
+
 SIGNATURES = {
     "10_model.ipynb": {"load_model": ("max_seq_length:int=2048", "load_in_4bit:bool=True"), "add_lora": ("r:int=16",)},
     "13_generate.ipynb": {"chat": ("max_new_tokens:int=512", "temperature:float=0.7")},
@@ -331,7 +355,7 @@ def test_types_and_defaults_of_the_reference(site, notebook):
 
 @pytest.mark.quick
 def test_sections_of_the_sidebar(tmp_path):
-    section = tool("prepare_docs")["section_of"]
+    section = names_of("prepare_docs")["section_of"]
     expected = {
         "Start": "index.ipynb 30_quickstart.ipynb 40_takeaways.ipynb",
         "Mathematics": "01_lora.ipynb 05_recommend.ipynb",
@@ -343,7 +367,7 @@ def test_sections_of_the_sidebar(tmp_path):
         assert {section(path) for path in files.split()} == {name}
     for name in reversed(" ".join(expected.values()).split()):
         (tmp_path / name).write_text("")
-    contents = tool("prepare_docs")["sidebar"](tmp_path)["website"]["sidebar"]["contents"]
+    contents = names_of("prepare_docs")["sidebar"](tmp_path)["website"]["sidebar"]["contents"]
     assert [part["section"] for part in contents] == list(expected)
     assert contents[0]["contents"] == expected["Start"].split()
     assert contents[4]["contents"] == "glossary.md older_tutorial.md limits.md 00_core.ipynb".split()
@@ -380,7 +404,7 @@ def test_quarto_settings():
 def test_card_and_favicon_are_what_the_script_draws(tmp_path):
     from PIL import Image, ImageChops
 
-    tool("make_images")["main"](tmp_path)
+    names_of("make_images")["main"](tmp_path)
     assert (tmp_path / "favicon.svg").read_bytes() == (NBS / "images/favicon.svg").read_bytes()
     drawn, kept = (Image.open(folder / "card.png").convert("RGB") for folder in (tmp_path, NBS / "images"))
     assert drawn.size == kept.size == (1200, 630) and ImageChops.difference(drawn, kept).getbbox() is None
@@ -388,7 +412,7 @@ def test_card_and_favicon_are_what_the_script_draws(tmp_path):
 
 @pytest.mark.quick
 def test_first_use_of_a_term_is_linked():
-    link, terms = tool("prepare_docs")["link_first"], {"nf4": "nf4", "lora": "lora", "adapter": "a", "adapters": "a"}
+    link, terms = names_of("prepare_docs")["link_first"], {"nf4": "nf4", "lora": "lora", "adapter": "a", "adapters": "a"}
     text = "# LoRA\n\n`NF4` in [LoRA](x.md), $LoRA$ NF4-like.\n\n```\nNF4\n```\n\nLoRA has adapters; an adapter, LoRA."
     out, left = link(text, terms)
     assert out.endswith("[LoRA](glossary.md#lora) has [adapters](glossary.md#a); an adapter, LoRA.")
@@ -396,7 +420,7 @@ def test_first_use_of_a_term_is_linked():
 
 
 def test_glossary_is_linked_from_the_pages(site):
-    terms = set(tool("prepare_docs")["glossary_terms"]((NBS / "glossary.md").read_text(encoding="utf-8")).values())
+    terms = set(names_of("prepare_docs")["glossary_terms"]((NBS / "glossary.md").read_text(encoding="utf-8")).values())
     assert {"nf4", "absmax", "rank", "packing"} <= terms
     used = {link for page in NOTEBOOKS for link in parsed(site, page).links if link.startswith("glossary.html#")}
     assert {f"glossary.html#{term}" for term in ("nf4", "lora", "absmax", "packing")} <= used
@@ -432,7 +456,7 @@ def test_readme_is_plain_markdown_whose_links_and_pictures_resolve():
 @pytest.mark.quick
 def test_readme_pictures_are_those_of_the_index():
     images = {}
-    tool("make_readme")["readme"](read(NBS / "index.ipynb"), images)
+    names_of("make_readme")["readme"](read(NBS / "index.ipynb"), images)
     assert images, "the front page has its picture"
     for name, content in images.items():
         assert (NBS / "images" / name).read_bytes() == content, "run `make readme`"
@@ -458,7 +482,7 @@ def test_front_page_says_what_how_and_needs():
 @each_notebook
 def test_notebook_heads(notebook):
     "Badge, install line, GPU and foot are what settings.ini and the tool say."
-    names = tool("notebook_heads")
+    names = names_of("notebook_heads")
     before = read(notebook)
     after = names["set_heads"](json.loads(json.dumps(before)), notebook.stem, names["settings"]())
     assert after == before, "run `python tools/notebook_heads.py`, then `python tools/skipped_cells.py`"
@@ -486,7 +510,8 @@ def test_needs_and_run_time_are_said(notebook):
         return
     head = cells(notebook, "markdown")[1][1]
     paragraphs = [part for part in head.split("\n\n") if part.startswith("Needs ")]
-    assert paragraphs and re.search(r"(second|minute|hour)s?\b[^.]*\b(CPU|GPU|T4|H\d00)", paragraphs[0], re.S), f"no line 'Needs …; runs in … on …':\n{head[:300]}"
+    said = paragraphs and re.search(r"(second|minute|hour)s?\b[^.]*\b(CPU|GPU|T4|H\d00)", paragraphs[0], re.S)
+    assert said, f"no line 'Needs …; runs in … on …':\n{head[:300]}"
 
 
 @pytest.mark.quick
@@ -499,13 +524,13 @@ def test_a_gpu_is_asked_for_where_cells_need_one(notebook):
 @pytest.mark.quick
 def test_owner_and_repository_stand_once():
     "Change settings.ini, run the tools, and everything follows."
-    names = tool("notebook_heads")
+    names = names_of("notebook_heads")
     other = dict(names["settings"]()) | {"user": "somebody", "repo": "fork", "branch": "dev"}
     for path in NOTEBOOKS:
         made = json.dumps(names["set_heads"](read(path), path.stem, other))
         assert "OWNER" not in made and "somebody/fork/blob/dev/nbs/" in made, path.name
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    made = {"README.md", *(f"nbs/{path.name}" for path in NOTEBOOKS)}
+    made = {"README.md", "qlora_nb/_modidx.py", *(f"nbs/{path.name}" for path in NOTEBOOKS)}
     for name in set(listed) - made - {"settings.ini", "tests/test_site.py"}:
         path = ROOT / name
         if path.suffix in (".py", ".yml", ".md", ".toml", ".ini", ".txt", ".css") or path.name == "Makefile":
@@ -514,11 +539,11 @@ def test_owner_and_repository_stand_once():
 
 @pytest.mark.quick
 def test_heads_of_a_bare_notebook():
-    names = tool("notebook_heads")
+    names = names_of("notebook_heads")
     bare = {
         "cells": [
             {"cell_type": "code", "id": "a", "metadata": {}, "source": ["#| default_exp x"], "outputs": []},
-            {"cell_type": "markdown", "id": "b", "metadata": {}, "source": ["# T\n", "\n", "> claim\n", "\n", "Needs."]},
+            {"cell_type": "markdown", "id": "b", "metadata": {}, "source": ["# T\n\n", "> claim\n\n", "Needs."]},
             {"cell_type": "code", "id": "c", "metadata": {}, "source": ["#| cuda\n", "1"], "outputs": []},
             {"cell_type": "code", "id": "d", "metadata": {}, "source": ["import nbdev\n\nnbdev.nbdev_export()"]},
         ],

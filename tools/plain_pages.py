@@ -139,11 +139,10 @@ def to_html(path, out, template):
     place = out / f"{page_name(path).removesuffix('.html')}_files"
     text = to_markdown(path, place)
     command = [pandoc(), "-f", "markdown-smart", "-t", "html5", "--mathml", "--toc", "--toc-depth=3", "--standalone"]
-    command += ["--verbose", "--wrap=none", "--template", str(template), "--syntax-highlighting=pygments"]
+    command += ["--wrap=none", "--template", str(template), "--syntax-highlighting=pygments"]
     done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=out)
     (out / page_name(path)).write_text(site_links(done.stdout), encoding="utf-8")
-    said = [line for line in done.stderr.splitlines() if "[INFO] Running filter" not in line]
-    return said + [f"pandoc ended with {done.returncode}"] * bool(done.returncode)
+    return done.stderr.splitlines() + [f"pandoc ended with {done.returncode}"] * bool(done.returncode)
 
 
 TEMPLATE = """<!DOCTYPE html>
@@ -161,7 +160,7 @@ $body$
 
 def make(proc, out):
     "All pages of a folder that tools/prepare_docs.py made; returns {page: what pandoc said}."
-    proc, out = Path(proc), Path(out)
+    proc, out = Path(proc).resolve(), Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     template = out / "page.template"
     template.write_text(TEMPLATE, encoding="utf-8")

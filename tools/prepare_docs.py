@@ -1,10 +1,12 @@
 """Makes _proc, the pages that Quarto renders. nbdev's own command would fetch Quarto first.
 
-To nbdev's processors come: a sidebar in sections, the install line kept, the first use of a glossary term linked, no
-cell run that isn't needed for the reference, the pictures beside the pages, and llms.txt.
+To nbdev's processors come: a sidebar in sections, the install line kept, the first use of a glossary term linked, names
+that stand in two modules linked to the right one, no cell run that isn't needed for the reference, the pictures beside
+the pages, and llms.txt.
 """
 
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import yaml
 from nbdev.config import get_config
+from nbdev.doclinks import NbdevLookup
 from nbdev.frontmatter import _fm2dict, _md2dict
 from nbdev.processors import FilterDefaults, _do_eval, exec_show_docs
 from nbdev.quarto import refresh_quarto_yml
@@ -99,7 +102,7 @@ TERM = re.compile(r"^## (.+?)(?:\s*\{#([\w-]+)\})?\s*$", re.M)
 # What is not prose: fences, code, formulas, links and pictures, raw HTML, headings, addresses.
 NOT_PROSE = re.compile(
     r"^(?:```|~~~).*?^(?:```|~~~)\s*$|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]]*\](?:\([^)]*\)|\[[^\]]*\])"
-    r"|<[^>\n]+>|^#+ .*$|https?://\S+|\{[^}\n]*\}",
+    r"|<[^>\n]+>|^#+ [^\n]*$|https?://\S+|\{[^}\n]*\}",
     re.M | re.S,
 )
 
@@ -159,6 +162,21 @@ class KeepInstall:
             cell.pop("outputs", None)
 
 
+class Lookup(NbdevLookup):
+    "Where a name is documented. One that stands in several modules is the page's own, and the command's last of all."
+
+    own = None  # the module of the page that is being made
+
+    def __getitem__(self, name):
+        package = get_config().lib_name
+        known = importlib.import_module(f"{package}._modidx").d["syms"]
+        places = [module for module, names in known.items() if f"{module}.{name}" in names]
+        if places:
+            best = min(places, key=lambda module: (module != f"{package}.{self.own}", module.endswith(".cli"), module))
+            name = f"{best}.{name}"
+        return super().__getitem__(name)
+
+
 def needed(cell):
     "Exports, show_doc, and cells that hold imports alone: all that the reference on a page is made from."
     if not _do_eval(cell):
@@ -171,12 +189,21 @@ def needed(cell):
 class RunNeeded(exec_show_docs):
     "nbdev also runs each cell with an import anywhere in it, functions included: half of an experiment."
 
+    def begin(self):
+        super().begin()
+        exports = (cell.directives_["default_exp"] for cell in self.nb.cells if "default_exp" in cell.directives_)
+        Lookup.own = next(exports, [None])[0]
+
     def __call__(self, cell):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wanted = needed(cell)
         if wanted:
+            stored = cell.get("outputs")
             super().__call__(cell)
+            # What an import says here is no part of the page: outputs are those that the notebook stores.
+            if not cell.source.lstrip("#| outpuasiechofl:\n").startswith("show_doc("):
+                cell["outputs"] = stored
 
 
 class Pages(FilterDefaults):
@@ -191,6 +218,8 @@ class Pages(FilterDefaults):
 def main():
     import nbdev.serve
 
+    # One process: torch and the like are imported once for all pages.
+    nbdev.processors.NbdevLookup = nbdev.showdoc.NbdevLookup = Lookup
     config = get_config()
     source = config.nbs_path
     refresh_quarto_yml()
