@@ -212,7 +212,7 @@ def library_versions() -> dict[str, str | None]:
 
 # %% ../nbs/00_core.ipynb #8278cb14-14
 def fingerprint(
-    value,  # anything that JSON can hold
+    value,  # bytes, a string, or anything that JSON can hold
 ) -> str:  # 64 hexadecimal digits
     "SHA-256 (64 hexadecimal digits) of bytes, of a string, or of the JSON of anything else."
     if not isinstance(value, (bytes, str)):

@@ -281,7 +281,8 @@ COMMON = {"model", "tokenizer", "data", "rows", "ax", "shape"}
 def undocumented(module):
     source, found = module.read_text(encoding="utf-8"), []
     names = dict(public(module))
-    api = {name for name, thing in names.items() if getattr(importlib.import_module("qlora_nb"), name, None) is thing}
+    package = importlib.import_module("qlora_nb")
+    api = {name for name, thing in names.items() if getattr(package, name, None) is thing}
     for node in ast.parse(source).body:
         if getattr(node, "name", None) not in names:
             continue
@@ -412,11 +413,16 @@ def test_card_and_favicon_are_what_the_script_draws(tmp_path):
 
 @pytest.mark.quick
 def test_first_use_of_a_term_is_linked():
-    link, terms = names_of("prepare_docs")["link_first"], {"nf4": "nf4", "lora": "lora", "adapter": "a", "adapters": "a"}
-    text = "# LoRA\n\n`NF4` in [LoRA](x.md), $LoRA$ NF4-like.\n\n```\nNF4\n```\n\nLoRA has adapters; an adapter, LoRA."
-    out, left = link(text, terms)
-    assert out.endswith("[LoRA](glossary.md#lora) has [adapters](glossary.md#a); an adapter, LoRA.")
-    assert out.startswith(text[:60]) and set(left) == {"nf4"}
+    names = names_of("prepare_docs")
+    terms = names["glossary_terms"]("## LoRA\n\n## adapter, adapters\n\n## NF4 {#four}\n\n## rank\n\n## PEFT\n")
+    assert terms == {"LoRA": "lora", "adapter": "adapter-adapters", "adapters": "adapter-adapters"} | {
+        "NF4": "four", "rank": "rank", "PEFT": "peft",
+    }  # fmt: skip
+    text = "# LoRA\n\n`NF4` in [LoRA](x.md), $LoRA$ NF4-like peft.\n\n```\nNF4\n```\n\n"
+    out, left = names["link_first"](text + "LoRA has adapters; an adapter, LoRA. Rank, rank", terms)
+    linked = "[LoRA](glossary.md#lora) has [adapters](glossary.md#adapter-adapters); an adapter, LoRA. "
+    assert out == text + linked + "[Rank](glossary.md#rank), rank"
+    assert set(left) == {"NF4", "PEFT"}
 
 
 def test_glossary_is_linked_from_the_pages(site):
@@ -584,3 +590,23 @@ def test_dtype_follows_the_capability(monkeypatch, name, capability, wanted):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a, **k: name)
     assert model.choose_dtype() is getattr(torch, wanted)
+
+
+def test_trainer_on_a_t4_is_told_fp16_and_never_bf16(monkeypatch, tmp_path):
+    "The compute dtype decides for the trainer too; bf16 stays off although torch claims to support it."
+    import torch
+
+    from qlora_nb import model, training
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a, **k: (7, 5))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
+    dtype = model.choose_dtype()
+    seen = {}
+    # The configuration itself asks the driver, which can't be faked: what it is given is what counts.
+    monkeypatch.setattr("trl.SFTConfig", lambda **arguments: seen.update(arguments))
+    training.trainer_arguments(training.Settings(), tmp_path, dtype, checkpointing=True)
+    assert (dtype, seen["fp16"], seen["bf16"], seen["use_cpu"]) == (torch.float16, True, False, False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a, **k: (8, 0))
+    training.trainer_arguments(training.Settings(), tmp_path, model.choose_dtype(), checkpointing=True)
+    assert (seen["fp16"], seen["bf16"]) == (False, True)

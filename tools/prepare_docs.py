@@ -112,7 +112,7 @@ def glossary_terms(text):
     found = {}
     for heading, name in TERM.findall(text):
         anchor = name or re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
-        found |= {term.strip().lower(): anchor for term in heading.split(",")}
+        found |= {term.strip(): anchor for term in heading.split(",")}
     return found
 
 
@@ -121,12 +121,14 @@ def link_first(text, terms, page="glossary.md"):
     left = dict(terms)
     if not left:
         return text, left
-    words = "|".join(re.escape(term) for term in sorted(left, key=len, reverse=True))
-    pattern = re.compile(rf"(?<![\w/.-])({words})(?![\w/-]|\.\w)", re.I)
+    # A small word may begin a sentence; a name such as PEFT is not the library peft.
+    known = left | {term.capitalize(): anchor for term, anchor in left.items() if term.islower()}
+    words = "|".join(re.escape(term) for term in sorted(known, key=len, reverse=True))
+    pattern = re.compile(rf"(?<![\w/.-])({words})(?![\w/-]|\.\w)")
 
     def link(match):
-        anchor = left.get(match.group().lower())
-        if anchor is None:
+        anchor = known[match.group()]
+        if anchor not in left.values():
             return match.group()
         for term in [term for term, other in left.items() if other == anchor]:
             del left[term]
@@ -157,8 +159,9 @@ class KeepInstall:
     def __init__(self, nb): ...
 
     def __call__(self, cell):
-        if cell.cell_type == "code" and re.match(r"%pip install", cell.source or ""):
-            cell.cell_type, cell.source = "markdown", f"```python\n{cell.source.strip()}\n```"
+        line = cell.cell_type == "code" and re.search(r"^%pip install.*$", cell.source or "", re.M)
+        if line:
+            cell.cell_type, cell.source = "markdown", f"```python\n{line.group().strip()}\n```"
             cell.pop("outputs", None)
 
 
@@ -202,7 +205,7 @@ class RunNeeded(exec_show_docs):
             stored = cell.get("outputs")
             super().__call__(cell)
             # What an import says here is no part of the page: outputs are those that the notebook stores.
-            if not cell.source.lstrip("#| outpuasiechofl:\n").startswith("show_doc("):
+            if not re.search(r"^show_doc\(", cell.source, re.M):
                 cell["outputs"] = stored
 
 
