@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ("before", "after", "seconds", "train_seconds", "adapter_sha256", "backend", "trainable", "total", "tokens")
-SHOWN += ("steps", "mean_loss", "last_loss", "versions")
+SHOWN += ("steps", "mean_loss", "last_loss")
 
 
 def lines(path):
@@ -32,10 +32,11 @@ def main():
         subprocess.run([sys.executable, *command], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         run = Path(folder) / "run"
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        versions = json.loads((run / "versions.json").read_text(encoding="utf-8"))
         losses = [round(row["loss"], 4) for row in lines(run / "metrics.jsonl") if "loss" in row]
         example = first_cured(lines(run / "evaluation.jsonl"))
-    result = {name: summary[name] for name in SHOWN if name in summary} | {"command": "qlora_nb train", "gpu": None}
-    result |= {"date": summary["versions"]["date"], "losses": losses, "example": example}
+    result = {name: summary[name] for name in SHOWN if name in summary} | {"versions": versions, "command": "qlora_nb train", "gpu": None}
+    result |= {"date": versions.get("date"), "losses": losses, "example": example}
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     (ROOT / "nbs/results/demo.json").write_text(text, encoding="utf-8")
 
