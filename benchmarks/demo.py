@@ -35,7 +35,8 @@ def main():
         versions = json.loads((run / "versions.json").read_text(encoding="utf-8"))
         losses = [round(row["loss"], 4) for row in lines(run / "metrics.jsonl") if "loss" in row]
         example = first_cured(lines(run / "evaluation.jsonl"))
-    result = {name: summary[name] for name in SHOWN if name in summary} | {"versions": versions, "command": "qlora_nb train", "gpu": None}
+    result = {name: summary[name] for name in SHOWN if name in summary}
+    result |= {"versions": versions, "command": "qlora_nb train", "gpu": None}
     result |= {"date": versions.get("date"), "losses": losses, "example": example}
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     (ROOT / "nbs/results/demo.json").write_text(text, encoding="utf-8")
