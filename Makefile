@@ -27,7 +27,7 @@ help:
 	@echo "make study         full, LoRA and QLoRA again, three seeds each (about 10 minutes)"
 	@echo "make study-full    all of the study (hours; a GPU is used where there is one)"
 	@echo "make docs          the site, in _docs (needs Quarto)"
-	@echo "make export        notebooks cleaned, and made into modules and README.md"
+	@echo "make export        notebooks given their heads, cleaned, and made into modules and README.md"
 	@echo "make clean         remove what was built (keeps .venv and runs)"
 
 install: $(STAMP)
@@ -75,11 +75,13 @@ study-full: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python tools/prepare_docs.py
-	@command -v quarto >/dev/null || { echo "The pages are prepared in _proc; to render them install Quarto (https://quarto.org/docs/get-started) and repeat." >&2; exit 1; }
+	@command -v quarto >/dev/null || { $(BIN)/python tools/plain_pages.py _proc _proc/plain; \
+		echo "The pages are prepared in _proc, and plain ones to read in _proc/plain; for the site install Quarto (https://quarto.org/docs/get-started) and repeat." >&2; exit 1; }
 	cd _proc && quarto render --no-cache
 	rm -rf _docs && mv _proc/_docs _docs
 
 export: $(STAMP)
+	$(BIN)/python tools/notebook_heads.py
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 	$(BIN)/python tools/make_readme.py

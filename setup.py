@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 config = ConfigParser()
@@ -13,6 +14,19 @@ cfg = config["DEFAULT"]
 LICENSES = {"apache2": "Apache-2.0"}
 STATUSES = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
 SUFFIX = "_requirements"
+
+
+
+class BuildWithResults(build_py):
+    "The measured results go into the package: a notebook that is opened alone quotes them."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for path in sorted((HERE / "nbs/results").glob("*.json")):
+                self.mkpath(str(Path(self.build_lib, "qlora_nb/results")))
+                self.copy_file(str(path), str(Path(self.build_lib, "qlora_nb/results", path.name)))
+
 
 extras = {key.removesuffix(SUFFIX): cfg[key].split() for key in cfg if key.endswith(SUFFIX)}
 
@@ -48,5 +62,6 @@ setup(
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
     },
+    cmdclass={"build_py": BuildWithResults},
     zip_safe=False,
 )

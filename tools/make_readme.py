@@ -1,5 +1,6 @@
-"""Makes README.md from nbs/index.ipynb, without Quarto."""
+"""Makes README.md, and the pictures in it, from nbs/index.ipynb, without Quarto."""
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -41,7 +42,16 @@ def output_text(output):
     return "".join(output.get("data", {}).get("text/plain", ""))
 
 
-def code(cell):
+def picture(data, directives, images):
+    "A picture of the notebook as a file beside it: {name: bytes} goes into `images`."
+    options = dict(d.split(": ", 1) for d in directives if ": " in d)
+    label = options["label"]
+    images[f"{label}.png"] = base64.b64decode("".join(data["image/png"]))
+    alt, caption = (options.get(name, "").strip('"') for name in ("fig-alt", "fig-cap"))
+    return f"![{alt}](nbs/images/{label}.png)" + f"\n\n*{caption}*" * bool(caption)
+
+
+def code(cell, images):
     directives, source = split_directives("".join(cell["source"]))
     if directives & {"hide", "default_exp", "include: false"} or any(d.startswith("default_exp") for d in directives):
         return []
@@ -49,26 +59,37 @@ def code(cell):
     if source and not directives & {"echo: false", "hide_input"}:
         parts.append(fence(source, "python"))
     if not directives & {"output: false", "hide_output"}:
-        texts = [output_text(o) for o in cell["outputs"] if not any(k.startswith("image/") for k in o.get("data", {}))]
+        texts = []
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data and any(d.startswith("label: ") for d in directives):
+                parts.append(picture(data, directives, images))
+            elif "text/markdown" in data:
+                parts.append(prose("".join(data["text/markdown"])))
+            elif not any(kind.startswith("image/") for kind in data):
+                texts.append(output_text(output))
         if text := "".join(t if t.endswith("\n") else t + "\n" for t in texts if t.strip()).strip("\n"):
             parts.append(fence(text, "text"))
     return parts
 
 
-def readme(notebook):
-    "The text of README.md for a notebook, given as its JSON."
+def readme(notebook, images=None):
+    "The text of README.md for a notebook, given as its JSON; its pictures go into `images`."
+    images = {} if images is None else images
     parts = ["<!-- Made from nbs/index.ipynb by tools/make_readme.py: edit the notebook. -->"]
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             parts.append(prose("".join(cell["source"])))
         elif cell["cell_type"] == "code":
-            parts.extend(code(cell))
+            parts.extend(code(cell, images))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def main():
-    notebook = json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8"))
-    (ROOT / "README.md").write_text(readme(notebook), encoding="utf-8")
+    notebook, images = json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8")), {}
+    (ROOT / "README.md").write_text(readme(notebook, images), encoding="utf-8")
+    for name, content in images.items():
+        (ROOT / "nbs/images" / name).write_bytes(content)
 
 
 if __name__ == "__main__":

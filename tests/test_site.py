@@ -1,0 +1,612 @@
+"""The site's pages, made as for Quarto, and read as one who follows every link; the heads of the notebooks.
+
+Quarto itself is not needed: its engine, pandoc, turns each page into HTML, and every complaint is a failure.
+"""
+
+import ast
+import fcntl
+import functools
+import html
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+from repository import MODULES, NBS, NOTEBOOKS, ROOT, cells, module_of, read, settings, tool
+
+each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+each_module = pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+TEXTS = sorted(NBS.glob("*.md"))
+EVERY = [*NOTEBOOKS, *TEXTS]
+each_page = pytest.mark.parametrize("page", EVERY, ids=lambda path: path.stem)
+BUILD_LIMIT = 180  # seconds of CPU, in one process
+ANSI = re.compile(r"\x1b\[|\[\d+(?:;\d+)*m(?=\S)")
+NOISE = re.compile(
+    r"Traceback \(most recent call last\)|\b\w*Warning:|\d+%\|[ █▏▎▍▌▋▊▉#]*\||\bit/s\]|Token indices sequence length"
+)
+
+
+@functools.cache
+def names_of(name):
+    return tool(name)
+
+
+@functools.cache
+def address(path):
+    return names_of("prepare_docs")["address"](path)
+
+
+# --- the pages, made once ---------------------------------------------------------------------------------------------
+
+
+def build(place):
+    "Copies what the site is made of, prepares it as `make docs` does, and turns each page into HTML."
+    for name in ("settings.ini", "_quarto.yml"):
+        shutil.copy(ROOT / name, place)
+    shutil.copytree(NBS, place / "nbs", symlinks=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(ROOT / "tools", place / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    (place / "qlora_nb").symlink_to(ROOT / "qlora_nb")
+    env = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
+    script = "import runpy, time; runpy.run_path('tools/prepare_docs.py', run_name='__main__')"
+    command = [sys.executable, "-c", f"{script}; print(time.process_time())"]
+    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
+    said = names_of("plain_pages")["make"](place / "_proc", place / "html")
+    (place / "made.json").write_text(
+        json.dumps({"said": said, "cpu_seconds": float(done.stdout.split()[-1]), "stderr": done.stderr})
+    )
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The folder with nbs/, _proc/, html/ and made.json; the processes of a test run share it."
+    base = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        base = base.parent
+    place = base / "site"
+    with open(base / "site.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "made.json").exists():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            build(place)
+    return place
+
+
+class Page(HTMLParser):
+    "What a test wants to know of a page."
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.images, self.title, self.description, self.prose = set(), [], [], "", "", []
+        self.in_title, self.code = False, 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, pairs):
+        found = dict(pairs)
+        self.ids |= {found[name] for name in ("id", "name") if found.get(name)}
+        if tag == "a" and found.get("href"):
+            self.links.append(found["href"])
+        if tag == "img":
+            self.images.append((found.get("src"), found.get("alt")))
+        if tag == "meta" and found.get("name") == "description":
+            self.description = found["content"]
+        self.in_title |= tag == "title"
+        self.code += tag in ("code", "pre", "style", "script")
+
+    def handle_endtag(self, tag):
+        self.in_title &= tag != "title"
+        self.code -= tag in ("code", "pre", "style", "script")
+
+    def handle_data(self, data):
+        if self.in_title:
+            self.title += data
+        elif not self.code:
+            self.prose.append(data)
+
+
+def html_of(site, page):
+    return (site / "html" / address(page)).read_text(encoding="utf-8")
+
+
+@functools.cache
+def parsed(site, page):
+    return Page(html_of(site, page))
+
+
+def test_the_pages_are_made_quickly_and_completely(site):
+    made = json.loads((site / "made.json").read_text())
+    print(f"prepared in {made['cpu_seconds']:.0f} s of CPU time")
+    assert made["cpu_seconds"] < BUILD_LIMIT
+    assert set(made["said"]) == {path.name for path in EVERY}
+    assert sorted(path.name for path in (site / "html").glob("*.html")) == sorted(map(address, EVERY))
+
+
+@each_page
+def test_pandoc_has_nothing_to_say(site, page):
+    "No warning: no formula that texmath can't read, no picture that is not there, no id twice, no open div."
+    assert json.loads((site / "made.json").read_text())["said"][page.name] == []
+
+
+def test_a_bad_page_is_seen(tmp_path):
+    "The check that stands on pandoc's warnings sees a broken formula and an open div."
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/bad.md").write_text("---\ntitle: t\ndescription: d\n---\n\n$\\frac{1$\n\n::: {.note}\nopen\n")
+    (lines,) = names_of("plain_pages")["make"](tmp_path / "in", tmp_path / "out").values()
+    assert any("Could not convert TeX math" in line for line in lines) and any("unclosed" in line for line in lines)
+
+
+@each_page
+def test_title_and_description(site, page):
+    made = parsed(site, page)
+    assert len(made.title) > 1 and 20 < len(made.description) < 260
+    assert not re.search(r"[*`_\[\]]{2}|\]\(", made.description), "Markdown in a description is shown as it stands"
+
+
+def test_titles_differ(site):
+    titles = [parsed(site, page).title for page in EVERY]
+    assert len(set(titles)) == len(titles)
+
+
+def internal(link):
+    "A link within the site as (page, id), or None: also one to the site's own address, as nbdev writes them."
+    cfg = settings()
+    link = html.unescape(link).removeprefix(f"{cfg['doc_host']}{cfg['doc_baseurl']}/")
+    if re.match(r"[a-z][a-z+.-]*:|//", link):
+        return None
+    page, _, anchor = link.partition("#")
+    return page, anchor
+
+
+def broken_links(site, page):
+    found = []
+    for link in parsed(site, page).links:
+        if (target := internal(link)) is None:
+            continue
+        name, anchor = target
+        other = next((path for path in EVERY if address(path) == name), page if not name else None)
+        if other is None:
+            if not (site / "html" / name).is_file():
+                found.append(f"{link}: no such page")
+        elif anchor and anchor not in parsed(site, other).ids:
+            found.append(f"{link}: no such place on that page")
+    return found
+
+
+@each_page
+def test_links_lead_somewhere(site, page):
+    assert broken_links(site, page) == []
+
+
+@each_page
+def test_external_links_are_whole(site, page):
+    cfg = settings()
+    for link in parsed(site, page).links:
+        assert not re.match(r"http:|www\.|https?:/[^/]|file:", link), link
+        ours = re.match(rf"https://github\.com/[^/]+/{re.escape(cfg['repo'])}/blob/([^/]+)/(.*?)(?:#L\d+)?$", link)
+        if ours:
+            assert link.startswith(cfg["git_url"]) and ours[1] == cfg["branch"], link
+            assert (ROOT / ours[2]).is_file(), link
+
+
+@each_page
+def test_pictures_are_there_and_described(site, page):
+    for source, alt in parsed(site, page).images:
+        assert source.startswith("https://colab.research.google.com/") or (site / "html" / source).is_file(), source
+        assert alt and alt.strip(), f"{source} has no alt text"
+
+
+@each_notebook
+def test_figures_have_label_caption_and_alt_text(site, notebook):
+    directives = names_of("plain_pages")["read_directives"]
+    labels = []
+    for cell in read(site / "_proc" / notebook.name)["cells"]:
+        pictures = [o for o in cell.get("outputs", []) if any(k.startswith("image/") for k in o.get("data", {}))]
+        options, _ = directives("".join(cell["source"]))
+        if not pictures or options.get("include") is False or options.get("output") is False:
+            continue
+        missing = {"label", "fig-cap", "fig-alt"} - options.keys()
+        assert not missing, f"{notebook.name}: a figure without {missing} below: {''.join(cell['source'])[:200]}"
+        assert len(pictures) == 1, f"{options['label']}: one caption for {len(pictures)} pictures"
+        labels.append(options["label"])
+    assert all(label.startswith("fig-") for label in labels) and len(set(labels)) == len(labels)
+
+
+@each_page
+def test_no_raw_directive_reference_or_div_is_left(site, page):
+    text = html_of(site, page)
+    visible = html.unescape(re.sub(r"<[^>]*>", "", re.sub(r"<style>.*?</style>", "", text, flags=re.S)))
+    assert not re.search(r"^\s*#\s*\|", visible, re.M), "a directive is shown"
+    prose = "".join(parsed(site, page).prose)
+    assert not re.search(r"^\s*:::", prose, re.M), "a fence of a div is shown"
+    assert not re.search(r"(?<!\w)@(?:fig|eq|tbl|sec)-[\w-]+", prose), "a reference leads nowhere"
+    assert "{#" not in prose and "show_doc(" not in visible
+
+
+@each_notebook
+def test_outputs_are_clean(site, notebook):
+    for cell in read(site / "_proc" / notebook.name)["cells"]:
+        for output in cell.get("outputs", []):
+            where = f"{notebook.name}: {''.join(cell['source'])[:200]}"
+            assert output["output_type"] != "error" and output.get("name") != "stderr", where
+            texts = [output.get("text", ""), *(v for k, v in output.get("data", {}).items() if k.startswith("text/"))]
+            for text in ("".join(text) for text in texts):
+                assert not ANSI.search(text) and not NOISE.search(text), f"{where}\n{text[:400]}"
+
+
+@pytest.mark.quick
+def test_noise_is_recognised():
+    noise = (
+        "\x1b[31mred",
+        "Traceback (most recent call last):",
+        "UserWarning: x",
+        " 40%|████      | 4/10 [00:01<00:02, 3.1it/s]",
+    )
+    assert all(ANSI.search(text) or NOISE.search(text) for text in noise)
+    assert not any(p.search("exact answers  9.5%   93.0%\n| a | 5% | b |\nwarning: none") for p in (ANSI, NOISE))
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def public(module):
+    "Names that a module defines and exports, with what they are."
+    names = importlib.import_module(f"qlora_nb.{module.stem}")
+    for name in names.__all__:
+        thing = getattr(names, name)
+        if callable(thing) and getattr(thing, "__module__", None) == names.__name__:
+            yield name, thing
+
+
+def parameters(tree, source, strict=True):
+    "Each parameter of a function and whether a comment speaks of it; an annotation is enough where it isn't strict."
+    lines = source.splitlines()
+    arguments = [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]
+    for arg in arguments:
+        if arg.arg not in ("self", "cls"):
+            said = "#" in lines[arg.end_lineno - 1].partition(arg.arg)[2]
+            yield arg.arg, said or arg.arg in COMMON or not strict and bool(arg.annotation)
+
+
+# What these are called everywhere, and what they are there.
+COMMON = {"model", "tokenizer", "data", "rows", "ax", "shape"}
+
+
+def undocumented(module):
+    source, found = module.read_text(encoding="utf-8"), []
+    names = dict(public(module))
+    package = importlib.import_module("qlora_nb")
+    api = {name for name, thing in names.items() if getattr(package, name, None) is thing}
+    for node in ast.parse(source).body:
+        if getattr(node, "name", None) not in names:
+            continue
+        if not ast.get_docstring(node):
+            found.append(f"{node.name}: no docstring")
+        functions = [node] if isinstance(node, ast.FunctionDef) else []
+        if isinstance(node, ast.ClassDef):
+            functions = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+        for function in functions:
+            doc = f"{ast.get_docstring(node)} {ast.get_docstring(function)}"
+            for name, commented in parameters(function, source, node.name in api):
+                if not commented and not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", doc):
+                    found.append(f"{node.name}: {name}")
+    return found
+
+
+@each_module
+def test_public_names_and_their_parameters_are_documented(module):
+    assert undocumented(module) == []
+
+
+def test_an_undocumented_parameter_is_seen(tmp_path):
+    tree = ast.parse(source := 'def f(\n    a,  # said\n    b=3,\n): "Doc."').body[0]
+    assert dict(parameters(tree, source)) == {"a": True, "b": False}
+
+
+@each_module
+def test_public_names_stand_on_their_page(site, module):
+    "nbdev's own index says where each name is; the page has it there, with its signature."
+    from qlora_nb._modidx import d
+
+    places = d["syms"][f"qlora_nb.{module.stem}"]
+    for name, _ in public(module):
+        place, _ = places[f"qlora_nb.{module.stem}.{name}"]
+        page, anchor = place.split("#")
+        source = next(path for path in NOTEBOOKS if address(path) == page)
+        made = parsed(site, source)
+        assert anchor in made.ids, f"{name} is not in the reference of {page}"
+
+
+@each_module
+def test_source_links_lead_to_the_line(site, module):
+    page = next(path for path in NOTEBOOKS if module_of(path) == module.stem)
+    text = html_of(site, page)
+    found = re.findall(r'href="([^"]+)#L(\d+)"[^>]*>source</a></p>\s*<h3 id="[^"]*">([^<]*)</h3>', text)
+    lines = module.read_text(encoding="utf-8").splitlines()
+    assert bool(found) == any(True for _ in public(module))
+    for link, line, name in found:
+        assert link.endswith(f"/qlora_nb/{module.name}"), f"{name}: {link}"
+        assert re.match(rf"(@|(async )?def {name}\b|class {name}\b)", lines[int(line) - 1]), f"{name}: line {line}"
+
+
+SIGNATURES = {
+    "10_model.ipynb": {"load_model": ("max_seq_length:int=2048", "load_in_4bit:bool=True"), "add_lora": ("r:int=16",)},
+    "13_generate.ipynb": {"chat": ("max_new_tokens:int=512", "temperature:float=0.7")},
+}
+
+
+@pytest.mark.parametrize("notebook", ["10_model.ipynb", "13_generate.ipynb"])
+def test_types_and_defaults_of_the_reference(site, notebook):
+    text = html.unescape(re.sub(r"<[^>]*>", "", html_of(site, NBS / notebook)))
+    squeezed = re.sub(r"\s", "", text)
+    for name, wanted in SIGNATURES[notebook].items():
+        assert name in text
+        for signature in wanted:
+            assert signature in squeezed, f"{name}: {signature} is not on the page"
+
+
+# --- sidebar, front page, text pages ----------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_sections_of_the_sidebar(tmp_path):
+    section = names_of("prepare_docs")["section_of"]
+    expected = {
+        "Start": "index.ipynb 30_quickstart.ipynb 40_takeaways.ipynb",
+        "Mathematics": "01_lora.ipynb 05_recommend.ipynb",
+        "Workflow": "09_doctor.ipynb 15_training.ipynb 21_cli.ipynb",
+        "Recipes": "31_tiny_base.ipynb 34_full_lora_qlora.ipynb 41_more.ipynb",
+        "Reference": "00_core.ipynb glossary.md older_tutorial.md limits.md",
+    }
+    for name, files in expected.items():
+        assert {section(path) for path in files.split()} == {name}
+    for name in reversed(" ".join(expected.values()).split()):
+        (tmp_path / name).write_text("")
+    contents = names_of("prepare_docs")["sidebar"](tmp_path)["website"]["sidebar"]["contents"]
+    assert [part["section"] for part in contents] == list(expected)
+    assert contents[0]["contents"] == expected["Start"].split()
+    assert contents[4]["contents"] == "glossary.md older_tutorial.md limits.md 00_core.ipynb".split()
+
+
+def test_every_page_is_in_the_sidebar_once_and_in_llms_txt(site):
+    made = yaml.safe_load((site / "_proc/sidebar.yml").read_text(encoding="utf-8"))
+    listed = [name for part in made["website"]["sidebar"]["contents"] for name in part["contents"]]
+    assert sorted(listed) == sorted(path.name for path in EVERY)
+    text = (site / "_proc/llms.txt").read_text(encoding="utf-8")
+    root = f"{settings()['doc_host']}{settings()['doc_baseurl']}"
+    links = re.findall(r"^- \[.+\]\((.+?)\): .{20,}$", text, re.M)
+    assert sorted(links) == sorted(f"{root}/{address(path)}" for path in EVERY)
+    assert text.startswith(f"# {settings()['title']}\n\n> ")
+
+
+@pytest.mark.quick
+def test_quarto_settings():
+    made = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    page, web = made["format"]["html"], made["website"]
+    assert set(page["theme"]) == {"light", "dark"} and page["code-copy"] and page["toc"]
+    assert web["search"] and web["page-navigation"]
+    for name in (page["css"], web["favicon"], web["open-graph"]["image"], web["twitter-card"]["image"]):
+        assert (NBS / name).is_file(), name
+    assert (NBS / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
+    flow = (ROOT / ".github/workflows/docs.yml").read_text(encoding="utf-8")
+    steps = yaml.safe_load(flow)["jobs"]["build"]["steps"]
+    (quarto,) = [step for step in steps if "quarto" in step.get("uses", "")]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", quarto["with"]["version"])
+    assert any(step.get("run") == "make docs" for step in steps)
+
+
+@pytest.mark.quick
+def test_card_and_favicon_are_what_the_script_draws(tmp_path):
+    from PIL import Image, ImageChops
+
+    names_of("make_images")["main"](tmp_path)
+    assert (tmp_path / "favicon.svg").read_bytes() == (NBS / "images/favicon.svg").read_bytes()
+    drawn, kept = (Image.open(folder / "card.png").convert("RGB") for folder in (tmp_path, NBS / "images"))
+    assert drawn.size == kept.size == (1200, 630) and ImageChops.difference(drawn, kept).getbbox() is None
+
+
+@pytest.mark.quick
+def test_first_use_of_a_term_is_linked():
+    names = names_of("prepare_docs")
+    terms = names["glossary_terms"]("## LoRA\n\n## adapter, adapters\n\n## NF4 {#four}\n\n## rank\n\n## PEFT\n")
+    assert terms == {"LoRA": "lora", "adapter": "adapter-adapters", "adapters": "adapter-adapters"} | {
+        "NF4": "four", "rank": "rank", "PEFT": "peft",
+    }  # fmt: skip
+    text = "# LoRA\n\n`NF4` in [LoRA](x.md), $LoRA$ NF4-like peft.\n\n```\nNF4\n```\n\n"
+    out, left = names["link_first"](text + "LoRA has adapters; an adapter, LoRA. Rank, rank", terms)
+    linked = "[LoRA](glossary.md#lora) has [adapters](glossary.md#adapter-adapters); an adapter, LoRA. "
+    assert out == text + linked + "[Rank](glossary.md#rank), rank"
+    assert set(left) == {"NF4", "PEFT"}
+
+
+def test_glossary_is_linked_from_the_pages(site):
+    terms = set(names_of("prepare_docs")["glossary_terms"]((NBS / "glossary.md").read_text(encoding="utf-8")).values())
+    assert {"nf4", "absmax", "rank", "packing"} <= terms
+    used = {link for page in NOTEBOOKS for link in parsed(site, page).links if link.startswith("glossary.html#")}
+    assert {f"glossary.html#{term}" for term in ("nf4", "lora", "absmax", "packing")} <= used
+
+
+def test_older_tutorial_is_right_about_trl():
+    import inspect
+
+    from trl import SFTConfig, SFTTrainer
+
+    trainer, config = (set(inspect.signature(thing).parameters) for thing in (SFTTrainer.__init__, SFTConfig.__init__))
+    assert "processing_class" in trainer and not trainer & {"tokenizer", "packing", "max_seq_length"}
+    assert "max_length" in config and not config & {"max_seq_length", "warmup_ratio"}
+    assert inspect.signature(SFTConfig.__init__).parameters["max_length"].default == 1024
+
+
+# --- the front page as README -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_readme_is_plain_markdown_whose_links_and_pictures_resolve():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    assert not re.search(r"^:::|^#\s*\||\{[#.][\w-]|\]\{|@fig-|^---$|\$\$", prose, re.M)
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose)
+    assert len(targets) > 15 and any(target.endswith(".png") for target in targets)
+    for target in targets:
+        assert target.startswith("https://") or (ROOT / target.partition("#")[0]).is_file(), target
+    for alt, _ in re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", prose):
+        assert alt
+
+
+@pytest.mark.quick
+def test_readme_pictures_are_those_of_the_index():
+    images = {}
+    names_of("make_readme")["readme"](read(NBS / "index.ipynb"), images)
+    assert images, "the front page has its picture"
+    for name, content in images.items():
+        assert (NBS / "images" / name).read_bytes() == content, "run `make readme`"
+
+
+@pytest.mark.quick
+def test_front_page_says_what_how_and_needs():
+    "Within the first screens: the sentence, the badge, the picture, the ten lines, the three doors, the claims."
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    order = ["> Fine-tune", "colab-badge.svg", "nbs/images/", "load_model(", "## Three doors", "You need", "| claim |"]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+    code = re.search(r"^```python\n(.*?)^```", text, re.M | re.S)[1]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    for notebook in NOTEBOOKS:
+        assert notebook.stem == "index" or f"(nbs/{notebook.name})" in text, f"run index.ipynb again: {notebook.stem}"
+
+
+# --- heads for Colab --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+@each_notebook
+def test_notebook_heads(notebook):
+    "Badge, install line, GPU and foot are what settings.ini and the tool say."
+    names = names_of("notebook_heads")
+    before = read(notebook)
+    after = names["set_heads"](json.loads(json.dumps(before)), notebook.stem, names["settings"]())
+    assert after == before, "run `python tools/notebook_heads.py`, then `python tools/skipped_cells.py`"
+
+
+@pytest.mark.quick
+@each_notebook
+def test_badge_and_install_line(notebook):
+    cfg, texts = settings(), [source for _, source in cells(notebook)]
+    whole = "\n".join(texts)
+    target = "30_quickstart" if notebook.stem == "index" else notebook.stem
+    path = f"{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/nbs/{target}.ipynb"
+    assert re.findall(r"colab\.research\.google\.com/github/([^)\s]+)", whole) == [path]
+    assert (NBS / f"{target}.ipynb").is_file()
+    if notebook.stem != "index":
+        address = f"git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}"
+        line = f'%pip install -q "qlora_nb[unsloth] @ {address}"'
+        assert [s for s in texts if re.search(r"^%pip|^!pip", s, re.M)] == [f"#| eval: false\n{line}"]
+
+
+@pytest.mark.quick
+@each_notebook
+def test_needs_and_run_time_are_said(notebook):
+    if notebook.stem == "index":
+        return
+    head = cells(notebook, "markdown")[1][1]
+    paragraphs = [part for part in head.split("\n\n") if part.startswith("Needs ")]
+    said = paragraphs and re.search(r"(second|minute|hour)s?\b[^.]*\b(CPU|GPU|T4|H\d00)", paragraphs[0], re.S)
+    assert said, f"no line 'Needs …; runs in … on …':\n{head[:300]}"
+
+
+@pytest.mark.quick
+@each_notebook
+def test_a_gpu_is_asked_for_where_cells_need_one(notebook):
+    wants = notebook.stem == "30_quickstart" or any(s.startswith("#| cuda") for _, s in cells(notebook, "code"))
+    assert (read(notebook)["metadata"].get("accelerator") == "GPU") == wants
+
+
+@pytest.mark.quick
+def test_owner_and_repository_stand_once():
+    "Change settings.ini, run the tools, and everything follows."
+    names = names_of("notebook_heads")
+    other = dict(names["settings"]()) | {"user": "somebody", "repo": "fork", "branch": "dev"}
+    for path in NOTEBOOKS:
+        made = json.dumps(names["set_heads"](read(path), path.stem, other))
+        assert "OWNER" not in made and "somebody/fork/blob/dev/nbs/" in made, path.name
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    made = {"README.md", "qlora_nb/_modidx.py", *(f"nbs/{path.name}" for path in NOTEBOOKS)}
+    for name in set(listed) - made - {"settings.ini", "tests/test_site.py"}:
+        path = ROOT / name
+        if path.suffix in (".py", ".yml", ".md", ".toml", ".ini", ".txt", ".css") or path.name == "Makefile":
+            assert "OWNER/" not in path.read_text(encoding="utf-8"), name
+
+
+@pytest.mark.quick
+def test_heads_of_a_bare_notebook():
+    names = names_of("notebook_heads")
+    bare = {
+        "cells": [
+            {"cell_type": "code", "id": "a", "metadata": {}, "source": ["#| default_exp x"], "outputs": []},
+            {"cell_type": "markdown", "id": "b", "metadata": {}, "source": ["# T\n\n", "> claim\n\n", "Needs."]},
+            {"cell_type": "code", "id": "c", "metadata": {}, "source": ["#| cuda\n", "1"], "outputs": []},
+            {"cell_type": "code", "id": "d", "metadata": {}, "source": ["import nbdev\n\nnbdev.nbdev_export()"]},
+        ],
+        "metadata": {},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    made = names["set_heads"](bare, "99_x", names["settings"]())
+    texts = ["".join(cell["source"]) for cell in made["cells"]]
+    assert texts[1] == "# T\n\n> claim" and texts[2].startswith("[![Open in Colab]") and texts[2].endswith("\n\nNeeds.")
+    assert texts[3].startswith("#| eval: false\n%pip install") and texts[5] == names["FOOT"]
+    assert [cell["id"] for cell in made["cells"] if len(cell["id"]) == 1] == list("abcd")
+    assert made["metadata"]["accelerator"] == "GPU"
+    assert names["set_heads"](json.loads(json.dumps(made)), "99_x", names["settings"]()) == made
+
+
+# --- a T4 computes in fp16 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "name, capability, wanted",
+    [
+        ("Tesla T4", (7, 5), "float16"),
+        ("Tesla V100", (7, 0), "float16"),
+        ("A100", (8, 0), "bfloat16"),
+        ("L4", (8, 9), "bfloat16"),
+    ],
+)
+def test_dtype_follows_the_capability(monkeypatch, name, capability, wanted):
+    "Also where torch says that bf16 is supported: on a T4 it emulates it, slowly."
+    import torch
+
+    from qlora_nb import model
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a, **k: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a, **k: name)
+    assert model.choose_dtype() is getattr(torch, wanted)
+
+
+def test_trainer_on_a_t4_is_told_fp16_and_never_bf16(monkeypatch, tmp_path):
+    "The compute dtype decides for the trainer too; bf16 stays off although torch claims to support it."
+    import torch
+
+    from qlora_nb import model, training
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a, **k: (7, 5))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
+    dtype = model.choose_dtype()
+    seen = {}
+    # The configuration itself asks the driver, which can't be faked: what it is given is what counts.
+    monkeypatch.setattr("trl.SFTConfig", lambda **arguments: seen.update(arguments))
+    training.trainer_arguments(training.Settings(), tmp_path, dtype, checkpointing=True)
+    assert (dtype, seen["fp16"], seen["bf16"], seen["use_cpu"]) == (torch.float16, True, False, False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a, **k: (8, 0))
+    training.trainer_arguments(training.Settings(), tmp_path, model.choose_dtype(), checkpointing=True)
+    assert (seen["fp16"], seen["bf16"]) == (False, True)
