@@ -88,7 +88,7 @@ def configuration(config: str | None, resume: str | None, output: str | None) ->
     known = {
         *SETTINGS, "model", "revision", "backend", "load_in_4bit", "dtype", "data", "data_name", "limit", "eval_data", "r",
         "lora_alpha", "lora_dropout", "bias", "use_rslora", "target_modules", "use_gradient_checkpointing", "random_state",
-        "fingerprints", "system", "plan",
+        "fingerprints", "rows_read", "system", "plan",
     }
     if unknown := sorted(set(found) - known):
         raise UserError(f"the configuration {config} has settings that are not known: {', '.join(unknown)}")

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Points', 'MEASURES', 'SEVERITIES', 'SECTIONS', 'Html', 'clean', 'escaped', 'tag', 'number', 'figure', 'size',
            'duration', 'Folder', 'run_path', 'read_part', 'read_rows', 'find_certificates', 'read_folder', 'ticks',
-           'thin', 'curve', 'window_of', 'running_mean', 'Line', 'chart', 'section', 'missing', 'loss_chart',
-           'section_curves', 'sign_test', 'pairs_of', 'changes', 'shares', 'verdict', 'headline', 'facts', 'table',
-           'details', 'data_name', 'method', 'length', 'setup_facts', 'plain_numbers', 'fingerprints', 'section_setup',
-           'finding', 'findings', 'check_command', 'section_preflight', 'section_diagnosis', 'memory_of', 'bars',
-           'section_plan', 'interval', 'share_row', 'before_after', 'section_evaluation', 'marked', 'cut', 'judged',
-           'example', 'section_replies', 'short', 'rows_table', 'certificate_part', 'section_certificate', 'use_lines',
+           'thin', 'curve', 'window_of', 'running_mean', 'Line', 'chart', 'shares', 'section', 'missing', 'loss_chart',
+           'section_curves', 'sign_test', 'pairs_of', 'changes', 'verdict', 'headline', 'facts', 'table', 'details',
+           'data_name', 'method', 'length', 'setup_facts', 'plain_numbers', 'fingerprints', 'section_setup', 'finding',
+           'findings', 'check_command', 'section_preflight', 'section_diagnosis', 'memory_of', 'bars', 'section_plan',
+           'interval', 'share_row', 'before_after', 'section_evaluation', 'marked', 'cut', 'judged', 'example',
+           'section_replies', 'short', 'rows_table', 'certificate_part', 'section_certificate', 'use_lines',
            'section_use', 'again_command', 'section_again', 'document', 'notes', 'report_page', 'write_report',
            'Report', 'show_report', 'flat', 'run_figures', 'Comparison', 'write_comparison', 'plot_comparison',
            'run_names', 'compare']
@@ -306,6 +306,13 @@ def _coordinates(points: Points, low: float, high: float, top: float) -> str:
         places.append((1000.0, places[0][1]))
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
+# %% ../nbs/20_report.ipynb #91e3b7aa
+def shares(summary: dict, name: str) -> tuple[float | None, float | None]:
+    "A measure before and after; None where it was not taken."
+    found = [summary.get(stage) for stage in ("before", "after")]
+    values = [stage.get(name) if isinstance(stage, dict) else None for stage in found]
+    return tuple(value if number(value) else None for value in values)
+
 # %% ../nbs/20_report.ipynb #6ffc9231
 def section(title: str, *content, id_: str | None = None) -> Html:
     "A part of the report."
@@ -368,13 +375,6 @@ MEASURES = {  # field of summary.json and evaluation.jsonl: (in a table, in the 
     "form": ("The form that was asked for", "answered in the form that was asked for"),
     "stops": ("Stops by itself", "ended by themselves"),
 }
-
-
-def shares(summary: dict, name: str) -> tuple[float | None, float | None]:
-    "A measure before and after; None where it was not taken."
-    found = [summary.get(stage) for stage in ("before", "after")]
-    values = [stage.get(name) if isinstance(stage, dict) else None for stage in found]
-    return tuple(value if number(value) else None for value in values)
 
 
 def verdict(pairs: list[tuple[dict, dict]], name: str) -> str:
