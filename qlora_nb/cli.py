@@ -436,7 +436,8 @@ def tokenizer_of(model: str, revision: str | None):
     return tokenizer, config.get_text_config()
 
 # %% ../nbs/21_cli.ipynb #7872092f
-def checked(model: str, revision, data, data_name, eval_data, limit, max_length: int, **settings):
+def checked(model: str, revision: str | None, data: str | None, data_name: str | None, eval_data: str | None, limit: int | None,
+            max_length: int, **settings):
     "Load what is named and look at it; returns the `DatasetReport`."
     from qlora_nb.data import check_dataset, load_sft_dataset
 

@@ -531,7 +531,9 @@ class Run:
         return found
 
 
-def load_run(path: str | Path) -> Run:
+def load_run(
+    path: str | Path,  # a run's folder
+) -> Run:
     "Read a finished run from its folder. Raises `UserError` where there is none."
     path = Path(path).expanduser().absolute()
     if not (path / "config.yaml").exists():
@@ -565,6 +567,7 @@ def memory_lines(plan: dict | None) -> list[str]:
 
 # %% ../nbs/15_training.ipynb #96a31b6b-18
 def percent(share: float | None) -> str:
+    "A share as text; a dash for None."
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
@@ -732,7 +735,7 @@ def common_system(data) -> str | None:
     return texts.pop() if len(texts) == 1 else None
 
 # %% ../nbs/15_training.ipynb #96a31b6b-22
-def run_config(model, tokenizer, settings: Settings, data, eval_data, source: dict) -> dict:
+def run_config(model, tokenizer, settings: Settings, data, eval_data: object, source: dict) -> dict:
     "What `config.yaml` holds: where things came from, every setting, and fingerprints."
     info, lora = model_info(model), model.peft_config["default"]
     return {
@@ -749,7 +752,7 @@ def run_config(model, tokenizer, settings: Settings, data, eval_data, source: di
     }
 
 # %% ../nbs/15_training.ipynb #96a31b6b-23
-def fit(trainer, watch, progress: Progress, path: Path, interrupted: list, resume_from: Path | None) -> float:
+def fit(trainer: object, watch: object, progress: Progress, path: Path, interrupted: list, resume_from: Path | None) -> float:
     "Train, and return the seconds it took. Raises `Interrupted` after Ctrl-C, `UserError` on a full disk."
     watch.trainer, start = trainer, time.time()
     if resume_from and at_its_end(resume_from):
@@ -779,6 +782,7 @@ def fit(trainer, watch, progress: Progress, path: Path, interrupted: list, resum
 
 
 def how_to_go_on(path: Path) -> str:
+    "What to type to take up a run that was stopped."
     return f"go on with qlora_nb train --resume {path} (in Python: train(…, resume={str(path)!r}))"
 
 # %% ../nbs/15_training.ipynb #96a31b6b-24
@@ -845,7 +849,7 @@ def rows_read(rows, dropped: list[int], report, settings: Settings) -> dict:
     }
 
 # %% ../nbs/15_training.ipynb #96a31b6b-27
-def preflight(data, tokenizer, settings: Settings, eval_data, check: bool, path: Path):
+def preflight(data, tokenizer, settings: Settings, eval_data: object, check: bool, path: Path):
     "Look at the data before anything is trained; returns rows of `input_ids` and `labels`, and what was read. Writes preflight.json."
     say, report, cut = print_to_stderr, None, settings.truncation == "cut_prompt"
     if check:
@@ -869,10 +873,11 @@ def preflight(data, tokenizer, settings: Settings, eval_data, check: bool, path:
 
 
 def print_to_stderr(text: str) -> None:
+    "Progress and warnings leave stdout to the result."
     print(text, file=sys.stderr)
 
 # %% ../nbs/15_training.ipynb #96a31b6b-28
-def finish(path: Path, config: dict, watch, before, after, summary: dict) -> dict:
+def finish(path: Path, config: dict, watch: object, before: Evaluation | None, after: Evaluation | None, summary: dict) -> dict:
     "Write evaluation.jsonl, loss.png, report.md and, last, summary.json."
     import matplotlib.pyplot as plt
 
@@ -947,7 +952,8 @@ def advice(model, rows: int) -> dict:
     return {name: found[name] for name in ADVISED}
 
 # %% ../nbs/15_training.ipynb #54aea6c3
-def start(model, tokenizer, data, eval_data, arguments: dict, config: dict | None, plan, resume, output, source: dict):
+def start(model, tokenizer, data, eval_data: object, arguments: dict, config: dict | None, plan: object, resume: str | Path | None,
+          output: str | Path | None, source: dict):
     "Settings, data, folder, configuration and plan of a run: all that is decided before anything is computed."
     check_model(model)
     path, config = resumed(resume, arguments) if resume else (None, config)
@@ -968,7 +974,8 @@ def start(model, tokenizer, data, eval_data, arguments: dict, config: dict | Non
     return settings, data, eval_data, path, new, found
 
 # %% ../nbs/15_training.ipynb #96a31b6b-31
-def run(model, tokenizer, data, eval_data, output, check, config, plan, resume, arguments: dict, source: dict, started: float) -> Run:
+def run(model, tokenizer, data, eval_data: object, output: str | Path | None, check: bool, config: dict | None, plan: object,
+        resume: str | Path | None, arguments: dict, source: dict, started: float) -> Run:
     "What `train` does; `source` says where the data came from, `started` when the clock of `seconds` began."
     from transformers import set_seed
 
@@ -1006,7 +1013,7 @@ def taken(trainer, clock, settings: Settings, rows: int) -> dict:
     }
 
 # %% ../nbs/15_training.ipynb #96a31b6b-32
-def steps(model, tokenizer, rows, eval_data, settings: Settings, path: Path, config: dict, resume: bool, started: float) -> Run:
+def steps(model, tokenizer, rows, eval_data: object, settings: Settings, path: Path, config: dict, resume: bool, started: float) -> Run:
     "Evaluate, train, save, evaluate, and write down what came out."
     from qlora_nb.merging import save_adapter
     from qlora_nb.report import write_report
