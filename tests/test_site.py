@@ -505,7 +505,8 @@ def test_badge_and_install_line(notebook):
     assert (NBS / f"{target}.ipynb").is_file()
     if notebook.stem != "index":
         address = f"git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}"
-        line = f'%pip install -q "qlora_nb[unsloth] @ {address}"'
+        extras = "unsloth,gguf" if notebook.stem in ("17_gguf", "22_certificate") else "unsloth"
+        line = f'%pip install -q "qlora_nb[{extras}] @ {address}"'
         assert [s for s in texts if re.search(r"^%pip|^!pip", s, re.M)] == [f"#| eval: false\n{line}"]
 
 

@@ -32,6 +32,8 @@ if Path("../settings.ini").exists():  # a checkout; in Colab there is nothing to
     nbdev_export()"""
 # Made for a GPU, though their cells also run without one.
 WANT_GPU = ("30_quickstart",)
+# They make GGUF files, or open them in llama.cpp.
+WANT_LLAMA = ("17_gguf", "22_certificate")
 
 
 def settings(root=ROOT):
@@ -46,10 +48,11 @@ def badge(stem, cfg):
     return f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({where})"
 
 
-def install_line(cfg):
-    "The one line that installs all in Colab."
+def install_line(cfg, stem=""):
+    "The one line that installs all in Colab; with llama.cpp for the notebooks that run it."
+    extras = "unsloth,gguf" if stem in WANT_LLAMA else "unsloth"
     name, url = cfg["lib_name"], f"https://github.com/{cfg['user']}/{cfg['repo']}"
-    return f'%pip install -q "{name}[unsloth] @ git+{url}@{cfg["branch"]}"'
+    return f'%pip install -q "{name}[{extras}] @ git+{url}@{cfg["branch"]}"'
 
 
 def source(cell):
@@ -96,7 +99,7 @@ def set_head(cells, stem, cfg):
 
 
 def set_install(cells, at, stem, cfg):
-    text = f"#| eval: false\n{install_line(cfg)}"
+    text = f"#| eval: false\n{install_line(cfg, stem)}"
     found = [cell for cell in cells if cell["cell_type"] == "code" and re.search(r"^%pip install", source(cell), re.M)]
     if found:
         put(found[0], text)
