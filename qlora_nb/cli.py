@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'MODEL_FLAGS', 'TRAIN_FLAGS', 'given', 'pick', 'data_of', 'lora_arguments', 'configuration', 'compare_data',
-           'plan_of', 'loading_arguments', 'foresee', 'train_run', 'process_start', 'quantizations', 'served',
-           'with_flags', 'train', 'quiet_stdout', 'opened', 'run_of', 'chat', 'evaluate', 'plans', 'cards_table',
-           'plan', 'tokenizer_of', 'checked', 'check', 'export', 'modelfile', 'certify', 'report', 'compare', 'doctor',
-           'recommend', 'diagnose', 'info', 'main']
+           'plan_of', 'loading_arguments', 'foresee', 'check_exportable', 'train_run', 'process_start', 'quantizations',
+           'embedded', 'served', 'with_flags', 'train', 'quiet_stdout', 'opened', 'run_of', 'chat', 'evaluate', 'plans',
+           'cards_table', 'plan', 'tokenizer_of', 'checked', 'check', 'export', 'modelfile', 'gguf_files', 'certify',
+           'report', 'compare', 'doctor', 'recommend', 'diagnose', 'info', 'main']
 
 # %% ../nbs/21_cli.ipynb #826fda92
 import contextlib
+import gc
+import importlib
 import inspect
 import json
 import sys
@@ -92,13 +94,15 @@ def configuration(config: str | None, resume: str | None, output: str | None) ->
     }
     if unknown := sorted(set(found) - known):
         raise UserError(f"the configuration {config} has settings that are not known: {', '.join(unknown)}")
+    if not isinstance(found.get("fingerprints", {}), dict | None):
+        raise UserError(f"the configuration {config} has fingerprints that are no mapping: leave them out")
     return found
 
 # %% ../nbs/21_cli.ipynb #826fda92-7
 def compare_data(old: dict, new: dict) -> None:
     "Say so where a configuration was taken back, but not its data, to the byte."
-    for name, value in old.get("fingerprints", {}).items():
-        if value != new["fingerprints"][name]:
+    for name, value in (old.get("fingerprints") or {}).items():
+        if value != new["fingerprints"].get(name):
             print(f"note: {name} is not what it was in the configuration's run", file=sys.stderr)
 
 # %% ../nbs/21_cli.ipynb #eb15a274
@@ -149,9 +153,22 @@ def foresee(name: str, data, settings: dict, config: dict, lora: dict, how: dict
     except UserError:  # an architecture or an optimizer that isn't counted; what is really wrong is said when it is used
         return None
 
+# %% ../nbs/21_cli.ipynb #a2f61c09
+def check_exportable(model, tokenizer) -> None:
+    "Raises `UserError` before the training, where the export or its certificate would fail after it."
+    from qlora_nb.gguf_export import architecture_of, read_vocabulary
+
+    architecture_of({**model.config.to_dict(), "architectures": [type(model).__name__]})
+    read_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+    for name in ("llama_cpp", "xllamacpp"):
+        try:
+            importlib.import_module(name)
+        except (ImportError, RuntimeError, OSError) as error:
+            raise UserError(f"the certificate needs {name} ({error}): pip install 'qlora_nb[gguf]', or train without --export") from error
+
 # %% ../nbs/21_cli.ipynb #826fda92-8
-def train_run(flags: dict, settings: dict):
-    "Load, attach, train: what `qlora_nb train` does; returns the `Run`."
+def train_run(flags: dict, settings: dict, formats: list[str]):
+    "Load, attach, train: what `qlora_nb train` does; returns the `Run`. `formats` are what it is to be exported in."
     from qlora_nb.data import load_sft_dataset
     from qlora_nb.model import add_lora, load_model, model_path
     from qlora_nb.training import read_config, run, settings_for
@@ -167,6 +184,8 @@ def train_run(flags: dict, settings: dict):
     if plan is None and (warning := foresee(name, data, settings, config, lora, how)):
         print(warning, file=sys.stderr)
     model, tokenizer = load_model(name, **how)
+    if formats:
+        check_exportable(model, tokenizer)
     result = run(
         add_lora(model, **lora), tokenizer, data, held_out, flags["output"], True, None if flags["resume"] else config, plan,
         flags["resume"], settings, source, process_start(),
@@ -240,12 +259,30 @@ def quantizations(text: str | None) -> list[str]:
     return check_quantizations([name.strip() for name in text.split(",") if name.strip()])
 
 
+def embedded(run) -> bool:
+    "Whether a run's base is the embedded model, which has held-out rows of its own."
+    from qlora_nb.training import read_config
+
+    return read_config(run.path / "config.yaml")["model"] == "qlora_nb:embedded"
+
+# %% ../nbs/21_cli.ipynb #a2f61c0a
 def served(run, names: list[str], model_rows: int = 40) -> bool:
     "Export a run and certify it; `seconds` of its summary then cover that too. Whether what is served is what was trained."
+    import torch
+
     from qlora_nb.core import write_json
 
+    run.model = run.tokenizer = None  # the export loads the base anew, layer by layer
+    gc.collect()
+    torch.cuda.empty_cache()
     run.export(names)
-    found = run.certify(model_rows=model_rows)
+    if run.eval_data is None and run.summary["before"] is None and not embedded(run):
+        print("not certified: no rows were held out (--eval-rows, --eval-data)", file=sys.stderr)
+        return True
+    try:
+        found = run.certify(model_rows=model_rows)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"no memory left to certify: go on with qlora_nb certify {run.path} on a larger card") from error
     print(found, file=sys.stderr)
     run.summary = {**run.summary, "seconds": round(time.time() - process_start(), 2), "certified": found.passed}
     write_json(run.path / "summary.json", run.summary)
@@ -272,10 +309,11 @@ def train(**flags):
     settings, formats = given(**{name: flags.pop(name) for name in TRAIN_FLAGS}), flags.pop("export")
     with quiet_stdout():
         names = quantizations(formats)
-        result = train_run(flags, settings)
+        result = train_run(flags, settings, names)
         print(result.report().partition("\n| problem")[0], file=sys.stderr)
+    print(result.path, flush=True)  # whatever comes of the export, the run is there
+    with quiet_stdout():
         passed = not names or served(result, names)
-    print(result.path)
     if not passed:
         raise typer.Exit(1)
 
@@ -331,6 +369,9 @@ def chat(
         if run and run.lower().endswith(".gguf"):
             from qlora_nb.certificate import chat_gguf
 
+            if model or adapter or backend:
+                raise UserError("a GGUF and --model, --adapter or --backend are given: the file is all that llama.cpp takes")
+
             ask, config = partial(chat_gguf, run), run_of(Path(run))
         else:
             from qlora_nb.generation import chat as ask_model
@@ -364,7 +405,7 @@ def evaluate(
         loaded, tokenizer, config = opened(run, model, adapter, backend)
         if data is None and config.get("data") is not None:
             raise UserError(f"the run {run} was trained on {config['data']}: name the rows to answer with --data")
-        limit_ = max_new_tokens or config.get("max_new_tokens", 512)
+        limit_ = config.get("max_new_tokens", 512) if max_new_tokens is None else max_new_tokens
         rows = load_sft_dataset(data, data_name, split="train" if data else "heldout", limit=limit)
         base = load_sft_dataset(split="base_task", limit=200)
         found = measure(loaded, tokenizer, rows, max_new_tokens=limit_, base_data=base)
@@ -514,6 +555,14 @@ def modelfile(
         print(ollama_commands(name, path), file=sys.stderr)
     print(path)
 
+# %% ../nbs/21_cli.ipynb #b3e70d0a
+def gguf_files(run: str, named: list[str] | None) -> list[str]:
+    "The files that were named, else those in the folder. Raises `UserError` where there is none."
+    found = named or sorted(map(str, Path(run).expanduser().glob("*.gguf")))
+    if not found:
+        raise UserError(f"there is no GGUF in {run}: export one with qlora_nb export {run}, or name it")
+    return found
+
 # %% ../nbs/21_cli.ipynb #b3e70d04
 @app.command()
 def certify(
@@ -531,18 +580,23 @@ def certify(
     with quiet_stdout():
         from qlora_nb.certificate import certify as compare
         from qlora_nb.data import load_sft_dataset
+        from qlora_nb.training import report_page
+
+        gguf = gguf_files(run, gguf)
 
         beside = Path(gguf[0]).expanduser().absolute().parent / "Modelfile"
         rows_ = load_sft_dataset(data, data_name, limit=rows) if data else None
         found = compare(
-            run, gguf=list(gguf), modelfile=modelfile or (beside if beside.exists() else None), data=rows_, rows=rows,
+            run, gguf=gguf, modelfile=modelfile or (beside if beside.exists() else None), data=rows_, rows=rows,
             model_rows=model_rows, max_new_tokens=max_new_tokens,
         )
         print(found, file=sys.stderr)
         path = found.to_json(output)
+        if (Path(run).expanduser() / "summary.json").exists():
+            report_page(Path(run).expanduser())
     print(path)
     if not found.passed:
-        raise SystemExit(1)
+        raise typer.Exit(1)
 
 # %% ../nbs/21_cli.ipynb #b3e70d06
 @app.command()
@@ -607,7 +661,7 @@ def recommend(
         from qlora_nb.recommendation import recommend as advise
 
         tokenizer, config = tokenizer_of(model, None)
-        found = advise(config, rows or data_of(model, data, data_name, limit)[0], device, tokenizer=tokenizer, method=method)
+        found = advise(config, data_of(model, data, data_name, limit)[0] if rows is None else rows, device, tokenizer=tokenizer, method=method)
     print(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else found)
 
 # %% ../nbs/21_cli.ipynb #c1a5e003

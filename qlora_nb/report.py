@@ -28,7 +28,7 @@ from pathlib import Path
 from .core import UserError, read_jsonl, write_aside
 from .diagnosis import diagnose
 from .evaluation import wilson
-from .training import FROM_PYTHON, Run, percent, read_config
+from .training import FROM_PYTHON, Run, loading_words, percent, read_config
 
 # %% ../nbs/20_report.ipynb #b191d028
 class Html(str):
@@ -470,7 +470,7 @@ def setup_facts(folder: Folder) -> dict:
         "Data": data_name(c), "System text": c.get("system"),
         "Adapter": f"rank {figure(c.get('r'))}, alpha {figure(c.get('lora_alpha'))}, on {figure(c.get('target_modules'))}",
         "Parameters trained": share, "Adapter on disk": size(weights.stat().st_size) if weights.is_file() else None,
-        "Rows trained on": s.get("rows"), "Length": length(folder), "Batch": f"{figure(batch)} × {figure(times)} rows" if batch and times else None,
+        "Rows trained on": (c.get("rows_read") or {}).get("rows"), "Length": length(folder), "Batch": f"{figure(batch)} × {figure(times)} rows" if batch and times else None,
         "Learning rate": f"{figure(c.get('learning_rate'))}, {figure(c.get('lr_scheduler_type'))}, {figure(c.get('warmup_steps'))} steps of warm-up",
         "Optimizer": c.get("optim"), "Seed": plain_numbers(c).get("seed"), "Backend": c.get("backend"), "Machine": v.get("device"), "Date": v.get("date"),
     }
@@ -751,7 +751,7 @@ def use_lines(folder: Folder) -> str:
     asked = f"chat(model, tokenizer, {problems[0] if problems else 'What is 2+2? Think step by step.'!r}"
     return "\n".join([
         "from qlora_nb import chat, load_model",
-        f"model, tokenizer = load_model(adapter={adapter!r})",
+        f"model, tokenizer = load_model(adapter={adapter!r}{loading_words(folder.config)})",
         f"system = {str(system)!r}" if system else "system = None",
         f"print({asked}, system=system, do_sample=False))",
     ])

@@ -7,12 +7,12 @@ __all__ = ['SETTINGS', 'POSITIVE', 'FROM_PYTHON', 'SAME', 'ADVISED', 'Settings',
            'check_packing', 'trainer_arguments', 'make_trainer', 'plot_loss', 'in_notebook', 'Progress', 'Interrupted',
            'gentle_interrupt', 'metrics_row', 'Diverged', 'likely_cause', 'Tripwire', 'watcher', 'loader_clock',
            'stopped', 'last_checkpoint', 'at_its_end', 'restore', 'tidy_checkpoints', 'Run', 'load_run', 'read_config',
-           'memory_lines', 'percent', 'report_text', 'adapter_of', 'token_lengths', 'check_plan', 'make_plan',
-           'checkpointing_of', 'set_checkpointing', 'expected_memory', 'memory_warning', 'plan_record', 'peak_memory',
-           'check_space', 'split_off', 'common_system', 'run_config', 'fit', 'how_to_go_on', 'profile_for',
-           'profile_of', 'resumed', 'same_run', 'rows_read', 'preflight', 'print_to_stderr', 'finish', 'check_model',
-           'check_settings', 'training_rows', 'planned', 'advice', 'start', 'run', 'foresee', 'taken', 'steps',
-           'device_name', 'train']
+           'memory_lines', 'loading_words', 'percent', 'report_text', 'adapter_of', 'token_lengths', 'check_plan',
+           'make_plan', 'checkpointing_of', 'set_checkpointing', 'expected_memory', 'memory_warning', 'plan_record',
+           'peak_memory', 'check_space', 'split_off', 'common_system', 'run_config', 'fit', 'how_to_go_on',
+           'profile_for', 'profile_of', 'resumed', 'same_run', 'rows_read', 'preflight', 'print_to_stderr', 'finish',
+           'check_model', 'check_settings', 'training_rows', 'planned', 'advice', 'start', 'run', 'foresee', 'taken',
+           'report_page', 'steps', 'device_name', 'train']
 
 # %% ../nbs/15_training.ipynb #96a31b6b
 import contextlib
@@ -427,13 +427,13 @@ def loader_clock():
     class Clock(TrainerCallback):
         waited, ended = 0.0, None
 
-        def on_train_begin(self, *args, **kwargs):
+        def on_step_end(self, *args, **kwargs):
             self.ended = time.time()
 
-        on_step_end = on_log = on_save = on_train_begin
+        on_log = on_save = on_step_end
 
         def on_step_begin(self, *args, **kwargs):
-            self.waited += time.time() - self.ended
+            self.waited += time.time() - self.ended if self.ended else 0.0  # not before the first step
 
     return Clock()
 
@@ -499,6 +499,7 @@ class Run:
     metrics: list[dict]
     model: object = None
     tokenizer: object = None
+    eval_data: object = None  # the held-out rows, right after training
 
     def report(self) -> str:
         "The run's report as Markdown."
@@ -526,11 +527,13 @@ class Run:
         "Compare the run's exported files with what was trained, and write the certificate; settings as in `certify`."
         from qlora_nb.certificate import certify
 
+        settings = {"data": self.eval_data, **settings}
         found = certify(self.path, gguf=sorted(self.path.glob("*.gguf")), modelfile=self.path / "Modelfile", **settings)
         found.to_json()
+        report_page(self.path)
         return found
 
-
+# %% ../nbs/15_training.ipynb #6b0d2c42
 def load_run(
     path: str | Path,  # a run's folder
 ) -> Run:
@@ -565,6 +568,12 @@ def memory_lines(plan: dict | None) -> list[str]:
     said = f"Planned for {plan['card']}: {plan['choice']}; predicted {gib(plan['predicted']['allocated_bytes'])} allocated"
     return [said + (f", measured {gib(plan['measured']['allocated_bytes'])}." if plan["measured"] else ", not measured (no GPU).")]
 
+# %% ../nbs/15_training.ipynb #6b0d2c43
+def loading_words(config: dict) -> str:
+    "What `load_model` must be told beside the adapter, to load it on the base that it was trained on."
+    bits = "" if config.get("load_in_4bit", True) else ", load_in_4bit=False"
+    return bits + (f", revision={config['revision']!r}" if config.get("revision") else "")
+
 # %% ../nbs/15_training.ipynb #96a31b6b-18
 def percent(share: float | None) -> str:
     "A share as text; a dash for None."
@@ -590,7 +599,7 @@ def report_text(summary: dict, config: dict, before: Evaluation | None, after: E
         lines += ["", side_by_side(before, after), ""]
     lines += [
         "## Use it", "", "```python", "from qlora_nb import load_model, chat", "",
-        'model, tokenizer = load_model(adapter="adapter")', 'chat(model, tokenizer, "…")', "```", "",
+        f'model, tokenizer = load_model(adapter="adapter"{loading_words(config)})', 'chat(model, tokenizer, "…")', "```", "",
         "Do it again: `qlora_nb train --config config.yaml`" + (
             ", with `--data` for the data that was given in Python" if config["data"] == FROM_PYTHON else ""), "",
     ]
@@ -757,6 +766,7 @@ def fit(trainer: object, watch: object, progress: Progress, path: Path, interrup
     watch.trainer, start = trainer, time.time()
     if resume_from and at_its_end(resume_from):
         restore(trainer.model, resume_from)
+        trainer.state.epoch = json.loads((resume_from / "trainer_state.json").read_text(encoding="utf-8"))["epoch"]
         watch.metrics = read_jsonl(path / "metrics.jsonl")
         return 0.0
     try:
@@ -843,7 +853,7 @@ def rows_read(rows, dropped: list[int], report, settings: Settings) -> dict:
     whole, cut = report.lengths if report else {}, settings.truncation == "cut_prompt"
     longer = sum(count for n, (count, _) in whole.items() if n > settings.max_seq_length)
     return {
-        "rows": len(rows), "left_out": len(dropped), "cut": max(longer - len(dropped), 0) if cut else 0,
+        "rows": len(rows), "left_out": len(dropped), "cut": None if report is None else max(longer - len(dropped), 0) if cut else 0,
         "longest": max([*whole, *map(len, rows["input_ids"])]),
         "learned_tokens": sum(label != -100 for labels in rows["labels"] for label in labels),
     }
@@ -933,6 +943,8 @@ def planned(model, tokenizer, data, plan, arguments: dict, config: dict | None, 
         return settings, None
     settings = settings_for(arguments, config, usual, found.settings["train"], advice(model, len(data)))
     check_settings(model, settings)
+    found = replace(found, choice=replace(  # what is trained, where an argument stands above the plan
+        found.choice, batch=settings.per_device_train_batch_size, accumulation=settings.gradient_accumulation_steps, packing=settings.packing))
     set_checkpointing(model, found.choice.gradient_checkpointing)
     takes, has = gib(found.choice.estimate.total_bytes), gib(found.card.bytes)
     print_to_stderr(f"plan for {found.card.name}: {found.choice}, {found.choice.optimizer}; {takes} of {has} expected")
@@ -990,6 +1002,8 @@ def run(model, tokenizer, data, eval_data: object, output: str | Path | None, ch
     try:
         return steps(model, tokenizer, rows, eval_data, settings, path, config, bool(resume), started)
     except KeyboardInterrupt:
+        if (path / "summary.json").exists():  # all but the report is written
+            return load_run(path)
         raise Interrupted(f"stopped: {how_to_go_on(path)}") from None
 
 
@@ -1003,20 +1017,28 @@ def foresee(model, settings: Settings, rows, found: Plan | None, config: dict) -
         print_to_stderr(warning)
 
 # %% ../nbs/15_training.ipynb #5d1a9e02
-def taken(trainer, clock, settings: Settings, rows: int) -> dict:
+def taken(trainer: object, clock: object) -> dict:
     "What the steps went through, for `diagnose`: passes, padding, seconds of waiting for batches, and the card's memory."
-    seen = trainer.state.global_step * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     padding = 1 - int(trainer.tokens) / trainer.positions if trainer.positions else None
     return {
-        "data": {"epochs": round(seen / rows, 3), "padding": padding and round(padding, 4)},
+        "data": {"epochs": round(trainer.state.epoch or 0, 3), "padding": padding and round(padding, 4)},
         "loader_seconds": round(clock.waited, 2), "device_bytes": gpu_bytes() or None,
     }
+
+# %% ../nbs/15_training.ipynb #6b0d2c41
+def report_page(path: Path) -> None:
+    "Write report.html. Where that fails the run is whole all the same, and it is said."
+    from qlora_nb.report import write_report
+
+    try:
+        write_report(path)
+    except Exception as error:
+        print_to_stderr(f"report.html was not written ({error}): make it with qlora_nb report {path}")
 
 # %% ../nbs/15_training.ipynb #96a31b6b-32
 def steps(model, tokenizer, rows, eval_data: object, settings: Settings, path: Path, config: dict, resume: bool, started: float) -> Run:
     "Evaluate, train, save, evaluate, and write down what came out."
     from qlora_nb.merging import save_adapter
-    from qlora_nb.report import write_report
 
     base_data = load_sft_dataset(split="base_task", limit=200) if eval_data is not None else None
     before = _evaluate(model, tokenizer, eval_data, base_data, settings, base=True)
@@ -1035,10 +1057,10 @@ def steps(model, tokenizer, rows, eval_data: object, settings: Settings, path: P
     after = _evaluate(model, tokenizer, eval_data, base_data, settings, base=False)
     summary = finish(path, config, watch, before, after, {
         "seconds": round(time.time() - started, 2), "train_seconds": round(seconds, 2), "adapter_sha256": sha,
-        "backend": config["backend"], **count_parameters(model), **(plan or {}), **taken(trainer, clock, settings, len(rows)),
+        "backend": config["backend"], **count_parameters(model), **(plan or {}), **taken(trainer, clock),
     })
-    write_report(path)
-    return Run(path, summary, watch.metrics, model, tokenizer)
+    report_page(path)
+    return Run(path, summary, watch.metrics, model, tokenizer, eval_data)
 
 
 def device_name() -> str:

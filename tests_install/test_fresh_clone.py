@@ -8,7 +8,7 @@ from common import clean_env, clone, run
 
 def test_fresh_clone(tmp_path):
     env, folder = clean_env(tmp_path), clone(tmp_path)
-    run(["make", "demo"], folder, env, 1800)
+    said = run(["make", "demo"], folder, env, 1800)
     (summary,) = folder.glob("runs/*/summary.json")
     result = json.loads(summary.read_text())
     before, after = result["before"], result["after"]
@@ -19,6 +19,12 @@ def test_fresh_clone(tmp_path):
     assert after["form"] >= 0.95
     assert after["stops"] >= 0.98
     assert (summary.parent / "adapter/adapter_model.safetensors").stat().st_size > 0
+
+    assert result["certified"] is True
+    assert json.loads((summary.parent / "certificate.json").read_text())["passed"] is True
+    assert (summary.parent / "Modelfile").exists() and len(list(summary.parent.glob("*.gguf"))) == 1
+    served = said.partition("served by llama.cpp")[2]
+    assert "</think>" in served and "The answer is" in served
 
     start = time.perf_counter()
     run(["make", "install"], folder, env, 60)
