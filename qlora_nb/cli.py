@@ -567,7 +567,7 @@ def gguf_files(run: str, named: list[str] | None) -> list[str]:
 @app.command()
 def certify(
     run: Annotated[str, typer.Argument(help="folder of a run, an adapter or a merged model")],
-    gguf: Annotated[list[str], typer.Argument(help="the GGUF files to compare with it")],
+    gguf: Annotated[list[str] | None, typer.Argument(help="the GGUF files; default: those in the folder")] = None,
     modelfile: Annotated[str | None, typer.Option(help="its template is compared too; default: the one beside the first GGUF")] = None,
     data: Annotated[str | None, typer.Option(help="held-out rows; default: the embedded ones")] = None,
     data_name: Annotated[str | None, typer.Option(help="configuration of a Hub data set")] = None,
@@ -582,9 +582,7 @@ def certify(
         from qlora_nb.data import load_sft_dataset
         from qlora_nb.training import report_page
 
-        gguf = gguf_files(run, gguf)
-
-        beside = Path(gguf[0]).expanduser().absolute().parent / "Modelfile"
+        beside = Path((gguf := gguf_files(run, gguf))[0]).expanduser().absolute().parent / "Modelfile"
         rows_ = load_sft_dataset(data, data_name, limit=rows) if data else None
         found = compare(
             run, gguf=gguf, modelfile=modelfile or (beside if beside.exists() else None), data=rows_, rows=rows,

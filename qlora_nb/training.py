@@ -6,13 +6,13 @@
 __all__ = ['SETTINGS', 'POSITIVE', 'FROM_PYTHON', 'SAME', 'ADVISED', 'Settings', 'check_setting', 'settings_for', 'check_choices',
            'check_packing', 'trainer_arguments', 'make_trainer', 'plot_loss', 'in_notebook', 'Progress', 'Interrupted',
            'gentle_interrupt', 'metrics_row', 'Diverged', 'likely_cause', 'Tripwire', 'watcher', 'loader_clock',
-           'stopped', 'last_checkpoint', 'at_its_end', 'restore', 'tidy_checkpoints', 'Run', 'load_run', 'read_config',
-           'memory_lines', 'loading_words', 'percent', 'report_text', 'adapter_of', 'token_lengths', 'check_plan',
-           'make_plan', 'checkpointing_of', 'set_checkpointing', 'expected_memory', 'memory_warning', 'plan_record',
-           'peak_memory', 'check_space', 'split_off', 'common_system', 'run_config', 'fit', 'how_to_go_on',
-           'profile_for', 'profile_of', 'resumed', 'same_run', 'rows_read', 'preflight', 'print_to_stderr', 'finish',
-           'check_model', 'check_settings', 'training_rows', 'planned', 'advice', 'start', 'run', 'foresee', 'taken',
-           'report_page', 'steps', 'device_name', 'train']
+           'stopped', 'last_checkpoint', 'checkpoint_state', 'at_its_end', 'restore', 'tidy_checkpoints', 'Run',
+           'load_run', 'read_config', 'memory_lines', 'loading_words', 'percent', 'report_text', 'adapter_of',
+           'token_lengths', 'check_plan', 'make_plan', 'checkpointing_of', 'set_checkpointing', 'expected_memory',
+           'memory_warning', 'plan_record', 'peak_memory', 'check_space', 'split_off', 'common_system', 'run_config',
+           'fit', 'how_to_go_on', 'profile_for', 'profile_of', 'resumed', 'same_run', 'rows_read', 'preflight',
+           'print_to_stderr', 'finish', 'check_model', 'check_settings', 'training_rows', 'planned', 'advice', 'start',
+           'run', 'foresee', 'taken', 'report_page', 'steps', 'device_name', 'train']
 
 # %% ../nbs/15_training.ipynb #96a31b6b
 import contextlib
@@ -467,9 +467,14 @@ def last_checkpoint(run: str | Path) -> Path | None:
     return max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
 
 # %% ../nbs/15_training.ipynb #96a31b6b-15
+def checkpoint_state(checkpoint: Path) -> dict:
+    "What the trainer knew at a checkpoint: steps, epoch, history."
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+
+
 def at_its_end(checkpoint: Path) -> bool:
     "Whether a checkpoint is the one of the last step."
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = checkpoint_state(checkpoint)
     return state["global_step"] >= state["max_steps"]
 
 
@@ -766,8 +771,7 @@ def fit(trainer: object, watch: object, progress: Progress, path: Path, interrup
     watch.trainer, start = trainer, time.time()
     if resume_from and at_its_end(resume_from):
         restore(trainer.model, resume_from)
-        trainer.state.epoch = json.loads((resume_from / "trainer_state.json").read_text(encoding="utf-8"))["epoch"]
-        watch.metrics = read_jsonl(path / "metrics.jsonl")
+        watch.metrics, trainer.state.epoch = read_jsonl(path / "metrics.jsonl"), checkpoint_state(resume_from)["epoch"]
         return 0.0
     try:
         with quiet_libraries(model_info(trainer.model)["backend"]):

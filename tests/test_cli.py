@@ -31,9 +31,9 @@ def sha(run):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    "What `make demo` does: train with no argument."
+    "What `make demo` does: train with no argument, then export and certify."
     place = tmp_path_factory.mktemp("demo")
-    done = qlora_nb("train", cwd=place)
+    done = qlora_nb("train", "--export", "q8_0", cwd=place)
     assert done.returncode == 0, done.stderr[-4000:]
     return Path(done.stdout.splitlines()[-1]), done
 
@@ -50,6 +50,51 @@ def test_the_main_job(demo):
     assert before["base_perplexity"] > 1 and after["base_perplexity"] > 1
     assert summary["backend"] == "transformers" and summary["steps"] == 300
     print(f"before {before}, after {after}, {summary['seconds']} s")
+
+
+def test_what_is_served_is_what_was_trained(demo):
+    run, done = demo
+    summary, certificate = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "certificate"))
+    assert summary["certified"] is True and certificate["passed"] is True and certificate["failures"] == []
+    (gguf,) = run.glob("*.gguf")
+    assert gguf.name == f"{run.name}-Q8_0.gguf" and f"FROM ./{gguf.name}" in (run / "Modelfile").read_text()
+    assert "PASSED" in done.stderr and summary["seconds"] > summary["train_seconds"]
+    assert "certified yet" not in (run / "report.html").read_text()
+
+
+def test_chat_with_the_file(demo, tmp_path):
+    (gguf,) = demo[0].glob("*.gguf")
+    story = "Mia has 12 apples. She buys 5 bags of 3 apples. She gives 7 to Tom. How many apples does Mia have now?"
+    asked = ("--message", story, "--temperature", "0")
+    served = qlora_nb("chat", gguf, *asked, cwd=tmp_path)
+    assert served.returncode == 0, served.stderr[-2000:]
+    assert (
+        served.stdout.startswith("<think>") and served.stdout == qlora_nb("chat", demo[0], *asked, cwd=tmp_path).stdout
+    )
+    mixed = qlora_nb("chat", gguf, "--backend", "unsloth", *asked, cwd=tmp_path)
+    assert mixed.returncode == 2 and "a GGUF and" in mixed.stderr
+
+
+def test_the_commands_after_a_run(demo, tmp_path):
+    run = demo[0]
+    done = qlora_nb("export", run / "adapter", "--quantization", "f16,q4_k_m", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = done.stdout.split()
+    assert [Path(file).name for file in files] == ["out-F16.gguf", "out-Q4_K_M.gguf"] and all(
+        map(os.path.isfile, files)
+    )
+    done = qlora_nb("modelfile", run, files[0], cwd=tmp_path)
+    assert done.returncode == 0 and Path(done.stdout.strip()).name == "Modelfile" and "ollama create" in done.stderr
+    done = qlora_nb(
+        "certify", run, files[0], "--rows", "20", "--model-rows", "4", "--max-new-tokens", "0", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(Path(done.stdout.strip()).read_text())["passed"] is True
+    done = qlora_nb("certify", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2 and "no GGUF" in done.stderr
+    assert qlora_nb("diagnose", run, cwd=tmp_path).returncode == 0
+    assert "learning_rate" in qlora_nb("recommend", "--rows", "1000", "--json", cwd=tmp_path).stdout
+    assert Path(qlora_nb("report", run, cwd=tmp_path).stdout.strip()).name == "report.html"
 
 
 def test_the_shares_are_counted_from_the_replies(demo):
@@ -536,4 +581,3 @@ def test_train_warns_before_it_loads_a_model_that_does_not_fit(tmp_path):
     assert said(150) is None, "full rows would not, the real ones do"
     assert re.match(r"warning: this run should need \d+ MiB at its fullest, and a card has", said(20))
     assert said(20, optim="adafactor") is None, "nobody can tell"
-
