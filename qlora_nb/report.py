@@ -478,7 +478,7 @@ def setup_facts(folder: Folder) -> dict:
 # %% ../nbs/20_report.ipynb #f755006c
 def plain_numbers(config: dict) -> dict:
     "Settings without fingerprints and plan; seeds as text, since they are names and not amounts."
-    found = {name: value for name, value in config.items() if name not in ("fingerprints", "plan")}
+    found = {name: value for name, value in config.items() if name not in ("fingerprints", "plan", "rows_read")}
     return {name: str(value) if name in ("seed", "random_state") else value for name, value in found.items()}
 
 
@@ -546,7 +546,7 @@ def section_diagnosis(folder: Folder) -> Html:
     try:
         found = diagnose(folder.path).to_dict()["findings"] if folder.diagnosis is None else folder.diagnosis
         content = findings(found, "Nothing to report: no sign of trouble in this run.")
-    except (UserError, AttributeError, KeyError, TypeError, ValueError):  # a damaged file, which is named elsewhere
+    except (UserError, AttributeError, KeyError, RecursionError, TypeError, ValueError):  # a damaged file, which is named elsewhere
         content = missing("The run can't be diagnosed: a file of its folder is missing or damaged.")
     return section("Diagnosis", content, id_="diagnosis")
 

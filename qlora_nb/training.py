@@ -10,9 +10,9 @@ __all__ = ['SETTINGS', 'POSITIVE', 'FROM_PYTHON', 'SAME', 'ADVISED', 'Settings',
            'load_run', 'read_config', 'memory_lines', 'loading_words', 'percent', 'report_text', 'adapter_of',
            'token_lengths', 'check_plan', 'make_plan', 'checkpointing_of', 'set_checkpointing', 'expected_memory',
            'memory_warning', 'plan_record', 'peak_memory', 'check_space', 'split_off', 'common_system', 'run_config',
-           'fit', 'how_to_go_on', 'profile_for', 'profile_of', 'resumed', 'same_run', 'rows_read', 'preflight',
-           'print_to_stderr', 'finish', 'check_model', 'check_settings', 'training_rows', 'planned', 'advice', 'start',
-           'run', 'foresee', 'taken', 'report_page', 'steps', 'device_name', 'train']
+           'fit', 'how_to_go_on', 'profile_for', 'profile_of', 'resumed', 'same_run', 'cut_rows', 'rows_read',
+           'preflight', 'print_to_stderr', 'finish', 'check_model', 'check_settings', 'training_rows', 'planned',
+           'advice', 'start', 'run', 'foresee', 'taken', 'report_page', 'steps', 'device_name', 'train']
 
 # %% ../nbs/15_training.ipynb #96a31b6b
 import contextlib
@@ -852,12 +852,16 @@ def _evaluate(model, tokenizer, eval_data, base_data, settings: Settings, base: 
         )
 
 # %% ../nbs/15_training.ipynb #5d1a9e01
-def rows_read(rows, dropped: list[int], report, settings: Settings) -> dict:
+def cut_rows(report: object) -> int | None:
+    "How many rows have a shortened prompt, by the report on the data; None where it was not looked at."
+    return None if report is None else sum(f.count for f in report.findings if f.code == "prompt_cut")
+
+
+def rows_read(rows, dropped: list[int], report: object) -> dict:
     "What is trained on, for `config.yaml`: rows, those left out or cut, the longest in tokens, learned tokens."
-    whole, cut = report.lengths if report else {}, settings.truncation == "cut_prompt"
-    longer = sum(count for n, (count, _) in whole.items() if n > settings.max_seq_length)
+    whole = report.lengths if report else {}
     return {
-        "rows": len(rows), "left_out": len(dropped), "cut": None if report is None else max(longer - len(dropped), 0) if cut else 0,
+        "rows": len(rows), "left_out": len(dropped), "cut": cut_rows(report),
         "longest": max([*whole, *map(len, rows["input_ids"])]),
         "learned_tokens": sum(label != -100 for labels in rows["labels"] for label in labels),
     }
@@ -865,7 +869,7 @@ def rows_read(rows, dropped: list[int], report, settings: Settings) -> dict:
 # %% ../nbs/15_training.ipynb #96a31b6b-27
 def preflight(data, tokenizer, settings: Settings, eval_data: object, check: bool, path: Path):
     "Look at the data before anything is trained; returns rows of `input_ids` and `labels`, and what was read. Writes preflight.json."
-    say, report, cut = print_to_stderr, None, settings.truncation == "cut_prompt"
+    say, report = print_to_stderr, None
     if check:
         report = check_dataset(
             data, tokenizer, settings.max_seq_length, eval_data=eval_data, template=settings.template,
@@ -879,11 +883,11 @@ def preflight(data, tokenizer, settings: Settings, eval_data: object, check: boo
                 say(f"warning: {finding.cause}; {finding.fix}")
         report.raise_for_errors()
     rows, dropped = encode_dataset(data, tokenizer, settings.max_seq_length, settings.template, truncation=settings.truncation)
-    if report and cut and (longer := sum(count for n, (count, _) in report.lengths.items() if n > settings.max_seq_length)):
-        say(f"{longer - len(dropped)} of {len(data)} rows are longer than {settings.max_seq_length} tokens: their prompts were cut")
+    if shortened := cut_rows(report):
+        say(f"{shortened} of {len(data)} rows are longer than {settings.max_seq_length} tokens: their prompts were cut")
     if dropped:
         say(f"{len(dropped)} of {len(data)} rows are longer than {settings.max_seq_length} tokens and were left out")
-    return rows, rows_read(rows, dropped, report, settings)
+    return rows, rows_read(rows, dropped, report)
 
 
 def print_to_stderr(text: str) -> None:

@@ -110,8 +110,8 @@ def test_the_shares_are_counted_from_the_replies(demo):
 def test_the_run_folder(demo):
     run, _ = demo
     assert {path.name for path in run.iterdir()} == {
-        "adapter", "checkpoints", "config.yaml", "evaluation.jsonl", "loss.png", "metrics.jsonl", "report.md",
-        "summary.json", "versions.json",
+        "adapter", "checkpoints", "config.yaml", "evaluation.jsonl", "loss.png", "metrics.jsonl", "preflight.json", "report.html",
+        "report.md", "summary.json", "versions.json", "certificate.json", "Modelfile", f"{run.name}-Q8_0.gguf",
     }  # fmt: skip
     metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
     assert [m["step"] for m in metrics] == list(range(1, 301))
@@ -411,14 +411,6 @@ def test_code_and_pickles_that_come_with_a_model_are_not_run(backend, tmp_path):
 
 
 @pytest.mark.quick
-def test_the_colab_cell_pins_the_tested_versions():
-    cell = next(line for line in (ROOT / "nbs/30_quickstart.ipynb").read_text().splitlines() if "%pip install" in line)
-    tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    pins = dict(re.findall(r"([a-z_]+)==([0-9.]+)", cell))
-    assert {"unsloth", "transformers", "trl", "peft", "bitsandbytes", "datasets"} <= set(pins)
-    assert pins == {name: tested[name] for name in pins}
-
-
 def test_a_run_that_diverges_says_so(tmp_path):
     done = qlora_nb("train", *SHORT, "--learning-rate", "1e6", "--output", "run", cwd=tmp_path)
     assert done.returncode == 2 and re.search("loss is .* lower the learning rate", done.stderr), done.stderr[-2000:]
@@ -434,7 +426,7 @@ def test_ctrl_c_while_evaluating_says_how_to_go_on(tmp_path):
         time.sleep(0.01)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "--resume" in err.splitlines()[-1] and "Traceback" not in err
 
 
