@@ -200,13 +200,15 @@ def zero_loss(seen: Evidence) -> Trouble | None:
 
 # %% ../nbs/19_diagnose.ipynb #4e095632
 def diverging(seen: Evidence) -> Trouble | None:
-    "The loss ends well above its lowest fifth, or above where it began."
+    "The loss ends well above its lowest fifth, or above where it began, by more than the noise of its steps."
     losses = [loss for loss in seen.losses if math.isfinite(loss)]
     parts = fifths(losses)
-    if not parts or parts[-1] < 1.3 * min(parts) + 0.2:
-        first = statistics.fmean(losses[:2]) if len(losses) >= 10 else math.inf
-        if not parts or parts[-1] < 1.1 * first:
-            return None
+    if not parts:
+        return None
+    noise = math.sqrt(statistics.fmean((b - a) ** 2 for a, b in zip(losses, losses[1:])) / 2)  # of one step
+    start = 1.1 * statistics.fmean(losses[:2]) + 3 * noise / math.sqrt(2)  # two steps are all there is of it
+    if parts[-1] < 1.3 * min(parts) + 0.2 and parts[-1] < start:
+        return None
     rate = seen.config["learning_rate"]
     return Trouble(
         "diverging", "error", f"the loss rose: it began at {losses[0]:.3g}, its best fifth was {min(parts):.3g}, its last {parts[-1]:.3g} "
@@ -298,7 +300,7 @@ def never_stops(seen: Evidence) -> Trouble | None:
         return Trouble(
             "limit_too_short", "warning", f"{1 - stops:.0%} of the replies were cut off, and the expected ones are longer than "
             f"max_new_tokens={limit}, too: what was judged is not the whole reply",
-            f"raise max_new_tokens to {max(row['tokens'] for row in cut)} at least",
+            f"raise max_new_tokens to {max(row.get('tokens') or 0 for row in cut)} at least",
         )
     return Trouble(
         "never_stops", "error" if stops < 0.5 else "warning", f"{1 - stops:.0%} of the replies don't end by themselves within {limit} tokens: the end of a turn was not learned",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import math
+import random
 import shutil
 from unittest.mock import patch
 
@@ -136,8 +136,7 @@ def test_a_base_that_forgets(spoil):
 
 def test_a_loss_that_is_no_number(spoil):
     found = spoil(learning_rate=1e25, warmup_steps=0, max_steps=12, fails=(UserError,))
-    if not found.evidence.stopped and all(map(math.isfinite, found.evidence.losses)):
-        pytest.skip("this train leaves no stopped.json")
+    assert found.evidence.stopped, "train says why it stopped"
     assert found.codes == ["nan_loss"] and "lower the learning rate" in found.findings[0].cure
 
 
@@ -147,8 +146,7 @@ def test_masked_labels(spoil):
         change=lambda row: {"labels": [row["input_ids"][0], *[-100] * (len(row["labels"]) - 1)]},
         max_steps=12, fails=(UserError, ValueError),
     )  # fmt: skip
-    if not found.evidence.stopped and not found.evidence.losses:
-        pytest.skip("this train leaves no stopped.json")
+    assert found.evidence.stopped, "train says why it stopped"
     assert set(found.codes) & {"zero_loss", "nan_loss"}, found.codes
     assert "labels" in found.findings[0].cure
     assert found.findings[0].severity == "error"
@@ -158,8 +156,7 @@ def test_most_rows_left_out(spoil, data):
     import qlora_nb.training as training
 
     found = spoil(max_seq_length=120, max_steps=4)
-    if found.evidence.data("rows") is None:
-        pytest.skip("this train does not record the rows that it left out")
+    assert found.evidence.data("rows") and found.evidence.data("left_out")
     assert "rows_left_out" in found.codes
     assert training.SETTINGS["max_seq_length"] and "max_seq_length=120" in str(found)
 
@@ -172,8 +169,6 @@ def test_padding(spoil, data):
     long = [{"role": "user", "content": "What is 3 + 4? " * 20}, {"role": "assistant", "content": "7"}]
     rows = datasets.Dataset.from_list([{"messages": long if i % 8 == 0 else short} for i in range(400)])
     found = spoil(rows=rows, per_device_train_batch_size=16, max_steps=6)
-    if found.evidence.data("padding") is None:
-        pytest.skip("this train does not record padding")
     assert found.evidence.data("padding") > 0.5 and "padding" in found.codes
 
 
@@ -190,8 +185,7 @@ def test_a_loader_that_is_waited_for(spoil):
 
     with patch.object(Collator, "torch_call", slowly):
         found = spoil(max_steps=6)
-    if "loader_seconds" not in found.evidence.summary:
-        pytest.skip("this train does not record the time of its loader")
+    assert found.evidence.summary["loader_seconds"] >= 6 * 0.5
     assert "slow_loader" in found.codes
 
 
@@ -269,6 +263,19 @@ def test_losses_from_both_sides(healthy):
     assert "no weight gets a gradient" in frozen.cause and "trainable" in frozen.cure
 
 
+def test_noise_is_no_divergence(healthy):
+    "Sixty steps around 1.2 that neither fall nor rise: two lucky ones at the start make no rise of the others."
+    draw, alarms, quiet = random.Random(0), 0, 0
+    for _ in range(200):
+        seen = run_of(healthy, [draw.gauss(1.2, 0.25) for _ in range(60)])
+        alarms += diverging(seen) is not None
+        quiet += flat(seen) is not None
+    assert alarms <= 2 and quiet > 100, (alarms, quiet)
+    for _ in range(200):
+        rising = [draw.gauss(1.2 if i < 2 else 2.4, 0.25) for i in range(60)]
+        assert diverging(run_of(healthy, rising)), "twice as high is no noise"
+
+
 def test_gradients_from_both_sides(healthy):
     losses = [3.0 - i / 30 for i in range(60)]
     assert gradients(run_of(healthy, losses, [0.5] * 60)) is None
@@ -315,6 +322,11 @@ def test_stops_from_both_sides(healthy):
         assert (said and (said.code, said.severity)) == (severity and ("never_stops", severity))
     assert never_stops(with_figures(healthy, {}, {"stops": 0.0}, replies=replies(20, 900))).code == "limit_too_short"
     assert never_stops(with_figures(healthy, {}, {"stops": None}, replies=[])) is None
+    uncounted = [{**row, "tokens": None if i % 4 == 0 else 900} for i, row in enumerate(replies(20, 900))]
+    said = never_stops(with_figures(healthy, {}, {"stops": 0.0}, replies=uncounted))
+    assert said.code == "limit_too_short" and "to 900 at least" in said.cure
+    uncounted = [{**row, "tokens": None} for row in uncounted]
+    assert never_stops(with_figures(healthy, {}, {"stops": 0.0}, replies=uncounted)).code == "never_stops"
 
 
 def test_rows_padding_and_loader_from_both_sides(healthy):

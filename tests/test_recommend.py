@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_nb.core import UserError
-from qlora_nb.memory import CARDS, model_shape, parameter_count
+from qlora_nb.memory import CARDS, estimate_memory, model_shape, parameter_count
 from qlora_nb.recommendation import (
     ARGUMENTS,
     SOURCES,
@@ -29,6 +29,10 @@ LLAMA_3B = {
     "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
     "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True, "model_type": "llama",
     "max_position_embeddings": 131072, "head_dim": 128,
+}  # fmt: skip
+LLAMA_8B = {
+    **LLAMA_3B, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "tie_word_embeddings": False,
 }  # fmt: skip
 ROWS = st.one_of(st.none(), st.integers(1, 10**7))
 
@@ -199,6 +203,55 @@ def test_full_fine_tuning_gets_no_adapter_settings():
     found = recommend(LLAMA_3B, 1000, "cpu", method="full")
     assert found.settings["add_lora"] == {}
     assert found["learning_rate"] == pytest.approx(2e-5)
+
+
+@pytest.mark.quick
+def test_full_fine_tuning_fits_the_card_or_is_refused():
+    "8B weights, their gradients and states take more than 50 GiB: a T4 can't, and an A100 with 80 GB can."
+    with pytest.raises(UserError, match=r"8\.0B parameters in fp32, .* GiB at least, and T4 has 13.* method='qlora'"):
+        recommend(LLAMA_8B, 1000, "T4", method="full")
+    with pytest.raises(UserError, match="a larger card: A100 80GB is enough"):
+        recommend(LLAMA_8B, 1000, "A100 40GB", method="full")
+    found = recommend(LLAMA_8B, 1000, "A100 80GB", method="full")
+    assert found["load_in_4bit"] is False and found["dtype"] == "bfloat16" and found.settings["add_lora"] == {}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("card", ["V100", "A100 40GB", "A100 80GB", "H200"])
+def test_full_fine_tuning_takes_the_largest_batch_that_fits(card):
+    small = {**LLAMA_3B, "hidden_size": 1024, "num_attention_heads": 8} if card == "V100" else LLAMA_3B
+    found = recommend(small, 1000, card, method="full")
+    batch, accumulation = found["per_device_train_batch_size"], found["gradient_accumulation_steps"]
+    assert batch * accumulation == found["effective_batch"] == 8
+    assert found["dtype"] == ("bfloat16" if CARDS[card].bf16 else "float32"), "pure fp16 weights can't be trained"
+
+    known = CARDS[card]
+
+    def fits(rows, checkpointing):
+        estimate = estimate_memory(
+            small, "full", batch_size=rows, accumulation=8 // rows, gradient_checkpointing=checkpointing,
+            card=known.bytes, dtype="bf16" if known.bf16 else "fp32", bf16=known.bf16, hopper=known.hopper,
+        )  # fmt: skip
+        return estimate.total_bytes <= 0.94 * known.bytes
+
+    checkpointing = found["gradient_checkpointing"]
+    assert fits(batch, checkpointing) and (batch == 8 or not fits(2 * batch, checkpointing))
+    assert not checkpointing or not fits(1, False), "checkpointing only where it is needed"
+
+
+@pytest.mark.quick
+def test_full_fine_tuning_looks_at_the_rows(tokenizer):
+    "Short rows leave room for more of them than full ones of 2,048 tokens do."
+    from qlora_nb.data import load_sft_dataset
+
+    data = load_sft_dataset(split="train")
+    full, short = (
+        recommend(LLAMA_3B, rows, "A100 80GB", tokenizer=tokenizer, method="full") for rows in (len(data), data)
+    )
+    assert short["max_seq_length"] < full["max_seq_length"] == 2048
+    assert short["per_device_train_batch_size"] >= full["per_device_train_batch_size"]
+    with pytest.raises(UserError, match="qlora"):
+        recommend(LLAMA_3B, data, "L4", tokenizer=tokenizer, method="full")
 
 
 @pytest.mark.quick
