@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'PATHS', 'THRESHOLDS', 'FILE_TYPES', 'Case', 'make_cases', 'Ids', 'training_ids', 'tokenizer_ids',
            'chat_server', 'LlamaFile', 'file_logits', 'greedy', 'gguf_ids', 'modelfile_ids', 'PathCheck', 'check_paths',
            'divergence', 'Distance', 'unpack', 'Subject', 'open_subject', 'reference_logits', 'measure_distances',
-           'Bounds', 'FileCheck', 'failures_of', 'CertificateFailed', 'Certificate', 'certificate_text',
+           'Bounds', 'file_kind', 'FileCheck', 'failures_of', 'CertificateFailed', 'Certificate', 'certificate_text',
            'certificate_html', 'write_certificate', 'compare_replies', 'check_modelfile', 'certify', 'read_modelfile',
            'in_front', 'spread', 'chat_gguf']
 
@@ -33,12 +33,11 @@ from .core import UserError, file_sha256, library_versions, write_json
 from .data import load_sft_dataset
 from .evaluation import parse_answer
 from .generation import Reply, as_conversation, generate_replies, inference, to_reply
-from .gguf_export import quiet_llama
+from .gguf_export import find_run, load_settings, quiet_llama
 from .merging import base_weight, merge_adapter
-from .model import load_model
+from .model import adapter_base, load_model
 from .ollama_export import Modelfile, ollama_data, ollama_messages, parse_modelfile, render_go
 from .template import DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
-from .training import read_config
 
 # %% ../nbs/22_certificate.ipynb #3c0492b5
 KINDS = ("held out", "other system turn", "several turns", "white space", "unicode", "look-alikes")
@@ -124,7 +123,7 @@ def tokenizer_ids(messages: list[dict], tokenizer, template: str | None = None) 
 def chat_server(
     gguf: str | Path,
     context: int = 256,  # tokens of a conversation; rendering a template needs few
-):  # yields ask(address, body): the server's answer
+):  # yields ask(address, body, timeout=seconds): the server's answer
     "llama.cpp's server with this file, in this process, its Jinja on; surely stopped at the end. Raises `UserError`."
     try:
         import xllamacpp
@@ -142,9 +141,9 @@ def chat_server(
         raise UserError(f"llama.cpp's server can't open {gguf} ({error}): export it again") from error
     address = server.listening_address
 
-    def ask(place: str, body: dict) -> dict:
+    def ask(place: str, body: dict, timeout: float | None = 120) -> dict:
         restore()
-        return _ask(address + place, body)
+        return _ask(address + place, body, timeout)
 
     try:
         yield ask
@@ -166,12 +165,16 @@ def _signals():
     return restore
 
 
-def _ask(address: str, body: dict) -> dict:
+def _ask(
+    address: str,
+    body: dict,
+    timeout: float | None = 120,  # seconds to wait; None waits as long as it takes
+) -> dict:
     "POST JSON to the server. Raises `UserError` in its words."
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine, whatever the proxy settings say
     try:
-        with opener.open(request, timeout=120) as answer:
+        with opener.open(request, timeout=timeout) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         try:
@@ -426,7 +429,7 @@ class Distance:
         kl = divergence(reference, other)
         self.positions += len(kl)
         self.agreed += int((reference.argmax(-1) == other.argmax(-1)).sum())
-        self.kl, self.max_kl = self.kl + float(kl.sum()), max(self.max_kl, float(kl.max()))
+        self.kl, self.max_kl = self.kl + float(kl.sum()), float(np.maximum(self.max_kl, float(kl.max())))  # NaN stays
         start, known = len(ids.prompt), torch.tensor(ids.whole)
         losses = [torch.nn.functional.cross_entropy(x[start - 1 : -1].double(), known[start:], reduction="sum") for x in (reference, other)]
         self.loss, self.tokens = self.loss + float(losses[1] - losses[0]), self.tokens + len(known) - start
@@ -444,7 +447,7 @@ class Distance:
 
     @property
     def perplexity_ratio(self) -> float:
-        return math.exp(self.loss / max(self.tokens, 1))
+        return math.exp(min(self.loss / max(self.tokens, 1), 700))
 
 # %% ../nbs/22_certificate.ipynb #02603fd4
 def unpack(model: torch.nn.Module) -> torch.nn.Module:
@@ -476,14 +479,14 @@ class Subject:
 def _read_subject(path: Path) -> Subject:
     "A run's folder, an adapter's or a model's."
     backend = "auto" if "unsloth" in sys.modules else "transformers"
-    config = read_config(path / "config.yaml") if (path / "config.yaml").exists() else {}
-    adapter = next((place for place in (path / "adapter", path) if (place / "adapter_config.json").exists()), None)
-    keys = ("load_in_4bit", "revision", "max_seq_length")
-    kept = {key: config[key] for key in keys if config.get(key) is not None}
+    adapter, config = find_run(path)
     if adapter is None:
-        model, tokenizer = load_model(path, dtype="float32", load_in_4bit=False, backend=backend)
-        return Subject(model.eval(), tokenizer, path.name)
-    model, tokenizer = load_model(config.get("model"), adapter=adapter, dtype="float32", backend=backend, **kept)
+        settings = load_settings({"load_in_4bit": False, "dtype": "float32"}, path)
+        model, tokenizer = load_model(path, backend=backend, **settings)
+        return Subject(model.eval(), tokenizer, path.name, config)
+    base = config.get("model") or adapter_base(adapter)
+    settings = load_settings({**config, "dtype": "float32"}, base)
+    model, tokenizer = load_model(base, adapter=adapter, backend=backend, **settings)
     return Subject(unpack(model).eval(), tokenizer, path.name, config, file_sha256(adapter / "adapter_model.safetensors"))
 
 # %% ../nbs/22_certificate.ipynb #bc432792
@@ -508,7 +511,12 @@ def open_subject(
     return _read_subject(path)
 
 # %% ../nbs/22_certificate.ipynb #ceac4bc2
-def reference_logits(model: torch.nn.Module, rows: list[list[int]], batch: int = 16):
+def reference_logits(
+    model: torch.nn.Module,
+    rows: list[list[int]],
+    batch: int = 16,
+    base: bool = False,  # True takes the adapter off, in each forward pass
+):
     "Yields (row number, logits (tokens, vocabulary)) for rows of ids, sorted by length."
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     device = model.get_input_embeddings().weight.device
@@ -517,7 +525,8 @@ def reference_logits(model: torch.nn.Module, rows: list[list[int]], batch: int =
         longest = max(len(rows[i]) for i in chosen)
         ids = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in chosen], device=device)
         mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in chosen], device=device)
-        logits = model(input_ids=ids, attention_mask=mask).logits.float().cpu()
+        with model.disable_adapter() if base else contextlib.nullcontext():
+            logits = model(input_ids=ids, attention_mask=mask).logits.float().cpu()
         for i, row in zip(chosen, logits):
             yield i, row[: len(rows[i])]
 
@@ -525,17 +534,18 @@ def reference_logits(model: torch.nn.Module, rows: list[list[int]], batch: int =
 def measure_distances(
     reference: torch.nn.Module,
     ids: list[Ids],
-    merged: torch.nn.Module | None,
+    merged: torch.nn.Module | None,  # None where there is no adapter
     files: list[LlamaFile],
-) -> list[Distance]:  # of the merged model, if there is one, then of each file
+) -> list[Distance]:  # of the base and the merged model, if there is an adapter, then of each file
     "Each conversation through all models, one batch at a time, so that no more logits are held than needed."
-    rows = [row.whole for row in ids]
-    distances = [Distance() for _ in [*([merged] if merged is not None else []), *files]]
+    rows, others = [row.whole for row in ids], []
+    distances = [Distance() for _ in [*([reference, merged] if merged is not None else []), *files]]
     size = 16 if reference.config.vocab_size < 10_000 else 1
     with inference(reference), contextlib.ExitStack() as stack:
-        other = reference_logits(stack.enter_context(inference(merged)), rows, size) if merged is not None else None
+        if merged is not None:
+            others = [reference_logits(reference, rows, size, base=True), reference_logits(stack.enter_context(inference(merged)), rows, size)]
         for number, logits in reference_logits(reference, rows, size):
-            found = [next(other)[1]] if other is not None else []
+            found = [next(other)[1] for other in others]
             found += [file_logits(file, rows[number])[:, : logits.shape[-1]] for file in files]
             for distance, served in zip(distances, found):
                 distance.note(logits, served, ids[number])
@@ -550,16 +560,23 @@ class Bounds:
     mean_kl: float | None = None  # nats, at most
     replies: float | None = None  # share of greedy replies that are the same to the token, at least
     accuracy: float | None = None  # held-out accuracy may be lower by this share, at most
+    base: float = 0.5  # mean KL at most so many times that of the base without its adapter
     ids: float = 1.0  # share of conversations with the same ids on every path
 
 
 THRESHOLDS = {
-    "F32": Bounds(0.995, 1e-4, 0.98, 0.01), "F16": Bounds(0.995, 1e-4, 0.98, 0.01), "BF16": Bounds(),
+    "F32": Bounds(0.995, 1e-4, 0.98, 0.01), "F16": Bounds(0.995, 1e-4, 0.98, 0.01), "BF16": Bounds(0.97, 2e-3, 0.80, 0.03),
     "Q8_0": Bounds(0.97, 2e-3, 0.80, 0.03), "Q6_K": Bounds(0.96, 4e-3, 0.70, 0.04), "Q5_K_M": Bounds(0.93, 2e-2, None, 0.08),
     "Q4_K_M": Bounds(0.85, 1e-1, None, 0.15), "Q4_0": Bounds(0.80, 2e-1, None, 0.25),
     "merged": Bounds(0.995, 1e-4, None, None),
 }
 FILE_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 7: "Q8_0", 15: "Q4_K_M", 17: "Q5_K_M", 18: "Q6_K", 32: "BF16"}
+
+
+def file_kind(file: LlamaFile) -> str:
+    "The format of a file, as a key of `THRESHOLDS`; its number where it isn't known here."
+    number = file.meta("general.file_type") or "unknown"
+    return FILE_TYPES.get(int(number) if number.isdigit() else -1, f"file type {number}")
 
 # %% ../nbs/22_certificate.ipynb #ef7532d5
 @dataclass
@@ -574,6 +591,8 @@ class FileCheck:
     replies: float | None = None  # share of greedy replies that are the reference's, to the token
     accuracy: float | None = None  # share of right answers
     reference_accuracy: float | None = None
+    answers: int = 0  # replies that the accuracies are of
+    base_kl: float | None = None  # mean KL of the base without its adapter, nats
 
     def numbers(self) -> dict:
         "The figures that the bounds are about, and some more."
@@ -582,15 +601,18 @@ class FileCheck:
             "ids": min(same) if same else None, "mean_kl": self.distance.mean_kl, "max_kl": self.distance.max_kl,
             "top1": self.distance.top1, "perplexity_ratio": self.distance.perplexity_ratio, "replies": self.replies,
             "accuracy": self.accuracy, "reference_accuracy": self.reference_accuracy,
+            "base_mean_kl": self.base_kl,
         }
 
 # %% ../nbs/22_certificate.ipynb #e913bc61
 def failures_of(
     check: FileCheck,
-    bounds: Bounds,
+    bounds: Bounds | None,  # None: no bounds are known for its format
 ) -> list[str]:
     "What misses its bound, a sentence each."
     found, number, name = [], check.numbers(), check.quantization
+    if bounds is None:
+        return [f"{name}: no bounds are known for this format: give thresholds={{{name!r}: Bounds(…)}}"]
     for path in check.paths:
         if path.same < bounds.ids * path.rows:
             found.append(f"{name}: on the path {path.path}, {path.rows - path.same} of {path.rows} conversations have other tokens than in training; {path.first}")
@@ -598,13 +620,26 @@ def failures_of(
             found.append(f"{name}: on the path {path.path}, {path.rows - path.bos} of {path.rows} conversations don't begin with the BOS of training, once")
         if path.ends < path.rows:
             found.append(f"{name}: on the path {path.path}, {path.rows - path.ends} of {path.rows} conversations have another number of end-of-turn tokens")
-    if bounds.mean_kl is not None and not number["mean_kl"] <= bounds.mean_kl:
-        found.append(f"{name}: the mean KL is {number['mean_kl']:.2g} nats, above {bounds.mean_kl:g}")
+    found += _logit_failures(check, bounds)
     for key, words in (("top1", "the most likely token agrees at"), ("replies", "greedy replies are the same in")):
         if getattr(bounds, key) is not None and number[key] is not None and not number[key] >= getattr(bounds, key):
             found.append(f"{name}: {words} {number[key]:.2%}, below {getattr(bounds, key):.1%}")
-    if bounds.accuracy is not None and check.accuracy is not None and check.accuracy < check.reference_accuracy - bounds.accuracy - 1e-9:
+    room = max(bounds.accuracy, 1.5 / max(check.answers, 1)) if bounds.accuracy is not None else None  # one answer proves nothing
+    if room is not None and check.accuracy is not None and check.accuracy < check.reference_accuracy - room - 1e-9:
         found.append(f"{name}: held-out accuracy is {check.accuracy:.1%}, and the trained model's {check.reference_accuracy:.1%}")
+    return found
+
+
+def _logit_failures(check: FileCheck, bounds: Bounds) -> list[str]:
+    "What the mean KL says."
+    name, mean = check.quantization, check.distance.mean_kl
+    if not math.isfinite(mean):
+        return [f"{name}: the logits are no numbers (NaN or infinite)"]
+    found = []
+    if bounds.mean_kl is not None and not mean <= bounds.mean_kl:
+        found.append(f"{name}: the mean KL is {mean:.2g} nats, above {bounds.mean_kl:g}")
+    if check.base_kl and mean > bounds.base * check.base_kl:  # an adapter that changes nothing can't be told from its base
+        found.append(f"{name}: the mean KL is {mean:.2g} nats and the base's {check.base_kl:.2g}: nearer to the base than to what was trained")
     return found
 
 # %% ../nbs/22_certificate.ipynb #91650285
@@ -633,7 +668,7 @@ class Certificate:
     @property
     def failures(self) -> list[str]:
         "All that misses its bound."
-        known = (failures_of(check, self.thresholds.get(check.quantization, Bounds())) for check in self.checks)
+        known = (failures_of(check, self.thresholds.get(check.quantization)) for check in self.checks)
         return [*self.notes, *(failure for found in known for failure in found)]
 
     @property
@@ -679,6 +714,8 @@ def _words(certificate: Certificate) -> list[str]:
         f"{sum(certificate.rows.values())} conversations ({kinds}), tokens compared on {len(paths) + 1} paths: training, {', '.join(p.path for p in paths)}.",
         f"Logits of {certificate.model_rows} conversations against the trained model in fp32; {certificate.reply_rows} greedy replies; accuracy (the trained model's).",
     ]
+    if base := next((check.base_kl for check in certificate.checks if check.base_kl is not None), None):
+        lines.append(f"The base without its adapter is {base:.1e} nats from the trained model (mean KL).")
     if certificate.left_out:
         lines.append(f"{certificate.left_out} conversations were left out: training would not have taken them.")
     return lines
@@ -710,10 +747,11 @@ def certificate_html(certificate: Certificate) -> str:
 # %% ../nbs/22_certificate.ipynb #1a0499b7
 def write_certificate(
     certificate: Certificate,
-    path: str | Path | None = None,  # None: certificate.json beside the first GGUF
+    path: str | Path | None = None,  # or a folder, for certificate.json in it; None: beside the first GGUF
 ) -> Path:
     "Write the certificate as JSON. Raises `UserError` where the place can't be written."
-    path = Path(path) if path else certificate.directory / "certificate.json"
+    path = Path(path).expanduser() if path else certificate.directory
+    path = path / "certificate.json" if path.is_dir() else path
     checks = []
     for check in certificate.checks:
         places = [[place, total / count] for place, (total, count) in sorted(check.distance.by_position.items())]
@@ -724,10 +762,19 @@ def write_certificate(
     write_json(path, {
         "passed": certificate.passed, "failures": certificate.failures, "subject": certificate.subject, "rows": certificate.rows,
         "left_out": certificate.left_out, "model_rows": certificate.model_rows, "reply_rows": certificate.reply_rows,
-        "checks": checks, "thresholds": {name: asdict(bounds) for name, bounds in certificate.thresholds.items()},
+        "checks": _finite(checks), "thresholds": {name: asdict(bounds) for name, bounds in certificate.thresholds.items()},
         **certificate.facts, "seconds": round(certificate.seconds, 2),
     })
     return path
+
+
+def _finite(value):
+    "The value with None for what JSON can't hold: NaN and infinity."
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../nbs/22_certificate.ipynb #30e82a7e
 def compare_replies(
@@ -735,7 +782,7 @@ def compare_replies(
     cases: list[Case],  # held-out rows
     ids: list[Ids],
     files: list[LlamaFile],
-    checks: list[FileCheck],  # `replies` and the accuracies are filled in
+    checks: list[FileCheck],  # `replies`, `answers` and the accuracies are filled in
     limit: int,  # tokens of a reply
 ) -> None:
     "Greedy replies of the trained model and of each file."
@@ -748,6 +795,7 @@ def compare_replies(
         served = [to_reply(row, tokenizer, stops) for row in greedy(file, [row.prompt for row in ids], limit, stops)]
         check.replies = sum(a == b for a, b in zip(said, served)) / len(cases)
         check.reference_accuracy, check.accuracy = _accuracy(said, answers), _accuracy(served, answers)
+        check.answers = sum(answer is not None for answer in answers)
 
 
 def _accuracy(replies: list[Reply], answers: list[str | None]) -> float | None:
@@ -762,11 +810,20 @@ def check_modelfile(modelfile: Modelfile, path: Path, files: list[Path], subject
     named = path.parent / (modelfile.one("FROM") or "")
     if named.resolve() not in {file.resolve() for file in files}:
         found.append(f"the Modelfile names {modelfile.one('FROM')}, which is none of the files that were certified")
+    for name in ("ADAPTER", "RENDERER", "PARSER"):
+        if modelfile.one(name) is not None:
+            found.append(f"the Modelfile has {name} {modelfile.one(name)}, which changes what was certified: take it out")
     end = turn_end(subject.tokenizer, template)
     word = None if end is None else subject.tokenizer.convert_ids_to_tokens(end)
     if word and word not in modelfile.parameters.get("stop", []):
         found.append(f"the Modelfile has no stop for {word}, which ends a reply")
+    known = set(subject.tokenizer.convert_ids_to_tokens(stop_tokens(subject.tokenizer, subject.model, template)))
+    for stop in modelfile.parameters.get("stop", []):
+        if stop not in known:
+            found.append(f"the Modelfile has a stop {stop!r}, which training doesn't know: it cuts replies")
     system = subject.config.get("system")
+    if "system" in subject.config and not system and modelfile.one("SYSTEM"):
+        found.append("the Modelfile has a SYSTEM text, and training put none before every question")
     if system and modelfile.one("SYSTEM") != system:
         found.append("the Modelfile's SYSTEM is not the system text that training put before every question")
     return found
@@ -786,6 +843,9 @@ def certify(
 ) -> Certificate:
     "Compare what is served with what was trained. Raises `UserError` where it can't be compared; a failure is in the result."
     start = time.perf_counter()
+    for name, number in (("rows", rows), ("model_rows", model_rows)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} is {number}: give at least 1")
     files = _files(gguf)
     found = read_modelfile(modelfile)
     subject = open_subject(subject, tokenizer)
@@ -863,23 +923,31 @@ def in_front(
 def _compare(subject, paths, modelfile, cases, ids, count, limit) -> tuple[list[FileCheck], int]:
     "Tokens, logits and replies; and how many replies."
     context = max(len(row.whole) for row in ids) + 8
-    held_out = [i for i, case in enumerate(cases[:count]) if case.kind == "held out" and limit]
+    chosen = spread(len(cases), count)
+    held_out = [i for i in chosen if cases[i].kind == "held out" and limit]
     longest = max((len(ids[i].prompt) for i in held_out), default=0) + limit
     limit_of_model = getattr(subject.model.config, "max_position_embeddings", context)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(LlamaFile(path, min(max(context, longest), limit_of_model))) for path in paths]
+        _check_vocabulary(files, subject.model.config.vocab_size)
         merged = merge_adapter(subject.model) if hasattr(subject.model, "get_base_model") else None
-        chosen = spread(len(cases), count)
         distances = measure_distances(subject.model, [ids[i] for i in chosen], merged, files)
-        checks = [FileCheck("merged", "merged", distances.pop(0))] if merged is not None else []
+        base = distances.pop(0).mean_kl if merged is not None else None
+        checks = [FileCheck("merged", "merged", distances.pop(0), base_kl=base)] if merged is not None else []
         found = []
         for file, distance in zip(files, distances):
-            kind = FILE_TYPES.get(int(file.meta("general.file_type") or -1), "unknown")
             tokens = check_paths(cases, ids, subject.tokenizer, file, modelfile, subject.config.get("template"))
-            found.append(FileCheck(file.path.name, kind, distance, file_sha256(file.path), tokens))
+            found.append(FileCheck(file.path.name, file_kind(file), distance, file_sha256(file.path), tokens, base_kl=base))
         if held_out:
             compare_replies(subject, [cases[i] for i in held_out], [ids[i] for i in held_out], files, found, limit)
     return [*checks, *found], len(held_out)
+
+
+def _check_vocabulary(files: list[LlamaFile], tokens: int) -> None:
+    "Raises `UserError` for a file that has fewer tokens than the model."
+    for file in files:
+        if file.size < tokens:
+            raise UserError(f"{file.path} has {file.size} tokens and the model {tokens}: it is another model's file, so name the one that was exported from this one")
 
 
 def spread(n: int, count: int) -> list[int]:
@@ -903,4 +971,4 @@ def chat_gguf(
         asked = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": asked}]
     body = {"messages": asked, "max_tokens": max_new_tokens, "temperature": temperature if do_sample else 0.0, "reasoning_format": "none"}
     with chat_server(gguf, context) as ask:
-        return ask("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+        return ask("/v1/chat/completions", body, timeout=None)["choices"][0]["message"]["content"]

@@ -136,11 +136,13 @@ def write_aside(
     except Exception as error:
         if disk_full(error):
             raise UserError(f"no space left while writing {path}: nothing there was changed; free some and repeat") from error
-        if isinstance(error, PermissionError):
-            raise UserError(f"{path} can't be written (permission denied): choose another place") from error
+        kinds = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+        if isinstance(error, kinds) or getattr(error, "errno", None) == errno.EROFS:
+            raise UserError(f"{path} can't be written ({(error.strerror or str(error)).lower()}): choose another place") from error
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing is left
+            shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #8278cb14-10
 def write_json(path: str | Path, value) -> None:

@@ -10,9 +10,9 @@ __all__ = ['LINEAR', 'ARCHITECTURES', 'BLOCK', 'QUANTIZATIONS', 'PACKERS', 'BITS
            'pre_tokenizer_name', 'Vocabulary', 'pinned', 'read_vocabulary', 'write_keys', 'write_yarn',
            'write_tokenizer', 'About', 'write_about', 'FolderSource', 'read_json', 'ModelSource', 'TensorWriter',
            'start_file', 'pour', 'quiet_llama', 'quantize_with_llama', 'check_quantizations', 'target_files',
-           'remove_leftovers', 'load_adapted', 'open_source', 'read_card', 'describe', 'exact_type', 'check_space',
-           'writable', 'export_gguf', 'write_parts', 'adapter_tensors', 'check_adapter', 'export_adapter_gguf',
-           'write_adapter']
+           'remove_leftovers', 'find_run', 'load_settings', 'load_adapted', 'open_source', 'read_card', 'describe',
+           'exact_type', 'check_space', 'writable', 'export_gguf', 'write_parts', 'adapter_tensors', 'check_adapter',
+           'export_adapter_gguf', 'write_adapter']
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1
 import contextlib
@@ -34,8 +34,9 @@ import yaml
 import qlora_nb
 from .core import EMBEDDED_MODEL, UserError, write_aside
 from .merging import EMBEDDED_NAME, MergedTensors, TensorFolder, base_name, check_mergeable, read_tensor
-from .model import load_model, model_path
+from .model import adapter_base, load_model, model_path
 from .template import DATE, control_tokens, render, template_text, turn_end
+from .training import read_config
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-3
 @dataclass(frozen=True)
@@ -743,17 +744,40 @@ def remove_leftovers(file: Path) -> None:
             except ProcessLookupError:
                 part.unlink()
 
+# %% ../nbs/17_gguf.ipynb #be3ddef2
+def find_run(
+    folder: Path,  # a run's, or an adapter's, within a run or alone
+) -> tuple[Path | None, dict]:  # (the adapter's folder, what config.yaml says)
+    "The adapter and the settings of a run; None and {} where there are none. Raises `UserError`."
+    folder = folder.absolute()
+    adapter = next((place for place in (folder / "adapter", folder) if (place / "adapter_config.json").exists()), None)
+    places = [folder, *([folder.parent] if (folder.parent / "adapter").is_dir() else [])]
+    file = next((place / "config.yaml" for place in places if (place / "config.yaml").exists()), None)
+    return adapter, read_config(file) if file else {}
+
+
+def load_settings(
+    config: dict,  # of the run; {} where it isn't known
+    base: str | Path,  # the model that is loaded
+) -> dict:
+    "For `load_model`: the bits, the revision and the dtype of training, and a length that the base can hold."
+    known = {key: config[key] for key in ("load_in_4bit", "revision", "dtype", "max_seq_length") if config.get(key) is not None}
+    if "max_seq_length" not in known:
+        from transformers import AutoConfig
+
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # `load_model` says what is wrong with it
+            found = AutoConfig.from_pretrained(model_path(base), revision=known.get("revision"), trust_remote_code=False)
+            known["max_seq_length"] = min(2048, found.max_position_embeddings)
+    return known
+
+
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-40
 def load_adapted(folder: Path) -> tuple | None:  # (model, tokenizer)
     "The adapter of a folder (of an adapter or a run) on the base that it was trained on; None where there is none."
-    adapter = next((place for place in (folder, folder / "adapter") if (place / "adapter_config.json").exists()), None)
+    adapter, config = find_run(folder)
     if adapter is None:
         return None
-    run = next((place / "config.yaml" for place in (folder, folder.parent) if (place / "config.yaml").exists()), None)
-    settings = {}
-    if run is not None:  # the run knows what was trained: in 4 bits or 16, from which revision
-        found = yaml.safe_load(run.read_text(encoding="utf-8"))
-        settings = {key: found[key] for key in ("load_in_4bit", "revision", "dtype") if isinstance(found, dict) and key in found}
+    settings = load_settings(config, adapter_base(adapter))
     return load_model(adapter=adapter, backend="auto" if "unsloth" in sys.modules else "transformers", **settings)
 
 

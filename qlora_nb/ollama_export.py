@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .core import UserError, write_aside
+from .gguf_export import find_run
 from .template import CHATML, EMBEDDED, LLAMA_3_1, adds_bos, render, stop_tokens, template_text
 
 # %% ../nbs/18_ollama.ipynb #aa4fc3c9
@@ -823,10 +824,8 @@ def modelfile_for(
     "The Modelfile of a run, with its template, system text and context. Raises `UserError`."
     from transformers import AutoTokenizer
 
-    from qlora_nb.training import read_config
-
     folder = Path(getattr(run, "path", run)).expanduser()
-    config = read_config(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
+    _, config = find_run(folder)
     home = folder / "adapter" if (folder / "adapter").is_dir() else folder
     if not (home / "tokenizer_config.json").exists():
         raise UserError(f"{folder} holds no tokenizer: name a run's, an adapter's or a merged model's folder")

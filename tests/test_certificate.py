@@ -1,15 +1,19 @@
 """The certificate: right exports pass on all four paths, deliberately wrong ones fail, and nothing is left running."""
 
 import copy
+import importlib
 import json
+import os
 import signal
 import socket
 import threading
 import time
 import unittest.mock as mock
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from urllib.parse import urlparse
 
 import pytest
+import torch
 
 from qlora_nb import certificate, gguf_export, merging
 from qlora_nb.certificate import (
@@ -17,10 +21,14 @@ from qlora_nb.certificate import (
     Bounds,
     Case,
     CertificateFailed,
+    Distance,
+    FileCheck,
     LlamaFile,
     certify,
+    chat_gguf,
     chat_server,
     divergence,
+    failures_of,
     file_logits,
     greedy,
     make_cases,
@@ -33,10 +41,26 @@ from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.data import load_sft_dataset
 from qlora_nb.gguf_export import export_gguf
 from qlora_nb.model import add_lora, load_model
-from qlora_nb.ollama_export import modelfile_text, parse_modelfile, write_modelfile
+from qlora_nb.ollama_export import modelfile_for, modelfile_text, parse_modelfile, write_modelfile
 from qlora_nb.template import SYSTEM_PROMPT, TEMPLATES
 
-pytest.importorskip("xllamacpp")
+
+def needed(name):
+    "The package; without it these tests are skipped, but in CI they fail."
+    return importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)
+
+
+for package in ("gguf", "llama_cpp", "xllamacpp"):
+    needed(package)
+
+
+def test_a_missing_package_fails_in_ci(monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(ModuleNotFoundError):
+        needed("there_is_no_such_package")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception):
+        needed("there_is_no_such_package")
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +235,12 @@ def test_a_template_with_the_date_fails(run, place, subject):
 
 
 def edited(modelfile, name, value):
-    "A Modelfile beside the right one, with one instruction changed; None leaves it out."
-    found = parse_modelfile(modelfile.read_text(encoding="utf-8"))
-    lines = [(k, value(v) if k == name else v) for k, v in found.instructions if k != name or value(v) is not None]
+    "A Modelfile beside the right one, with one instruction changed (None leaves it out) or, with a +, added."
+    lines = parse_modelfile(modelfile.read_text(encoding="utf-8")).instructions
+    if name.startswith("+"):
+        lines = [*lines, (name[1:], value)]
+    else:
+        lines = [(k, value(v) if k == name else v) for k, v in lines if k != name or value(v) is not None]
     path = modelfile.with_name("Modelfile-edited")
     path.write_text(modelfile_text(lines), encoding="utf-8")
     return path
@@ -232,10 +259,20 @@ def edited(modelfile, name, value):
         ("SYSTEM", lambda v: None, ("SYSTEM is not the system text",)),
         ("PARAMETER stop", lambda v: None, ("no stop for <|eot_id|>",)),
         ("FROM", lambda v: "./other.gguf", ("names ./other.gguf, which is none of the files",)),
+        ("+ADAPTER", "./other-lora.gguf", ("has ADAPTER ./other-lora.gguf",)),
+        ("+RENDERER", "qwen3-coder", ("has RENDERER qwen3-coder",)),
+        ("+PARSER", "qwen3-coder", ("has PARSER qwen3-coder",)),
+        ("+PARAMETER stop", "answer", ("a stop 'answer', which training doesn't know",)),
     ],
 )
 def test_a_wrong_modelfile_fails(subject, files, modelfile, name, value, words):
     fails(short(subject, files[0], edited(modelfile, name, value), model_rows=4), *words)
+
+
+def test_a_system_text_that_training_did_not_have_fails(subject, files, modelfile):
+    other = copy.copy(subject)
+    other.config = {**subject.config, "system": None}
+    fails(short(other, files[0], modelfile, model_rows=4), "a SYSTEM text, and training put none")
 
 
 def test_bos_doubled_by_the_file_fails(run, place, subject):
@@ -267,6 +304,85 @@ def test_bounds_can_be_given(subject, files):
     fails(found, "Q4_K_M: the mean KL is", "above 1e-09")
 
 
+def test_a_format_without_bounds_fails(subject, files, tmp_path):
+    "The header of a right file says another type: 12, which llama.cpp knows as Q3_K_M."
+    import gguf
+
+    file = tmp_path / "other.gguf"
+    file.write_bytes(files[0].read_bytes())
+    reader = gguf.GGUFReader(file, "r+")
+    reader.fields["general.file_type"].parts[-1][0] = 12
+    reader.data.flush()
+    found = fails(short(subject, file), "file type 12: no bounds are known for this format: give thresholds=")
+    assert found.failures == found.failures[:1]
+    assert short(subject, file, thresholds={"file type 12": Bounds(0.995, 1e-4)}).passed
+    assert all(kind in THRESHOLDS for kind in certificate.FILE_TYPES.values())
+    assert THRESHOLDS["BF16"].mean_kl is not None
+
+
+def test_logits_that_are_no_numbers_fail(subject, files, tmp_path):
+    "A BF16 file in which the last norm is NaN, as a broken conversion leaves it."
+    import gguf
+
+    file = tmp_path / "nan.gguf"
+    file.write_bytes(files[3].read_bytes())
+    reader = gguf.GGUFReader(file, "r+")
+    next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight").data[:] = float("nan")
+    reader.data.flush()
+    found = fails(short(subject, file, max_new_tokens=4), "BF16: the logits are no numbers")
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    stored = json.loads(found.to_json().read_text(encoding="utf-8"), parse_constant=refuse)
+    assert stored["checks"][1]["mean_kl"] is None and stored["checks"][1]["max_kl"] is None
+
+
+def test_a_large_loss_has_a_ratio():
+    assert Distance(loss=1e5, tokens=1).perplexity_ratio > 1e300
+
+
+def test_the_base_passed_off_as_the_run_fails(subject, files, place):
+    "A gentle fine-tune: the untrained base lies within the bounds of Q4_0, and is found out all the same."
+    gentle = open_subject(subject.model, subject.tokenizer)
+    scaled = [layer for layer in gentle.model.modules() if hasattr(layer, "lora_A")]
+    for layer in scaled:
+        layer.scaling["default"] /= 8
+    try:
+        base = export_gguf(EMBEDDED_MODEL, None, place / "base.gguf", "q4_0")
+        found = short(gentle, base)
+        assert found.checks[1].distance.mean_kl < THRESHOLDS["Q4_0"].mean_kl
+        fails(found, "Q4_0: the mean KL is", "nearer to the base than to what was trained")
+        assert found.failures[0].startswith("Q4_0: the mean KL is") and "above" not in found.failures[0]
+    finally:
+        for layer in scaled:
+            layer.scaling["default"] *= 8
+
+
+def test_an_adapter_that_changes_nothing_is_not_held_against_a_file():
+    check = FileCheck("a", "F16", Distance(positions=1, agreed=1, kl=1e-7), base_kl=0.0)
+    assert failures_of(check, THRESHOLDS["F16"]) == []
+
+
+def test_one_answer_of_forty_is_no_failure():
+    def check(right, answers):
+        near = Distance(positions=1, agreed=1)
+        return FileCheck("a", "F16", near, accuracy=right / answers, reference_accuracy=1.0, answers=answers)
+
+    assert failures_of(check(39, 40), THRESHOLDS["F16"]) == []
+    assert failures_of(check(38, 40), THRESHOLDS["F16"]) == [
+        "F16: held-out accuracy is 95.0%, and the trained model's 100.0%"
+    ]
+    assert failures_of(check(989, 1000), THRESHOLDS["F16"]) and not failures_of(check(991, 1000), THRESHOLDS["F16"])
+
+
+def test_replies_are_asked_for_the_rows_whose_logits_are_compared(subject, files):
+    found = short(subject, files[1], max_new_tokens=8, rows=20, model_rows=10)
+    kinds = [case.kind for case in make_cases(load_sft_dataset(split="heldout"), subject.tokenizer, 20)]
+    assert found.reply_rows == sum(kinds[i] == "held out" for i in spread(20, 10)) == 6
+    assert found.checks[1].answers == 6
+
+
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -289,8 +405,6 @@ def test_spread():
 
 
 def test_divergence_is_zero_only_for_the_same():
-    import torch
-
     logits = torch.randn(70, 50, generator=torch.Generator().manual_seed(0))
     assert float(divergence(logits, logits + 3).max()) < 1e-12  # a constant changes no probability
     assert float(divergence(logits, logits.flip(-1)).min()) > 0.01
@@ -298,8 +412,6 @@ def test_divergence_is_zero_only_for_the_same():
 
 def test_the_reference_is_the_adapter_model_and_no_merge(run, subject):
     "Unpacked or not, merged by peft or not: one model. With the adapter taken off, another."
-    import torch
-
     ids = torch.tensor([training_ids([load_sft_dataset(split="heldout")[0]["messages"]], run.tokenizer)[0].whole])
     with torch.no_grad():
         reference = subject.model(ids).logits
@@ -325,9 +437,9 @@ def test_the_server_stops_and_leaves_interrupts_alone(files):
     addresses = []
     real = certificate._ask
 
-    def ask(address, body):
+    def ask(address, *more):
         addresses.append(address)
-        return real(address, body)
+        return real(address, *more)
 
     with mock.patch.object(certificate, "_ask", ask), pytest.raises(ZeroDivisionError):
         with chat_server(files[0]) as asked:
@@ -351,6 +463,117 @@ def test_a_template_that_the_server_refuses_is_a_failure(run, place, subject):
     )
     found = short(subject, export_gguf(run.model, tokenizer, place / "wrong.gguf", "f16"))
     fails(found, "on the path GGUF", "several turns: llama.cpp's server refuses")
+
+
+@pytest.fixture
+def slow_server():
+    "A server that takes a while."
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            time.sleep(0.6)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"said": 1}')
+
+        def log_message(self, *words):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *words: None  # a client that has gone away
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_chat_waits_as_long_as_it_takes(slow_server, files):
+    with pytest.raises(UserError, match="doesn't answer"):
+        certificate._ask(slow_server, {}, timeout=0.1)
+    assert certificate._ask(slow_server, {}, timeout=None) == {"said": 1}
+    with mock.patch.object(certificate, "_ask", wraps=certificate._ask) as asked:
+        assert chat_gguf(files[1], "2 + 3?", max_new_tokens=4)
+    assert asked.call_args.args[2] is None
+
+
+def test_the_folder_of_the_adapter_knows_its_run(run, files, place):
+    "RUN and RUN/adapter are one subject, and give one Modelfile."
+    whole, part = open_subject(run.path), open_subject(run.path / "adapter")
+    assert part.config == whole.config and part.config["system"] == SYSTEM_PROMPT
+    assert part.model.get_base_model().qlora_nb_info == whole.model.get_base_model().qlora_nb_info
+    made = [modelfile_for(at, files[0], place / name) for at, name in ((run.path, "M1"), (run.path / "adapter", "M2"))]
+    assert made[0].read_text() == made[1].read_text() and SYSTEM_PROMPT in made[1].read_text()
+
+
+def test_a_broken_configuration_is_one_sentence(run, files, tmp_path):
+    import shutil
+
+    shutil.copytree(run.path / "adapter", tmp_path / "adapter")
+    (tmp_path / "config.yaml").write_text("system: [\n")
+    for at in (tmp_path, tmp_path / "adapter"):
+        for use in (
+            open_subject,
+            lambda at: modelfile_for(at, files[0], tmp_path / "M"),
+            lambda at: export_gguf(at, None, tmp_path / "a.gguf"),
+        ):
+            with pytest.raises(UserError, match="config.yaml is not YAML .*mend it"):
+                use(at)
+
+
+def test_a_base_with_a_short_context(tmp_path):
+    "256 tokens: its model's folder and its adapter's, alone, can be certified and exported."
+    model, tokenizer = load_model(EMBEDDED_MODEL, backend="transformers", load_in_4bit=False, dtype="float32")
+    model.config.max_position_embeddings = 256
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    small, _ = load_model(tmp_path / "base", backend="transformers", max_seq_length=256)
+    adapted = add_lora(small, r=4)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "lora")
+    heldout = load_sft_dataset(split="heldout")
+    for name in ("base", "lora"):
+        file = export_gguf(tmp_path / name, tokenizer, tmp_path / f"{name}.gguf", "f16")
+        found = certify(tmp_path / name, gguf=file, data=heldout, rows=10, model_rows=4, max_new_tokens=0)
+        assert found.passed, str(found)
+
+
+def test_a_folder_is_a_place_for_the_certificate(whole, tmp_path):
+    assert whole.to_json(tmp_path) == tmp_path / "certificate.json" and (tmp_path / "certificate.json").is_file()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="can't be written .(not a directory|file exists)"):
+        whole.to_json(tmp_path / "file" / "certificate.json")
+    (tmp_path / "place" / "certificate.json").mkdir(parents=True)
+    with pytest.raises(UserError, match="can't be written .is a directory.: choose another place"):
+        whole.to_json(tmp_path / "place")
+    assert [path.name for path in (tmp_path / "place").iterdir()] == ["certificate.json"]
+
+
+def test_a_read_only_file_system_is_a_users_mistake(tmp_path):
+    import errno
+
+    from qlora_nb.core import write_aside
+
+    with pytest.raises(UserError, match="can't be written .read-only file system.: choose another place"):
+        with write_aside(tmp_path / "a"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_another_models_file_is_named(subject, tmp_path):
+    from gguf_models import byte_level, random_model
+
+    tokenizer = byte_level("llama3")
+    file = export_gguf(random_model("llama", len(tokenizer)), tokenizer, tmp_path / "another.gguf", "f16")
+    with mock.patch.object(certificate, "measure_distances", side_effect=AssertionError("measured")):
+        with pytest.raises(UserError, match="another.gguf has 7.. tokens and the model 768: it is another model's"):
+            short(subject, file)
+
+
+@pytest.mark.parametrize("wrong", [{"model_rows": 0}, {"model_rows": -3}, {"rows": 0}])
+def test_there_must_be_rows(subject, files, wrong):
+    with pytest.raises(UserError, match="rows is -?[0-9]+: give at least 1"):
+        short(subject, files[0], **wrong)
 
 
 def test_mistakes_are_named(run, place, files, tmp_path):

@@ -1,5 +1,6 @@
 """GGUF: llama.cpp computes what transformers computes and reads what the tokenizer reads, or the export is refused."""
 
+import importlib
 import itertools
 import json
 import math
@@ -32,8 +33,23 @@ from qlora_nb.core import EMBEDDED_MODEL, UserError, file_sha256
 from qlora_nb.gguf_export import QUANTIZATIONS, export_adapter_gguf, export_gguf, to_q4_0, to_q8_0
 from qlora_nb.merging import read_header, save_merged
 
-gguf = pytest.importorskip("gguf")
-pytest.importorskip("llama_cpp")
+
+def needed(name):
+    "The package; without it these tests are skipped, but in CI they fail."
+    return importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)
+
+
+gguf, _ = needed("gguf"), needed("llama_cpp")
+
+
+def test_a_missing_package_fails_in_ci(monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(ModuleNotFoundError):
+        needed("there_is_no_such_package")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception):
+        needed("there_is_no_such_package")
+
 
 KINDS = ("llama3", "smaug", "qwen2", "gpt2", "smollm")
 SMALL = {"num_hidden_layers": 1}
