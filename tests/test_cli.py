@@ -110,8 +110,9 @@ def test_the_shares_are_counted_from_the_replies(demo):
 def test_the_run_folder(demo):
     run, _ = demo
     assert {path.name for path in run.iterdir()} == {
-        "adapter", "checkpoints", "config.yaml", "evaluation.jsonl", "loss.png", "metrics.jsonl", "preflight.json", "report.html",
-        "report.md", "summary.json", "versions.json", "certificate.json", "Modelfile", f"{run.name}-Q8_0.gguf",
+        "adapter", "checkpoints", "config.yaml", "evaluation.jsonl", "loss.png", "metrics.jsonl", "preflight.json",
+        "report.html", "report.md", "summary.json", "versions.json", "certificate.json",
+        "Modelfile", f"{run.name}-Q8_0.gguf",
     }  # fmt: skip
     metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
     assert [m["step"] for m in metrics] == list(range(1, 301))

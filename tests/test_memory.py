@@ -267,7 +267,8 @@ def test_a_plan_fits_with_its_margin_and_keeps_the_effective_batch(gb, backend):
     assert 0.7 < tokens / (8 * plan.rows.mean) < 1.5
     assert choice.packing <= (backend == "unsloth")
     fitting = [c for c in plan.rejected if c.estimate.total_bytes <= plan.budget]
-    assert all(c.tokens_per_second <= choice.tokens_per_second / 0.99 for c in fitting)  # as fast as any, to a hundredth
+    # As fast as any, to a hundredth.
+    assert all(c.tokens_per_second <= choice.tokens_per_second / 0.99 for c in fitting)
     assert all(c.reason for c in plan.rejected)
     assert set(json.loads(json.dumps(plan.to_dict()))) >= {"card", "choice", "rejected", "settings", "advice"}
 
