@@ -98,6 +98,9 @@ def profile(
     return PROFILES[name]
 
 # %% ../nbs/00_core.ipynb #8278cb14-8
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EROFS)
+
+
 def disk_full(error: BaseException) -> bool:
     "Whether this exception, or one behind it, says that the disk (or the allowed file size) is used up."
     while error is not None:
@@ -136,8 +139,7 @@ def write_aside(
     except Exception as error:
         if disk_full(error):
             raise UserError(f"no space left while writing {path}: nothing there was changed; free some and repeat") from error
-        kinds = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-        if isinstance(error, kinds) or getattr(error, "errno", None) == errno.EROFS:
+        if getattr(error, "errno", None) in _NOT_WRITABLE:
             raise UserError(f"{path} can't be written ({(error.strerror or str(error)).lower()}): choose another place") from error
         raise
     finally:
