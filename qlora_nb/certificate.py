@@ -530,7 +530,7 @@ def reference_logits(
         for i, row in zip(chosen, logits):
             yield i, row[: len(rows[i])]
 
-
+# %% ../nbs/22_certificate.ipynb #0097d8ac
 def measure_distances(
     reference: torch.nn.Module,
     ids: list[Ids],

@@ -122,8 +122,7 @@ def write_aside(
 
     Raises `UserError` where the disk is full or the place can't be written; what stood at `path` is then untouched.
     """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = (path := Path(path)).with_name(f".{Path(path).name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if folder:
@@ -143,7 +142,7 @@ def write_aside(
             raise UserError(f"{path} can't be written ({(error.strerror or str(error)).lower()}): choose another place") from error
         raise
     finally:
-        with contextlib.suppress(OSError):  # where nothing can be written, nothing is left
+        with contextlib.suppress(OSError):
             shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #8278cb14-10
