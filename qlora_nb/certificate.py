@@ -530,7 +530,7 @@ def reference_logits(
         for i, row in zip(chosen, logits):
             yield i, row[: len(rows[i])]
 
-
+# %% ../nbs/22_certificate.ipynb #0097d8ac
 def measure_distances(
     reference: torch.nn.Module,
     ids: list[Ids],
@@ -629,7 +629,7 @@ def failures_of(
         found.append(f"{name}: held-out accuracy is {check.accuracy:.1%}, and the trained model's {check.reference_accuracy:.1%}")
     return found
 
-
+# %% ../nbs/22_certificate.ipynb #e1c141b7
 def _logit_failures(check: FileCheck, bounds: Bounds) -> list[str]:
     "What the mean KL says."
     name, mean = check.quantization, check.distance.mean_kl
@@ -767,7 +767,7 @@ def write_certificate(
     })
     return path
 
-
+# %% ../nbs/22_certificate.ipynb #0a11dd3b
 def _finite(value):
     "The value with None for what JSON can't hold: NaN and infinity."
     if isinstance(value, dict):
@@ -942,7 +942,7 @@ def _compare(subject, paths, modelfile, cases, ids, count, limit) -> tuple[list[
             compare_replies(subject, [cases[i] for i in held_out], [ids[i] for i in held_out], files, found, limit)
     return [*checks, *found], len(held_out)
 
-
+# %% ../nbs/22_certificate.ipynb #47ee20b0
 def _check_vocabulary(files: list[LlamaFile], tokens: int) -> None:
     "Raises `UserError` for a file that has fewer tokens than the model."
     for file in files:

@@ -98,6 +98,9 @@ def profile(
     return PROFILES[name]
 
 # %% ../nbs/00_core.ipynb #8278cb14-8
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EROFS)
+
+
 def disk_full(error: BaseException) -> bool:
     "Whether this exception, or one behind it, says that the disk (or the allowed file size) is used up."
     while error is not None:
@@ -119,8 +122,7 @@ def write_aside(
 
     Raises `UserError` where the disk is full or the place can't be written; what stood at `path` is then untouched.
     """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = (path := Path(path)).with_name(f".{Path(path).name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if folder:
@@ -136,12 +138,11 @@ def write_aside(
     except Exception as error:
         if disk_full(error):
             raise UserError(f"no space left while writing {path}: nothing there was changed; free some and repeat") from error
-        kinds = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-        if isinstance(error, kinds) or getattr(error, "errno", None) == errno.EROFS:
+        if getattr(error, "errno", None) in _NOT_WRITABLE:
             raise UserError(f"{path} can't be written ({(error.strerror or str(error)).lower()}): choose another place") from error
         raise
     finally:
-        with contextlib.suppress(OSError):  # where nothing can be written, nothing is left
+        with contextlib.suppress(OSError):
             shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #8278cb14-10

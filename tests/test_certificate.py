@@ -347,7 +347,7 @@ def test_the_base_passed_off_as_the_run_fails(subject, files, place):
     gentle = open_subject(subject.model, subject.tokenizer)
     scaled = [layer for layer in gentle.model.modules() if hasattr(layer, "lora_A")]
     for layer in scaled:
-        layer.scaling["default"] /= 8
+        layer.scaling["default"] /= 32
     try:
         base = export_gguf(EMBEDDED_MODEL, None, place / "base.gguf", "q4_0")
         found = short(gentle, base)
@@ -356,7 +356,7 @@ def test_the_base_passed_off_as_the_run_fails(subject, files, place):
         assert found.failures[0].startswith("Q4_0: the mean KL is") and "above" not in found.failures[0]
     finally:
         for layer in scaled:
-            layer.scaling["default"] *= 8
+            layer.scaling["default"] *= 32
 
 
 def test_an_adapter_that_changes_nothing_is_not_held_against_a_file():
