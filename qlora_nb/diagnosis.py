@@ -205,7 +205,7 @@ def diverging(seen: Evidence) -> Trouble | None:
     parts = fifths(losses)
     if not parts:
         return None
-    noise = math.sqrt(statistics.fmean((b - a) ** 2 for a, b in zip(losses, losses[1:])) / 2)  # of one step
+    noise = statistics.median(abs(b - a) for a, b in zip(losses, losses[1:])) / 0.954  # deviation of a normal step; the rise itself is left out
     start = 1.1 * statistics.fmean(losses[:2]) + 3 * noise / math.sqrt(2)  # two steps are all there is of it
     if parts[-1] < 1.3 * min(parts) + 0.2 and parts[-1] < start:
         return None
