@@ -921,14 +921,14 @@ def plan_training(
     tokenizer=None,  # to count the tokens of messages
     effective_batch: int = 8,  # rows that make one step
     seq_length: int | None = None,  # longest row; None keeps 99 % of the data's rows, or is 2,048
-    r: int = 16,
-    target_modules: Sequence[str] = TARGET_MODULES,
+    r: int = 16,  # rank of the adapters
+    target_modules: Sequence[str] = TARGET_MODULES,  # layers with an adapter
     method: str | None = None,  # lora or qlora; None takes the faster of those that fit
     batch_size: int | None = None,  # rows in one forward pass; None chooses, here and below
-    packing: bool | None = None,
-    gradient_checkpointing: bool | str | None = None,
-    optimizer: str = "adamw_8bit",
-    backend: str = "unsloth",
+    packing: bool | None = None,  # rows filled up with several conversations
+    gradient_checkpointing: bool | str | None = None,  # "unsloth" is True here
+    optimizer: str = "adamw_8bit",  # a key of `OPTIMIZERS`
+    backend: str = "unsloth",  # unsloth or transformers
     margin: float = 0.06,  # share of the card that is left free: the estimate may err
 ) -> Plan:
     "Settings that fit the card and should be fastest, and what was rejected. Raises `UserError` for what can't be."

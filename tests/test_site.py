@@ -597,9 +597,11 @@ def test_dtype_follows_the_capability(monkeypatch, name, capability, wanted):
 def test_trainer_on_a_t4_is_told_fp16_and_never_bf16(monkeypatch, tmp_path):
     "The compute dtype decides for the trainer too; bf16 stays off although torch claims to support it."
     import torch
+    import trl  # before a GPU is made believe: importing it looks for one
 
     from qlora_nb import model, training
 
+    assert trl.SFTConfig
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a, **k: (7, 5))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
