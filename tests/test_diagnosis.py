@@ -284,7 +284,7 @@ def test_gradients_from_both_sides(healthy):
     assert gradients(run_of(healthy, losses, [8.0] * 60)).code == "gradients_cut"
     spikes = gradients(run_of(healthy, losses, [0.5] * 40 + [40.0] + [0.5] * 19))
     assert spikes.code == "gradient_spikes" and "step 41" in spikes.cause
-    assert gradients(run_of(healthy, losses, [0.1] * 40 + [3.0] + [0.1] * 19)) is None, "hardly cut, in a run that has converged"
+    assert gradients(run_of(healthy, losses, [0.1] * 40 + [3.0] + [0.1] * 19)) is None, "hardly cut, at its end"
     assert gradients(run_of(healthy, losses, [0.0] * 60)).code == "no_gradient"
     assert gradients(run_of(healthy, losses[:9], [8.0] * 9)) is None
 
