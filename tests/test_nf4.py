@@ -258,3 +258,19 @@ def test_fake_quantize_is_quantize():
     for blocksize in BLOCKSIZES:
         exact = quantize_nf4(weight, blocksize, double_quant=False).dequantize()
         torch.testing.assert_close(fake_quantize(weight, "nf4", blocksize), exact, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_to_look_up(threads, dtype):
+    "One thread takes another path than several: more than a chunk of weights, and a last block that is not full."
+    import bitsandbytes.functional as bnb
+
+    before, weight = torch.get_num_threads(), torch.randn(3, 2**18 + 37, generator=torch.Generator().manual_seed(5))
+    packed, state = bnb.quantize_4bit(weight.to(dtype).view(-1), quant_type="nf4", compress_statistics=True)
+    try:
+        torch.set_num_threads(threads)
+        found = quantize_nf4(weight.to(dtype)).dequantize()
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found.view(-1), bnb.dequantize_4bit(packed, state).view(-1))
