@@ -88,7 +88,7 @@ def configuration(config: str | None, resume: str | None, output: str | None) ->
         return resumed(resume, {})[1]
     found = read_config(config) if config else {}
     known = {
-        *SETTINGS, "model", "revision", "backend", "load_in_4bit", "dtype", "data", "data_name", "limit", "eval_data", "r",
+        *SETTINGS, "model", "revision", "backend", "engine", "load_in_4bit", "dtype", "data", "data_name", "limit", "eval_data", "r",
         "lora_alpha", "lora_dropout", "bias", "use_rslora", "target_modules", "use_gradient_checkpointing", "random_state",
         "fingerprints", "rows_read", "system", "plan",
     }
@@ -122,7 +122,7 @@ def loading_arguments(flags: dict, settings: dict, config: dict) -> dict:
     "Arguments of `load_model` from flags and configuration."
     from qlora_nb.training import Settings
 
-    defaults = {"dtype": None, "load_in_4bit": True, "backend": "auto", "revision": None}
+    defaults = {"dtype": None, "load_in_4bit": True, "backend": "auto", "engine": None, "revision": None}
     longest = pick("max_seq_length", settings.get("max_seq_length"), config, Settings.max_seq_length)
     return {"max_seq_length": longest, **{name: pick(name, flags[name], config, default) for name, default in defaults.items()}}
 
@@ -144,7 +144,7 @@ def foresee(name: str, data, settings: dict, config: dict, lora: dict, how: dict
         return memory_warning(estimate_for_rows(
             model_shape(name), card, Rows(kept, how["max_seq_length"], 0), "qlora" if how["load_in_4bit"] else "lora",
             batch_size=s.per_device_train_batch_size, accumulation=s.gradient_accumulation_steps, packing=s.packing, optimizer=s.optim,
-            backend=choose_backend(how["backend"])[0], gradient_checkpointing=lora["use_gradient_checkpointing"], r=lora["r"],
+            backend=choose_backend(how["backend"], how["engine"])[0], gradient_checkpointing=lora["use_gradient_checkpointing"], r=lora["r"],
             target_modules=lora["target_modules"],
         ), card)
 
@@ -213,6 +213,7 @@ MODEL_FLAGS = {  # name: (type, help)
     "export": (str, "then export and certify: GGUF formats with commas, such as q8_0,q4_k_m"),
     "plan": (str, "auto fits the run to this GPU; or a card's name, such as T4"),
     "backend": (str, "auto, unsloth or transformers"),
+    "engine": (bool, "train by this package's own engine, on the backend transformers"),
     "dtype": (str, "float32, float16 or bfloat16; default: by hardware"),
     "load_in_4bit": (bool, "base in NF4 (the default), or in 16 bits"),
     "revision": (str, "commit or tag of the model on the Hub"),

@@ -354,7 +354,7 @@ def slow(seen: Evidence) -> list[Trouble]:
     if padding is not None and padding > 0.4:
         found.append(Trouble(
             "padding", "warning", f"{padding:.0%} of all positions computed were padding: rows of very different lengths share a batch",
-            "turn on packing (GPU and backend='unsloth'), take smaller batches with more accumulation, or sort out the few very long rows",
+            "turn on packing (engine=True, or backend='unsloth' on a GPU), take smaller batches with more accumulation, or sort out the few very long rows",
         ))
     trained = seen.summary.get("train_seconds") or 0
     if waited is not None and trained > 0 and waited > 0.2 * trained:

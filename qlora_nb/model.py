@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from .core import EMBEDDED_MODEL, UserError, profile, quiet_environment
+from .engine import install_engine
 from .lora import TARGET_MODULES, check_settings, check_targets
 
 # %% ../nbs/10_model.ipynb #fca80c77-2
@@ -42,11 +43,17 @@ def unsloth_refusal() -> str | None:
 # %% ../nbs/10_model.ipynb #fca80c77-3
 def choose_backend(
     backend: str = "auto",  # auto, unsloth or transformers
+    engine: bool | None = None,  # whether the package's own engine was asked for
 ) -> tuple[str, str]:
     "The backend that this process takes, and why. Raises `UserError` where the one asked for can't be had."
     if backend not in BACKENDS:
         raise UserError(f"there is no backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     refusal = unsloth_refusal()
+    if engine not in (None, True, False):
+        raise UserError(f"engine is {engine!r}: give true or false")
+    if engine and backend == "unsloth":
+        raise UserError("engine=True and backend='unsloth' are both given: the engine rides on backend='transformers', leave one out")
+    backend = "transformers" if engine else backend
     if "unsloth" in sys.modules:
         if backend == "transformers":
             raise UserError(
@@ -203,7 +210,7 @@ def set_pad_token(tokenizer) -> str:
 
 # %% ../nbs/10_model.ipynb #fca80c77-11
 def model_info(model: torch.nn.Module) -> dict:
-    "How `load_model` loaded this model: `model`, `backend`, `load_in_4bit`, `dtype`, `max_seq_length`, `revision`."
+    "How `load_model` loaded this model: `model`, `backend`, `engine`, `load_in_4bit`, `dtype`, `max_seq_length`, `revision`."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     info = getattr(base, "qlora_nb_info", None)
     if info is None:
@@ -233,6 +240,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,  # compute dtype; None chooses by hardware
     load_in_4bit: bool = True,  # NF4 with double quantization; False loads in `dtype`
     backend: str = "auto",  # auto, unsloth or transformers
+    engine: bool | None = None,  # True trains by this package's own engine; None doesn't, until it was measured on GPUs
     adapter: str | Path | None = None,  # folder with an adapter to put on it
     revision: str | None = None,  # commit or tag on the Hub
 ) -> tuple:  # (model, tokenizer)
@@ -242,13 +250,13 @@ def load_model(
         raise UserError(f"load_in_4bit is {load_in_4bit!r}: give true or false")
     if model is None:
         model = adapter_base(adapter) if adapter else profile().model
-    name, dtype, (backend, why) = model_path(model), choose_dtype(dtype), choose_backend(backend)
+    name, dtype, (backend, why) = model_path(model), choose_dtype(dtype), choose_backend(backend, engine)
     if why.endswith("too late to patch"):
         print(f"backend {backend}: {why}", file=sys.stderr)
     loaded, tokenizer = load_base(name, backend, dtype, load_in_4bit, revision, max_seq_length)
     loaded.qlora_nb_info = {
         "model": "qlora_nb:embedded" if name == str(EMBEDDED_MODEL) else str(model),
-        "backend": backend, "load_in_4bit": load_in_4bit, "dtype": str(dtype).removeprefix("torch."),
+        "backend": backend, "engine": bool(engine), "load_in_4bit": load_in_4bit, "dtype": str(dtype).removeprefix("torch."),
         "max_seq_length": max_seq_length, "revision": revision,
     }
     if adapter:
@@ -367,8 +375,7 @@ def add_lora(
     target_modules = check_targets(target_modules)
     info, targets = model_info(model), find_targets(model, target_modules)
     check_lora(targets, r, lora_alpha, lora_dropout, bias, info["load_in_4bit"])
-    off = use_gradient_checkpointing == "unsloth" and not torch.cuda.is_available()
-    checkpointing = False if off else use_gradient_checkpointing
+    checkpointing = use_gradient_checkpointing if use_gradient_checkpointing != "unsloth" or torch.cuda.is_available() else False
     if info["backend"] == "transformers":
         peft_model = _trainable(model, r, lora_alpha, lora_dropout, target_modules, bias, use_rslora, checkpointing, random_state)
     else:
@@ -380,6 +387,8 @@ def add_lora(
                 bias=bias, use_rslora=use_rslora, use_gradient_checkpointing=checkpointing, random_state=random_state,
             )
     model.qlora_nb_info = {**info, "use_gradient_checkpointing": use_gradient_checkpointing, "random_state": random_state}
+    if info["engine"]:
+        print(f"engine: {install_engine(peft_model)}", file=sys.stderr)
     return peft_model
 
 # %% ../nbs/10_model.ipynb #fca80c77-20

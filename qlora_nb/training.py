@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'POSITIVE', 'FROM_PYTHON', 'SAME', 'ADVISED', 'Settings', 'check_setting', 'settings_for', 'check_choices',
-           'check_packing', 'trainer_arguments', 'make_trainer', 'plot_loss', 'in_notebook', 'Progress', 'Interrupted',
-           'gentle_interrupt', 'metrics_row', 'Diverged', 'likely_cause', 'Tripwire', 'watcher', 'loader_clock',
-           'stopped', 'last_checkpoint', 'checkpoint_state', 'at_its_end', 'restore', 'tidy_checkpoints', 'Run',
-           'load_run', 'read_config', 'memory_lines', 'loading_words', 'percent', 'report_text', 'adapter_of',
-           'token_lengths', 'check_plan', 'make_plan', 'checkpointing_of', 'set_checkpointing', 'expected_memory',
-           'memory_warning', 'plan_record', 'peak_memory', 'check_space', 'split_off', 'common_system', 'run_config',
-           'fit', 'how_to_go_on', 'profile_for', 'profile_of', 'resumed', 'same_run', 'cut_rows', 'rows_read',
-           'preflight', 'print_to_stderr', 'finish', 'check_model', 'check_settings', 'training_rows', 'planned',
-           'advice', 'start', 'run', 'foresee', 'taken', 'report_page', 'steps', 'device_name', 'train']
+           'check_packing', 'trainer_arguments', 'engine_in', 'trainer_class', 'make_trainer', 'plot_loss',
+           'in_notebook', 'Progress', 'Interrupted', 'gentle_interrupt', 'metrics_row', 'Diverged', 'likely_cause',
+           'Tripwire', 'watcher', 'loader_clock', 'stopped', 'last_checkpoint', 'checkpoint_state', 'at_its_end',
+           'restore', 'tidy_checkpoints', 'Run', 'load_run', 'read_config', 'memory_lines', 'loading_words', 'percent',
+           'report_text', 'adapter_of', 'token_lengths', 'check_plan', 'make_plan', 'checkpointing_of',
+           'set_checkpointing', 'expected_memory', 'memory_warning', 'plan_record', 'peak_memory', 'check_space',
+           'split_off', 'common_system', 'run_config', 'fit', 'how_to_go_on', 'profile_for', 'profile_of', 'resumed',
+           'same_run', 'cut_rows', 'rows_read', 'preflight', 'print_to_stderr', 'finish', 'check_model',
+           'check_settings', 'training_rows', 'planned', 'advice', 'start', 'run', 'foresee', 'taken', 'report_page',
+           'steps', 'device_name', 'train']
 
 # %% ../nbs/15_training.ipynb #96a31b6b
 import contextlib
@@ -49,6 +50,7 @@ from qlora_nb.core import (
     write_yaml,
 )
 from .data import check_dataset, data_fingerprint, encode_dataset, load_sft_dataset, question_hash
+from .engine import Engine, end_to_end, engine_of, install_engine, pack_rows
 from .evaluation import Evaluation, evaluate, side_by_side
 from .model import count_parameters, model_info, quiet_libraries
 from .recommendation import recommend
@@ -157,14 +159,14 @@ def check_choices(settings: Settings) -> None:
             raise UserError(f"{name} is {value!r}, which transformers doesn't know: choose for example {', '.join(close)}")
 
 
-def check_packing(settings: Settings, backend: str) -> None:
+def check_packing(settings: Settings, backend: str, engine: Engine | None = None) -> None:
     "Raises `UserError` where packed rows would see each other: without attention that keeps them apart."
-    if settings.packing and not (backend == "unsloth" and torch.cuda.is_available()):
-        raise UserError("packing needs a GPU and backend='unsloth' here, or packed rows would see each other: leave it off")
+    if settings.packing and not (engine and engine.attention) and not (backend == "unsloth" and torch.cuda.is_available()):
+        raise UserError("packing needs engine=True, or a GPU and backend='unsloth', or packed rows would see each other: leave it off")
 
 # %% ../nbs/15_training.ipynb #96a31b6b-7
-def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, checkpointing: bool):
-    "TRL's `SFTConfig` for these settings; mixed precision as the compute dtype says."
+def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, checkpointing: bool, engine: bool = False):
+    "TRL's `SFTConfig` for these settings; mixed precision as the compute dtype says. The engine packs and casts by itself."
     from trl import SFTConfig
 
     cuda = torch.cuda.is_available()
@@ -180,25 +182,29 @@ def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, chec
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.lr_scheduler_type,
         max_grad_norm=settings.max_grad_norm,
-        packing=settings.packing,
+        packing=settings.packing and not engine,
         max_length=settings.max_seq_length,
         logging_steps=settings.logging_steps,
         save_strategy="steps", save_steps=settings.save_steps, save_total_limit=2,
         seed=settings.seed, data_seed=settings.seed,
-        bf16=cuda and dtype == torch.bfloat16, fp16=cuda and dtype == torch.float16, use_cpu=not cuda,
+        bf16=cuda and dtype == torch.bfloat16 and not engine, fp16=cuda and dtype == torch.float16, use_cpu=not cuda,
         gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda, logging_nan_inf_filter=False,
         dataset_num_proc=None,
     )
 
-# %% ../nbs/15_training.ipynb #96a31b6b-8
-def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callbacks: list):
-    "An `SFTTrainer` on rows of `input_ids` and `labels`. Its `tokens` counts what it has trained on, padding left out; `targets` those with a label."
+# %% ../nbs/15_training.ipynb #96a31b6c-8
+def engine_in(model) -> Engine | None:
+    "The engine that a model is trained by; it is put in where the model was loaded for it and has none yet."
+    if engine_of(model) is None and model_info(model).get("engine"):
+        install_engine(model)
+    return engine_of(model)
+
+
+def trainer_class(plain_loss: bool):
+    "TRL's trainer that counts: `tokens`, padding left out; `targets`, those with a label; `positions`. `plain_loss` takes the model's own loss."
     import transformers
     import trl
-
-    info = model_info(model)
-    plain_cpu = info["backend"] == "transformers" and not torch.cuda.is_available()
 
     class Trainer(trl.SFTTrainer):
         tokens = targets = positions = 0
@@ -210,15 +216,26 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
             self.positions += inputs["input_ids"].numel()
             return super().training_step(model, inputs, *args, **kwargs)
 
-        if plain_cpu:
+        if plain_loss:
             def compute_loss(self, *args, **kwargs):
                 return transformers.Trainer.compute_loss(self, *args, **kwargs)
 
+    return Trainer
+
+# %% ../nbs/15_training.ipynb #96a31b6b-8
+def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callbacks: list):
+    "An `SFTTrainer` on rows of `input_ids` and `labels`. Its `tokens` counts what it has trained on, padding left out; `targets` those with a label."
+    import transformers
+
+    info, engine = model_info(model), engine_in(model)
+    plain_loss = engine or (info["backend"] == "transformers" and not torch.cuda.is_available())
     checkpointing = info["backend"] == "transformers" and bool(getattr(model, "is_gradient_checkpointing", False))
-    arguments = trainer_arguments(settings, folder, getattr(torch, info["dtype"]), checkpointing)
+    arguments = trainer_arguments(settings, folder, getattr(torch, info["dtype"]), checkpointing, bool(engine))
+    rows = pack_rows(rows, settings.max_seq_length) if engine and settings.packing else rows
     with quiet_libraries(info["backend"]):
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
+        trainer = trainer_class(bool(plain_loss))(
+            model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks,
+            data_collator=end_to_end if engine and engine.attention else None,
         )
     if len(trainer.train_dataset) == 0:  # TRL leaves out rows without a label
         raise UserError("no row has a token with a label, so there is nothing to learn: look at the data with check_dataset")
@@ -638,6 +655,8 @@ def check_plan(model, plan: Plan) -> Plan:
 def make_plan(model, tokenizer, data, plan, settings: Settings, fixed: dict) -> Plan | None:
     "The plan that `plan` stands for; `fixed` are the settings that somebody gave. None for `auto` without a GPU."
     cuda, info = torch.cuda.is_available(), model_info(model)
+    if engine_in(model):
+        raise UserError("a plan was asked for, but the engine's memory was not measured yet: leave plan out, or take engine=False")
     if isinstance(plan, Plan):
         return check_plan(model, plan)
     if plan == "auto" and not cuda:
@@ -685,6 +704,8 @@ def set_checkpointing(model, on: bool) -> None:
 def expected_memory(model, settings: Settings, lengths: list[int], card: Card) -> MemoryEstimate | None:
     "What this run should take on that card; None for an architecture or an optimizer that isn't counted."
     rows = Rows(tuple(sorted(lengths, reverse=True)), settings.max_seq_length, 0)
+    if engine_in(model):  # takes less, nobody has measured how much
+        return None
     try:
         return estimate_for_rows(
             model.get_base_model().config, card, rows, batch_size=settings.per_device_train_batch_size, packing=settings.packing,
@@ -753,7 +774,7 @@ def run_config(model, tokenizer, settings: Settings, data, eval_data: object, so
     "What `config.yaml` holds: where things came from, every setting, and fingerprints."
     info, lora = model_info(model), model.peft_config["default"]
     return {
-        **{key: info[key] for key in ("model", "revision", "backend", "load_in_4bit", "dtype")}, **source,
+        **{key: info[key] for key in ("model", "revision", "backend", "engine", "load_in_4bit", "dtype")}, **source,
         "r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout, "bias": lora.bias,
         "use_rslora": lora.use_rslora, "target_modules": sorted(lora.target_modules),
         "use_gradient_checkpointing": info.get("use_gradient_checkpointing", False),
@@ -820,14 +841,14 @@ def resumed(run: str | Path, arguments: dict) -> tuple[Path, dict]:
         raise UserError(f"{path} is no run folder (there is no config.yaml): name the folder that train printed")
     if (path / "summary.json").exists():
         raise UserError(f"the run {path} is finished: start a new one with --config {path / 'config.yaml'}")
-    config = read_config(path / "config.yaml")
+    config = {"engine": False, **read_config(path / "config.yaml")}  # runs from before the engine
     for name, value in arguments.items():
         if name in config and check_setting(name, value) != config[name]:
             raise UserError(f"{name} is {value!r}, but the run was started with {config[name]!r}: leave it out to go on")
     return path, config
 
 
-SAME = ("model", "revision", "backend", "load_in_4bit", "dtype", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora",
+SAME = ("model", "revision", "backend", "engine", "load_in_4bit", "dtype", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora",
         "target_modules", "random_state")
 
 
@@ -931,7 +952,7 @@ def check_settings(model, settings: Settings) -> None:
     if settings.max_seq_length > info["max_seq_length"]:
         raise UserError(f"max_seq_length is {settings.max_seq_length}, but the model was loaded for {info['max_seq_length']}: load it for more")
     check_choices(settings)
-    check_packing(settings, info["backend"])
+    check_packing(settings, info["backend"], engine_in(model))
 
 
 def training_rows(data, eval_data, settings: Settings):

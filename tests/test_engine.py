@@ -1,0 +1,396 @@
+"""The engine against plain peft: families, dtypes, switches, checkpointing, packing, and what it refuses."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from qlora_nb.core import UserError
+from qlora_nb.engine import Engine, end_to_end, engine_of, engine_refusal, install_engine, pack_rows, remove_engine
+
+SMALL = dict(
+    vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
+)  # fmt: skip
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+WHOLE = Engine()
+
+
+def config_of(family, **more):
+    from transformers import AutoConfig
+
+    more = {"sliding_window": None, **more} if family == "mistral" else more
+    return AutoConfig.for_model(family, **SMALL, **more)
+
+
+def base_of(family, four_bit=True, dtype=torch.float32, **more):
+    "A small random model, its projections in NF4 or dense."
+    import bitsandbytes as bnb
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(family, **more)).to(dtype)
+    for name, layer in list(model.named_modules()):
+        if four_bit and isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            new = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            if layer.bias is not None:
+                new.bias = torch.nn.Parameter(torch.randn_like(layer.bias) / 10)
+            new.support_avx512bf16_for_cpu = False
+            model.set_submodule(name, new.to("cpu"))
+    return model
+
+
+def peft_of(family="llama", four_bit=True, dtype=torch.float32, lora=None, **more):
+    from peft import LoraConfig, get_peft_model
+
+    model = base_of(family, four_bit, dtype, **more)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **(lora or {})}))
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.05)
+    return model.train()
+
+
+def some_rows(lengths=(9, 30, 1, 17, 2)):
+    chance = torch.Generator().manual_seed(2)
+    ids = [torch.randint(0, 300, (n,), generator=chance) for n in lengths]
+    labels = [t.where(torch.arange(len(t)) >= len(t) // 3, -100) for t in ids]
+    return [{"input_ids": t.tolist(), "labels": wanted.tolist()} for t, wanted in zip(ids, labels, strict=True)]
+
+
+def rectangle(rows):
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def filled(name, value):
+        return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
+
+    mask = torch.tensor([[1] * len(r["labels"]) + [0] * (longest - len(r["labels"])) for r in rows])
+    return {"input_ids": filled("input_ids", 0), "labels": filled("labels", -100), "attention_mask": mask}
+
+
+def gradients(model, batch, **more):
+    model.zero_grad()
+    loss = model(**batch, use_cache=False, **more).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def apart(ours, theirs):
+    assert list(ours) == list(theirs) and len(ours) > 0
+    return max(((ours[name] - g).norm() / g.norm()).item() for name, g in theirs.items())
+
+
+def same(model, engine=WHOLE, batch=None, rows=None, within=1e-5):
+    "The model by the engine against the same one without."
+    rows = rows or some_rows()
+    loss, wanted = gradients(model, rectangle(rows))
+    install_engine(model, engine)
+    found, ours = gradients(model, batch or (end_to_end(rows) if engine.attention else rectangle(rows)))
+    assert found == pytest.approx(loss, rel=1e-5)
+    assert apart(ours, wanted) < within
+
+
+@pytest.mark.parametrize("four_bit", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_plain_peft(family, four_bit):
+    same(peft_of(family, four_bit))
+
+
+@pytest.mark.parametrize(
+    "lora", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}}]
+)
+def test_scales_are_pefts(lora):
+    same(peft_of(lora=lora))
+
+
+def test_tied_embeddings():
+    same(peft_of(tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("switches", list(itertools.product([False, True], repeat=3)))
+def test_every_switch_alone_and_together(switches):
+    same(peft_of(), Engine(*switches, kernels=False))
+
+
+@pytest.mark.parametrize("engine", [Engine(), Engine(loss=False), Engine(adapters=False)])
+def test_checkpointed_layers_know_the_bounds(engine):
+    "The forward is run a second time inside the backward."
+    model = peft_of()
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    same(model, engine)
+
+
+def test_bf16_is_within_the_spread_of_the_plain_path():
+    "Both against fp32 of the same (rounded) weights."
+    exact, plain, fast = peft_of(four_bit=False), peft_of(four_bit=False), peft_of(four_bit=False)
+    for model in (exact, plain, fast):
+        for weight in model.parameters():
+            weight.data = weight.data.bfloat16().float() if model is exact else weight.data.bfloat16()
+    rows = some_rows((40, 90, 60, 70))
+    wanted = gradients(exact, rectangle(rows))[1]
+    usual = apart(gradients(plain, rectangle(rows))[1], wanted)
+    install_engine(fast)
+    assert apart(gradients(fast, end_to_end(rows))[1], wanted) < 1.5 * usual
+
+
+def test_adapters_stay_fp32_under_16_bit_products():
+    model = peft_of(dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    install_engine(model)
+    gradients(model, end_to_end(some_rows()))
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_under_autocast():
+    model, rows = peft_of(), some_rows()
+    install_engine(model)
+    exact = gradients(model, end_to_end(rows))[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**end_to_end(rows), use_cache=False).loss
+    model.zero_grad()
+    loss.backward()
+    found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    assert 1e-5 < apart(found, exact) < 0.1
+
+
+def test_rows_dont_see_each_other():
+    "A change of one row changes no other row's gradient: the second row alone is the second row of two."
+    model, (first, second) = peft_of(), some_rows((20, 25))
+    install_engine(model)
+    silent = {**first, "labels": [-100] * 20}
+    other = {**silent, "input_ids": first["input_ids"][::-1]}
+    alone = gradients(model, end_to_end([second]))
+    for neighbour in (silent, other):
+        loss, found = gradients(model, end_to_end([neighbour, second]))
+        assert loss == pytest.approx(alone[0], rel=1e-6) and apart(found, alone[1]) < 1e-5
+
+
+def test_nothing_learned_is_zero_and_not_nan():
+    model = peft_of()
+    install_engine(model)
+    rows = [{**row, "labels": [-100] * len(row["labels"])} for row in some_rows()]
+    loss, found = gradients(model, end_to_end(rows))
+    assert loss == 0 and all(g.abs().max() == 0 for g in found.values())
+
+
+def test_parts_of_a_step_weigh_by_their_learned_tokens():
+    model, rows = peft_of(), some_rows()
+    _, wanted = gradients(model, rectangle(rows))
+    install_engine(model)
+    parts = [end_to_end(rows[:1]), end_to_end(rows[1:])]
+    total = sum((part["labels"] != -100).sum() for part in parts)
+    model.zero_grad()
+    for part in parts:
+        model(**part, use_cache=False, num_items_in_batch=total).loss.backward()
+    found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    assert apart(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_kernel_gets_what_it_expects(grouped):
+    """torch's varlen_attn runs on CUDA alone: a stand-in with its signature (torch 2.13's, and 2.11's without
+    enable_gqa) computes in double what the kernel should, from the layout that it documents."""
+    import torch.nn.attention.varlen as varlen
+
+    from qlora_nb.engine import _one_kernel, _row_by_row
+
+    def reference(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa):
+        assert window_size == (-1, 0) and query.ndim == 3 and cu_seq_k is cu_seq_q
+        assert max_q == max_k == max(cu_seq_q.diff())
+        if query.shape[1] != key.shape[1]:
+            assert enable_gqa
+            key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
+        out = []
+        for a, b in itertools.pairwise(cu_seq_q.tolist()):
+            scores = torch.einsum("qhd,khd->hqk", query[a:b], key[a:b]) * (scale or query.shape[-1] ** -0.5)
+            scores = scores.masked_fill(torch.ones(b - a, b - a).triu(1).bool(), -math.inf)
+            out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), value[a:b]))
+        return torch.cat(out)
+
+    def newer(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        return reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa)
+
+    def older(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, False)
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 30, 8).double() for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 11, 12, 30], dtype=torch.int32)
+    with patch.object(varlen, "varlen_attn", newer if grouped else older):
+        found = _one_kernel(query, key, value, bounds, 18, 0.3)
+    torch.testing.assert_close(found, _row_by_row(query, key, value, bounds, 0.3))
+
+
+# --- an ordinary model all the while --------------------------------------------------------------------------------
+
+
+def test_it_goes_in_and_out():
+    model = peft_of()
+    before = {name: vars(m).get("forward") for name, m in model.named_modules()}
+    engine = install_engine(model)
+    assert engine_of(model) == engine == Engine(kernels=False)
+    install_engine(model, Engine(loss=False, kernels=False))  # another one takes its place
+    assert engine_of(model) == Engine(loss=False, kernels=False)
+    remove_engine(model)
+    remove_engine(model)
+    assert engine_of(model) is None and {name: vars(m).get("forward") for name, m in model.named_modules()} == before
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_switched_off_merged_and_without_gradients_it_is_peft(tmp_path):
+    from peft import PeftModel
+
+    model, ids = peft_of(), torch.arange(20)[None]
+    mask = torch.tensor([[0] * 5 + [1] * 15])
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask).logits
+        with model.disable_adapter():
+            bare = model(ids).logits
+    install_engine(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids, attention_mask=mask).logits, wanted)
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, bare)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base_of("llama"), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(ids, attention_mask=mask).logits, wanted)
+        dense = peft_of(four_bit=False)
+        install_engine(dense)
+        wanted = dense(ids).logits
+        torch.testing.assert_close(dense.merge_and_unload()(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: peft_of(lora={"lora_dropout": 0.1}), "lora_dropout=0.1"),
+        (lambda: peft_of(four_bit=False, lora={"use_dora": True}), "use_dora=True"),
+        (lambda: peft_of("qwen2", lora={"bias": "all"}), "bias=all"),
+        (lambda: peft_of(lora={"modules_to_save": ["lm_head"]}), "modules_to_save"),
+        (lambda: peft_of(four_bit=False, lora={"target_modules": ["q_proj", "embed_tokens"]}), "embed_tokens"),
+        (lambda: peft_of(four_bit=False, lora={"target_modules": ["q_proj", "lm_head"]}), "head"),
+        (lambda: peft_of("gemma2"), "architecture is gemma2"),
+        (lambda: peft_of("mistral", sliding_window=8), "window of 8"),
+        (lambda: peft_of(attention_dropout=0.2), "drops out 0.2"),
+    ],
+)
+def test_what_it_refuses(make, words):
+    model = make()
+    assert words in engine_refusal(model)
+    with pytest.raises(UserError, match="engine can't train"):
+        install_engine(model)
+    assert engine_of(model) is None
+
+
+def test_two_adapters_are_refused():
+    from peft import LoraConfig
+
+    model = peft_of()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    assert "2 adapters" in engine_refusal(model)
+
+
+def test_packs_hold_every_row_once():
+    import datasets
+
+    rows = datasets.Dataset.from_list(some_rows((9, 30, 1, 17, 2, 13, 40)))
+    lines = pack_rows(rows, 40)
+    assert max(map(len, lines["input_ids"])) <= 40 and len(lines) == 3
+    batch = end_to_end([lines[i] for i in range(len(lines))])
+    bounds = batch["cu_seq_lens_q"].tolist()
+    found = [tuple(batch["input_ids"][0, a:b].tolist()) for a, b in itertools.pairwise(bounds)]
+    assert sorted(found) == sorted(map(tuple, rows["input_ids"]))
+    assert all(batch["labels"][0, a] == -100 and batch["position_ids"][0, a] == 0 for a in bounds[:-1])
+    with pytest.raises(UserError, match="a row has 40 tokens"):
+        pack_rows(rows, 39)
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------
+
+
+def cli(*arguments, cwd, code=0):
+    env = {**os.environ, "QLORA_NB_PROFILE": "tiny"}
+    program = f"from qlora_nb.cli import main; main({[str(a) for a in arguments]!r})"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr[-4000:]
+    return done
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in open(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    place = tmp_path_factory.mktemp("runs")
+    common = ("--max-steps", 12, "--eval-rows", 3)
+    said = {
+        "plain": cli("train", "--backend", "transformers", *common, "--output", "plain", cwd=place),
+        "engine": cli("train", "--engine", *common, "--output", "engine", cwd=place),
+        "packed": cli(
+            "train", "--engine", "--packing", "--max-seq-length", 256, *common, "--output", "packed", cwd=place),
+    }
+    return place, said
+
+
+def test_a_run_learns_the_same(runs):
+    place, said = runs
+    plain, ours = losses(place / "plain"), losses(place / "engine")
+    assert ours == pytest.approx(plain, rel=1e-3) and sum(ours) == pytest.approx(sum(plain), rel=1e-3)
+    on = "engine: base and adapter in one function, rows end to end, logits of learned tokens\n"
+    assert on in said["engine"].stderr and "engine:" not in said["plain"].stderr
+
+
+def test_a_run_says_what_it_was(runs):
+    import yaml
+
+    place, _ = runs
+    configs = [yaml.safe_load((place / name / "config.yaml").read_text()) for name in ("plain", "engine", "packed")]
+    assert [c["engine"] for c in configs] == [False, True, True]
+    assert {c["backend"] for c in configs} == {"transformers"}
+    summary = json.loads((place / "engine" / "summary.json").read_text())
+    assert summary["data"]["padding"] == 0 and summary["after"]["stops"] is not None
+
+
+def test_a_packed_run_has_fuller_lines(runs):
+    place, _ = runs
+    whole = {name: json.loads((place / name / "summary.json").read_text())["data"] for name in ("engine", "packed")}
+    assert whole["packed"]["epochs"] > 1.7 * whole["engine"]["epochs"]  # twice the rows in as many steps
+    assert losses(place / "packed")[-1] < losses(place / "packed")[0]
+
+
+def test_a_run_goes_on_with_its_engine(runs):
+    place, _ = runs
+    cli("train", "--config", "engine/config.yaml", "--save-steps", 4, "--output", "again", cwd=place)
+    assert losses(place / "again") == losses(place / "engine")
+    (place / "again" / "summary.json").unlink()
+    newest = max((place / "again" / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-")[-1]))
+    wanted = (place / "again" / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(newest)
+    cli("train", "--resume", "again", cwd=place)
+    assert (place / "again" / "adapter" / "adapter_model.safetensors").read_bytes() == wanted
+
+
+def test_what_the_command_line_refuses(tmp_path):
+    said = cli("train", "--engine", "--backend", "unsloth", cwd=tmp_path, code=2).stderr
+    assert "engine=True and backend='unsloth' are both given" in said
+    said = cli("train", "--engine", "--lora-dropout", "0.1", cwd=tmp_path, code=2).stderr
+    assert "lora_dropout=0.1" in said and "engine=False" in said
+    said = cli("train", "--engine", "--plan", "T4", cwd=tmp_path, code=2).stderr
+    assert "engine's memory was not measured" in said
+    said = cli("train", "--packing", "--backend", "transformers", cwd=tmp_path, code=2).stderr
+    assert "packing needs engine=True" in said
