@@ -357,6 +357,12 @@ def _trainable(model, r, lora_alpha, lora_dropout, target_modules, bias, use_rsl
         model.config.use_cache = False
     return peft_model
 
+
+def _by_engine(peft_model):
+    "The model with the engine in it; what is on is said."
+    print(f"engine: {install_engine(peft_model)}", file=sys.stderr)
+    return peft_model
+
 # %% ../nbs/10_model.ipynb #fca80c77-19
 def add_lora(
     model: torch.nn.Module,  # from `load_model`
@@ -387,9 +393,7 @@ def add_lora(
                 bias=bias, use_rslora=use_rslora, use_gradient_checkpointing=checkpointing, random_state=random_state,
             )
     model.qlora_nb_info = {**info, "use_gradient_checkpointing": use_gradient_checkpointing, "random_state": random_state}
-    if info["engine"]:
-        print(f"engine: {install_engine(peft_model)}", file=sys.stderr)
-    return peft_model
+    return _by_engine(peft_model) if info["engine"] else peft_model
 
 # %% ../nbs/10_model.ipynb #fca80c77-20
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:
