@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from qlora_nb.core import UserError
 from qlora_nb.engine import Engine, end_to_end, engine_of, engine_refusal, install_engine, pack_rows, remove_engine
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(
     vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
@@ -394,3 +396,15 @@ def test_what_the_command_line_refuses(tmp_path):
     assert "engine's memory was not measured" in said
     said = cli("train", "--packing", "--backend", "transformers", cwd=tmp_path, code=2).stderr
     assert "packing needs engine=True" in said
+
+
+def test_the_benchmark_measures_it(tmp_path):
+    "benchmarks/gpu_training.py on a tiny shape: what it counts is what was trained."
+    setting = {"size": "tiny", "rows": "short", "batch": 1, "masked": 0.25, "steps": 3, "skip": 1, "off": ["loss"]}
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_training.py"), "--one", json.dumps(setting)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.split("RESULT ", 1)[1])
+    assert found["engine"] == "base and adapter in one function, rows end to end" and found["packing"]
+    assert 0.7 < found["labelled_per_second"] / found["tokens_per_second"] < 0.76
+    assert found["tokens_per_second"] * found["seconds_per_step"] > 0.9 * 2048  # lines are full
