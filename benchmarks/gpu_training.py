@@ -82,10 +82,9 @@ def by_engine(s, path, longest, clock):
     from qlora_nb.model import add_lora, load_model
     from qlora_nb.training import make_trainer, settings_for
 
-    model, tok = load_model(path, max_seq_length=longest, engine=True)
+    model, tok = load_model(path, max_seq_length=longest, backend="transformers")
     model = add_lora(model, use_gradient_checkpointing=s["checkpointing"])
-    if s["off"]:
-        install_engine(model, Engine(**dict.fromkeys(s["off"], False)))
+    install_engine(model, Engine(**dict.fromkeys(s["off"], False)))
     packing = s["packing"] and engine_of(model).attention
     settings = settings_for({
         "per_device_train_batch_size": s["batch"], "gradient_accumulation_steps": s["accumulation"], "packing": packing,

@@ -135,7 +135,7 @@ def foresee(name: str, data, settings: dict, config: dict, lora: dict, how: dict
     from qlora_nb.model import choose_backend
     from qlora_nb.training import memory_warning, profile_for, settings_for
 
-    if card is None and not torch.cuda.is_available():
+    if how["engine"] or (card is None and not torch.cuda.is_available()):  # the engine takes less, nobody has measured how much
         return None
     card, s = card or find_card("cuda"), settings_for(settings, config, profile_for(name))
 
@@ -144,7 +144,7 @@ def foresee(name: str, data, settings: dict, config: dict, lora: dict, how: dict
         return memory_warning(estimate_for_rows(
             model_shape(name), card, Rows(kept, how["max_seq_length"], 0), "qlora" if how["load_in_4bit"] else "lora",
             batch_size=s.per_device_train_batch_size, accumulation=s.gradient_accumulation_steps, packing=s.packing, optimizer=s.optim,
-            backend=choose_backend(how["backend"], how["engine"])[0], gradient_checkpointing=lora["use_gradient_checkpointing"], r=lora["r"],
+            backend=choose_backend(how["backend"])[0], gradient_checkpointing=lora["use_gradient_checkpointing"], r=lora["r"],
             target_modules=lora["target_modules"],
         ), card)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from .core import EMBEDDED_MODEL, UserError, profile, quiet_environment
-from .engine import install_engine
+from .engine import check_engine, install_where_asked
 from .lora import TARGET_MODULES, check_settings, check_targets
 
 # %% ../nbs/10_model.ipynb #fca80c77-2
@@ -345,6 +345,8 @@ def _trainable(model, r, lora_alpha, lora_dropout, target_modules, bias, use_rsl
     "peft's adapters on a model that transformers loaded."
     from peft import LoraConfig, get_peft_model
 
+    if model_info(model)["engine"]:
+        check_engine(model, lora_dropout=lora_dropout, bias=bias)
     model.requires_grad_(False)
     torch.manual_seed(random_state)
     config = LoraConfig(
@@ -357,11 +359,6 @@ def _trainable(model, r, lora_alpha, lora_dropout, target_modules, bias, use_rsl
         model.config.use_cache = False
     return peft_model
 
-
-def _by_engine(peft_model):
-    "The model with the engine in it; what is on is said."
-    print(f"engine: {install_engine(peft_model)}", file=sys.stderr)
-    return peft_model
 
 # %% ../nbs/10_model.ipynb #fca80c77-19
 def add_lora(
@@ -393,7 +390,7 @@ def add_lora(
                 bias=bias, use_rslora=use_rslora, use_gradient_checkpointing=checkpointing, random_state=random_state,
             )
     model.qlora_nb_info = {**info, "use_gradient_checkpointing": use_gradient_checkpointing, "random_state": random_state}
-    return _by_engine(peft_model) if info["engine"] else peft_model
+    return install_where_asked(peft_model)
 
 # %% ../nbs/10_model.ipynb #fca80c77-20
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'POSITIVE', 'FROM_PYTHON', 'SAME', 'ADVISED', 'Settings', 'check_setting', 'settings_for', 'check_choices',
-           'check_packing', 'trainer_arguments', 'engine_in', 'trainer_class', 'make_trainer', 'plot_loss',
-           'in_notebook', 'Progress', 'Interrupted', 'gentle_interrupt', 'metrics_row', 'Diverged', 'likely_cause',
-           'Tripwire', 'watcher', 'loader_clock', 'stopped', 'last_checkpoint', 'checkpoint_state', 'at_its_end',
-           'restore', 'tidy_checkpoints', 'Run', 'load_run', 'read_config', 'memory_lines', 'loading_words', 'percent',
+           'check_packing', 'trainer_arguments', 'trainer_class', 'make_trainer', 'plot_loss', 'in_notebook',
+           'Progress', 'Interrupted', 'gentle_interrupt', 'metrics_row', 'Diverged', 'likely_cause', 'Tripwire',
+           'watcher', 'loader_clock', 'stopped', 'last_checkpoint', 'checkpoint_state', 'at_its_end', 'restore',
+           'tidy_checkpoints', 'Run', 'load_run', 'read_config', 'memory_lines', 'loading_words', 'percent',
            'report_text', 'adapter_of', 'token_lengths', 'check_plan', 'make_plan', 'checkpointing_of',
            'set_checkpointing', 'expected_memory', 'memory_warning', 'plan_record', 'peak_memory', 'check_space',
            'split_off', 'common_system', 'run_config', 'fit', 'how_to_go_on', 'profile_for', 'profile_of', 'resumed',
@@ -50,7 +50,7 @@ from qlora_nb.core import (
     write_yaml,
 )
 from .data import check_dataset, data_fingerprint, encode_dataset, load_sft_dataset, question_hash
-from .engine import Engine, end_to_end, engine_of, install_engine, pack_rows
+from .engine import Engine, end_to_end, engine_of, pack_rows
 from .evaluation import Evaluation, evaluate, side_by_side
 from .model import count_parameters, model_info, quiet_libraries
 from .recommendation import recommend
@@ -165,8 +165,8 @@ def check_packing(settings: Settings, backend: str, engine: Engine | None = None
         raise UserError("packing needs engine=True, or a GPU and backend='unsloth', or packed rows would see each other: leave it off")
 
 # %% ../nbs/15_training.ipynb #96a31b6b-7
-def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, checkpointing: bool, engine: bool = False):
-    "TRL's `SFTConfig` for these settings; mixed precision as the compute dtype says. The engine packs and casts by itself."
+def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, checkpointing: bool, engine: Engine | None = None):
+    "TRL's `SFTConfig` for these settings; mixed precision as the compute dtype says. The engine packs, and casts adapters, by itself."
     from trl import SFTConfig
 
     cuda = torch.cuda.is_available()
@@ -187,20 +187,13 @@ def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, chec
         logging_steps=settings.logging_steps,
         save_strategy="steps", save_steps=settings.save_steps, save_total_limit=2,
         seed=settings.seed, data_seed=settings.seed,
-        bf16=cuda and dtype == torch.bfloat16 and not engine, fp16=cuda and dtype == torch.float16, use_cpu=not cuda,
+        bf16=cuda and dtype == torch.bfloat16 and not (engine and engine.adapters), fp16=cuda and dtype == torch.float16, use_cpu=not cuda,
         gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda, logging_nan_inf_filter=False,
         dataset_num_proc=None,
     )
 
 # %% ../nbs/15_training.ipynb #96a31b6c-8
-def engine_in(model) -> Engine | None:
-    "The engine that a model is trained by; it is put in where the model was loaded for it and has none yet."
-    if engine_of(model) is None and model_info(model).get("engine"):
-        install_engine(model)
-    return engine_of(model)
-
-
 def trainer_class(plain_loss: bool):
     "TRL's trainer that counts: `tokens`, padding left out; `targets`, those with a label; `positions`. `plain_loss` takes the model's own loss."
     import transformers
@@ -227,10 +220,10 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
     "An `SFTTrainer` on rows of `input_ids` and `labels`. Its `tokens` counts what it has trained on, padding left out; `targets` those with a label."
     import transformers
 
-    info, engine = model_info(model), engine_in(model)
-    plain_loss = engine or (info["backend"] == "transformers" and not torch.cuda.is_available())
+    info, engine = model_info(model), engine_of(model)
+    plain_loss = (engine and engine.loss) or (info["backend"] == "transformers" and not torch.cuda.is_available())
     checkpointing = info["backend"] == "transformers" and bool(getattr(model, "is_gradient_checkpointing", False))
-    arguments = trainer_arguments(settings, folder, getattr(torch, info["dtype"]), checkpointing, bool(engine))
+    arguments = trainer_arguments(settings, folder, getattr(torch, info["dtype"]), checkpointing, engine)
     rows = pack_rows(rows, settings.max_seq_length) if engine and settings.packing else rows
     with quiet_libraries(info["backend"]):
         trainer = trainer_class(bool(plain_loss))(
@@ -655,13 +648,13 @@ def check_plan(model, plan: Plan) -> Plan:
 def make_plan(model, tokenizer, data, plan, settings: Settings, fixed: dict) -> Plan | None:
     "The plan that `plan` stands for; `fixed` are the settings that somebody gave. None for `auto` without a GPU."
     cuda, info = torch.cuda.is_available(), model_info(model)
-    if engine_in(model):
-        raise UserError("a plan was asked for, but the engine's memory was not measured yet: leave plan out, or take engine=False")
     if isinstance(plan, Plan):
         return check_plan(model, plan)
     if plan == "auto" and not cuda:
         print_to_stderr("plan: there is no GPU here to plan for, so the profile decides")
         return None
+    if engine_of(model):
+        raise UserError("a plan was asked for, but the engine's memory was not measured yet: leave plan out, or load with engine=False")
     card, shape = find_card("cuda" if plan == "auto" else plan), model_shape(model.get_base_model().config)
     rows, _ = encode_dataset(data, tokenizer, settings.max_seq_length, settings.template, truncation=settings.truncation)
     lengths, usual = token_lengths(rows), profile_of(model)
@@ -704,7 +697,7 @@ def set_checkpointing(model, on: bool) -> None:
 def expected_memory(model, settings: Settings, lengths: list[int], card: Card) -> MemoryEstimate | None:
     "What this run should take on that card; None for an architecture or an optimizer that isn't counted."
     rows = Rows(tuple(sorted(lengths, reverse=True)), settings.max_seq_length, 0)
-    if engine_in(model):  # takes less, nobody has measured how much
+    if engine_of(model):  # takes less, nobody has measured how much
         return None
     try:
         return estimate_for_rows(
@@ -952,7 +945,7 @@ def check_settings(model, settings: Settings) -> None:
     if settings.max_seq_length > info["max_seq_length"]:
         raise UserError(f"max_seq_length is {settings.max_seq_length}, but the model was loaded for {info['max_seq_length']}: load it for more")
     check_choices(settings)
-    check_packing(settings, info["backend"], engine_in(model))
+    check_packing(settings, info["backend"], engine_of(model))
 
 
 def training_rows(data, eval_data, settings: Settings):

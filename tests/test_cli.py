@@ -562,7 +562,7 @@ def test_train_warns_before_it_loads_a_model_that_does_not_fit(tmp_path):
         if file.suffix != ".safetensors":
             shutil.copy(file, place)
     (place / "model.safetensors").touch()
-    how = {"load_in_4bit": True, "backend": "transformers", "revision": None, "max_seq_length": 2048}
+    how = {"load_in_4bit": True, "backend": "transformers", "engine": None, "revision": None, "max_seq_length": 2048}
     lora = {"r": 16, "target_modules": ("q_proj",), "use_gradient_checkpointing": False}
     data, settings = load_sft_dataset(limit=50), {"per_device_train_batch_size": 8}
 

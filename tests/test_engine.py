@@ -1,5 +1,7 @@
 """The engine against plain peft: families, dtypes, switches, checkpointing, packing, and what it refuses."""
 
+import copy
+import inspect
 import itertools
 import json
 import math
@@ -202,53 +204,212 @@ def test_parts_of_a_step_weigh_by_their_learned_tokens():
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_the_kernel_gets_what_it_expects(grouped):
-    """torch's varlen_attn runs on CUDA alone: a stand-in with its signature (torch 2.13's, and 2.11's without
+    """torch's varlen_attn runs on CUDA alone: a stand-in with its signature (torch 2.13's, and one without scale and
     enable_gqa) computes in double what the kernel should, from the layout that it documents."""
-    import torch.nn.attention.varlen as varlen
-
+    from qlora_nb import engine
     from qlora_nb.engine import _one_kernel, _row_by_row
 
-    def reference(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa):
-        assert window_size == (-1, 0) and query.ndim == 3 and cu_seq_k is cu_seq_q
+    def reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa):
+        assert window_size == (-1, 0) and q.ndim == 3 and cu_seq_k is cu_seq_q
         assert max_q == max_k == max(cu_seq_q.diff())
-        if query.shape[1] != key.shape[1]:
+        if q.shape[1] != k.shape[1]:
             assert enable_gqa
-            key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
         out = []
         for a, b in itertools.pairwise(cu_seq_q.tolist()):
-            scores = torch.einsum("qhd,khd->hqk", query[a:b], key[a:b]) * (scale or query.shape[-1] ** -0.5)
+            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
             scores = scores.masked_fill(torch.ones(b - a, b - a).triu(1).bool(), -math.inf)
-            out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), value[a:b]))
+            out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b]))
         return torch.cat(out)
 
     def newer(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
         return reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa)
 
-    def older(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-        return reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, False)
+    def older(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+        return reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, q.shape[-1] ** -0.5, window_size, False)
 
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, 30, 8).double() for heads in (4, 2, 2))
-    bounds = torch.tensor([0, 11, 12, 30], dtype=torch.int32)
-    with patch.object(varlen, "varlen_attn", newer if grouped else older):
-        found = _one_kernel(query, key, value, bounds, 18, 0.3)
-    torch.testing.assert_close(found, _row_by_row(query, key, value, bounds, 0.3))
+    bounds, function = torch.tensor([0, 11, 12, 30], dtype=torch.int32), newer if grouped else older
+    scaling = 0.3 if grouped else 8**-0.5
+    with patch.object(engine, "_kernel", lambda: (function, frozenset(inspect.signature(function).parameters))):
+        found = _one_kernel(query, key, value, bounds, 18, scaling)
+    torch.testing.assert_close(found, _row_by_row(query, key, value, bounds, scaling))
+
+
+def test_the_installed_kernel_has_the_arguments():
+    "What torch itself says of varlen_attn, from 2.11 on."
+    from qlora_nb.engine import _kernel
+
+    function, known = _kernel()
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11):
+        assert function is not None and list(inspect.signature(function).parameters)[:7] == [
+            "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]  # fmt: skip
+        assert known >= {"window_size"}
 
 
 # --- an ordinary model all the while --------------------------------------------------------------------------------
 
 
+def places(model):
+    "What each part of a model has of its own: its attributes' names, and the attention that it takes."
+    return {name: (sorted(vars(m)), getattr(getattr(m, "config", None), "_attn_implementation", None))
+            for name, m in model.named_modules()}  # fmt: skip
+
+
 def test_it_goes_in_and_out():
     model = peft_of()
-    before = {name: vars(m).get("forward") for name, m in model.named_modules()}
+    before = places(model)
     engine = install_engine(model)
     assert engine_of(model) == engine == Engine(kernels=False)
     install_engine(model, Engine(loss=False, kernels=False))  # another one takes its place
     assert engine_of(model) == Engine(loss=False, kernels=False)
     remove_engine(model)
     remove_engine(model)
-    assert engine_of(model) is None and {name: vars(m).get("forward") for name, m in model.named_modules()} == before
-    assert model.config._attn_implementation == "sdpa"
+    assert engine_of(model) is None and places(model) == before
+
+
+def test_what_was_there_before_is_put_back():
+    "Somebody else's forward and attention: called while the engine is in, and there when it is out."
+    model, called = peft_of(), []
+    base = model.get_base_model()
+    own = base.forward
+
+    def mine(*args, **kwargs):
+        called.append(1)
+        return own(*args, **kwargs)
+
+    base.forward, base.config._attn_implementation = mine, "eager"
+    install_engine(model)
+    with torch.no_grad():
+        model(torch.arange(5)[None])
+    assert called == [1]
+    remove_engine(model)
+    assert base.forward is mine and base.config._attn_implementation == "eager"
+
+
+def test_generating_makes_the_logits_it_needs():
+    "transformers reads what a forward takes from its signature: masks from padding, and the last position's logits."
+    model, seen = peft_of(pad_token_id=0), []
+    plain = [inspect.signature(m.forward) for m in (model.get_base_model(), model.get_base_model().model)]
+    ids = torch.arange(1, 21).view(2, 10)
+    ids[0, :4] = 0  # padded on the left, and no mask given
+    wanted = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    install_engine(model)
+    assert [inspect.signature(m.forward) for m in (model.get_base_model(), model.get_base_model().model)] == plain
+    model.get_output_embeddings().register_forward_hook(lambda layer, args, out: seen.append(out.shape[1]))
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), wanted)
+    assert set(seen) == {1}
+
+
+def test_other_ways_to_call_it():
+    model, ids = peft_of(), torch.arange(1, 21).view(2, 10)
+    base = model.get_base_model()
+    mask = torch.ones_like(ids)
+    wanted = base(ids, labels=ids)
+    install_engine(model)
+    assert base(ids, mask, labels=ids).loss.item() == pytest.approx(wanted.loss.item(), rel=1e-6)
+    torch.testing.assert_close(base(ids, mask).logits, wanted.logits, rtol=1e-4, atol=1e-5)
+    assert base(input_ids=ids, labels=ids, return_dict=False)[0].item() == pytest.approx(wanted.loss.item(), rel=1e-6)
+    assert base(ids, labels=ids).logits is None  # as documented
+    with torch.no_grad():
+        assert base(ids, labels=ids).logits is not None
+
+
+def test_a_copy_is_a_copy():
+    model, ids = peft_of(four_bit=False), torch.arange(1, 21).view(2, 10)
+    install_engine(model)
+    other = copy.deepcopy(model)
+    for weight in other.parameters():
+        weight.data.zero_()
+    with torch.no_grad():
+        assert other(ids).logits.abs().max() == 0 < model(ids).logits.abs().max()
+    assert other(ids, labels=ids).loss.item() == pytest.approx(math.log(300), rel=1e-5)
+    remove_engine(other)
+    assert engine_of(model) is not None and engine_of(other) is None
+    assert "forward" in vars(model.get_base_model()) and "forward" not in vars(other.get_base_model())
+
+
+def test_a_merged_model_can_be_trained_in_full():
+    model, ids = peft_of(four_bit=False), torch.arange(1, 21).view(2, 10)
+    install_engine(model)
+    merged = model.merge_and_unload()
+    merged.requires_grad_(True)
+    merged(ids, labels=ids).loss.backward()
+    assert merged.lm_head.weight.grad.abs().max() > 0
+    remove_engine(merged)
+    assert engine_of(merged) is None and merged(ids, labels=ids).logits is not None
+
+
+def test_layers_with_a_configuration_of_their_own():
+    "peft copies layers, and their configuration with them: the rows are kept apart there, too."
+    rows = some_rows((20, 25))
+    model = peft_of(lora={"layer_replication": [[0, 2], [0, 2]]})
+    install_engine(model)
+    alone = gradients(model, end_to_end(rows[1:]))
+    silent = {**rows[0], "labels": [-100] * 20}
+    loss, found = gradients(model, end_to_end([silent, rows[1]]))
+    assert loss == pytest.approx(alone[0], rel=1e-6) and apart(found, alone[1]) < 1e-5
+
+
+def test_an_adapter_that_came_later_is_pefts():
+    "One with dropout, put on after the engine: it drops out."
+    from peft import LoraConfig
+
+    model, ids = peft_of(), torch.arange(1, 21).view(2, 10)
+    install_engine(model)
+    model.add_adapter("other", LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"], init_lora_weights=False))
+    model.set_adapter("other")
+    losses_ = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        losses_.append(model(ids, labels=ids).loss.item())
+    assert losses_[0] != losses_[1]
+
+
+def test_ligers_kernels_stay_in_their_model():
+    """Liger needs a GPU: a stand-in that patches as Liger 0.8.5 does (classes and a function of the modelling code,
+    methods of this model's modules) shows that others keep their own, and that all of it comes out again."""
+    import sys as system
+    import types
+
+    from transformers.models.llama import modeling_llama as code
+
+    from qlora_nb import engine
+
+    def rotary(*args, **kwargs):
+        return old_rotary(*args, **kwargs)
+
+    class Norm(torch.nn.Module):
+        def forward(self, x):
+            called.append(1)
+            return code.LlamaRMSNorm.forward(self, x)
+
+    def apply(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, swiglu=True, model=None):
+        assert not fused_linear_cross_entropy and not cross_entropy
+        code.apply_rotary_pos_emb, code.LlamaRMSNorm = rotary, Norm
+        for module in model.modules():
+            if isinstance(module, old_norm):
+                module.forward = types.MethodType(Norm.forward, module)
+
+    old_rotary, old_norm, called = code.apply_rotary_pos_emb, code.LlamaRMSNorm, []
+    fakes = {name: types.ModuleType(name) for name in ("liger_kernel", "liger_kernel.transformers")}
+    patches = types.SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": apply})
+    fakes["liger_kernel.transformers.monkey_patch"] = patches
+    model = peft_of()
+    before = places(model)
+    with patch.dict(system.modules, fakes), patch.object(engine, "_has_liger", lambda base: True):
+        assert install_engine(model).kernels
+        assert code.apply_rotary_pos_emb is rotary and code.LlamaRMSNorm is old_norm
+        gradients(model, end_to_end(some_rows()))
+        assert called
+        install_engine(model, Engine(kernels=False))
+        called.clear()
+        gradients(model, end_to_end(some_rows()))
+        assert not called and code.apply_rotary_pos_emb is old_rotary
+        install_engine(model)
+        remove_engine(model)
+    assert places(model) == before and code.apply_rotary_pos_emb is old_rotary
 
 
 def test_switched_off_merged_and_without_gradients_it_is_peft(tmp_path):
@@ -282,6 +443,7 @@ def test_switched_off_merged_and_without_gradients_it_is_peft(tmp_path):
         (lambda: peft_of(four_bit=False, lora={"use_dora": True}), "use_dora=True"),
         (lambda: peft_of("qwen2", lora={"bias": "all"}), "bias=all"),
         (lambda: peft_of(lora={"modules_to_save": ["lm_head"]}), "modules_to_save"),
+        (lambda: peft_of(lora={"alora_invocation_tokens": [5, 6]}), "alora_invocation_tokens"),
         (lambda: peft_of(four_bit=False, lora={"target_modules": ["q_proj", "embed_tokens"]}), "embed_tokens"),
         (lambda: peft_of(four_bit=False, lora={"target_modules": ["q_proj", "lm_head"]}), "head"),
         (lambda: peft_of("gemma2"), "architecture is gemma2"),
@@ -318,6 +480,26 @@ def test_packs_hold_every_row_once():
     assert all(batch["labels"][0, a] == -100 and batch["position_ids"][0, a] == 0 for a in bounds[:-1])
     with pytest.raises(UserError, match="a row has 40 tokens"):
         pack_rows(rows, 39)
+    with pytest.raises(UserError, match="no row to pack"):
+        pack_rows(rows.select([]), 39)
+
+
+def test_what_the_model_is_said_to_be(tmp_path, capsys):
+    "`model_info` follows the engine, and an adapter that is loaded to be trained gets it."
+    from qlora_nb.merging import load_adapter
+    from qlora_nb.model import add_lora, load_model, model_info
+
+    model = add_lora(load_model(backend="transformers")[0])
+    assert not model_info(model)["engine"]
+    install_engine(model)
+    assert model_info(model)["engine"]
+    remove_engine(model)
+    assert not model_info(model)["engine"]
+    model.save_pretrained(tmp_path)
+    base, _ = load_model(engine=True)
+    assert "engine:" not in capsys.readouterr().err
+    again = load_adapter(base, tmp_path, trainable=True)
+    assert engine_of(again) is not None and "engine: base and adapter" in capsys.readouterr().err
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
@@ -391,7 +573,7 @@ def test_what_the_command_line_refuses(tmp_path):
     said = cli("train", "--engine", "--backend", "unsloth", cwd=tmp_path, code=2).stderr
     assert "engine=True and backend='unsloth' are both given" in said
     said = cli("train", "--engine", "--lora-dropout", "0.1", cwd=tmp_path, code=2).stderr
-    assert "lora_dropout=0.1" in said and "engine=False" in said
+    assert "lora_dropout=0.1, and the engine does lora_dropout=0 alone" in said and "engine=False" in said
     said = cli("train", "--engine", "--plan", "T4", cwd=tmp_path, code=2).stderr
     assert "engine's memory was not measured" in said
     said = cli("train", "--packing", "--backend", "transformers", cwd=tmp_path, code=2).stderr
