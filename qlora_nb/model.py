@@ -67,7 +67,7 @@ def choose_backend(
     if backend != "auto":
         return backend, "it was asked for"
     if not torch.cuda.is_available():
-        return "transformers", "there is no CUDA GPU, and on a CPU it is the faster one"
+        return "transformers", "there is no CUDA GPU, and on a CPU Unsloth is not the faster one"
     return ("transformers", refusal) if refusal else ("unsloth", "there is a CUDA GPU, and on it Unsloth is the faster one")
 
 # %% ../nbs/10_model.ipynb #fca80c77-4
