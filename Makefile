@@ -60,7 +60,7 @@ test: $(STAMP)
 	$(BIN)/pytest tests -n 2
 
 quick: $(STAMP)
-	$(BIN)/pytest tests -m quick
+	$(BIN)/pytest tests -m quick -n 2
 
 test-install: $(STAMP)
 	$(BIN)/pytest tests_install -rP
