@@ -11,6 +11,7 @@ __all__ = ['CHUNK_BYTES', 'ARCHITECTURES', 'end_to_end', 'packed_attention', 'bo
 import functools
 import importlib.util
 import inspect
+import itertools
 import sys
 import types
 from dataclasses import dataclass, replace
@@ -31,9 +32,8 @@ def end_to_end(
 
     rows = []
     for feature in features:
-        lengths = feature.get("seq_lengths") or [len(feature["input_ids"])]
-        parts = {name: torch.as_tensor(feature[name]).split(list(lengths)) for name in ("input_ids", "labels")}
-        rows += [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in zip(*parts.values())]
+        bounds = [0, *itertools.accumulate(feature.get("seq_lengths") or [len(feature["input_ids"])])]
+        rows += [{name: feature[name][a:b] for name in ("input_ids", "labels")} for a, b in itertools.pairwise(bounds)]
     return DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)
 
 # %% ../nbs/06_engine.ipynb #c7ec4e62
@@ -43,7 +43,7 @@ def _row_by_row(query, key, value, bounds, scaling):  # (1, heads, T, d) -> (1, 
     parts = [
         F.scaled_dot_product_attention(
             query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling, enable_gqa=grouped)
-        for a, b in zip(ends, ends[1:])
+        for a, b in itertools.pairwise(ends)
     ]
     return torch.cat(parts, 2).transpose(1, 2)
 

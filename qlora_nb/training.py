@@ -224,7 +224,7 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
     plain_loss = (engine and engine.loss) or (info["backend"] == "transformers" and not torch.cuda.is_available())
     checkpointing = info["backend"] == "transformers" and bool(getattr(model, "is_gradient_checkpointing", False))
     arguments = trainer_arguments(settings, folder, getattr(torch, info["dtype"]), checkpointing, engine)
-    rows = pack_rows(rows, settings.max_seq_length) if engine and settings.packing else rows
+    rows = pack_rows(rows, settings.max_seq_length) if engine and engine.attention and settings.packing else rows
     with quiet_libraries(info["backend"]):
         trainer = trainer_class(bool(plain_loss))(
             model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks,

@@ -1,12 +1,21 @@
 """Small random models and tokenizers of each kind that GGUF export knows, and llama.cpp to judge them."""
 
+import importlib
 import json
 import math
+import os
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from repository import ROOT
+
+
+def needed(name):
+    "The package; without it the tests that ask for it are skipped, but in CI they fail."
+    return importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)
+
 
 SPECIALS = [
     "<|begin_of_text|>",

@@ -1,7 +1,6 @@
 """The certificate: right exports pass on all four paths, deliberately wrong ones fail, and nothing is left running."""
 
 import copy
-import importlib
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ from urllib.parse import urlparse
 
 import pytest
 import torch
+from gguf_models import needed
 
 from qlora_nb import certificate, gguf_export, merging
 from qlora_nb.certificate import (
@@ -44,23 +44,8 @@ from qlora_nb.model import add_lora, load_model
 from qlora_nb.ollama_export import modelfile_for, modelfile_text, parse_modelfile, write_modelfile
 from qlora_nb.template import SYSTEM_PROMPT, TEMPLATES
 
-
-def needed(name):
-    "The package; without it these tests are skipped, but in CI they fail."
-    return importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)
-
-
 for package in ("gguf", "llama_cpp", "xllamacpp"):
     needed(package)
-
-
-def test_a_missing_package_fails_in_ci(monkeypatch):
-    monkeypatch.setenv("CI", "true")
-    with pytest.raises(ModuleNotFoundError):
-        needed("there_is_no_such_package")
-    monkeypatch.delenv("CI")
-    with pytest.raises(pytest.skip.Exception):
-        needed("there_is_no_such_package")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """GGUF: llama.cpp computes what transformers computes and reads what the tokenizer reads, or the export is refused."""
 
-import importlib
 import itertools
 import json
 import math
@@ -21,6 +20,7 @@ from gguf_models import (
     byte_level,
     large_tokenizer,
     llama_logits,
+    needed,
     open_llama,
     random_model,
     sentencepiece,
@@ -32,12 +32,6 @@ from qlora_nb import gguf_export
 from qlora_nb.core import EMBEDDED_MODEL, UserError, file_sha256
 from qlora_nb.gguf_export import QUANTIZATIONS, export_adapter_gguf, export_gguf, to_q4_0, to_q8_0
 from qlora_nb.merging import read_header, save_merged
-
-
-def needed(name):
-    "The package; without it these tests are skipped, but in CI they fail."
-    return importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)
-
 
 gguf, _ = needed("gguf"), needed("llama_cpp")
 
