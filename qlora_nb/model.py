@@ -153,6 +153,11 @@ def _loading(name: str):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except ImportError as error:
+        if "torchvision" not in f"{error.__cause__ or error}":
+            raise
+        fix = "install the pair that belongs together (https://pytorch.org/get-started/locally), or `pip uninstall torchvision`"
+        raise UserError(f"torchvision doesn't fit torch {torch.__version__} ({error.__cause__ or error}): {fix}") from error
     except (SafetensorError, json.JSONDecodeError, EOFError) as error:
         raise UserError(f"a file of the model {name} can't be read ({error}): it is damaged, fetch it again") from error
     except (OSError, HfHubHTTPError, HFValidationError) as error:

@@ -156,3 +156,18 @@ def test_a_backend_that_is_not_installed(monkeypatch):
     with pytest.raises(UserError, match="Unsloth is not installed: pip install"):
         model.choose_backend("unsloth")
     assert model.choose_backend("auto")[0] == "transformers"
+
+
+def test_a_torchvision_that_does_not_fit_is_named(tmp_path):
+    "transformers imports torchvision wherever it finds one; beside a torch of another build that ends in riddles."
+    for name, text in {
+        "torchvision/__init__.py": "raise RuntimeError('operator torchvision::nms does not exist')\n",
+        "torchvision-0.28.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n",
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    code = "from qlora_nb.cli import main; main(['chat', '--backend', 'transformers', '--message', 'hi'])"
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 2 and "pip uninstall torchvision" in done.stderr, done.stderr[-2000:]

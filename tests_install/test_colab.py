@@ -6,6 +6,7 @@ from the commit stands for the repository. No GPU is there, so the embedded mode
 
 import json
 import re
+import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -41,16 +42,22 @@ def replaced(line, source, wheel, unsloth):
 
 
 def resolves(python, wheel, source, place, env):
-    "Whether the registry has all that Unsloth's own list of needs asks for; on some, certifi is a version behind."
-    import subprocess
-
-    command = [python, "-m", "pip", "install", "-q", "--dry-run", "-c", source / "constraints.txt"]
+    "Whether what Unsloth asks for can be had: not where the registry is behind, or has torchvision for CUDA alone."
+    report = place / "report.json"
+    command = [python, "-m", "pip", "install", "-q", "--dry-run", "--report", report, "-c", source / "constraints.txt"]
     done = subprocess.run([*map(str, command), f"qlora_nb[unsloth] @ {wheel.as_uri()}"], cwd=place, env=env,
                           capture_output=True, text=True, timeout=600)  # fmt: skip
     if done.returncode:
         assert "certifi" in done.stdout + done.stderr, done.stderr[-4000:]
         print(f"the registry lacks what Unsloth asks for: {done.stderr.strip().splitlines()[-1]}")
-    return done.returncode == 0
+        return False
+    found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+    torchvision = next((one["version"] for one in found if one["name"] == "torchvision"), None)
+    torch = run([str(python), "-c", "import torch; print(torch.__version__)"], place, env, 120).strip()
+    if torchvision and "+cpu" in torch and "+cpu" not in torchvision:
+        print(f"torch is {torch}, torchvision {torchvision} is made for CUDA; Colab brings a pair that fits")
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
