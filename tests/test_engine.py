@@ -122,9 +122,12 @@ def test_tied_embeddings():
     same(peft_of(tie_word_embeddings=True))
 
 
-@pytest.mark.parametrize("switches", list(itertools.product([False, True], repeat=3)))
+SWITCHES = ("adapters", "grouped", "attention", "loss", "dense")
+
+
+@pytest.mark.parametrize("switches", list(itertools.product([False, True], repeat=5)))
 def test_every_switch_alone_and_together(switches):
-    same(peft_of(), Engine(*switches, kernels=False))
+    same(peft_of(), Engine(**dict(zip(SWITCHES, switches)), kernels=False))
 
 
 @pytest.mark.parametrize("engine", [Engine(), Engine(loss=False), Engine(adapters=False)])
@@ -202,50 +205,196 @@ def test_parts_of_a_step_weigh_by_their_learned_tokens():
     assert apart(found, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("grouped", [True, False])
-def test_the_kernel_gets_what_it_expects(grouped):
-    """torch's varlen_attn runs on CUDA alone: a stand-in with its signature (torch 2.13's, and one without scale and
-    enable_gqa) computes in double what the kernel should, from the layout that it documents."""
-    from qlora_nb import engine
-    from qlora_nb.engine import _one_kernel, _row_by_row
+def exact_attention(q, k, v, bounds, longest, scale):
+    "Causal, each row alone, written out: (T, heads, d)."
+    assert q.ndim == 3 and longest == max(bounds.diff())
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    out = []
+    for a, b in itertools.pairwise(bounds.tolist()):
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
+        scores = scores.masked_fill(torch.ones(b - a, b - a).triu(1).bool(), -math.inf)
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b]))
+    return torch.cat(out)
 
-    def reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa):
-        assert window_size == (-1, 0) and q.ndim == 3 and cu_seq_k is cu_seq_q
-        assert max_q == max_k == max(cu_seq_q.diff())
-        if q.shape[1] != k.shape[1]:
-            assert enable_gqa
-            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-        out = []
-        for a, b in itertools.pairwise(cu_seq_q.tolist()):
-            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
-            scores = scores.masked_fill(torch.ones(b - a, b - a).triu(1).bool(), -math.inf)
-            out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b]))
-        return torch.cat(out)
 
-    def newer(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-        return reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa)
+def torch_213(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1),
+              enable_gqa=False):  # fmt: skip
+    assert window_size == (-1, 0) and cu_seq_k is cu_seq_q and max_k == max_q and enable_gqa
+    return exact_attention(query, key, value, cu_seq_q, max_q, scale)
 
-    def older(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
-        return reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, q.shape[-1] ** -0.5, window_size, False)
 
+def torch_211(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+              window_size=(-1, -1)):  # fmt: skip
+    assert window_size == (-1, 0) and cu_seq_k is cu_seq_q and max_k == max_q
+    return exact_attention(query, key, value, cu_seq_q, max_q, scale)
+
+
+def flash_attn_4(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *,
+                 softmax_scale=None, causal=False, window_size=(None, None)):  # fmt: skip
+    assert causal and qv is None and window_size == (None, None) and cu_seqlens_k is cu_seqlens_q
+    assert max_seqlen_k == max_seqlen_q
+    return exact_attention(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale), None
+
+
+@pytest.mark.parametrize("function", [torch_213, torch_211, flash_attn_4])
+def test_the_kernels_get_what_they_expect(function):
+    """They run on CUDA alone: a stand-in with the signature of each (torch 2.13, torch 2.11, flash-attn-4 4.0.0b36)
+    computes in double what the kernel should, from the layout that it documents."""
+    import types
+
+    from qlora_nb.engine import _by_flash_attn, _by_torch, _row_by_row
+
+    name, call = ("flash_attn.cute", _by_flash_attn) if function is flash_attn_4 else (
+        "torch.nn.attention.varlen", _by_torch)  # fmt: skip
+    module = types.ModuleType(name)
+    setattr(module, "flash_attn_varlen_func" if function is flash_attn_4 else "varlen_attn", function)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, 30, 8).double() for heads in (4, 2, 2))
-    bounds, function = torch.tensor([0, 11, 12, 30], dtype=torch.int32), newer if grouped else older
-    scaling = 0.3 if grouped else 8**-0.5
-    with patch.object(engine, "_kernel", lambda: (function, frozenset(inspect.signature(function).parameters))):
-        found = _one_kernel(query, key, value, bounds, 18, scaling)
-    torch.testing.assert_close(found, _row_by_row(query, key, value, bounds, scaling))
+    bounds = torch.tensor([0, 11, 12, 30], dtype=torch.int32)
+    with patch.dict(sys.modules, {name: module, name.rpartition(".")[0]: types.ModuleType("parent")}):
+        found = call(*(t[0].transpose(0, 1) for t in (query, key, value)), bounds, 18, 0.3)
+    torch.testing.assert_close(found, _row_by_row(query, key, value, bounds, 0.3)[0])
 
 
-def test_the_installed_kernel_has_the_arguments():
+def test_the_first_kernel_that_is_right_is_taken():
+    from qlora_nb import engine
+
+    def missing(*args):
+        raise ImportError("not installed")
+
+    def without_gradient(q, k, v, *more):
+        return exact_attention(q, k, v.detach(), *more)
+
+    kernels, place = {"missing": missing, "wrong": lambda q, *_: q, "no gradient": without_gradient}, (4, 2, 16, 0.25)
+    with patch.object(engine, "KERNELS", kernels):
+        assert engine._first_right("cpu", torch.bfloat16, *place) == ("one call a row", None)
+    with patch.object(engine, "KERNELS", {**kernels, "right": exact_attention, "never tried": None}):
+        assert engine._first_right("cpu", torch.bfloat16, *place) == ("right", exact_attention)
+    assert engine._kernel(torch.device("cpu"), torch.bfloat16, *place)[1] is None  # none is tried on a CPU
+
+
+def test_the_installed_torch_has_the_arguments():
     "What torch itself says of varlen_attn, from 2.11 on."
-    from qlora_nb.engine import _kernel
+    from torch.nn.attention.varlen import varlen_attn
 
-    function, known = _kernel()
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11):
-        assert function is not None and list(inspect.signature(function).parameters)[:7] == [
-            "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]  # fmt: skip
-        assert known >= {"window_size"}
+    names = list(inspect.signature(varlen_attn).parameters)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size"} <= set(names)
+
+
+class LigersLoss:
+    "The arguments' order of Liger 0.8.5's LigerFusedLinearCrossEntropyLoss."
+
+    def __init__(self, reduction="mean"):
+        assert reduction == "sum"
+
+    def __call__(self, lin_weight, _input, target):
+        return torch.nn.functional.cross_entropy(_input @ lin_weight.T, target, reduction="sum")
+
+
+def test_ligers_loss_gets_what_it_expects():
+    "On CUDA alone, too: a stand-in with its arguments' order, and our own for a batch that learns nothing."
+    import types
+
+    from qlora_nb.engine import labelled_loss
+
+    hidden, head = torch.randn(2, 9, 8, requires_grad=True), torch.randn(50, 8)
+    labels = torch.randint(0, 50, (2, 9)).where(torch.rand(2, 9) < 0.5, -100)
+    fake = types.ModuleType("liger_kernel.transformers")
+    fake.LigerFusedLinearCrossEntropyLoss = LigersLoss
+    with patch.dict(sys.modules, {"liger_kernel": types.ModuleType("liger_kernel"), fake.__name__: fake}):
+        ours, theirs = labelled_loss(hidden, head, labels), labelled_loss(hidden, head, labels, kernels=True)
+        assert labelled_loss(hidden, head, torch.full((2, 9), -100), kernels=True) == 0
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (ours, theirs)))
+
+
+# --- layers of the same input ---------------------------------------------------------------------------------------
+
+
+def calls_of(model, batch):
+    "How often each of the two functions runs in a step."
+    from qlora_nb import engine
+
+    found = {}
+
+    def counted(name):
+        real = getattr(engine, name)
+
+        class Counted:
+            @staticmethod
+            def apply(*args):
+                found[name] = found.get(name, 0) + 1
+                return real.apply(*args)
+
+        return patch.object(engine, name, Counted)
+
+    with counted("QLoRAFunction"), counted("GroupedQLoRAFunction"):
+        gradients(model, batch)
+    return found.get("QLoRAFunction", 0), found.get("GroupedQLoRAFunction", 0)
+
+
+def test_layers_of_one_input_are_one_call():
+    "Two layers with seven projections: q, k, v in one, o, gate and up in one, down."
+    model, batch = peft_of(), end_to_end(some_rows())
+    install_engine(model)
+    assert calls_of(model, batch) == (4, 4)
+    install_engine(model, Engine(grouped=False))
+    assert calls_of(model, batch) == (14, 0)
+    assert not install_engine(model, Engine(adapters=False)).grouped
+
+
+@pytest.mark.parametrize("targets, calls", [
+    (["q_proj", "v_proj", "gate_proj", "up_proj"], (4, 2)), (["k_proj", "down_proj"], (4, 0)),
+])  # fmt: skip
+def test_a_group_needs_all_its_layers(targets, calls):
+    model, rows = peft_of(lora={"target_modules": targets}), some_rows()
+    same(model, rows=rows)
+    assert calls_of(model, end_to_end(rows)) == calls
+
+
+def test_nothing_is_held_after_a_step():
+    "Neither inputs nor outputs of a group stay alive; nor after a call that stopped half way."
+    from qlora_nb.engine import _Group
+
+    model, batch = peft_of(), end_to_end(some_rows())
+    install_engine(model)
+    groups = {id(g): g for g in (getattr(m, "qlora_nb_group", None) for m in model.modules()) if g is not None}
+    assert len(groups) == 4 and all(isinstance(g, _Group) for g in groups.values())
+    gradients(model, batch)
+    assert all(g.x is None and not g.waiting for g in groups.values())
+    attention = model.get_base_model().model.layers[0].self_attn
+    x, y = torch.randn(1, 3, 64), torch.randn(1, 3, 64)
+    attention.q_proj(x)  # and nobody asks for k and v
+    torch.testing.assert_close(attention.v_proj(y), attention.v_proj(y.clone()))
+    attention.q_proj(y)
+    assert attention.k_proj(x).shape == (1, 3, 32)
+    gradients(model, batch)
+    assert all(g.x is None and not g.waiting for g in groups.values())
+
+
+def test_one_frozen_adapter_of_a_group():
+    model, batch = peft_of(), end_to_end(some_rows())
+    frozen = [p for name, p in model.named_parameters() if "k_proj.lora_A" in name]
+    for weight in frozen:
+        weight.requires_grad_(False)
+    install_engine(model)
+    assert calls_of(model, batch) == (10, 2)
+    assert all(weight.grad is None for weight in frozen)
+
+
+def test_dense_weights_give_the_same_to_the_bit():
+    model, batch = peft_of(), end_to_end(some_rows())
+    install_engine(model)
+    loss, wanted = gradients(model, batch)
+    before = places(model)
+    assert install_engine(model, Engine(dense=True)).dense
+    assert places(model) == before  # the same attributes, other values
+    kept = model.get_base_model().model.layers[0].mlp.up_proj.qlora_nb_dense
+    assert kept.shape == (128, 64) and kept.dtype == torch.float32
+    found, ours = gradients(model, batch)
+    assert found == loss and all(torch.equal(ours[name], g) for name, g in wanted.items())
+    install_engine(model)
+    assert model.get_base_model().model.layers[0].mlp.up_proj.qlora_nb_dense is None
 
 
 # --- an ordinary model all the while --------------------------------------------------------------------------------
@@ -396,6 +545,7 @@ def test_ligers_kernels_stay_in_their_model():
     fakes = {name: types.ModuleType(name) for name in ("liger_kernel", "liger_kernel.transformers")}
     patches = types.SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": apply})
     fakes["liger_kernel.transformers.monkey_patch"] = patches
+    fakes["liger_kernel.transformers"].LigerFusedLinearCrossEntropyLoss = LigersLoss
     model = peft_of()
     before = places(model)
     with patch.dict(system.modules, fakes), patch.object(engine, "_has_liger", lambda base: True):
@@ -535,7 +685,8 @@ def test_a_run_learns_the_same(runs):
     place, said = runs
     plain, ours = losses(place / "plain"), losses(place / "engine")
     assert ours == pytest.approx(plain, rel=1e-3) and sum(ours) == pytest.approx(sum(plain), rel=1e-3)
-    on = "engine: base and adapter in one function, rows end to end, logits of learned tokens\n"
+    on = ("engine: base and adapter in one function, layers of the same input together, rows end to end, "
+          "logits of learned tokens; attention by one call a row\n")  # fmt: skip
     assert on in said["engine"].stderr and "engine:" not in said["plain"].stderr
 
 
@@ -587,6 +738,6 @@ def test_the_benchmark_measures_it(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.split("RESULT ", 1)[1])
-    assert found["engine"] == "base and adapter in one function, rows end to end" and found["packing"]
+    assert found["engine"].startswith("base and adapter in one function, layers of the same input") and found["packing"]
     assert 0.7 < found["labelled_per_second"] / found["tokens_per_second"] < 0.76
     assert found["tokens_per_second"] * found["seconds_per_step"] > 0.9 * 2048  # lines are full
