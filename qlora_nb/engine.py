@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'CHUNK_BYTES', 'GROUPS', 'ARCHITECTURES', 'end_to_end', 'packed_attention', 'bounded_forward',
-           'LabelledCrossEntropy', 'labelled_loss', 'fused_forward', 'GroupedQLoRAFunction', 'Engine', 'engine_refusal',
-           'check_engine', 'labelled_forward', 'install_engine', 'engine_of', 'attention_kernel', 'remove_engine',
-           'install_where_asked', 'pack_rows']
+           'LabelledCrossEntropy', 'labelled_loss', 'fused_forward', 'GroupedQLoRAFunction', 'MLPFunction',
+           'mlp_forward', 'Engine', 'engine_refusal', 'check_engine', 'labelled_forward', 'install_engine', 'engine_of',
+           'attention_kernel', 'remove_engine', 'install_where_asked', 'pack_rows']
 
 # %% ../nbs/06_engine.ipynb #0092e4c0
 import contextlib
@@ -207,6 +207,8 @@ def _usual(module: torch.nn.Module):
 
 def _terms(layer: torch.nn.Module, dtype: torch.dtype) -> tuple | None:
     "What the function needs of a peft layer: (dequantize, bias, lora_A, lora_B, scaling). None where peft would do something else."
+    if not hasattr(layer, "lora_A"):  # an adapter that was merged and is gone
+        return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(names) != 1 or not torch.is_grad_enabled():
         return None
@@ -234,6 +236,46 @@ def fused_forward(
     return QLoRAFunction.apply(x.to(dtype), *terms)
 
 # %% ../nbs/06_engine.ipynb #22d53ae5
+def _output(rows, xa, term):
+    "One layer's output from its input and its scaled `A x`."
+    dequantize, bias, _, B, _ = term
+    return F.linear(xa, B, None if bias is None else bias.to(B.dtype)).addmm_(rows, dequantize(rows.dtype).T)
+
+
+def _outputs(rows, terms):
+    "Outputs of layers of one input, and the scaled `A x` of each."
+    xas = (rows @ torch.cat([term[2] for term in terms]).T).split([len(term[2]) for term in terms], 1)
+    xas = [xa.mul_(term[4]) for xa, term in zip(xas, terms)]
+    return [_output(rows, xa, term) for xa, term in zip(xas, terms)], xas
+
+
+def _gradients(rows, xas, terms, dys, want_x=True):
+    "Of the input (None where nobody wants it), and of the terms of all layers one after the other."
+    delta = torch.cat([(dy @ term[3]).mul_(term[4]) for dy, term in zip(dys, terms)], 1)  # (n, sum of r)
+    dAs = (delta.T @ rows).split([len(term[2]) for term in terms])
+    grads = [(None, None, dA, dy.T @ xa, None) for dA, dy, xa in zip(dAs, dys, xas)]
+    if not want_x:
+        return None, *itertools.chain(*grads)
+    dx = delta @ torch.cat([term[2] for term in terms])
+    for dy, term in zip(dys, terms):
+        dx.addmm_(dy, term[0](dy.dtype))
+    return dx, *itertools.chain(*grads)
+
+# %% ../nbs/06_engine.ipynb #6d148e22
+def _keep(ctx, terms, *tensors):
+    "Save tensors and the terms' adapters for the backward; biases are frozen and weights are made anew."
+    ctx.save_for_backward(*tensors, *itertools.chain(*(term[2:4] for term in terms)))
+    ctx.rest, ctx.count = [(term[0], term[1], term[4]) for term in terms], len(tensors)
+
+
+def _kept(ctx):
+    "What `_keep` saved: (terms, tensors)."
+    saved = ctx.saved_tensors  # read once: a checkpoint hands them out a single time
+    tensors, adapters = saved[: ctx.count], saved[ctx.count :]
+    pairs = zip(ctx.rest, adapters[::2], adapters[1::2])
+    return [(dequantize, bias, A, B, scaling) for (dequantize, bias, scaling), A, B in pairs], tensors
+
+
 class GroupedQLoRAFunction(torch.autograd.Function):
     """Outputs of several layers of one input: `QLoRAFunction` for each, with `x` read once, and one gradient of it.
 
@@ -243,33 +285,19 @@ class GroupedQLoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *terms):
-        dequantizes, biases, As, Bs, scalings = (terms[k::5] for k in range(5))
-        rows, A = x.reshape(-1, x.shape[-1]), torch.cat(As)  # (n, in), (sum of r, in)
-        parts = (rows @ A.T).split([len(a) for a in As], 1)  # A x of each
-        outputs = []
-        for xa, dequantize, bias, B, scaling in zip(parts, dequantizes, biases, Bs, scalings):
-            y = F.linear(xa.mul_(scaling), B, None if bias is None else bias.to(B.dtype))
-            outputs.append(y.addmm_(rows, dequantize(x.dtype).T).view(*x.shape[:-1], len(B)))
-        ctx.save_for_backward(rows, A, *parts, *Bs)
-        ctx.dequantizes, ctx.scalings, ctx.shape = dequantizes, scalings, x.shape
-        return tuple(outputs)
+        terms, rows = list(zip(*[iter(terms)] * 5)), x.reshape(-1, x.shape[-1])
+        outputs, xas = _outputs(rows, terms)
+        _keep(ctx, terms, rows, *xas)
+        ctx.shape = x.shape
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        (rows, A, *rest), count = ctx.saved_tensors, len(dys)
-        parts, Bs, dys = rest[:count], rest[count:], [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        delta = torch.cat([(dy @ B).mul_(s) for dy, B, s in zip(dys, Bs, ctx.scalings)], 1)  # (n, sum of r)
-        dAs = (delta.T @ rows).split([B.shape[1] for B in Bs])
-        grads = [None] * (5 * count)
-        grads[2::5], grads[3::5] = dAs, [dy.T @ xa for dy, xa in zip(dys, parts)]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = delta @ A
-            for dy, dequantize in zip(dys, ctx.dequantizes):
-                dx.addmm_(dy, dequantize(dy.dtype))
-            dx = dx.view(ctx.shape)
-        return dx, *grads
+        terms, (rows, *xas) = _kept(ctx)
+        dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        dx, *grads = _gradients(rows, xas, terms, dys, ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(ctx.shape), *grads
 
 # %% ../nbs/06_engine.ipynb #a7479adb
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that read the same input, in the order of their calls
@@ -313,6 +341,85 @@ def _trains(layer) -> bool:
     halves = [one.weight.requires_grad for half in (layer.lora_A, layer.lora_B) for one in half.values()]
     return all(halves) and not any(p.requires_grad for p in layer.get_base_layer().parameters())
 
+# %% ../nbs/06_engine.ipynb #593120cd
+def _wide(t: torch.Tensor) -> torch.Tensor:
+    "In fp32 at least."
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _swiglu(gate, up):
+    "What goes into `down`."
+    return (F.silu(_wide(gate)) * up).to(gate.dtype)
+
+
+def _swiglu_back(gate, up, dh):
+    "What goes into `down` once more, and the gradients of gate and up."
+    g, u, d = _wide(gate), _wide(up), _wide(dh)
+    share = torch.sigmoid(g)
+    return tuple(t.to(gate.dtype) for t in (g * share * u, d * u * share * (1 + g * (1 - share)), d * g * share))
+
+
+@functools.cache
+def _one_pass(function, device, dtype):
+    "The function as one kernel where torch can compile it for this GPU; else, and on a CPU, as it stands."
+    compiled = torch.compile(function, dynamic=True) if device.type == "cuda" else None
+    with contextlib.suppress(Exception), torch.no_grad():  # no compiler at hand, or an old card
+        trial = torch.ones(len(inspect.signature(function).parameters), 48, 64, device=device, dtype=dtype)
+        compiled(*trial)
+        return compiled
+    return function
+
+# %% ../nbs/06_engine.ipynb #724aadde
+class MLPFunction(torch.autograd.Function):
+    """`down(silu(gate(x)) * up(x))`, each with its adapter; keeps x, and gate and up where `keep` is true, else makes them again.
+
+    Takes x (…, in), keep, then for gate, up and down dequantize, bias (out,) or None, frozen, lora_A (r, in), lora_B (out, r),
+    scaling, one after the other; gives a tensor (…, in).
+    """
+
+    @staticmethod
+    def forward(ctx, x, keep, *terms):
+        (*wide, down), rows = list(zip(*[iter(terms)] * 5)), x.reshape(-1, x.shape[-1])
+        outputs, xas = _outputs(rows, wide)
+        h = _one_pass(_swiglu, x.device, x.dtype)(*outputs)
+        (y,), (xa,) = _outputs(h, [down])
+        _keep(ctx, [*wide, down], rows, *xas, xa, *(outputs if keep else []))
+        ctx.shape = x.shape
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (*wide, down), (rows, *xas, xa), outputs = (found := _kept(ctx))[0], found[1][:4], found[1][4:]
+        dy = dy.reshape(-1, dy.shape[-1])
+        outputs = outputs or [_output(rows, one, term) for one, term in zip(xas, wide)]
+        delta = (dy @ down[3]).mul_(down[4])  # (n, r)
+        dh = (delta @ down[2]).addmm_(dy, down[0](dy.dtype))
+        h, *dys = _one_pass(_swiglu_back, dy.device, dy.dtype)(*outputs, dh)
+        dx, *grads = _gradients(rows, xas, wide, dys, ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(ctx.shape), None, *grads, None, None, delta.T @ h, dy.T @ xa, None
+
+# %% ../nbs/06_engine.ipynb #c6012788
+def mlp_forward(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:  # (…, in) -> (…, in)
+    "`forward` of an MLP whose three layers have adapters, as one function where gradients are wanted; else its own."
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    terms = [_terms(layer, dtype) for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    if None in terms:
+        return _usual(mlp)(x)
+    return MLPFunction.apply(x.to(dtype), not mlp.qlora_nb_selective, *itertools.chain(*terms))
+
+
+def _mlps(base: torch.nn.Module):
+    "The MLPs that `mlp_forward` can do: three layers with adapters that train, and SiLU between them."
+    from peft.tuners.lora import LoraLayer
+
+    for module in base.modules():
+        layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        trained = all(isinstance(one, LoraLayer) and _trains(one) for one in layers)
+        if trained and torch.allclose(module.act_fn(some := torch.linspace(-4, 4, 9)), F.silu(some)):
+            yield module
+
 # %% ../nbs/06_engine.ipynb #7efb8aba
 @dataclass(frozen=True)
 class Engine:
@@ -320,13 +427,15 @@ class Engine:
 
     adapters: bool = True  # base and adapter in one function
     grouped: bool = True  # layers of the same input in one function; a part of `adapters`
+    mlp: bool = True  # the MLP in one function, which keeps less; a part of `adapters`
     attention: bool = True  # rows end to end, kept apart; no padding
     loss: bool = True  # logits of learned tokens alone, a chunk at a time
     kernels: bool = True  # Liger's norms, rotary positions, SwiGLU, cross-entropy: on CUDA, where it is installed
+    selective: bool = False  # keep still less of the MLP, and make it again in the backward; a part of `mlp`
     dense: bool = False  # keep the 4-bit weights in 16 bits, too, instead of dequantizing twice a step; a part of `adapters`
 
     def __str__(self) -> str:
-        words = {"adapters": "base and adapter in one function", "grouped": "layers of the same input together",
+        words = {"adapters": "base and adapter in one function", "grouped": "layers of the same input together", "mlp": "the MLP in one function", "selective": "its inner tensors made again",
                  "attention": "rows end to end", "loss": "logits of learned tokens", "kernels": "Liger's kernels",
                  "dense": "dequantized weights kept"}
         return ", ".join(text for name, text in words.items() if getattr(self, name)) or "nothing is on"
@@ -441,6 +550,10 @@ def _replace_adapters(base: torch.nn.Module, engine: "Engine") -> None:
         base.qlora_nb_before += [(layer, "qlora_nb_group", None), (layer, "qlora_nb_dense", None)]
         layer.qlora_nb_group = groups.get(id(layer))
         layer.qlora_nb_dense = dequantizer(layer.get_base_layer().weight)(state.dtype) if engine.dense and state else None
+    for mlp in _mlps(base) if engine.mlp else ():
+        _replace_forward(base, mlp, mlp_forward)
+        base.qlora_nb_before.append((mlp, "qlora_nb_selective", None))
+        mlp.qlora_nb_selective = engine.selective
 
 
 def _replace_attention(base: torch.nn.Module) -> None:
@@ -476,6 +589,14 @@ def _liger(base: torch.nn.Module) -> None:
             base.qlora_nb_before.append((code.__name__, name, was))
 
 # %% ../nbs/06_engine.ipynb #63013a35
+def _possible(engine: Engine, base: torch.nn.Module) -> Engine:
+    "The parts that can be on: some are parts of others, and kernels need a GPU."
+    engine = replace(engine, kernels=engine.kernels and _has_liger(base))
+    if not engine.adapters:
+        engine = replace(engine, grouped=False, mlp=False, dense=False)
+    return replace(engine, selective=engine.selective and engine.mlp)
+
+
 def install_engine(
     model: torch.nn.Module,  # a peft model, from `add_lora`
     engine: Engine = Engine(),
@@ -488,8 +609,7 @@ def install_engine(
     remove_engine(model)
     base = model.get_base_model()
     base.qlora_nb_before = []
-    engine = replace(engine, kernels=engine.kernels and _has_liger(base), grouped=engine.grouped and engine.adapters,
-                     dense=engine.dense and engine.adapters)
+    engine = _possible(engine, base)
     if engine.kernels:
         _liger(base)
     if engine.adapters:

@@ -122,15 +122,18 @@ def test_tied_embeddings():
     same(peft_of(tie_word_embeddings=True))
 
 
-SWITCHES = ("adapters", "grouped", "attention", "loss", "dense")
+SWITCHES = ("adapters", "grouped", "mlp", "selective", "attention", "loss", "dense")
+PAIRS = [(), *itertools.combinations(SWITCHES, 1), *itertools.combinations(SWITCHES, 2)]
 
 
-@pytest.mark.parametrize("switches", list(itertools.product([False, True], repeat=5)))
-def test_every_switch_alone_and_together(switches):
-    same(peft_of(), Engine(**dict(zip(SWITCHES, switches)), kernels=False))
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+@pytest.mark.parametrize("rest", [False, True])
+def test_every_switch_alone_and_together(pair, rest):
+    "Each pair of switches stands the other way than all the rest."
+    same(peft_of(), Engine(**{**dict.fromkeys(SWITCHES, rest), **dict.fromkeys(pair, not rest)}, kernels=False))
 
 
-@pytest.mark.parametrize("engine", [Engine(), Engine(loss=False), Engine(adapters=False)])
+@pytest.mark.parametrize("engine", [Engine(), Engine(selective=True), Engine(loss=False), Engine(adapters=False)])
 def test_checkpointed_layers_know_the_bounds(engine):
     "The forward is run a second time inside the backward."
     model = peft_of()
@@ -312,7 +315,7 @@ def test_ligers_loss_gets_what_it_expects():
 
 
 def calls_of(model, batch):
-    "How often each of the two functions runs in a step."
+    "How often each of the three functions runs in a step."
     from qlora_nb import engine
 
     found = {}
@@ -328,23 +331,27 @@ def calls_of(model, batch):
 
         return patch.object(engine, name, Counted)
 
-    with counted("QLoRAFunction"), counted("GroupedQLoRAFunction"):
+    names = ("QLoRAFunction", "GroupedQLoRAFunction", "MLPFunction")
+    with counted(names[0]), counted(names[1]), counted(names[2]):
         gradients(model, batch)
-    return found.get("QLoRAFunction", 0), found.get("GroupedQLoRAFunction", 0)
+    return tuple(found.get(name, 0) for name in names)
 
 
 def test_layers_of_one_input_are_one_call():
-    "Two layers with seven projections: q, k, v in one, o, gate and up in one, down."
+    "Two layers with seven projections: q, k, v in one, o, and the MLP in one; or gate and up in one, down."
     model, batch = peft_of(), end_to_end(some_rows())
     install_engine(model)
-    assert calls_of(model, batch) == (4, 4)
-    install_engine(model, Engine(grouped=False))
-    assert calls_of(model, batch) == (14, 0)
-    assert not install_engine(model, Engine(adapters=False)).grouped
+    assert calls_of(model, batch) == (2, 2, 2)
+    install_engine(model, Engine(mlp=False))
+    assert calls_of(model, batch) == (4, 4, 0)
+    install_engine(model, Engine(mlp=False, grouped=False))
+    assert calls_of(model, batch) == (14, 0, 0)
+    on = install_engine(model, Engine(adapters=False, selective=True, dense=True))
+    assert not (on.grouped or on.mlp or on.selective or on.dense)
 
 
 @pytest.mark.parametrize("targets, calls", [
-    (["q_proj", "v_proj", "gate_proj", "up_proj"], (4, 2)), (["k_proj", "down_proj"], (4, 0)),
+    (["q_proj", "v_proj", "gate_proj", "up_proj"], (4, 2, 0)), (["k_proj", "down_proj"], (4, 0, 0)),
 ])  # fmt: skip
 def test_a_group_needs_all_its_layers(targets, calls):
     model, rows = peft_of(lora={"target_modules": targets}), some_rows()
@@ -357,7 +364,7 @@ def test_nothing_is_held_after_a_step():
     from qlora_nb.engine import _Group
 
     model, batch = peft_of(), end_to_end(some_rows())
-    install_engine(model)
+    install_engine(model, Engine(mlp=False))
     groups = {id(g): g for g in (getattr(m, "qlora_nb_group", None) for m in model.modules()) if g is not None}
     assert len(groups) == 4 and all(isinstance(g, _Group) for g in groups.values())
     gradients(model, batch)
@@ -372,13 +379,41 @@ def test_nothing_is_held_after_a_step():
     assert all(g.x is None and not g.waiting for g in groups.values())
 
 
+@pytest.mark.parametrize("more, mlps", [({"hidden_act": "gelu"}, 0), ({"mlp_bias": True}, 2)])
+def test_mlps_of_other_kinds(more, mlps):
+    "One with another activation is left as it is; one with biases is done."
+    model, rows = peft_of(**more), some_rows()
+    same(model, rows=rows)
+    assert calls_of(model, end_to_end(rows))[2] == mlps
+    install_engine(model, Engine(selective=True))
+    same(model, Engine(selective=True), rows=rows)
+
+
+def test_selective_keeps_less_and_gives_the_same_to_the_bit():
+    from qlora_nb.qlora import kept_bytes, saved_for_backward
+
+    model, batch = peft_of(), end_to_end(some_rows((60, 60)))
+    install_engine(model)
+    loss, wanted = gradients(model, batch)
+    own = [*model.parameters(), *model.buffers()]
+
+    def kept():
+        return kept_bytes(saved_for_backward(lambda: model(**batch, use_cache=False).loss, own=own)[1])
+
+    usual = kept()
+    install_engine(model, Engine(selective=True))
+    found, ours = gradients(model, batch)
+    assert found == loss and all(torch.equal(ours[name], g) for name, g in wanted.items())
+    assert usual - kept() == 2 * 2 * 120 * 128 * 4  # two layers, gate and up
+
+
 def test_one_frozen_adapter_of_a_group():
     model, batch = peft_of(), end_to_end(some_rows())
     frozen = [p for name, p in model.named_parameters() if "k_proj.lora_A" in name]
     for weight in frozen:
         weight.requires_grad_(False)
     install_engine(model)
-    assert calls_of(model, batch) == (10, 2)
+    assert calls_of(model, batch) == (8, 0, 2)
     assert all(weight.grad is None for weight in frozen)
 
 
@@ -685,8 +720,8 @@ def test_a_run_learns_the_same(runs):
     place, said = runs
     plain, ours = losses(place / "plain"), losses(place / "engine")
     assert ours == pytest.approx(plain, rel=1e-3) and sum(ours) == pytest.approx(sum(plain), rel=1e-3)
-    on = ("engine: base and adapter in one function, layers of the same input together, rows end to end, "
-          "logits of learned tokens; attention by one call a row\n")  # fmt: skip
+    on = ("engine: base and adapter in one function, layers of the same input together, the MLP in one function, "
+          "rows end to end, logits of learned tokens; attention by one call a row\n")  # fmt: skip
     assert on in said["engine"].stderr and "engine:" not in said["plain"].stderr
 
 
