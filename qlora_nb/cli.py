@@ -65,9 +65,9 @@ def lora_arguments(config: dict, flags: dict) -> dict:
     flags = dict(flags)
     if flags["target_modules"] is not None:
         flags["target_modules"] = [name.strip() for name in flags["target_modules"].split(",")]
-    words = {"true": True, "false": False, "unsloth": "unsloth", None: None}
+    words = {"true": True, "false": False, "unsloth": "unsloth", "selective": "selective", None: None}
     if (word := flags["use_gradient_checkpointing"]) not in words:
-        raise UserError(f"use_gradient_checkpointing is {word!r}: choose unsloth, true or false")
+        raise UserError(f"use_gradient_checkpointing is {word!r}: choose unsloth, true, false or selective")
     flags["use_gradient_checkpointing"] = words[word]
     defaults = {
         "r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": TARGET_MODULES, "bias": "none",
@@ -223,7 +223,7 @@ MODEL_FLAGS = {  # name: (type, help)
     "target_modules": (str, "layers that get an adapter, with commas [all seven projections]"),
     "bias": (str, "none, all or lora_only [none]"),
     "use_rslora": (bool, "scale by alpha over the root of r"),
-    "use_gradient_checkpointing": (str, "unsloth, true or false [unsloth]"),
+    "use_gradient_checkpointing": (str, "unsloth, true, false, or selective with --engine [unsloth]"),
     "random_state": (int, "seed of the adapter's start [3407]"),
 }
 

@@ -663,7 +663,8 @@ def remove_engine(model: torch.nn.Module) -> None:
 def install_where_asked(model: torch.nn.Module) -> torch.nn.Module:  # the same model
     "Install the engine in a peft model whose base was loaded with `engine=True`, and say on stderr what is on."
     if getattr(_base_of(model), "qlora_nb_info", {}).get("engine"):
-        print(f"engine: {install_engine(model)}; attention by {attention_kernel(model)}", file=sys.stderr)
+        wanted = Engine(selective=_base_of(model).qlora_nb_info.get("use_gradient_checkpointing") == "selective")
+        print(f"engine: {install_engine(model, wanted)}; attention by {attention_kernel(model)}", file=sys.stderr)
     return model
 
 # %% ../nbs/06_engine.ipynb #ea5d6f8a

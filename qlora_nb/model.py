@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'PADDING', 'unsloth_refusal', 'choose_backend', 'choose_dtype', 'nf4_config', 'keep_4bit_layers',
            'check_4bit_layers', 'model_path', 'set_pad_token', 'model_info', 'load_base', 'load_model', 'adapter_base',
-           'quiet_libraries', 'find_targets', 'check_lora', 'add_lora', 'count_parameters']
+           'quiet_libraries', 'find_targets', 'check_lora', 'check_checkpointing', 'add_lora', 'count_parameters']
 
 # %% ../nbs/10_model.ipynb #fca80c77
 import contextlib
@@ -346,6 +346,15 @@ def check_lora(
             raise UserError(f"r is {r}, but {name} has only {smaller} rows or columns: choose a rank from 1 to {smaller}")
 
 # %% ../nbs/10_model.ipynb #fca80c77-18
+def check_checkpointing(wanted: bool | str, engine: bool) -> bool | str:
+    "What is handed to the backend. Raises `UserError` for an unknown kind, and for the engine's without the engine."
+    if wanted not in (True, False, "unsloth", "selective"):
+        raise UserError(f"use_gradient_checkpointing is {wanted!r}: choose unsloth, true, false or selective")
+    if wanted == "selective" and not engine:
+        raise UserError("use_gradient_checkpointing='selective' is the engine's: load the model with engine=True, or choose another")
+    return False if wanted == "selective" or (wanted == "unsloth" and not torch.cuda.is_available()) else wanted
+
+
 def _trainable(model, r, lora_alpha, lora_dropout, target_modules, bias, use_rslora, checkpointing, random_state):
     "peft's adapters on a model that transformers loaded."
     from peft import LoraConfig, get_peft_model
@@ -374,7 +383,7 @@ def add_lora(
     target_modules: tuple[str, ...] | list[str] | str = TARGET_MODULES,  # layers, by the last part of their names
     bias: str = "none",  # none, all or lora_only
     use_rslora: bool = False,  # scale by lora_alpha / sqrt(r)
-    use_gradient_checkpointing: bool | str = "unsloth",  # "unsloth", True or False
+    use_gradient_checkpointing: bool | str = "unsloth",  # "unsloth", True, False, or "selective" with the engine
     random_state: int = 3407,  # seed for the start of A
 ):  # -> PeftModel
     "Put trainable LoRA adapters on a frozen base. Raises `UserError` where that can't be."
@@ -383,7 +392,7 @@ def add_lora(
     target_modules = check_targets(target_modules)
     info, targets = model_info(model), find_targets(model, target_modules)
     check_lora(targets, r, lora_alpha, lora_dropout, bias, info["load_in_4bit"])
-    checkpointing = use_gradient_checkpointing if use_gradient_checkpointing != "unsloth" or torch.cuda.is_available() else False
+    checkpointing = check_checkpointing(use_gradient_checkpointing, info["engine"])
     if info["backend"] == "transformers":
         peft_model = _trainable(model, r, lora_alpha, lora_dropout, target_modules, bias, use_rslora, checkpointing, random_state)
     else:

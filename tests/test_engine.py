@@ -687,6 +687,19 @@ def test_what_the_model_is_said_to_be(tmp_path, capsys):
     assert engine_of(again) is not None and "engine: base and adapter" in capsys.readouterr().err
 
 
+def test_selective_is_asked_for_where_the_others_are(capsys):
+    from qlora_nb.model import add_lora, load_model
+
+    model = add_lora(load_model(engine=True)[0], use_gradient_checkpointing="selective")
+    assert engine_of(model).selective and "its inner tensors made again" in capsys.readouterr().err
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    plain = load_model(backend="transformers")[0]
+    for wanted, words in (("selective", "load the model with engine=True"), ("half", "'half': choose")):
+        with pytest.raises(UserError, match=words):
+            add_lora(plain, use_gradient_checkpointing=wanted)
+    assert engine_of(add_lora(plain)) is None  # nothing was changed by the refusals
+
+
 # --- whole runs -----------------------------------------------------------------------------------------------------
 
 
@@ -760,6 +773,8 @@ def test_what_the_command_line_refuses(tmp_path):
     assert "engine=True and backend='unsloth' are both given" in said
     said = cli("train", "--engine", "--lora-dropout", "0.1", cwd=tmp_path, code=2).stderr
     assert "lora_dropout=0.1, and the engine does lora_dropout=0 alone" in said and "engine=False" in said
+    said = cli("train", "--use-gradient-checkpointing", "selective", cwd=tmp_path, code=2).stderr
+    assert "is the engine's: load the model with engine=True" in said
     said = cli("train", "--engine", "--plan", "T4", cwd=tmp_path, code=2).stderr
     assert "engine's memory was not measured" in said
     said = cli("train", "--packing", "--backend", "transformers", cwd=tmp_path, code=2).stderr
