@@ -396,8 +396,10 @@ class MLPFunction(torch.autograd.Function):
         delta = (dy @ down[3]).mul_(down[4])  # (n, r)
         dh = (delta @ down[2]).addmm_(dy, down[0](dy.dtype))
         h, *dys = _one_pass(_swiglu_back, dy.device, dy.dtype)(*outputs, dh)
+        last = (None, None, delta.T @ h, dy.T @ xa, None)
+        del outputs, dh, h  # wide, and done with
         dx, *grads = _gradients(rows, xas, wide, dys, ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(ctx.shape), None, *grads, None, None, delta.T @ h, dy.T @ xa, None
+        return None if dx is None else dx.view(ctx.shape), None, *grads, *last
 
 # %% ../nbs/06_engine.ipynb #c6012788
 def mlp_forward(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:  # (…, in) -> (…, in)
