@@ -8,8 +8,9 @@
 A Llama of a real shape with random weights (they cost what real ones cost), NF4, r = 16 on the seven projections. Each
 measurement is a process of its own, and the stacks take turns. What --out holds already is not measured again.
 
-- Parts: `main` (3B: best switches, with checkpointing, the workflow's own settings, a quarter of the tokens masked),
-  `shapes` (1B, 3B and 8B on usual, short and long rows), `tricks` (the engine with one part switched off at a time).
+- Parts: `main` (3B: best switches, the first pair in --turns turns; a quarter of the tokens masked, checkpointing, the
+  workflow's own settings), `shapes` (1B, 3B and 8B on usual, short and long rows), `tricks` (the engine with one part
+  switched off, or on, at a time; another attention; twice the tokens).
 - Rows: `usual` has log-normal lengths, median 600, cut at 2,048; `short` median 150; `long` median 3,000, cut at 8,192.
 - Tokens a second count no padding; labelled ones are told apart. `share_of_bound`: 4 FLOP a parameter and token (6 with
   checkpointing), over the speed of a bf16 product that is measured beside it. The stack `trl` needs a GPU.
@@ -36,28 +37,34 @@ ROWS = {"usual": (600, 2048), "short": (150, 2048), "long": (3000, 8192)}  # med
 STACKS = ("engine", "unsloth", "trl")
 DEFAULTS = {
     "stack": "engine", "size": "3b", "rows": "usual", "masked": 0.0, "batch": 8, "accumulation": 1, "packing": True,
-    "checkpointing": False, "off": [], "steps": 14, "skip": 4, "turn": 1,
+    "checkpointing": False, "off": [], "on": [], "attention": None, "steps": 14, "skip": 4, "turn": 1,
 }  # fmt: skip
 OWN = {"batch": 2, "accumulation": 4, "packing": False, "checkpointing": True}  # the workflow's settings
-PARTS = ("adapters", "attention", "loss", "kernels")
+PARTS = ("grouped", "mlp", "adapters", "attention", "loss", "kernels")
+BEST = {"on": ["dense"]}  # what the engine takes where memory is no matter
 
 
 def listed(part, turns):
     "The measurements of a part, the stacks in turn."
     if part == "all":
         return [s for name in ("main", "shapes", "tricks") for s in listed(name, turns)]
+    engine, unsloth, trl = ({"stack": name} for name in STACKS)
+    best, checked, masked = {**engine, **BEST}, {"checkpointing": True}, {"masked": 0.25}
+    again = []
     if part == "main":
-        kinds = [{}, {"checkpointing": True}, OWN, {"masked": 0.25}]
-        stacks = [STACKS[:2], STACKS[:2], STACKS, STACKS[:2]]
-        settings = [{**kind, "stack": s} for kind, names in zip(kinds, stacks, strict=True) for s in names]
+        again = [best, unsloth] * turns
+        found = [engine, {**best, **masked}, {**unsloth, **masked}, {**engine, "on": ["selective"]}]
+        found += [{**engine, **checked}, {**engine, **checked, "batch": 4, "accumulation": 2}, {**unsloth, **checked}]
+        found += [{**stack, **OWN} for stack in (engine, unsloth, trl)]
     elif part == "shapes":
-        batch = {"usual": 8, "short": 8, "long": 2}  # 16,384 tokens a batch
-        settings = [{"size": size, "rows": rows, "batch": batch[rows], "stack": s}
-                    for size in ("1b", "3b", "8b") for rows in ROWS for s in STACKS[:2]]  # fmt: skip
-        turns = 1
+        rows = [{"rows": "usual"}, {"rows": "short"}, {"rows": "long", "batch": 2}]  # 16,384 tokens a batch
+        sizes = [{"size": size} for size in ("1b", "3b", "8b")]
+        found = [{**size, **kind, **stack} for size in sizes for kind in rows for stack in (best, unsloth)]
     else:
-        settings = [{"off": list(off)} for off in ((), *((name,) for name in PARTS), PARTS)]
-    return [{**DEFAULTS, **s, "turn": turn} for turn in range(1, turns + 1) for s in settings]
+        found = [{"off": [name]} for name in PARTS] + [{"off": list(PARTS)}]
+        found += [{"attention": "torch's varlen_attn"}, {**best, "batch": 16}]
+    turned = [{**s, "turn": 1 + place // 2} for place, s in enumerate(again)]
+    return [{**DEFAULTS, **s} for s in (*turned, *found)]
 
 
 def made_rows(kind, masked, count=600):
@@ -77,14 +84,17 @@ def made_rows(kind, masked, count=600):
 
 
 def by_engine(s, path, longest, clock):
+    from qlora_nb import engine
     from qlora_nb.core import PROFILES
-    from qlora_nb.engine import Engine, engine_of, install_engine
+    from qlora_nb.engine import Engine, attention_kernel, engine_of, install_engine
     from qlora_nb.model import add_lora, load_model
     from qlora_nb.training import make_trainer, settings_for
 
     model, tok = load_model(path, max_seq_length=longest, backend="transformers")
     model = add_lora(model, use_gradient_checkpointing=s["checkpointing"])
-    install_engine(model, Engine(**dict.fromkeys(s["off"], False)))
+    if s["attention"]:
+        engine.KERNELS = {s["attention"]: engine.KERNELS[s["attention"]]}
+    install_engine(model, Engine(**dict.fromkeys(s["off"], False), **dict.fromkeys(s["on"], True)))
     packing = s["packing"] and engine_of(model).attention
     settings = settings_for({
         "per_device_train_batch_size": s["batch"], "gradient_accumulation_steps": s["accumulation"], "packing": packing,
@@ -92,7 +102,7 @@ def by_engine(s, path, longest, clock):
     }, profile=PROFILES["large"])  # fmt: skip
     trainer = make_trainer(
         model, tok, made_rows(s["rows"], s["masked"]), settings, Path(tempfile.mkdtemp()), [clock])
-    return trainer, f"{engine_of(model)}"
+    return trainer, f"{engine_of(model)}; attention by {attention_kernel(model)}"
 
 
 def by_hand(s, path, longest, clock):
@@ -265,18 +275,27 @@ def write(path, runs):
 
 
 def compare(runs):
-    "Each setting's median, and its ratio to Unsloth's at the same setting."
-    same = [name for name in DEFAULTS if name not in ("stack", "turn", "off")]
+    "Each setting's median, and its ratio to Unsloth's with the same rows, as many in a step, checkpointed like it."
+    fields, ways = ("size", "rows", "masked", "packing", "checkpointing"), ("off", "on", "attention", "batch")
     groups = {}
     for run in (run for run in runs if "failed" not in run):
-        place = (tuple(run[name] for name in same), run["stack"], "+".join(run["off"]))
-        groups.setdefault(place, []).append(run["tokens_per_second"])
-    for (setting, stack, off), rates in sorted(groups.items(), key=str):
-        theirs = groups.get((setting, "unsloth", ""))
-        ratio = f"{statistics.median(rates) / statistics.median(theirs):.2f} × Unsloth" if theirs else ""
-        words = " ".join(f"{name}={value}" for name, value in zip(same, setting) if DEFAULTS[name] != value)
-        words = f"{words} without {off}" if off else words
-        print(f"{stack:8} {words:60} {statistics.median(rates):9,.0f} tokens/s {ratio}")
+        same = (*(run[name] for name in fields), run["batch"] * run["accumulation"])
+        way = " ".join(f"{name}={run[name]}" for name in ways if run[name] != DEFAULTS[name])
+        groups.setdefault(same, {}).setdefault((run["stack"], way), []).append(run)
+    for same, stacks in sorted(groups.items(), key=str):
+        print(" ".join(f"{name}={value}" for name, value in zip(fields, same)))
+        theirs = medians([run for (stack, _), those in stacks.items() if stack == "unsloth" for run in those])
+        for (stack, way), found in stacks.items():
+            (rate, peak), beside = medians(found), ""
+            if theirs and stack != "unsloth":
+                beside = f"{rate / theirs[0]:.2f} × Unsloth's speed, {peak / max(theirs[1], 1e-9):.2f} × its memory"
+            print(f"  {stack:8} {way:40} {rate:9,.0f} tokens/s {peak:6.2f} GiB  {beside}")
+
+
+def medians(runs):
+    "Tokens a second, and GiB."
+    names = ("tokens_per_second", "peak_allocated_gib")
+    return [statistics.median(run.get(name, 0) for run in runs) for name in names] if runs else None
 
 
 def arguments():
