@@ -130,6 +130,19 @@ def timed(run, device, repeats=10):
     return round(statistics.median(marks), 3)
 
 
+def by_cudnn(query, key, value, bounds, longest, scaling):
+    "cuDNN's attention through torch's jagged tensors; it has no grouped heads there."
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    groups = query.shape[1] // key.shape[1]
+    lines = (query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+    jagged = [torch.nested.nested_tensor_from_jagged(t, bounds.long(), max_seqlen=longest) for t in lines]
+    jagged = [t.transpose(1, 2) for t in jagged]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = torch.nn.functional.scaled_dot_product_attention(*jagged, is_causal=True, scale=scaling)
+    return out.transpose(1, 2).values()
+
+
 def measure_attention(size, tokens, device):
     _, _, _, heads, kv_heads, width, _, _ = SHAPES[size]
     lengths = lengths_of(tokens)
@@ -144,7 +157,7 @@ def measure_attention(size, tokens, device):
 
     ways = {name: (kernel, inputs) for name, kernel in engine_module.KERNELS.items()}
     ways["torch's varlen_attn, key heads repeated"] = (engine_module.KERNELS["torch's varlen_attn"], repeated)
-    ways["one call a row"] = (by_row, inputs)
+    ways |= {"cuDNN by jagged tensors": (by_cudnn, inputs), "one call a row": (by_row, inputs)}
     found = {"rows": len(lengths), "tokens": tokens, "pairs": sum(n * (n + 1) // 2 for n in lengths)}
     for name, (kernel, tensors) in ways.items():
         try:
