@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'PATHS', 'THRESHOLDS', 'FILE_TYPES', 'Case', 'make_cases', '
            'divergence', 'Distance', 'unpack', 'Subject', 'open_subject', 'reference_logits', 'measure_distances',
            'Bounds', 'file_kind', 'FileCheck', 'failures_of', 'CertificateFailed', 'Certificate', 'certificate_text',
            'certificate_html', 'write_certificate', 'compare_replies', 'check_modelfile', 'certify', 'read_modelfile',
-           'in_front', 'spread', 'chat_gguf']
+           'in_front', 'spread', 'gguf_chat', 'chat_gguf']
 
 # %% ../nbs/22_certificate.ipynb #2f158038
 import contextlib
@@ -128,7 +128,9 @@ def chat_server(
     try:
         import xllamacpp
     except ImportError as error:
-        raise UserError(f"the certificate needs llama.cpp's server ({error}): pip install 'qlora_nb[gguf]'") from error
+        raise UserError(f"this needs llama.cpp's server ({error}): pip install 'qlora_nb[gguf]'") from error
+    if not Path(gguf).is_file():
+        raise UserError(f"there is no file {gguf}: name one that `qlora_nb export` wrote")
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.use_jinja, settings.prefill_assistant = str(gguf), True, False
     settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.port = context, 1, 0, 0
@@ -955,6 +957,25 @@ def spread(n: int, count: int) -> list[int]:
     return sorted({i * n // count for i in range(count)}) if count else []
 
 # %% ../nbs/22_certificate.ipynb #7de35a90
+@contextlib.contextmanager
+def gguf_chat(
+    gguf: str | Path,
+    context: int = 4096,  # tokens of prompt and reply
+):  # yields reply(message_or_messages, system, max_new_tokens, temperature, do_sample), as `chat_gguf` takes them
+    "A file that is open for any number of questions. Raises `UserError` where it can't be opened."
+
+    def reply(message_or_messages, system=None, max_new_tokens=512, temperature=0.7, do_sample=True) -> str:
+        asked = message_or_messages
+        if isinstance(asked, str):
+            asked = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": asked}]
+        body = {"messages": asked, "max_tokens": max_new_tokens, "temperature": temperature if do_sample else 0.0,
+                "reasoning_format": "none"}
+        return ask("/v1/chat/completions", body, timeout=None)["choices"][0]["message"]["content"]
+
+    with chat_server(gguf, context) as ask:
+        yield reply
+
+
 def chat_gguf(
     gguf: str | Path,
     message_or_messages,  # a question, or `messages` that end with one
@@ -966,9 +987,5 @@ def chat_gguf(
     context: int = 4096,  # tokens of prompt and reply
 ) -> str:
     "llama.cpp's reply, alone. Raises `UserError` where the file can't be opened."
-    asked = message_or_messages
-    if isinstance(asked, str):
-        asked = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": asked}]
-    body = {"messages": asked, "max_tokens": max_new_tokens, "temperature": temperature if do_sample else 0.0, "reasoning_format": "none"}
-    with chat_server(gguf, context) as ask:
-        return ask("/v1/chat/completions", body, timeout=None)["choices"][0]["message"]["content"]
+    with gguf_chat(gguf, context) as reply:
+        return reply(message_or_messages, system, max_new_tokens, temperature, do_sample)

@@ -366,25 +366,26 @@ def chat(
     backend: Annotated[str | None, typer.Option(help="auto, unsloth or transformers")] = None,
 ):
     "Talk to a fine-tuned model, to a base, or to a GGUF file in llama.cpp."
-    with quiet_stdout():
+    with contextlib.ExitStack() as opening, quiet_stdout():
         if run and run.lower().endswith(".gguf"):
-            from qlora_nb.certificate import chat_gguf
+            from qlora_nb.certificate import gguf_chat
 
             if model or adapter or backend:
                 raise UserError("a GGUF and --model, --adapter or --backend are given: the file is all that llama.cpp takes")
 
-            ask, config = partial(chat_gguf, run), run_of(Path(run))
+            ask, config = opening.enter_context(gguf_chat(run)), run_of(Path(run))
         else:
             from qlora_nb.generation import chat as ask_model
 
             loaded, tokenizer, config = opened(run, model, adapter, backend)
             ask = partial(ask_model, loaded, tokenizer)
+        closing = opening.pop_all()
     system = system if system is not None else config.get("system")
     how = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
-    lines = [message] if message is not None else sys.stdin
-    for line in lines:
-        if text := line.strip():
-            print(ask(text, system=system, max_new_tokens=max_new_tokens, **how), flush=True)
+    with closing:
+        for line in [message] if message is not None else sys.stdin:
+            if text := line.strip():
+                print(ask(text, system=system, max_new_tokens=max_new_tokens, **how), flush=True)
 
 # %% ../nbs/21_cli.ipynb #826fda92-16
 @app.command()

@@ -71,6 +71,13 @@ def test_chat_with_the_file(demo, tmp_path):
     assert (
         served.stdout.startswith("<think>") and served.stdout == qlora_nb("chat", demo[0], *asked, cwd=tmp_path).stdout
     )
+    short = ("--temperature", "0", "--max-new-tokens", "5")
+    lines = qlora_nb("chat", gguf, *short, cwd=tmp_path, input="What is 2 + 2?\n\nWhat is 3 + 4?\n").stdout
+    questions = ("What is 2 + 2?", "What is 3 + 4?")
+    alone = [qlora_nb("chat", gguf, *short, "--message", q, cwd=tmp_path).stdout for q in questions]
+    assert lines == "".join(alone)
+    gone = qlora_nb("chat", "gone.gguf", *asked, cwd=tmp_path)
+    assert gone.returncode == 2 and "there is no file gone.gguf" in gone.stderr
     mixed = qlora_nb("chat", gguf, "--backend", "unsloth", *asked, cwd=tmp_path)
     assert mixed.returncode == 2 and "a GGUF and" in mixed.stderr
 
