@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'CHUNK_BYTES', 'GROUPS', 'ARCHITECTURES', 'end_to_end', 'packed_attention', 'bounded_forward',
-           'LabelledCrossEntropy', 'labelled_loss', 'fused_forward', 'GroupedQLoRAFunction', 'MLPFunction',
-           'mlp_forward', 'Engine', 'engine_refusal', 'check_engine', 'labelled_forward', 'install_engine', 'engine_of',
+           'LabelledCrossEntropy', 'labelled_loss', 'fused_forward', 'Engine', 'GroupedQLoRAFunction', 'MLPFunction',
+           'mlp_forward', 'engine_refusal', 'check_engine', 'labelled_forward', 'install_engine', 'engine_of',
            'attention_kernel', 'remove_engine', 'install_where_asked', 'pack_rows']
 
 # %% ../nbs/06_engine.ipynb #0092e4c0
@@ -59,11 +59,17 @@ def _by_flash_attn(query, key, value, bounds, longest, scaling):  # (T, heads, d
     return out[0] if isinstance(out, tuple) else out
 
 
+@functools.cache
+def _names(function) -> frozenset:
+    "The names of a function's arguments."
+    return frozenset(inspect.signature(function).parameters)
+
+
 def _by_torch(query, key, value, bounds, longest, scaling):  # (T, heads, d) -> (T, heads, d)
     "torch's own; causal by its window, from torch 2.11 on."
     from torch.nn.attention.varlen import varlen_attn
 
-    more = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    more = {"enable_gqa": True} if "enable_gqa" in _names(varlen_attn) else {}
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **more)
 
 
@@ -72,19 +78,20 @@ KERNELS = {"flash-attn-4": _by_flash_attn, "torch's varlen_attn": _by_torch}  # 
 # %% ../nbs/06_engine.ipynb #b06d9471
 def _is_right(kernel, device, dtype, heads, kv_heads, width, scaling) -> bool:
     "Whether a kernel gives, forward and backward, what one call a row gives, to the rounding of 16 bits."
-    bounds = torch.tensor([0, 1, 78, 128, 300], dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, 1, 78, 128, 1300], dtype=torch.int32, device=device)
     chance = torch.Generator(device).manual_seed(0)
 
     def some(*shape):
         return torch.randn(1, *shape, generator=chance, device=device).to(dtype)
 
-    inputs, wish = [some(n, 300, width).requires_grad_() for n in (heads, kv_heads, kv_heads)], some(300, heads, width)
+    inputs, wish = [some(n, 1300, width).requires_grad_() for n in (heads, kv_heads, kv_heads)], some(1300, heads, width)
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
-        found = kernel(*(t[0].transpose(0, 1) for t in inputs), bounds, 172, scaling).unsqueeze(0)
+    alone = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # a checkpoint under way must not see the trial
+    with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False), alone:
+        found = kernel(*(t[0].transpose(0, 1) for t in inputs), bounds, 1172, scaling).unsqueeze(0)
         wanted = _row_by_row(*exact, bounds, scaling)
-        found = [found, *torch.autograd.grad(found, inputs, wish)]
-        wanted = [wanted, *torch.autograd.grad(wanted, exact, wish.double())]
+        found = [found.detach(), *torch.autograd.grad(found, inputs, wish)]
+        wanted = [wanted.detach(), *torch.autograd.grad(wanted, exact, wish.double())]
     return all((ours - theirs).norm() < 0.02 * theirs.norm() for ours, theirs in zip(found, wanted))
 
 
@@ -150,14 +157,28 @@ def bounded_forward(decoder: torch.nn.Module, *args, **kwargs):
         _Bounded.now = before
 
 # %% ../nbs/06_engine.ipynb #1e088ea9
+def _ligers_loss(hidden, weight, targets):
+    "The same sum and its gradient by Liger, whose own backward would multiply the gradient in its place."
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        total = LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, leaf, targets)
+        return total.detach().float(), *torch.autograd.grad(total, leaf)
+
+
 class LabelledCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies of `hidden @ weight.T`, a chunk of positions at a time; the weight is frozen.
 
-    Takes hidden (n, d), weight (V, d), targets (n,) and chunk, positions at a time; gives (), fp32.
+    Takes hidden (n, d), weight (V, d), targets (n,) and chunk, positions at a time, or None for Liger's kernel; gives (), fp32.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
+        if chunk is None:
+            total, gradient = _ligers_loss(hidden, weight, targets)
+            ctx.save_for_backward(gradient)
+            return total
         total, gradient = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
         for rows, wanted, out in zip(hidden.split(chunk), targets.split(chunk), gradient.split(chunk)):
             logits, wanted = (rows @ weight.T).float(), wanted[:, None]
@@ -190,12 +211,8 @@ def labelled_loss(
     "Mean cross-entropy of the next token at the learned positions. The same as transformers' loss, of fewer logits."
     learned = labels[:, 1:] != -100
     rows, targets = hidden[:, :-1][learned], labels[:, 1:][learned]
-    if kernels and len(targets):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        total = LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, rows, targets)
-    else:
-        total = LabelledCrossEntropy.apply(rows, weight, targets, max(1, chunk_bytes // (4 * len(weight))))
+    chunk = None if kernels and len(targets) else max(1, chunk_bytes // (4 * len(weight)))
+    total = LabelledCrossEntropy.apply(rows, weight, targets, chunk)
     return total / max(1, len(targets)) if num_items is None else total / num_items
 
 # %% ../nbs/06_engine.ipynb #d1455972
@@ -207,7 +224,7 @@ def _usual(module: torch.nn.Module):
 
 def _terms(layer: torch.nn.Module, dtype: torch.dtype) -> tuple | None:
     "What the function needs of a peft layer: (dequantize, bias, lora_A, lora_B, scaling). None where peft would do something else."
-    if not hasattr(layer, "lora_A"):  # an adapter that was merged and is gone
+    if not hasattr(layer, "qlora_nb_dense"):  # not a layer that the engine knows: its adapter was merged and is gone
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(names) != 1 or not torch.is_grad_enabled():
@@ -215,8 +232,12 @@ def _terms(layer: torch.nn.Module, dtype: torch.dtype) -> tuple | None:
     if names[0] in layer.lora_variant or not isinstance(layer.lora_dropout[names[0]], torch.nn.Identity):
         return None
     (name,), base = names, layer.get_base_layer()
-    weight = base.weight if layer.qlora_nb_dense is None else layer.qlora_nb_dense
-    return dequantizer(weight), base.bias, layer.lora_A[name].weight.to(dtype), layer.lora_B[name].weight.to(dtype), layer.scaling[name]
+    lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+    if any(p.requires_grad for p in base.parameters()) or lora_A.bias is not None or lora_B.bias is not None:
+        return None
+    quantized, dense = layer.qlora_nb_dense or (None, None)  # a weight that is another one by now was merged
+    weight = dense if quantized is base.weight and dense.device == base.weight.device else base.weight
+    return dequantizer(weight), base.bias, lora_A.weight.to(dtype), lora_B.weight.to(dtype), layer.scaling[name]
 
 
 def fused_forward(
@@ -234,6 +255,27 @@ def fused_forward(
     if (group := layer.qlora_nb_group) is not None:
         return group(layer, x, dtype)
     return QLoRAFunction.apply(x.to(dtype), *terms)
+
+# %% ../nbs/06_engine.ipynb #7efb8aba
+@dataclass(frozen=True)
+class Engine:
+    "Which savings are on. Each can be switched off alone."
+
+    adapters: bool = True  # base and adapter in one function
+    grouped: bool = True  # layers of the same input in one function; a part of `adapters`
+    mlp: bool = True  # the MLP in one function, which keeps less; a part of `adapters`
+    attention: bool = True  # rows end to end, kept apart; no padding
+    loss: bool = True  # logits of learned tokens alone, a chunk at a time
+    kernels: bool = True  # Liger's norms, rotary positions, SwiGLU, cross-entropy: on CUDA, where it is installed
+    compiled: bool = True  # the MLP's elementwise part as one kernel, by torch.compile: on CUDA; a part of `mlp`
+    selective: bool = False  # keep still less of the MLP, and make it again in the backward; a part of `mlp`
+    dense: bool = False  # keep the 4-bit weights in 16 bits, too, instead of dequantizing twice a step; a part of `adapters`
+
+    def __str__(self) -> str:
+        words = {"adapters": "base and adapter in one function", "grouped": "layers of the same input together", "mlp": "the MLP in one function", "compiled": "compiled", "selective": "its inner tensors made again",
+                 "attention": "rows end to end", "loss": "logits of learned tokens", "kernels": "Liger's kernels",
+                 "dense": "dequantized weights kept"}
+        return ", ".join(text for name, text in words.items() if getattr(self, name)) or "nothing is on"
 
 # %% ../nbs/06_engine.ipynb #22d53ae5
 def _output(rows, xa, term):
@@ -309,6 +351,10 @@ class _Group:
     def __init__(self, layers):
         self.layers, self.x, self.waiting = layers, None, {}
 
+    def __getstate__(self):
+        "A copy waits for nothing."
+        return {"layers": self.layers, "x": None, "waiting": {}}
+
     def __call__(self, layer, x, dtype):
         "The output of one of the layers."
         place = self.layers.index(layer)
@@ -359,45 +405,50 @@ def _swiglu_back(gate, up, dh):
     return tuple(t.to(gate.dtype) for t in (g * share * u, d * u * share * (1 + g * (1 - share)), d * g * share))
 
 
+def _in_parts(function, *tensors):
+    "The same for 1,024 rows at a time: little lies beside the results."
+    parts = [function(*part) for part in zip(*(t.split(1024) for t in tensors))]
+    return torch.cat(parts) if torch.is_tensor(parts[0]) else tuple(map(torch.cat, zip(*parts)))
+
+
 @functools.cache
-def _one_pass(function, device, dtype):
-    "The function as one kernel where torch can compile it for this GPU; else, and on a CPU, as it stands."
-    compiled = torch.compile(function, dynamic=True) if device.type == "cuda" else None
+def _one_pass(function, compiled, device, dtype):
+    "The function as one kernel where that is wanted and torch can compile it for this GPU; else as it stands, in parts."
     with contextlib.suppress(Exception), torch.no_grad():  # no compiler at hand, or an old card
-        trial = torch.ones(len(inspect.signature(function).parameters), 48, 64, device=device, dtype=dtype)
-        compiled(*trial)
-        return compiled
-    return function
+        kernel = torch.compile(function, dynamic=True) if compiled and device.type == "cuda" else None
+        kernel(*(torch.ones(48, 64, device=device, dtype=dtype) for _ in _names(function)))
+        return kernel
+    return functools.partial(_in_parts, function)
 
 # %% ../nbs/06_engine.ipynb #724aadde
 class MLPFunction(torch.autograd.Function):
-    """`down(silu(gate(x)) * up(x))`, each with its adapter; keeps x, and gate and up where `keep` is true, else makes them again.
+    """`down(silu(gate(x)) * up(x))`, each with its adapter; keeps x, gate and up, or makes those two again.
 
-    Takes x (…, in), keep, then for gate, up and down dequantize, bias (out,) or None, frozen, lora_A (r, in), lora_B (out, r),
+    Takes x (…, in), an `Engine` that says `selective` and `compiled`, then for gate, up and down dequantize, bias (out,) or None, frozen, lora_A (r, in), lora_B (out, r),
     scaling, one after the other; gives a tensor (…, in).
     """
 
     @staticmethod
-    def forward(ctx, x, keep, *terms):
+    def forward(ctx, x, parts, *terms):
         (*wide, down), rows = list(zip(*[iter(terms)] * 5)), x.reshape(-1, x.shape[-1])
         outputs, xas = _outputs(rows, wide)
-        h = _one_pass(_swiglu, x.device, x.dtype)(*outputs)
+        h = _one_pass(_swiglu, parts.compiled, x.device, x.dtype)(*outputs)
         (y,), (xa,) = _outputs(h, [down])
-        _keep(ctx, [*wide, down], rows, *xas, xa, *(outputs if keep else []))
-        ctx.shape = x.shape
+        _keep(ctx, [*wide, down], rows, *xas, xa, *([] if parts.selective else outputs))
+        ctx.shape, ctx.compiled = x.shape, parts.compiled
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        (*wide, down), (rows, *xas, xa), outputs = (found := _kept(ctx))[0], found[1][:4], found[1][4:]
-        dy = dy.reshape(-1, dy.shape[-1])
+        (*wide, down), tensors = _kept(ctx)
+        (rows, *xas, xa), outputs, dy = tensors[:4], tensors[4:], dy.reshape(-1, dy.shape[-1])
         outputs = outputs or [_output(rows, one, term) for one, term in zip(xas, wide)]
         delta = (dy @ down[3]).mul_(down[4])  # (n, r)
         dh = (delta @ down[2]).addmm_(dy, down[0](dy.dtype))
-        h, *dys = _one_pass(_swiglu_back, dy.device, dy.dtype)(*outputs, dh)
+        h, *dys = _one_pass(_swiglu_back, ctx.compiled, dy.device, dy.dtype)(*outputs, dh)
         last = (None, None, delta.T @ h, dy.T @ xa, None)
-        del outputs, dh, h  # wide, and done with
+        del tensors, outputs, dh, h  # wide, and done with
         dx, *grads = _gradients(rows, xas, wide, dys, ctx.needs_input_grad[0])
         return None if dx is None else dx.view(ctx.shape), None, *grads, *last
 
@@ -406,41 +457,28 @@ def mlp_forward(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:  # (…,
     "`forward` of an MLP whose three layers have adapters, as one function where gradients are wanted; else its own."
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    terms = [_terms(layer, dtype) for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-    if None in terms:
+    layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    terms = [_terms(layer, dtype) for layer in layers]
+    if None in terms or any(_hooked(inner) for inner in (*layers, mlp.act_fn)):
         return _usual(mlp)(x)
-    return MLPFunction.apply(x.to(dtype), not mlp.qlora_nb_selective, *itertools.chain(*terms))
+    return MLPFunction.apply(x.to(dtype), mlp.qlora_nb_parts, *itertools.chain(*terms))
+
+
+def _hooked(module: torch.nn.Module) -> bool:
+    "Whether somebody wants to know when it is called; peft does, where rows of a batch take different adapters."
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _mlps(base: torch.nn.Module):
-    "The MLPs that `mlp_forward` can do: three layers with adapters that train, and SiLU between them."
+    "The MLPs that `mlp_forward` can do: three layers with adapters that train, SiLU between them, nobody else's `forward`."
     from peft.tuners.lora import LoraLayer
 
+    some = torch.linspace(-4, 4, 9)
     for module in base.modules():
         layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-        trained = all(isinstance(one, LoraLayer) and _trains(one) for one in layers)
-        if trained and torch.allclose(module.act_fn(some := torch.linspace(-4, 4, 9)), F.silu(some)):
+        trained, act = all(isinstance(one, LoraLayer) and _trains(one) for one in layers), getattr(module, "act_fn", None)
+        if trained and act is not None and "forward" not in vars(module) and torch.allclose(act(some), F.silu(some)):
             yield module
-
-# %% ../nbs/06_engine.ipynb #7efb8aba
-@dataclass(frozen=True)
-class Engine:
-    "Which savings are on. Each can be switched off alone."
-
-    adapters: bool = True  # base and adapter in one function
-    grouped: bool = True  # layers of the same input in one function; a part of `adapters`
-    mlp: bool = True  # the MLP in one function, which keeps less; a part of `adapters`
-    attention: bool = True  # rows end to end, kept apart; no padding
-    loss: bool = True  # logits of learned tokens alone, a chunk at a time
-    kernels: bool = True  # Liger's norms, rotary positions, SwiGLU, cross-entropy: on CUDA, where it is installed
-    selective: bool = False  # keep still less of the MLP, and make it again in the backward; a part of `mlp`
-    dense: bool = False  # keep the 4-bit weights in 16 bits, too, instead of dequantizing twice a step; a part of `adapters`
-
-    def __str__(self) -> str:
-        words = {"adapters": "base and adapter in one function", "grouped": "layers of the same input together", "mlp": "the MLP in one function", "selective": "its inner tensors made again",
-                 "attention": "rows end to end", "loss": "logits of learned tokens", "kernels": "Liger's kernels",
-                 "dense": "dequantized weights kept"}
-        return ", ".join(text for name, text in words.items() if getattr(self, name)) or "nothing is on"
 
 # %% ../nbs/06_engine.ipynb #0c47ecf5
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # decoders whose head is one product, with no cap on it
@@ -541,8 +579,8 @@ def _replace_forward(base: torch.nn.Module, module: torch.nn.Module, function) -
     module.qlora_nb_usual, module.forward = before, types.MethodType(forward, module)
 
 
-def _replace_adapters(base: torch.nn.Module, engine: "Engine") -> None:
-    "Give every LoRA layer our `forward`, its group, and its dense weight where that is to be kept."
+def _replace_adapters(base: torch.nn.Module, engine: "Engine", mlps: list) -> None:
+    "Give every LoRA layer our `forward`, its group, and its dense weight where that is to be kept; and these MLPs theirs."
     from peft.tuners.lora import LoraLayer
 
     groups = {id(layer): group for group in _groups(base) for layer in group.layers} if engine.grouped else {}
@@ -551,11 +589,12 @@ def _replace_adapters(base: torch.nn.Module, engine: "Engine") -> None:
         state = getattr(layer.get_base_layer().weight, "quant_state", None)
         base.qlora_nb_before += [(layer, "qlora_nb_group", None), (layer, "qlora_nb_dense", None)]
         layer.qlora_nb_group = groups.get(id(layer))
-        layer.qlora_nb_dense = dequantizer(layer.get_base_layer().weight)(state.dtype) if engine.dense and state else None
-    for mlp in _mlps(base) if engine.mlp else ():
+        weight = layer.get_base_layer().weight
+        layer.qlora_nb_dense = (weight, dequantizer(weight)(state.dtype)) if engine.dense and state else None
+    for mlp in mlps if engine.mlp else ():
         _replace_forward(base, mlp, mlp_forward)
-        base.qlora_nb_before.append((mlp, "qlora_nb_selective", None))
-        mlp.qlora_nb_selective = engine.selective
+        base.qlora_nb_before.append((mlp, "qlora_nb_parts", None))
+        mlp.qlora_nb_parts = engine
 
 
 def _replace_attention(base: torch.nn.Module) -> None:
@@ -596,7 +635,8 @@ def _possible(engine: Engine, base: torch.nn.Module) -> Engine:
     engine = replace(engine, kernels=engine.kernels and _has_liger(base))
     if not engine.adapters:
         engine = replace(engine, grouped=False, mlp=False, dense=False)
-    return replace(engine, selective=engine.selective and engine.mlp)
+    cuda = next(base.parameters()).is_cuda
+    return replace(engine, selective=engine.selective and engine.mlp, compiled=engine.compiled and engine.mlp and cuda)
 
 
 def install_engine(
@@ -611,11 +651,11 @@ def install_engine(
     remove_engine(model)
     base = model.get_base_model()
     base.qlora_nb_before = []
-    engine = _possible(engine, base)
+    engine, mlps = _possible(engine, base), list(_mlps(base))
     if engine.kernels:
         _liger(base)
     if engine.adapters:
-        _replace_adapters(base, engine)
+        _replace_adapters(base, engine, mlps)
     if engine.attention:
         _replace_attention(base)
         _replace_forward(base, base.get_decoder(), bounded_forward)

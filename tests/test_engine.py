@@ -1,6 +1,7 @@
 """The engine against plain peft: families, dtypes, switches, checkpointing, packing, and what it refuses."""
 
 import copy
+import functools
 import inspect
 import itertools
 import json
@@ -276,6 +277,26 @@ def test_the_first_kernel_that_is_right_is_taken():
     assert engine._kernel(torch.device("cpu"), torch.bfloat16, *place)[1] is None  # none is tried on a CPU
 
 
+@pytest.mark.parametrize("kind", ["none", "one after the other", "reentrant"])
+def test_the_first_trial_inside_a_checkpoint(kind):
+    "The trial runs a backward of its own while a checkpoint records what the layer saves."
+    from qlora_nb import engine
+
+    model, batch = peft_of(dtype=torch.bfloat16), end_to_end(some_rows())
+    install_engine(model)
+    loss, wanted = gradients(model, batch)
+    if kind != "none":
+        model.get_base_model().gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})  # fmt: skip
+        model.enable_input_require_grads()
+    tried = functools.cache(lambda device, *place: engine._first_right(device, *place))
+    with patch.object(engine, "KERNELS", {"right": exact_attention}), patch.object(engine, "_kernel", tried):
+        found, ours = gradients(model, batch)
+    assert tried.cache_info().misses == 1 and tried(
+        torch.device("cpu"), torch.bfloat16, 4, 2, 16, 0.25)[0] == "right"  # fmt: skip
+    assert found == pytest.approx(loss, rel=1e-2) and apart(ours, wanted) < 0.03
+
+
 def test_the_installed_torch_has_the_arguments():
     "What torch itself says of varlen_attn, from 2.11 on."
     from torch.nn.attention.varlen import varlen_attn
@@ -292,7 +313,13 @@ class LigersLoss:
         assert reduction == "sum"
 
     def __call__(self, lin_weight, _input, target):
-        return torch.nn.functional.cross_entropy(_input @ lin_weight.T, target, reduction="sum")
+        total = torch.nn.functional.cross_entropy(_input @ lin_weight.T, target, reduction="sum")
+        total.register_hook(lambda gradient: self.only_one(gradient))
+        return total
+
+    def only_one(self, gradient):
+        "Liger multiplies what it saved in its place by any other gradient, which a second backward would see."
+        assert gradient == 1
 
 
 def test_ligers_loss_gets_what_it_expects():
@@ -308,7 +335,9 @@ def test_ligers_loss_gets_what_it_expects():
     with patch.dict(sys.modules, {"liger_kernel": types.ModuleType("liger_kernel"), fake.__name__: fake}):
         ours, theirs = labelled_loss(hidden, head, labels), labelled_loss(hidden, head, labels, kernels=True)
         assert labelled_loss(hidden, head, torch.full((2, 9), -100), kernels=True) == 0
-    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (ours, theirs)))
+    first, again = (torch.autograd.grad(3 * theirs, hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    torch.testing.assert_close(torch.autograd.grad(3 * ours, hidden)[0], first)
 
 
 # --- layers of the same input ---------------------------------------------------------------------------------------
@@ -372,11 +401,91 @@ def test_nothing_is_held_after_a_step():
     attention = model.get_base_model().model.layers[0].self_attn
     x, y = torch.randn(1, 3, 64), torch.randn(1, 3, 64)
     attention.q_proj(x)  # and nobody asks for k and v
+    assert not copy.deepcopy(attention.q_proj).qlora_nb_group.waiting
     torch.testing.assert_close(attention.v_proj(y), attention.v_proj(y.clone()))
     attention.q_proj(y)
     assert attention.k_proj(x).shape == (1, 3, 32)
     gradients(model, batch)
     assert all(g.x is None and not g.waiting for g in groups.values())
+
+
+def test_rows_of_a_batch_may_take_different_adapters():
+    "peft's `adapter_names` comes by hooks on the layers; other people's hooks are called, too."
+    model, ids, seen = peft_of(), torch.arange(1, 21).view(2, 10), []
+    model.eval()
+    install_engine(model)
+    mixed = {"adapter_names": ["__base__", "default"]}
+    with torch.no_grad():
+        wanted = model(ids, **mixed).logits
+    torch.testing.assert_close(model(ids, **mixed).logits, wanted, rtol=1e-4, atol=1e-5)
+    mlp = model.get_base_model().model.layers[0].mlp
+    for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn):
+        layer.register_forward_hook(lambda layer, args, out: seen.append(layer))
+    model(ids)
+    assert len(seen) == 4
+
+
+def test_weights_that_a_merge_put_in_place_are_used():
+    from qlora_nb.model import add_lora, load_model
+
+    model, ids = add_lora(load_model(dtype="float32", backend="transformers")[0]), torch.arange(1, 21).view(2, 10)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.1)
+    install_engine(model, Engine(dense=True))
+    before = model(ids).logits
+    model.merge_adapter()
+    model.unmerge_adapter()  # quantized twice by now
+    assert not torch.allclose(model(ids).logits, before, rtol=1e-3)
+    with torch.no_grad():
+        wanted = model(ids).logits
+    torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_after_a_merge():
+    from peft import LoraConfig, get_peft_model
+
+    model, ids = peft_of(four_bit=False), torch.arange(1, 21).view(2, 10)
+    install_engine(model)
+    base = model.merge_and_unload()
+    again = get_peft_model(base, LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"]))
+    again(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in again.parameters() if p.requires_grad)
+    install_engine(again)
+    again(ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("engine", [Engine(), Engine(grouped=False, mlp=False)])
+def test_whatever_else_is_trained_gets_its_gradient(engine):
+    "Biases and base weights that somebody unfreezes, and an adapter with biases that came later."
+    from peft import LoraConfig
+
+    model, ids = peft_of("qwen2", four_bit=False), torch.arange(1, 21).view(2, 10)
+    install_engine(model, engine)
+    for name, weight in model.named_parameters():
+        if name.endswith("k_proj.base_layer.bias") or name.endswith("up_proj.base_layer.weight"):
+            weight.requires_grad_(True)
+    model(ids, labels=ids).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    model = peft_of()
+    install_engine(model, engine)
+    model.add_adapter("other", LoraConfig(r=2, lora_bias=True, target_modules=["q_proj", "down_proj"]))
+    model.set_adapter("other")
+    model(ids, labels=ids).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_mlps_that_are_somebody_elses():
+    "Another forward stays, and a class without `act_fn` is left alone."
+    model, ids, called = peft_of(), torch.arange(1, 21).view(2, 10), []
+    first, second = (layer.mlp for layer in model.get_base_model().model.layers)
+    own = first.forward
+    first.forward = lambda x: called.append(1) or own(x)
+    act = second.act_fn
+    del second.act_fn
+    second.forward = lambda x: second.down_proj(act(second.gate_proj(x)) * second.up_proj(x))
+    install_engine(model)
+    assert calls_of(model, {"input_ids": ids, "labels": ids})[2] == 0 and called
 
 
 @pytest.mark.parametrize("more, mlps", [({"hidden_act": "gelu"}, 0), ({"mlp_bias": True}, 2)])
@@ -424,7 +533,9 @@ def test_dense_weights_give_the_same_to_the_bit():
     before = places(model)
     assert install_engine(model, Engine(dense=True)).dense
     assert places(model) == before  # the same attributes, other values
-    kept = model.get_base_model().model.layers[0].mlp.up_proj.qlora_nb_dense
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    kept = layer.qlora_nb_dense[1]
+    assert layer.qlora_nb_dense[0] is layer.base_layer.weight
     assert kept.shape == (128, 64) and kept.dtype == torch.float32
     found, ours = gradients(model, batch)
     assert found == loss and all(torch.equal(ours[name], g) for name, g in wanted.items())
@@ -445,9 +556,9 @@ def test_it_goes_in_and_out():
     model = peft_of()
     before = places(model)
     engine = install_engine(model)
-    assert engine_of(model) == engine == Engine(kernels=False)
-    install_engine(model, Engine(loss=False, kernels=False))  # another one takes its place
-    assert engine_of(model) == Engine(loss=False, kernels=False)
+    assert engine_of(model) == engine == Engine(kernels=False, compiled=False)
+    install_engine(model, Engine(loss=False))  # another one takes its place
+    assert engine_of(model) == Engine(loss=False, kernels=False, compiled=False)
     remove_engine(model)
     remove_engine(model)
     assert engine_of(model) is None and places(model) == before
