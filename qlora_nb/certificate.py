@@ -129,8 +129,6 @@ def chat_server(
         import xllamacpp
     except ImportError as error:
         raise UserError(f"this needs llama.cpp's server ({error}): pip install 'qlora_nb[gguf]'") from error
-    if not Path(gguf).is_file():
-        raise UserError(f"there is no file {gguf}: name one that `qlora_nb export` wrote")
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.use_jinja, settings.prefill_assistant = str(gguf), True, False
     settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.port = context, 1, 0, 0
@@ -972,6 +970,8 @@ def gguf_chat(
                 "reasoning_format": "none"}
         return ask("/v1/chat/completions", body, timeout=None)["choices"][0]["message"]["content"]
 
+    if not Path(gguf).is_file():
+        raise UserError(f"there is no file {gguf}: name one that `qlora_nb export` wrote")
     with chat_server(gguf, context) as ask:
         yield reply
 

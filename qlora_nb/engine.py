@@ -103,7 +103,7 @@ def _first_right(*place):
                 return name, kernel
     return "one call a row", None
 
-
+# %% ../nbs/06_engine.ipynb #ff7aa272
 @functools.cache
 def _kernel(device, dtype, heads, kv_heads, width, scaling):
     "The kernel for such a query on this device, as `_first_right` gives it; tried once in a process."
@@ -239,7 +239,7 @@ def _terms(layer: torch.nn.Module, dtype: torch.dtype) -> tuple | None:
     weight = dense if quantized is base.weight and dense.device == base.weight.device else base.weight
     return dequantizer(weight), base.bias, lora_A.weight.to(dtype), lora_B.weight.to(dtype), layer.scaling[name]
 
-
+# %% ../nbs/06_engine.ipynb #729d8de3
 def fused_forward(
     layer: torch.nn.Module,  # a peft LoRA layer
     x: torch.Tensor,  # (…, in)
@@ -370,7 +370,7 @@ class _Group:
         self.x, self.waiting = x, dict(enumerate(others, 1))
         return first
 
-
+# %% ../nbs/06_engine.ipynb #27a68311
 def _groups(base: torch.nn.Module):
     "The groups of a model: each where all of its layers have an adapter of the same kind of gradient."
     from peft.tuners.lora import LoraLayer
@@ -596,7 +596,7 @@ def _replace_adapters(base: torch.nn.Module, engine: "Engine", mlps: list) -> No
         base.qlora_nb_before.append((mlp, "qlora_nb_parts", None))
         mlp.qlora_nb_parts = engine
 
-
+# %% ../nbs/06_engine.ipynb #81388f7c
 def _replace_attention(base: torch.nn.Module) -> None:
     "Name our attention in every configuration that a layer reads, and note the old names in `base`."
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -638,7 +638,7 @@ def _possible(engine: Engine, base: torch.nn.Module) -> Engine:
     cuda = next(base.parameters()).is_cuda
     return replace(engine, selective=engine.selective and engine.mlp, compiled=engine.compiled and engine.mlp and cuda)
 
-
+# %% ../nbs/06_engine.ipynb #5d2c0578
 def install_engine(
     model: torch.nn.Module,  # a peft model, from `add_lora`
     engine: Engine = Engine(),
@@ -688,7 +688,7 @@ def attention_kernel(model: torch.nn.Module) -> str:
     width = getattr(base.config, "head_dim", None) or base.config.hidden_size // heads
     return _kernel(base.device, base.dtype, heads, kv_heads, width, width**-0.5)[0]
 
-
+# %% ../nbs/06_engine.ipynb #195cb2a5
 def remove_engine(model: torch.nn.Module) -> None:
     "Take the engine out: all is put back as it was before `install_engine`. Nothing happens where there is none."
     base = _base_of(model)

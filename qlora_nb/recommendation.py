@@ -350,9 +350,11 @@ def recommend(
     shape = model_shape(getattr(model, "config", model))
     facts = Facts(shape, parameter_count(shape)["total"], method, *count_data(data, tokenizer), device)
     batch = effective_batch(facts)
-    adapters = [] if method == "full" else [*rank(facts), dropout(facts), targets(facts)]
+    own = "every weight is trained there: this package's `train` is for adapters, and its study shows the loop for all weights"
+    trainer = Advice("trainer", "trl.SFTTrainer", own, "benchmarks/study.py")
+    kind = [trainer] if method == "full" else [*rank(facts), dropout(facts), targets(facts)]
     return Recommendation(facts, (
-        *adapters, learning_rate(facts), batch, *_memory_advice(facts, data, tokenizer, batch.value), epochs(facts), *schedule(facts),
+        *kind, learning_rate(facts), batch, *_memory_advice(facts, data, tokenizer, batch.value), epochs(facts), *schedule(facts),
     ))
 
 

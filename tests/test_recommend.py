@@ -202,7 +202,7 @@ def test_what_is_advised_is_taken():
 def test_full_fine_tuning_gets_no_adapter_settings():
     found = recommend(LLAMA_3B, 1000, "cpu", method="full")
     assert found.settings["add_lora"] == {}
-    assert found["learning_rate"] == pytest.approx(2e-5)
+    assert found["learning_rate"] == pytest.approx(2e-5) and found["trainer"] == "trl.SFTTrainer"
 
 
 @pytest.mark.quick
