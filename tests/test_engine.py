@@ -802,7 +802,7 @@ def test_selective_is_asked_for_where_the_others_are(capsys):
     from qlora_nb.model import add_lora, load_model
 
     model = add_lora(load_model(engine=True)[0], use_gradient_checkpointing="selective")
-    assert engine_of(model).selective and "its inner tensors made again" in capsys.readouterr().err
+    assert engine_of(model).selective and "its wide tensors made again" in capsys.readouterr().err
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     plain = load_model(backend="transformers")[0]
     for wanted, words in (("selective", "load the model with engine=True"), ("half", "'half': choose")):
