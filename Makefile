@@ -57,7 +57,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/pytest tests -n 2
+	$(BIN)/pytest tests -n 2 --dist loadgroup
 
 quick: $(STAMP)
 	$(BIN)/pytest tests -m quick -n 2
