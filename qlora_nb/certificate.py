@@ -128,7 +128,7 @@ def chat_server(
     try:
         import xllamacpp
     except ImportError as error:
-        raise UserError(f"this needs llama.cpp's server ({error}): pip install 'qlora_nb[gguf]'") from error
+        raise UserError(f"llama.cpp's server is not installed ({error}): pip install 'qlora_nb[gguf]'") from error
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.use_jinja, settings.prefill_assistant = str(gguf), True, False
     settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.port = context, 1, 0, 0

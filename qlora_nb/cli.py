@@ -170,7 +170,7 @@ def check_exportable(model, tokenizer) -> None:
 def train_run(flags: dict, settings: dict, formats: list[str]):
     "Load, attach, train: what `qlora_nb train` does; returns the `Run`. `formats` are what it is to be exported in."
     from qlora_nb.data import load_sft_dataset
-    from qlora_nb.model import add_lora, load_model, model_path
+    from qlora_nb.model import add_lora, check_checkpointing, load_model, model_path
     from qlora_nb.training import read_config, run, settings_for
 
     config = configuration(flags["config"], flags["resume"], flags["output"])
@@ -181,6 +181,7 @@ def train_run(flags: dict, settings: dict, formats: list[str]):
     if eval_name := pick("eval_data", flags["eval_data"], config, None):
         held_out, source["eval_data"] = load_sft_dataset(eval_name), eval_name
     how, lora = loading_arguments(flags, settings, config), lora_arguments(config, flags)
+    check_checkpointing(lora["use_gradient_checkpointing"], bool(how["engine"]))
     if plan is None and (warning := foresee(name, data, settings, config, lora, how)):
         print(warning, file=sys.stderr)
     model, tokenizer = load_model(name, **how)
@@ -366,23 +367,22 @@ def chat(
     backend: Annotated[str | None, typer.Option(help="auto, unsloth or transformers")] = None,
 ):
     "Talk to a fine-tuned model, to a base, or to a GGUF file in llama.cpp."
-    with contextlib.ExitStack() as opening, quiet_stdout():
-        if run and run.lower().endswith(".gguf"):
-            from qlora_nb.certificate import gguf_chat
+    with contextlib.ExitStack() as opened_file:
+        with quiet_stdout():
+            if run and run.lower().endswith(".gguf"):
+                from qlora_nb.certificate import gguf_chat
 
-            if model or adapter or backend:
-                raise UserError("a GGUF and --model, --adapter or --backend are given: the file is all that llama.cpp takes")
+                if model or adapter or backend:
+                    raise UserError("a GGUF and --model, --adapter or --backend are given: the file is all that llama.cpp takes")
 
-            ask, config = opening.enter_context(gguf_chat(run)), run_of(Path(run))
-        else:
-            from qlora_nb.generation import chat as ask_model
+                ask, config = opened_file.enter_context(gguf_chat(run)), run_of(Path(run))
+            else:
+                from qlora_nb.generation import chat as ask_model
 
-            loaded, tokenizer, config = opened(run, model, adapter, backend)
-            ask = partial(ask_model, loaded, tokenizer)
-        closing = opening.pop_all()
-    system = system if system is not None else config.get("system")
-    how = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
-    with closing:
+                loaded, tokenizer, config = opened(run, model, adapter, backend)
+                ask = partial(ask_model, loaded, tokenizer)
+        system = system if system is not None else config.get("system")
+        how = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
         for line in [message] if message is not None else sys.stdin:
             if text := line.strip():
                 print(ask(text, system=system, max_new_tokens=max_new_tokens, **how), flush=True)

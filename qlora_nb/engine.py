@@ -9,7 +9,6 @@ __all__ = ['CHUNK_BYTES', 'GROUPS', 'KERNELS', 'ARCHITECTURES', 'end_to_end', 'p
            'attention_kernel', 'remove_engine', 'install_where_asked', 'pack_rows']
 
 # %% ../nbs/06_engine.ipynb #0092e4c0
-import contextlib
 import functools
 import importlib.util
 import inspect
@@ -365,10 +364,17 @@ def _one_pass(function, compiled, device, dtype):
     "The function as one kernel where that is wanted and torch can compile it for this GPU; else as it stands, in parts."
     if compiled and device.type == "cuda":
         kernel = torch.compile(function, dynamic=True)
-        with contextlib.suppress(Exception), torch.no_grad():  # no compiler at hand, or an old card
-            kernel(*(torch.ones(48, 64, device=device, dtype=dtype) for _ in _names(function)))
+        try:
+            with torch.no_grad():
+                kernel(*(torch.ones(48, 64, device=device, dtype=dtype) for _ in _names(function)))
             return kernel
+        except Exception as error:  # no compiler at hand, or an old card: slower, and as right
+            print(f"engine: torch can't compile the MLP's middle on {device}, it runs uncompiled: {_first_line(error)}", file=sys.stderr)
     return functools.partial(_in_parts, function)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 # %% ../nbs/06_engine.ipynb #724aadde
 class MLPFunction(torch.autograd.Function):
@@ -470,11 +476,17 @@ def _is_right(kernel, device, dtype, heads, kv_heads, width, scaling) -> bool:
 
 
 def _first_right(*place):
-    "(name, function) of the first kernel that is right; (words, None) where none is."
+    "(name, function) of the first kernel that is right; (words, None) where none is. Says on stderr what is installed and not taken."
     for name, kernel in KERNELS.items():
-        with contextlib.suppress(Exception):  # whatever a missing, older or unfit kernel raises: it isn't taken
+        try:
             if _is_right(kernel, *place):
                 return name, kernel
+            why = "its results are wrong"
+        except ImportError:  # not installed
+            continue
+        except Exception as error:  # whatever an older or unfit kernel raises
+            why = _first_line(error)
+        print(f"engine: {name} is not taken on {place[0]}: {why}", file=sys.stderr)
     return "one call a row", None
 
 # %% ../nbs/06_engine.ipynb #ff7aa272

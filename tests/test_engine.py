@@ -260,7 +260,7 @@ def test_the_kernels_get_what_they_expect(function):
     torch.testing.assert_close(found, _row_by_row(query, key, value, bounds, 0.3)[0])
 
 
-def test_the_first_kernel_that_is_right_is_taken():
+def test_the_first_kernel_that_is_right_is_taken(capsys):
     from qlora_nb import engine
 
     def missing(*args):
@@ -269,9 +269,15 @@ def test_the_first_kernel_that_is_right_is_taken():
     def without_gradient(q, k, v, *more):
         return exact_attention(q, k, v.detach(), *more)
 
-    kernels, place = {"missing": missing, "wrong": lambda q, *_: q, "no gradient": without_gradient}, (4, 2, 16, 0.25)
+    def other_heads(q, k, v, *more):
+        return exact_attention(q, k.flip(1), v, *more)
+
+    kernels, place = {"missing": missing, "wrong": other_heads, "no gradient": without_gradient}, (4, 2, 16, 0.25)
     with patch.object(engine, "KERNELS", kernels):
         assert engine._first_right("cpu", torch.bfloat16, *place) == ("one call a row", None)
+    said = capsys.readouterr().err
+    assert "wrong is not taken on cpu: its results are wrong" in said and "missing" not in said
+    assert "no gradient is not taken on cpu: RuntimeError: The differentiated Tensor at index 2" in said
     with patch.object(engine, "KERNELS", {**kernels, "right": exact_attention, "never tried": None}):
         assert engine._first_right("cpu", torch.bfloat16, *place) == ("right", exact_attention)
     assert engine._kernel(torch.device("cpu"), torch.bfloat16, *place)[1] is None  # none is tried on a CPU
@@ -295,6 +301,15 @@ def test_the_first_trial_inside_a_checkpoint(kind):
     assert tried.cache_info().misses == 1 and tried(
         torch.device("cpu"), torch.bfloat16, 4, 2, 16, 0.25)[0] == "right"  # fmt: skip
     assert found == pytest.approx(loss, rel=1e-2) and apart(ours, wanted) < 0.03
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and it compiles")
+def test_what_cant_be_compiled_is_said_and_runs_as_it_stands(capsys):
+    from qlora_nb.engine import _one_pass, _swiglu
+
+    run, tensors = _one_pass(_swiglu, True, torch.device("cuda"), torch.float32), torch.randn(2, 3000, 4)
+    assert "torch can't compile the MLP's middle on cuda, it runs uncompiled: " in capsys.readouterr().err
+    assert torch.equal(run(*tensors), _swiglu(*tensors))
 
 
 def test_the_installed_torch_has_the_arguments():
