@@ -2,15 +2,16 @@
 
     python benchmarks/gpu_training.py --part main --out nbs/results/training_speed.json
     python benchmarks/gpu_training.py --part all --seconds 540 --out nbs/results/training_speed.json  # what is missing
-    python benchmarks/gpu_training.py --one '{"size": "tiny", "steps": 4, "skip": 1}'                 # also on a CPU
+    python benchmarks/gpu_training.py --one '[{"size": "tiny", "steps": 4, "skip": 1}]'               # also on a CPU
     python benchmarks/gpu_training.py --list --part tricks
 
-A Llama of a real shape with random weights (they cost what real ones cost), NF4, r = 16 on the seven projections. Each
-measurement is a process of its own, and the stacks take turns. What --out holds already is not measured again.
+A Llama of a real shape with random weights (they cost what real ones cost), NF4, r = 16 on the seven projections. A
+process measures the settings of one stack and size, one after the other; the first pair is measured in turns, a process
+each time. What --out holds already is not measured again.
 
 - Parts: `main` (3B: best switches, the first pair in --turns turns; a quarter of the tokens masked, checkpointing, the
-  workflow's own settings), `shapes` (1B, 3B and 8B on usual, short and long rows), `tricks` (the engine with one part
-  switched off, or on, at a time; another attention; twice the tokens).
+  workflow's own settings), `shapes` (1B and 8B on usual, short and long rows), `tricks` (the engine with one part
+  switched off at a time, with none, with rows end to end alone; twice the tokens; FlashAttention 4).
 - Rows: `usual` has log-normal lengths, median 600, cut at 2,048; `short` median 150; `long` median 3,000, cut at 8,192.
 - Tokens a second count no padding; labelled ones are told apart. `share_of_bound`: 4 FLOP a parameter and token (6 with
   checkpointing), over the speed of a bf16 product that is measured beside it. The stack `trl` needs a GPU.
@@ -18,6 +19,7 @@ measurement is a process of its own, and the stacks take turns. What --out holds
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import random
@@ -25,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -37,10 +40,10 @@ ROWS = {"usual": (600, 2048), "short": (150, 2048), "long": (3000, 8192)}  # med
 STACKS = ("engine", "unsloth", "trl")
 DEFAULTS = {
     "stack": "engine", "size": "3b", "rows": "usual", "masked": 0.0, "batch": 8, "accumulation": 1, "packing": True,
-    "checkpointing": False, "off": [], "on": [], "attention": None, "steps": 14, "skip": 4, "turn": 1,
+    "checkpointing": False, "off": [], "on": [], "attention": None, "steps": 12, "skip": 4, "turn": 1,
 }  # fmt: skip
 OWN = {"batch": 2, "accumulation": 4, "packing": False, "checkpointing": True}  # the workflow's settings
-PARTS = ("grouped", "mlp", "adapters", "attention", "loss", "kernels")
+PARTS = ("attention", "flat", "loss", "adapters", "grouped", "mlp", "compiled", "kernels")
 BEST = {"on": ["dense"]}  # what the engine takes where memory is no matter
 
 
@@ -58,11 +61,13 @@ def listed(part, turns):
         found += [{**stack, **OWN} for stack in (engine, unsloth, trl)]
     elif part == "shapes":
         rows = [{"rows": "usual"}, {"rows": "short"}, {"rows": "long", "batch": 2}]  # 16,384 tokens a batch
-        sizes = [{"size": size} for size in ("1b", "3b", "8b")]
-        found = [{**size, **kind, **stack} for size in sizes for kind in rows for stack in (best, unsloth)]
+        found = [{"size": size, **stack, **kind} for size in ("1b", "8b") for stack in (best, unsloth) for kind in rows]
     else:
-        found = [{"off": [name]} for name in PARTS] + [{"off": list(PARTS)}]
-        found += [{"attention": "torch's varlen_attn"}, {**best, "batch": 16}]
+        found = [{"off": [name]} for name in PARTS] + [
+            {"off": list(PARTS)},
+            {"off": [p for p in PARTS if p != "attention"]},
+        ]
+        found += [{**best, "batch": 16}, {**best, "attention": "flash-attn-4"}]
     turned = [{**s, "turn": 1 + place // 2} for place, s in enumerate(again)]
     return [{**DEFAULTS, **s} for s in (*turned, *found)]
 
@@ -80,83 +85,88 @@ def made_rows(kind, masked, count=600):
     return Dataset.from_list(rows)
 
 
-# --- one measurement ------------------------------------------------------------------------------------------------
+# --- a process: settings of one stack, one size, with or without checkpointing --------------------------------------
 
 
-def by_engine(s, path, longest, clock):
+def engine_model(s):
+    from qlora_nb.model import add_lora, load_model
+
+    model, tok = load_model(
+        model_path(s["size"]), max_seq_length=max(n for _, n in ROWS.values()), backend="transformers"
+    )
+    return add_lora(model, use_gradient_checkpointing=s["checkpointing"]), tok
+
+
+def engine_trainer(model, tok, s, clock):
     from qlora_nb import engine
     from qlora_nb.core import PROFILES
     from qlora_nb.engine import Engine, attention_kernel, engine_of, install_engine
-    from qlora_nb.model import add_lora, load_model
     from qlora_nb.training import make_trainer, settings_for
 
-    model, tok = load_model(path, max_seq_length=longest, backend="transformers")
-    model = add_lora(model, use_gradient_checkpointing=s["checkpointing"])
-    if s["attention"]:
-        engine.KERNELS = {s["attention"]: engine.KERNELS[s["attention"]]}
+    known = vars(engine).setdefault("ALL_KERNELS", engine.KERNELS)
+    engine.KERNELS = {s["attention"]: known[s["attention"]]} if s["attention"] else known
+    engine._kernel.cache_clear()
     install_engine(model, Engine(**dict.fromkeys(s["off"], False), **dict.fromkeys(s["on"], True)))
-    packing = s["packing"] and engine_of(model).attention
+    if s["attention"] and attention_kernel(model) != s["attention"]:
+        raise RuntimeError(f"{s['attention']} is not there; attention is by {attention_kernel(model)}")
     settings = settings_for({
-        "per_device_train_batch_size": s["batch"], "gradient_accumulation_steps": s["accumulation"], "packing": packing,
-        "max_steps": s["steps"], "max_seq_length": longest, "save_steps": 10_000, "optim": "adamw_8bit",
+        "per_device_train_batch_size": s["batch"], "gradient_accumulation_steps": s["accumulation"],
+        "packing": s["packing"] and engine_of(model).attention, "max_steps": s["steps"], "save_steps": 10_000,
+        "max_seq_length": ROWS[s["rows"]][1], "optim": "adamw_8bit",
     }, profile=PROFILES["large"])  # fmt: skip
-    trainer = make_trainer(
-        model, tok, made_rows(s["rows"], s["masked"]), settings, Path(tempfile.mkdtemp()), [clock])
+    trainer = make_trainer(model, tok, made_rows(s["rows"], s["masked"]), settings, Path(tempfile.mkdtemp()), [clock])
     return trainer, f"{engine_of(model)}; attention by {attention_kernel(model)}"
 
 
-def by_hand(s, path, longest, clock):
+def hand_model(s):
     "Unsloth or TRL as their own documentation has it."
     import torch
 
+    path, longest = model_path(s["size"]), max(n for _, n in ROWS.values())
     if s["stack"] == "unsloth":
         from unsloth import FastLanguageModel
 
         model, tok = FastLanguageModel.from_pretrained(path, max_seq_length=longest, dtype=None, load_in_4bit=True)
-        model = FastLanguageModel.get_peft_model(
+        return FastLanguageModel.get_peft_model(
             model, r=16, target_modules=PROJECTIONS, lora_alpha=16, lora_dropout=0, bias="none",
             use_gradient_checkpointing="unsloth" if s["checkpointing"] else False, random_state=3407,
-        )  # fmt: skip
-    else:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+        ), tok  # fmt: skip
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-        quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                   bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
-        tok = AutoTokenizer.from_pretrained(path)
-        place = {"": 0} if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(
-            path, quantization_config=quant, dtype=torch.bfloat16, device_map=place)
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=s["checkpointing"])
-        lora = LoraConfig(r=16, lora_alpha=16, lora_dropout=0, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
+    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                               bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
+    place = {"": 0} if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=quant, dtype=torch.bfloat16, device_map=place
+    )
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=s["checkpointing"])
+    lora = LoraConfig(r=16, lora_alpha=16, lora_dropout=0, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    return get_peft_model(model, lora), AutoTokenizer.from_pretrained(path)
+
+
+def hand_trainer(model, tok, s, clock):
+    import torch
     from trl import SFTConfig, SFTTrainer
 
     cuda = torch.cuda.is_available()
     config = SFTConfig(
-        max_length=longest, per_device_train_batch_size=s["batch"], gradient_accumulation_steps=s["accumulation"],
-        warmup_steps=5, max_steps=s["steps"], learning_rate=2e-4, optim="adamw_8bit", weight_decay=0.01,
-        lr_scheduler_type="linear", logging_steps=1, output_dir=tempfile.mkdtemp(), seed=3407, data_seed=3407,
-        report_to="none", bf16=cuda, use_cpu=not cuda, packing=s["packing"], save_strategy="no", disable_tqdm=True,
-        gradient_checkpointing=s["stack"] == "trl" and s["checkpointing"],
+        max_length=ROWS[s["rows"]][1], per_device_train_batch_size=s["batch"], packing=s["packing"],
+        gradient_accumulation_steps=s["accumulation"], warmup_steps=5, max_steps=s["steps"], learning_rate=2e-4,
+        optim="adamw_8bit", weight_decay=0.01, lr_scheduler_type="linear", logging_steps=1, seed=3407, data_seed=3407,
+        output_dir=tempfile.mkdtemp(), report_to="none", save_strategy="no", disable_tqdm=True, bf16=cuda,
+        use_cpu=not cuda, gradient_checkpointing=s["stack"] == "trl" and s["checkpointing"],
     )  # fmt: skip
     rows = made_rows(s["rows"], s["masked"])
     rows = rows if s["masked"] else rows.remove_columns("labels")  # all tokens are learned where there are none
-    trainer = SFTTrainer(model=model, processing_class=tok, train_dataset=rows, args=config, callbacks=[clock])
-    return trainer, None
+    return SFTTrainer(model=model, processing_class=tok, train_dataset=rows, args=config, callbacks=[clock]), None
 
 
-def one(s):
-    "Train one setting in this process and return what was measured."
-    s = {**DEFAULTS, **s}
-    if s["stack"] == "unsloth":
-        import unsloth  # noqa: F401  before transformers and trl, as it asks
-    import torch
+def counting(count):
+    "TRL's trainer adds up, on the device, what it trains on."
     import trl
-    from transformers import TrainerCallback
 
-    cuda, seen, step = torch.cuda.is_available(), [], trl.SFTTrainer.training_step
-    count = {"tokens": 0, "labelled": 0}
+    step = trl.SFTTrainer.training_step
 
     def counted(self, model, inputs, *args, **kwargs):
         mask = inputs.get("attention_mask")
@@ -164,20 +174,46 @@ def one(s):
         count["labelled"] += (inputs["labels"][..., 1:] != -100).sum()
         return step(self, model, inputs, *args, **kwargs)
 
+    trl.SFTTrainer.training_step = counted
+
+
+def measure(settings):
+    "Train each of these settings in this process, and print a line for each."
+    settings = [{**DEFAULTS, **s} for s in settings]
+    by_us = settings[0]["stack"] == "engine"
+    if settings[0]["stack"] == "unsloth":
+        import unsloth  # noqa: F401  before transformers and trl, as it asks
+    import torch
+    from transformers import TrainerCallback
+
+    cuda, seen, count = torch.cuda.is_available(), [], {}
+
     class Clock(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             if cuda:
                 torch.cuda.synchronize()
             seen.append((time.perf_counter(), int(count["tokens"]), int(count["labelled"])))
 
-    trl.SFTTrainer.training_step = counted
-    longest = ROWS[s["rows"]][1]
-    make = by_engine if s["stack"] == "engine" else by_hand
-    trainer, said = make(s, model_path(s["size"]), longest, Clock())
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    trainer.train()
-    return {**s, "engine": said, "base": 4, **figures(seen, s), "seconds_in_all": round(time.perf_counter() - BEGUN, 1)}
+    counting(count)
+    model, tok = (engine_model if by_us else hand_model)(settings[0])
+    for s in settings:
+        seen.clear()
+        count.update(tokens=0, labelled=0)
+        trainer = None
+        try:
+            trainer, said = (engine_trainer if by_us else hand_trainer)(model, tok, s, Clock())
+            gc.collect()
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            trainer.train()
+            found = {**s, "engine": said, **figures(seen, s)}
+        except Exception as error:  # noqa: BLE001  what can't run is a result, too
+            found = {**s, "failed": f"{type(error).__name__}: {error}"[:300]}
+        if trainer is not None:
+            trainer.model = trainer.model_wrapped = trainer.optimizer = None
+        del trainer
+        print("RESULT", json.dumps(found), flush=True)
 
 
 def figures(seen, s):
@@ -231,17 +267,32 @@ def key(run):
     return json.dumps({name: run[name] for name in DEFAULTS}, sort_keys=True)
 
 
-def process(s, limit):
-    "One measurement in a process of its own; a failure is a result, too."
-    try:
-        command = [sys.executable, __file__, "--one", json.dumps(s)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {**s, "failed": f"ran longer than {limit:.0f} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        return {**s, "failed": "; ".join((done.stderr or done.stdout).strip().splitlines()[-2:])[-400:]}
-    return json.loads(lines[-1].removeprefix("RESULT "))
+def process(settings, limit):
+    "Yields the measurements of one process as they come; a failure is a result, too."
+    command = [sys.executable, __file__, "--one", json.dumps(settings)]
+    with tempfile.TemporaryFile("w+") as errors:
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        alarm = threading.Timer(limit, run.kill)
+        alarm.start()
+        left = list(settings)
+        for line in run.stdout:
+            if line.startswith("RESULT "):
+                left.pop(0)
+                yield json.loads(line.removeprefix("RESULT "))
+        run.wait()
+        alarm.cancel()
+        errors.seek(0)
+        why = "; ".join(errors.read().strip().splitlines()[-2:])[-400:]
+    for s in left:
+        yield {**s, "failed": f"the process ended with {run.returncode}: {why}"}
+
+
+def processes(todo):
+    "Settings that can share a process, in the order of their first."
+    groups = {}
+    for s in todo:
+        groups.setdefault(tuple(s[name] for name in ("stack", "size", "checkpointing", "turn")), []).append(s)
+    return list(groups.values())
 
 
 def drive(a):
@@ -250,14 +301,13 @@ def drive(a):
     todo = [s for s in listed(a.part, a.turns) if key(s) not in there and s["size"] in a.sizes]
     for size in {s["size"] for s in todo}:
         model_path(size)
-    for s in todo:
-        if time.time() - STARTED > a.seconds:
-            break
-        run = process(s, a.limit)
-        print(f"{time.time() - STARTED:.0f} s", json.dumps(run), flush=True)
-        found["runs"] = [old for old in found["runs"] if key(old) != key(run)] + [run]
-        if a.out:
-            write(a.out, found["runs"])
+    for settings in processes(todo):
+        left = a.seconds - (time.time() - STARTED)
+        for run in process(settings, min(a.limit, left)) if left > 0 else ():
+            print(f"{time.time() - STARTED:.0f} s", json.dumps(run), flush=True)
+            found["runs"] = [old for old in found["runs"] if key(old) != key(run)] + [run]
+            if a.out:
+                write(a.out, found["runs"])
     compare(found["runs"])
 
 
@@ -300,22 +350,22 @@ def medians(runs):
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--one", help="measure this setting here and now (JSON), and print its line")
+    p.add_argument("--one", help="measure these settings here and now (JSON, a list), and print a line for each")
     p.add_argument("--part", choices=("main", "shapes", "tricks", "all"), default="main")
     p.add_argument("--sizes", nargs="*", default=["1b", "3b", "8b"], choices=SHAPES)
     p.add_argument("--turns", type=int, default=3, help="how often each setting is measured")
-    p.add_argument("--seconds", type=float, default=1e9, help="start no further measurement after this time")
-    p.add_argument("--limit", type=float, default=180, help="seconds that one measurement may take")
+    p.add_argument("--seconds", type=float, default=1e9, help="end after this time; what is measured by then is kept")
+    p.add_argument("--limit", type=float, default=300, help="seconds that one process may take")
     p.add_argument("--out", type=Path, help="written after every measurement")
     p.add_argument("--list", action="store_true", help="print the settings, and stop")
     return p.parse_args()
 
 
 if __name__ == "__main__":
-    BEGUN, STARTED = time.perf_counter(), time.time()
+    STARTED = time.time()
     a = arguments()
     if a.one:
-        print("RESULT", json.dumps(one(json.loads(a.one))), flush=True)
+        measure(json.loads(a.one))
     elif a.list:
         for setting in listed(a.part, a.turns):
             print(json.dumps(setting))

@@ -5,20 +5,24 @@
 # %% auto #0
 __all__ = ['CHUNK_BYTES', 'GROUPS', 'KERNELS', 'ARCHITECTURES', 'end_to_end', 'packed_attention', 'bounded_forward',
            'LabelledCrossEntropy', 'labelled_loss', 'labelled_forward', 'Term', 'fused_forward', 'GroupedQLoRAFunction',
-           'MLPFunction', 'mlp_forward', 'Engine', 'engine_refusal', 'check_engine', 'install_engine', 'engine_of',
-           'attention_kernel', 'remove_engine', 'install_where_asked', 'pack_rows']
+           'MLPFunction', 'mlp_forward', 'CheckpointFunction', 'checkpointed', 'FlatAdapters', 'looked_up_once',
+           'Engine', 'engine_refusal', 'check_engine', 'install_engine', 'engine_of', 'attention_kernel',
+           'remove_engine', 'install_where_asked', 'pack_rows']
 
 # %% ../nbs/06_engine.ipynb #0092e4c0
+import contextlib
 import functools
 import importlib.util
 import inspect
 import itertools
+import os
 import sys
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -29,15 +33,19 @@ from .qlora import QLoRAFunction, dequantizer
 # %% ../nbs/06_engine.ipynb #ae421f93
 def end_to_end(
     features: list[dict],  # rows with `input_ids` and `labels`; packed ones (from `pack_rows`) also with `seq_lengths`
-) -> dict:  # input_ids, labels, position_ids (1, T); cu_seq_lens_q, _k (rows + 1,); max_length_q, _k
+) -> dict:  # input_ids, labels, position_ids (1, T); cu_seq_lens_q, _k (rows + 1,); max_length_q, _k; learned (n,), where a next token is
     "A batch without padding: all rows in one line, with the bounds that attention needs."
-    from transformers import DataCollatorWithFlattening
-
-    rows = []
-    for feature in features:
-        bounds = [0, *itertools.accumulate(feature.get("seq_lengths") or [len(feature["input_ids"])])]
-        rows += [{name: feature[name][a:b] for name in ("input_ids", "labels")} for a, b in itertools.pairwise(bounds)]
-    return DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)
+    lengths = [int(n) for row in features for n in (row["seq_lengths"] if "seq_lengths" in row else [len(row["input_ids"])])]
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    ids, labels = (
+        torch.from_numpy(np.concatenate([np.asarray(row[name], np.int64) for row in features])) for name in ("input_ids", "labels")
+    )
+    labels[bounds[:-1]] = -100  # nobody predicts a row's first token
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return {
+        "input_ids": ids[None], "labels": labels[None], "position_ids": positions[None], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths), "max_length_k": max(lengths), "learned": (labels[1:] != -100).nonzero()[:, 0],
+    }  # fmt: skip
 
 # %% ../nbs/06_engine.ipynb #c7ec4e62
 def _row_by_row(query, key, value, bounds, scaling):  # (1, heads, T, d) -> (1, T, heads, d)
@@ -71,7 +79,7 @@ def packed_attention(
     _, kernel = _kernel(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1], scaling)
     if kernel is None:
         return _row_by_row(query, key, value, bounds, scaling), None
-    line = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, d)
+    line = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # (T, heads, d); t[0] would cost a copy in the backward
     return kernel(*line, bounds, int(kwargs["max_length_q"]), scaling).unsqueeze(0), None
 
 # %% ../nbs/06_engine.ipynb #30052b99
@@ -143,10 +151,12 @@ def labelled_loss(
     num_items: "int | torch.Tensor | None" = None,  # learned tokens of the whole effective batch; None counts these
     chunk_bytes: int = CHUNK_BYTES,  # of logits at a time
     kernels: bool = False,  # Liger's kernel in place of our passes over the logits: on CUDA, where it is installed
+    learned: torch.Tensor | None = None,  # (n,), the positions in (batch * T) whose next token is learned; None looks for them
 ) -> torch.Tensor:  # ()
     "Mean cross-entropy of the next token at the learned positions. The same as transformers' loss, of fewer logits."
-    learned = labels[:, 1:] != -100
-    rows, targets = hidden[:, :-1][learned], labels[:, 1:][learned]
+    if learned is None:  # a GPU has to be waited for here, as nobody knows how many there are
+        learned = (F.pad(labels[:, 1:], (0, 1), value=-100) != -100).flatten().nonzero()[:, 0]
+    rows, targets = hidden.flatten(0, 1).index_select(0, learned), labels.flatten().index_select(0, learned + 1)
     chunk = None if kernels and len(targets) else max(1, chunk_bytes // (4 * len(weight)))
     total = LabelledCrossEntropy.apply(rows, weight, targets, chunk)
     return total / max(1, len(targets)) if num_items is None else total / num_items
@@ -158,13 +168,14 @@ def labelled_forward(model: torch.nn.Module, *args, **kwargs):
 
     names = list(inspect.signature(type(model).forward).parameters)[1:] if args else ()
     given, head = {**dict(zip(names, args)), **kwargs}, model.get_output_embeddings().weight
+    learned = given.pop("learned", None)
     learns = given.get("labels") is not None and torch.is_grad_enabled() and not head.requires_grad
     if not learns or given.get("shift_labels") is not None or given.get("return_dict") is False:
-        return _usual(model)(*args, **kwargs)
+        return _usual(model)(**given)
     labels, num_items = given.pop("labels"), given.pop("num_items_in_batch", None)
     inner = {name: value for name, value in given.items() if name not in ("logits_to_keep", "return_dict")}
     hidden = model.get_decoder()(**inner).last_hidden_state
-    return CausalLMOutputWithPast(loss=labelled_loss(hidden, head, labels, num_items, kernels=model.qlora_nb_engine.kernels))
+    return CausalLMOutputWithPast(loss=labelled_loss(hidden, head, labels, num_items, kernels=model.qlora_nb_engine.kernels, learned=learned))
 
 # %% ../nbs/06_engine.ipynb #d0ed4cdd
 class Term(NamedTuple):
@@ -177,18 +188,28 @@ class Term(NamedTuple):
     scaling: float
 
 
+class _Again:
+    "Whether what runs now without gradients will run again with them."
+
+    later = False
+
+
+def _trained(weight: torch.Tensor | None) -> bool:
+    return weight is not None and weight.requires_grad
+
+
 def _term(layer: torch.nn.Module, dtype: torch.dtype) -> Term | None:
     "Of a peft layer; None where peft would do something else."
     if not hasattr(layer, "qlora_nb_dense"):  # not a layer that the engine knows: its adapter was merged and is gone
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or len(names) != 1 or not torch.is_grad_enabled():
+    if layer.disable_adapters or layer.merged or len(names) != 1 or not (torch.is_grad_enabled() or _Again.later):
         return None
     if names[0] in layer.lora_variant or not isinstance(layer.lora_dropout[names[0]], torch.nn.Identity):
         return None
     (name,), base = names, layer.get_base_layer()
     lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
-    if any(p.requires_grad for p in base.parameters()) or lora_A.bias is not None or lora_B.bias is not None:
+    if base.weight.requires_grad or lora_A.bias is not None or lora_B.bias is not None or _trained(base.bias):
         return None
     quantized, dense = layer.qlora_nb_dense or (None, None)  # a weight that is another one by now was merged
     weight = dense if quantized is base.weight and dense.device == base.weight.device else base.weight
@@ -222,6 +243,11 @@ def _again(flat) -> list[Term]:
     return [Term(*five) for five in zip(*[iter(flat)] * 5)]
 
 
+def _scaled(thin, term):
+    "Times the adapter's scaling, in place."
+    return thin if term.scaling == 1 else thin.mul_(term.scaling)
+
+
 def _output(rows, xa, term):
     "One layer's output from its input and its scaled `A x`."
     bias = None if term.bias is None else term.bias.to(xa.dtype)
@@ -231,13 +257,13 @@ def _output(rows, xa, term):
 def _outputs(rows, terms):
     "Outputs of layers of one input, and the scaled `A x` of each."
     xas = (rows @ torch.cat([t.lora_A for t in terms]).T).split([len(t.lora_A) for t in terms], 1)
-    xas = [xa.mul_(t.scaling) for xa, t in zip(xas, terms)]
+    xas = [_scaled(xa, t) for xa, t in zip(xas, terms)]
     return [_output(rows, xa, t) for xa, t in zip(xas, terms)], xas
 
 # %% ../nbs/06_engine.ipynb #54b43e2f
 def _gradients(rows, xas, terms, dys, want_x=True):
     "Of the input (None where nobody wants it), and of the parts of all terms one after the other."
-    dxas = torch.cat([(dy @ t.lora_B).mul_(t.scaling) for dy, t in zip(dys, terms)], 1)  # (n, sum of r)
+    dxas = torch.cat([_scaled(dy @ t.lora_B, t) for dy, t in zip(dys, terms)], 1)  # (n, sum of r)
     dAs = (dxas.T @ rows).split([len(t.lora_A) for t in terms])
     grads = [(None, None, dA, dy.T @ xa, None) for dA, dy, xa in zip(dAs, dys, xas)]
     if not want_x:
@@ -360,13 +386,17 @@ def _names(function) -> frozenset:
 
 
 @functools.cache
-def _one_pass(function, compiled, device, dtype):
+def _one_pass(function, compiled, width, device, dtype):
     "The function as one kernel where that is wanted and torch can compile it for this GPU; else as it stands, in parts."
     if compiled and device.type == "cuda":
-        kernel = torch.compile(function, dynamic=True)
+        kernel = torch.compile(function)
         try:
+            some = [torch.ones(2048, width, device=device, dtype=dtype) for _ in _names(function)]
+            for tensor in some:  # any number of rows, of this one width: kernels for any width are slower
+                torch._dynamo.mark_dynamic(tensor, 0)
+                torch._dynamo.mark_static(tensor, 1)
             with torch.no_grad():
-                kernel(*(torch.ones(48, 64, device=device, dtype=dtype) for _ in _names(function)))
+                kernel(*some)
             return kernel
         except Exception as error:  # no compiler at hand, or an old card: slower, and as right
             print(f"engine: torch can't compile the MLP's middle on {device}, it runs uncompiled: {_first_line(error)}", file=sys.stderr)
@@ -387,7 +417,7 @@ class MLPFunction(torch.autograd.Function):
     def forward(ctx, x, selective, compiled, *flat):
         (gate, up, down), rows = _again(flat), x.reshape(-1, x.shape[-1])
         inner, xas = _outputs(rows, [gate, up])
-        a = _one_pass(_swiglu, compiled, x.device, x.dtype)(*inner)
+        a = _one_pass(_swiglu, compiled, inner[0].shape[1], x.device, x.dtype)(*inner)
         (y,), (last,) = _outputs(a, [down])
         _keep(ctx, [gate, up, down], rows, *xas, last, *([] if selective else inner))
         ctx.shape, ctx.compiled = x.shape, compiled
@@ -399,9 +429,9 @@ class MLPFunction(torch.autograd.Function):
         (gate, up, down), tensors = _kept(ctx)
         (rows, *xas, last), inner, dy = tensors[:4], tensors[4:], dy.reshape(-1, dy.shape[-1])
         inner = inner or [_output(rows, xa, term) for xa, term in zip(xas, (gate, up))]
-        dlast = (dy @ down.lora_B).mul_(down.scaling)  # (n, r)
+        dlast = _scaled(dy @ down.lora_B, down)  # (n, r)
         da = (dlast @ down.lora_A).addmm_(dy, down.dequantize(dy.dtype))
-        a, *dys = _one_pass(_swiglu_back, ctx.compiled, dy.device, dy.dtype)(*inner, da)
+        a, *dys = _one_pass(_swiglu_back, ctx.compiled, da.shape[1], dy.device, dy.dtype)(*inner, da)
         of_down = (None, None, dlast.T @ a, dy.T @ last, None)
         del tensors, inner, da, a  # wide, and done with
         dx, *grads = _gradients(rows, xas, [gate, up], dys, ctx.needs_input_grad[0])
@@ -517,6 +547,7 @@ def _liger(base: torch.nn.Module) -> None:
     "Put Liger's kernels into this model. Its classes are kept out of others; its rotary positions are the process's, until they are taken out."
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
 
+    os.environ.setdefault("LIGER_KERNEL_IMPL_ROPE", "triton")  # where CUTLASS is installed, Liger would take a far slower one
     apply, code = known[base.config.model_type], sys.modules[type(base).__module__]
     losses = {"cross_entropy", "fused_linear_cross_entropy"} & set(inspect.signature(apply).parameters)
     names, old_code = ("forward", "extra_repr", "_get_name"), dict(vars(code))
@@ -529,6 +560,75 @@ def _liger(base: torch.nn.Module) -> None:
         elif vars(code)[name] is not was:
             base.qlora_nb_before.append((code.__name__, name, was))
 
+# %% ../nbs/06_engine.ipynb #0f1a7b42
+class CheckpointFunction(torch.autograd.Function):
+    "A layer that keeps its input `x` alone, and runs again in the backward. Takes run (x -> y) and x; gives y. For `backward()`, not `autograd.grad`."
+
+    @staticmethod
+    def forward(ctx, run, x):
+        ctx.run = run
+        ctx.save_for_backward(x)
+        before, _Again.later = _Again.later, True
+        try:
+            return run(x)  # autograd is off in here, and the layers go through the engine all the same: what is made again must be what was there
+        finally:
+            _Again.later = before
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.run(x)
+        torch.autograd.backward(y, dy)
+        return None, x.grad
+
+
+def checkpointed(run: Callable, x: torch.Tensor) -> torch.Tensor:
+    "What transformers calls for a layer that is to run again: `run` is the layer, with its other arguments in it."
+    return CheckpointFunction.apply(run, x if x.requires_grad else x.detach().requires_grad_())
+
+# %% ../nbs/06_engine.ipynb #0f1a7b32
+class FlatAdapters:
+    "Trained weights laid into one tensor, `flat` (a Parameter), of which they become views."
+
+    def __init__(self, weights: Iterable[torch.nn.Parameter], block: int = 256):
+        self.weights = list(weights)
+        self.starts = [0, *itertools.accumulate(-(-w.numel() // block) * block for w in self.weights)]
+        self.flat = torch.nn.Parameter(self.weights[0].new_zeros(self.starts[-1]))
+        for weight, view in zip(self.weights, self.views(self.flat.data)):
+            view.copy_(weight.data)
+            weight.data = view
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        "The weights' places in a tensor like `flat`."
+        return [flat[start : start + w.numel()].view(w.shape) for start, w in zip(self.starts, self.weights)]
+
+    def gather(self, *_) -> None:
+        "The weights' gradients as the one of `flat`: before a step. Raises `UserError` where a weight is no view any more."
+        base, size = self.flat.data_ptr(), self.flat.element_size()
+        if any(w.data_ptr() != base + size * start for start, w in zip(self.starts, self.weights)):
+            raise UserError("a trained weight was put elsewhere in the middle of a run (by model.to or .data =): train it with engine=False")
+        self.flat.grad = torch.zeros_like(self.flat)
+        pairs = [(view, w.grad) for view, w in zip(self.views(self.flat.grad), self.weights) if w.grad is not None]
+        torch._foreach_copy_(*map(list, zip(*pairs)))
+
+    def drop(self, *_) -> None:
+        "Forget the gradient: after a step."
+        self.flat.grad = None
+
+# %% ../nbs/06_engine.ipynb #0f1a7b33
+@contextlib.contextmanager
+def looked_up_once(model: torch.nn.Module):
+    "While it lasts, `parameters()` gives the trained weights from a list, and `train()` walks through the modules only where it changes something."
+    trained = [p for p in model.train().parameters() if p.requires_grad]
+    model.parameters = lambda recurse=True: iter(trained)
+    model.train = lambda mode=True: model if model.training == mode else type(model).train(model, mode)
+    try:
+        yield trained
+    finally:
+        del model.parameters, model.train
+
 # %% ../nbs/06_engine.ipynb #7efb8aba
 @dataclass(frozen=True)
 class Engine:
@@ -538,6 +638,8 @@ class Engine:
     grouped: bool = True  # layers of the same input in one function; a part of `adapters`
     mlp: bool = True  # the MLP in one function, which keeps less; a part of `adapters`
     attention: bool = True  # rows end to end, kept apart; no padding
+    flat: bool = True  # all adapters in one tensor: one call of the optimizer a step, and nothing looked for between steps
+    checkpoint: bool = True  # layers that gradient checkpointing runs again do so without hooks on each tensor
     loss: bool = True  # logits only of learned tokens, a chunk at a time
     kernels: bool = True  # Liger's norms, rotary positions, SwiGLU, cross-entropy: on CUDA, where it is installed
     compiled: bool = True  # the MLP's elementwise part as one kernel, by torch.compile: on CUDA; a part of `mlp`
@@ -547,7 +649,8 @@ class Engine:
     def __str__(self) -> str:
         words = {"adapters": "base and adapter in one function", "grouped": "layers of the same input together",
                  "mlp": "the MLP in one function", "compiled": "its middle compiled", "selective": "its wide tensors made again",
-                 "attention": "rows end to end", "loss": "logits of learned tokens", "kernels": "Liger's kernels",
+                 "attention": "rows end to end", "flat": "adapters in one tensor",
+                 "checkpoint": "layers run again without hooks", "loss": "logits of learned tokens", "kernels": "Liger's kernels",
                  "dense": "dequantized weights kept"}  # fmt: skip
         return ", ".join(text for name, text in words.items() if getattr(self, name)) or "nothing is on"
 
@@ -673,9 +776,17 @@ def _replace_attention(base: torch.nn.Module) -> None:
         config._attn_implementation = "qlora_nb"
 
 # %% ../nbs/06_engine.ipynb #63013a35
+def _replace_checkpoints(base: torch.nn.Module) -> None:
+    "Let the layers that are checkpointed run again by `checkpointed`."
+    for module in [m for m in base.modules() if getattr(m, "gradient_checkpointing", False)]:
+        base.qlora_nb_before.append((module, "_gradient_checkpointing_func", vars(module).get("_gradient_checkpointing_func")))
+        module._gradient_checkpointing_func = checkpointed
+
+
 def _possible(engine: Engine, base: torch.nn.Module) -> Engine:
     "The parts that can be on: some are parts of others, and kernels need a GPU."
-    engine = replace(engine, kernels=engine.kernels and _has_liger(base))
+    again = any(getattr(m, "gradient_checkpointing", False) for m in base.modules())
+    engine = replace(engine, kernels=engine.kernels and _has_liger(base), checkpoint=engine.checkpoint and engine.adapters and again)
     if not engine.adapters:
         engine = replace(engine, grouped=False, mlp=False, dense=False)
     cuda = next(base.parameters()).is_cuda
@@ -704,6 +815,8 @@ def install_engine(
         _replace_forward(base, base.get_decoder(), bounded_forward)
     if engine.loss:
         _replace_forward(base, base, labelled_forward)
+    if engine.checkpoint:
+        _replace_checkpoints(base)
     base.qlora_nb_engine = engine
     _say(base, True)
     return engine

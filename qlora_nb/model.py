@@ -245,7 +245,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,  # compute dtype; None chooses by hardware
     load_in_4bit: bool = True,  # NF4 with double quantization; False loads in `dtype`
     backend: str = "auto",  # auto, unsloth or transformers
-    engine: bool | None = None,  # True trains by this package's own engine; None doesn't, until it was measured on GPUs
+    engine: bool | None = None,  # True trains by this package's own engine; None and False don't
     adapter: str | Path | None = None,  # folder with an adapter to put on it
     revision: str | None = None,  # commit or tag on the Hub
 ) -> tuple:  # (model, tokenizer)
