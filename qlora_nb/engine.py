@@ -35,7 +35,11 @@ def end_to_end(
     features: list[dict],  # rows with `input_ids` and `labels`; packed ones (from `pack_rows`) also with `seq_lengths`
 ) -> dict:  # input_ids, labels, position_ids (1, T); cu_seq_lens_q, _k (rows + 1,); max_length_q, _k; learned (n,), where a next token is
     "A batch without padding: all rows in one line, with the bounds that attention needs."
-    lengths = [int(n) for row in features for n in (row["seq_lengths"] if "seq_lengths" in row else [len(row["input_ids"])])]
+    lengths = []
+    for row in features:
+        several = row.get("seq_lengths")
+        lengths += [len(row["input_ids"])] if several is None else [int(n) for n in several]
+    lengths = [n for n in lengths if n]
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     ids, labels = (
         torch.from_numpy(np.concatenate([np.asarray(row[name], np.int64) for row in features])) for name in ("input_ids", "labels")
@@ -547,7 +551,8 @@ def _liger(base: torch.nn.Module) -> None:
     "Put Liger's kernels into this model. Its classes are kept out of others; its rotary positions are the process's, until they are taken out."
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
 
-    os.environ.setdefault("LIGER_KERNEL_IMPL_ROPE", "triton")  # where CUTLASS is installed, Liger would take a far slower one
+    if "LIGER_KERNEL_IMPL" not in os.environ:  # where CUTLASS is installed, Liger would take a far slower one for this
+        os.environ.setdefault("LIGER_KERNEL_IMPL_ROPE", "triton")
     apply, code = known[base.config.model_type], sys.modules[type(base).__module__]
     losses = {"cross_entropy", "fused_linear_cross_entropy"} & set(inspect.signature(apply).parameters)
     names, old_code = ("forward", "extra_repr", "_get_name"), dict(vars(code))
@@ -566,7 +571,8 @@ class CheckpointFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run, x):
-        ctx.run = run
+        kind = x.device.type
+        ctx.run, ctx.autocast = run, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(x)
         before, _Again.later = _Again.later, True
         try:
@@ -578,7 +584,7 @@ class CheckpointFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
             y = ctx.run(x)
         torch.autograd.backward(y, dy)
         return None, x.grad
@@ -594,6 +600,9 @@ class FlatAdapters:
 
     def __init__(self, weights: Iterable[torch.nn.Parameter], block: int = 256):
         self.weights = list(weights)
+        kinds = {(w.dtype, w.device) for w in self.weights}
+        if len(kinds) != 1:
+            raise UserError(f"the trained weights are of {len(kinds)} kinds ({', '.join(sorted(map(str, kinds)))}): train them with engine=False")
         self.starts = [0, *itertools.accumulate(-(-w.numel() // block) * block for w in self.weights)]
         self.flat = torch.nn.Parameter(self.weights[0].new_zeros(self.starts[-1]))
         for weight, view in zip(self.weights, self.views(self.flat.data)):
@@ -609,9 +618,10 @@ class FlatAdapters:
         base, size = self.flat.data_ptr(), self.flat.element_size()
         if any(w.data_ptr() != base + size * start for start, w in zip(self.starts, self.weights)):
             raise UserError("a trained weight was put elsewhere in the middle of a run (by model.to or .data =): train it with engine=False")
+        if any(w.grad is None for w in self.weights):  # an optimizer would leave it alone, and not take it for zero
+            raise UserError("a trained weight got no gradient in a step (frozen in the middle of a run?): train it with engine=False")
         self.flat.grad = torch.zeros_like(self.flat)
-        pairs = [(view, w.grad) for view, w in zip(self.views(self.flat.grad), self.weights) if w.grad is not None]
-        torch._foreach_copy_(*map(list, zip(*pairs)))
+        torch._foreach_copy_(self.views(self.flat.grad), [w.grad for w in self.weights])
 
     def drop(self, *_) -> None:
         "Forget the gradient: after a step."
@@ -621,9 +631,9 @@ class FlatAdapters:
 @contextlib.contextmanager
 def looked_up_once(model: torch.nn.Module):
     "While it lasts, `parameters()` gives the trained weights from a list, and `train()` walks through the modules only where it changes something."
-    trained = [p for p in model.train().parameters() if p.requires_grad]
+    trained, modules = [p for p in model.train().parameters() if p.requires_grad], list(model.modules())
     model.parameters = lambda recurse=True: iter(trained)
-    model.train = lambda mode=True: model if model.training == mode else type(model).train(model, mode)
+    model.train = lambda mode=True: model if all(m.training == mode for m in modules) else type(model).train(model, mode)
     try:
         yield trained
     finally:

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'POSITIVE', 'ELEMENTWISE', 'SMALLEST', 'FROM_PYTHON', 'SAME', 'ADVISED', 'Settings', 'check_setting',
-           'settings_for', 'check_choices', 'check_packing', 'trainer_arguments', 'trainer_class', 'make_trainer',
-           'plot_loss', 'in_notebook', 'Progress', 'Interrupted', 'gentle_interrupt', 'metrics_row', 'Diverged',
-           'likely_cause', 'Tripwire', 'watcher', 'loader_clock', 'stopped', 'last_checkpoint', 'checkpoint_state',
-           'at_its_end', 'restore', 'tidy_checkpoints', 'Run', 'load_run', 'read_config', 'memory_lines',
-           'loading_words', 'percent', 'report_text', 'adapter_of', 'token_lengths', 'check_plan', 'make_plan',
-           'checkpointing_of', 'set_checkpointing', 'expected_memory', 'memory_warning', 'plan_record', 'peak_memory',
-           'check_space', 'split_off', 'common_system', 'run_config', 'fit', 'how_to_go_on', 'profile_for',
-           'profile_of', 'resumed', 'same_run', 'cut_rows', 'rows_read', 'preflight', 'print_to_stderr', 'finish',
-           'check_model', 'check_settings', 'training_rows', 'planned', 'advice', 'start', 'run', 'foresee', 'taken',
-           'report_page', 'steps', 'device_name', 'train']
+           'settings_for', 'check_choices', 'check_packing', 'trainer_arguments', 'trained_weights', 'trainer_class',
+           'make_trainer', 'plot_loss', 'in_notebook', 'Progress', 'Interrupted', 'gentle_interrupt', 'metrics_row',
+           'Diverged', 'likely_cause', 'Tripwire', 'watcher', 'loader_clock', 'stopped', 'last_checkpoint',
+           'checkpoint_state', 'at_its_end', 'restore', 'tidy_checkpoints', 'Run', 'load_run', 'read_config',
+           'memory_lines', 'loading_words', 'percent', 'report_text', 'adapter_of', 'token_lengths', 'check_plan',
+           'make_plan', 'checkpointing_of', 'set_checkpointing', 'expected_memory', 'memory_warning', 'plan_record',
+           'peak_memory', 'check_space', 'split_off', 'common_system', 'run_config', 'fit', 'how_to_go_on',
+           'profile_for', 'profile_of', 'resumed', 'same_run', 'cut_rows', 'rows_read', 'preflight', 'print_to_stderr',
+           'finish', 'check_model', 'check_settings', 'training_rows', 'planned', 'advice', 'start', 'run', 'foresee',
+           'taken', 'report_page', 'steps', 'device_name', 'train']
 
 # %% ../nbs/15_training.ipynb #96a31b6b
 import contextlib
@@ -50,7 +50,7 @@ from qlora_nb.core import (
     write_yaml,
 )
 from .data import check_dataset, data_fingerprint, encode_dataset, load_sft_dataset, question_hash
-from .engine import Engine, FlatAdapters, end_to_end, engine_of, looked_up_once, pack_rows
+from .engine import Engine, FlatAdapters, end_to_end, engine_of, install_engine, looked_up_once, pack_rows
 from .evaluation import Evaluation, evaluate, side_by_side
 from .model import count_parameters, model_info, quiet_libraries
 from .recommendation import recommend
@@ -189,15 +189,50 @@ def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, chec
         seed=settings.seed, data_seed=settings.seed,
         bf16=cuda and dtype == torch.bfloat16 and not (engine and engine.adapters), fp16=cuda and dtype == torch.float16, use_cpu=not cuda,
         gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        ddp_find_unused_parameters=False if engine and engine.checkpoint else None,  # a layer that runs again is seen twice
         report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda, logging_nan_inf_filter=False,
         dataset_num_proc=None,
     )
 
-# %% ../nbs/15_training.ipynb #96a31b6c-8
+# %% ../nbs/15_training.ipynb #96a31b6d-8
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "sgd")  # each weight by itself, or by blocks of 256
 SMALLEST = 4096  # numbers in a weight of which bitsandbytes keeps 8-bit states
 
 
+def trained_weights(model) -> dict:
+    "The weights that are trained, by name."
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _in_one_tensor(kind):
+    "A trainer that trains `FlatAdapters` and looks the weights up once."
+    class Trainer(kind):
+        one_by_one = False  # a run that began so goes on so
+
+        def create_optimizer(self, model=None):
+            decayed, trained = set(self.get_decay_parameter_names(self.model)), trained_weights(self.model)
+            large = [p for name, p in trained.items() if name in decayed and p.numel() >= SMALLEST]
+            if self.optimizer is None and large and not self.one_by_one:
+                adapters, known = FlatAdapters(large), set(map(id, large))
+                small = [p for name, p in trained.items() if name in decayed and id(p) not in known]
+                others = [p for name, p in trained.items() if name not in decayed]
+                make, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                groups = [{"params": [adapters.flat, *small], "weight_decay": self.args.weight_decay}]
+                self.optimizer = make(groups + [{"params": others, "weight_decay": 0.0}] * bool(others), **settings)
+                self.optimizer.register_step_pre_hook(adapters.gather)
+                self.optimizer.register_step_post_hook(adapters.drop)
+            return super().create_optimizer(model)
+
+        def train(self, resume_from_checkpoint=None, **kwargs):
+            if resume_from_checkpoint:
+                state = torch.load(Path(resume_from_checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+                self.one_by_one = sum(len(group["params"]) for group in state["param_groups"]) == len(trained_weights(self.model))
+            with looked_up_once(self.model):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    return Trainer
+
+# %% ../nbs/15_training.ipynb #96a31b6c-8
 def trainer_class(plain_loss: bool, flat: bool = False):
     """TRL's trainer that counts: `tokens`, padding left out; `targets`, those with a label; `positions`.
 
@@ -223,24 +258,7 @@ def trainer_class(plain_loss: bool, flat: bool = False):
             def compute_loss(self, *args, **kwargs):
                 return transformers.Trainer.compute_loss(self, *args, **kwargs)
 
-        if flat:
-            def create_optimizer(self, model=None):
-                trained = [p for p in self.model.parameters() if p.requires_grad]
-                large = [p for p in trained if p.numel() >= SMALLEST]
-                if self.optimizer is None and large:
-                    adapters, small = FlatAdapters(large), [p for p in trained if p.numel() < SMALLEST]
-                    kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-                    weights = {"params": [adapters.flat, *small], "weight_decay": self.args.weight_decay}
-                    self.optimizer = kind([weights], **settings)
-                    self.optimizer.register_step_pre_hook(adapters.gather)
-                    self.optimizer.register_step_post_hook(adapters.drop)
-                return super().create_optimizer(model)
-
-            def train(self, *args, **kwargs):
-                with looked_up_once(self.model):
-                    return super().train(*args, **kwargs)
-
-    return Trainer
+    return _in_one_tensor(Trainer) if flat else Trainer
 
 # %% ../nbs/15_training.ipynb #96a31b6b-8
 def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callbacks: list):
@@ -722,6 +740,8 @@ def set_checkpointing(model, on: bool) -> None:
         base.gradient_checkpointing_disable()
     if not on:  # what made the embedding's output ask for a gradient
         base.disable_input_require_grads()
+    if engine_of(model):  # which has its own way to run a layer again
+        install_engine(model, replace(engine_of(model), checkpoint=True))
     base.qlora_nb_info = {**info, "use_gradient_checkpointing": ("unsloth" if info["backend"] == "unsloth" else True) if on else False}
 
 # %% ../nbs/15_training.ipynb #b38d1713

@@ -923,8 +923,10 @@ def test_the_benchmark_measures_it(tmp_path):
 # --- between two steps, and layers that run again -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("engine", [Engine(), Engine(mlp=False), Engine(selective=True), Engine(checkpoint=False)])
+@pytest.mark.parametrize("engine, reentrant", [
+    (Engine(), False), (Engine(mlp=False), False), (Engine(selective=True), False),
+    (Engine(checkpoint=False), False), (Engine(checkpoint=False), True),
+])  # fmt: skip
 def test_layers_that_run_again(engine, reentrant):
     "By the engine's own function and by torch's: the gradients of a model without checkpointing."
     plain, rows = peft_of(), some_rows()
@@ -980,12 +982,24 @@ def test_a_flat_tensor_holds_the_weights():
     with torch.no_grad():
         adapters.flat += 1
     assert all(torch.equal(w, b + 1) for w, b in zip(weights, before))  # they are one memory
-    for place, weight in enumerate(weights[:3]):
+    for place, weight in enumerate(weights):
         weight.grad = torch.full_like(weight, place + 1.0)
-    adapters.gather()  # the last has no gradient
-    assert adapters.flat.grad.sum() == 15 * 1 + 256 * 2 + 1640 * 3
+    adapters.gather()
+    assert adapters.flat.grad.sum() == 15 * 1 + 256 * 2 + 1640 * 3 + 4
     adapters.drop()
     assert adapters.flat.grad is None
+    weights[2].grad = None  # an optimizer would leave it alone
+    with pytest.raises(UserError, match="got no gradient"):
+        adapters.gather()
+
+
+def test_weights_of_two_kinds_are_not_made_one():
+    from qlora_nb.engine import FlatAdapters
+
+    weights = some_weights()
+    weights[1].data = weights[1].data.bfloat16()
+    with pytest.raises(UserError, match="2 kinds .*bfloat16"):
+        FlatAdapters(weights)
 
 
 def test_a_weight_put_elsewhere_is_not_trained_in_silence():
@@ -1010,33 +1024,73 @@ def test_looked_up_once():
         assert [id(p) for p in model.parameters()] == [id(p) for p in wanted] == [id(p) for p in trained]
         assert model.eval() is model and not any(m.training for m in model.modules())
         assert model.train() is model and all(m.training for m in model.modules())
+        model.get_base_model().eval()  # as a callback may
+        assert model.train() is model and all(m.training for m in model.modules())
         raise ZeroDivisionError
     assert not {"parameters", "train"} & set(vars(model)) and len(list(model.parameters())) > len(wanted)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adafactor"])
-def test_a_run_with_its_adapters_in_one_tensor(tmp_path, optim):
-    "The same weights to the bit; an optimizer that looks at a weight as a matrix gets matrices."
+def small_run(folder, engine, optim="adamw_torch", steps=3, prepare=None, resume=None):
+    "A trainer that has trained the embedded model on a few rows."
     from datasets import Dataset
 
     from qlora_nb.core import PROFILES
     from qlora_nb.model import add_lora, load_model
     from qlora_nb.training import make_trainer, settings_for
 
-    def trained(flat):
-        model, tokenizer = load_model(backend="transformers")
-        model = add_lora(model)
-        install_engine(model, Engine(flat=flat))
-        settings = settings_for(
-            {"max_steps": 3, "max_seq_length": 128, "save_steps": 100, "optim": optim}, profile=PROFILES["tiny"])
-        rows = Dataset.from_list(some_rows((9, 30, 64, 17) * 8))
-        trainer = make_trainer(model, tokenizer, rows, settings, tmp_path / f"{flat}", [])
-        trainer.train()
-        return len(trainer.optimizer.param_groups[0]["params"]), [p.detach() for p in trained_of(model)]
+    model, tokenizer = load_model(backend="transformers")
+    model = add_lora(model)
+    install_engine(model, engine)
+    (prepare or (lambda model: None))(model)
+    settings = {"max_steps": 4, "max_seq_length": 128, "save_steps": 2, "optim": optim, "weight_decay": 0.5}
+    rows = Dataset.from_list(some_rows((9, 30, 64, 17) * 8))
+    trainer = make_trainer(model, tokenizer, rows, settings_for(settings, profile=PROFILES["tiny"]), folder, [])
+    trainer.args.max_steps = steps
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, [p.detach() for p in trained_of(model)]
 
-    (few, ours), (many, theirs) = trained(True), trained(False)
-    assert few < many if optim != "adafactor" else few == many
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adafactor"])
+def test_a_run_with_its_adapters_in_one_tensor(tmp_path, optim):
+    "The same weights to the bit; an optimizer that looks at a weight as a matrix gets matrices."
+    (one, ours), (many, theirs) = (small_run(tmp_path / f"{flat}", Engine(flat=flat), optim) for flat in (True, False))
+    few, all_ = (len(trainer.optimizer.param_groups[0]["params"]) for trainer in (one, many))
+    assert few < all_ if optim != "adafactor" else few == all_
     assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_stopped_run_goes_on_as_it_began(tmp_path, before):
+    "In one tensor or each by itself: to the same weights, to the bit, as without a stop."
+    _, whole = small_run(tmp_path / "whole", Engine(), steps=4)
+    small_run(tmp_path / "stopped", Engine(flat=before), steps=2)
+    trainer, ours = small_run(tmp_path / "stopped", Engine(), steps=4, resume=str(tmp_path / "stopped/checkpoint-2"))
+    assert trainer.one_by_one is not before and all(map(torch.equal, ours, whole))
+
+
+def test_what_does_not_decay_alone_does_not_decay_in_one_tensor(tmp_path):
+    def with_norms(model):
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(weight.requires_grad or "layernorm" in name)
+
+    (one, ours), (_, theirs) = (
+        small_run(tmp_path / f"{flat}", Engine(flat=flat), prepare=with_norms) for flat in (True, False))  # fmt: skip
+    assert [group["weight_decay"] for group in one.optimizer.param_groups] == [0.5, 0.0]
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_layers_that_run_again_under_autocast():
+    "What runs again must be what ran."
+    rows, found = end_to_end(some_rows()), []
+    for checkpoint in (True, False):
+        model = peft_of()
+        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        assert install_engine(model, Engine(checkpoint=checkpoint)).checkpoint == checkpoint
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**rows, use_cache=False).loss
+        loss.backward()
+        found.append({name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None})
+    assert apart(*found) < 1e-5
 
 
 def trained_of(model):
@@ -1047,6 +1101,31 @@ def test_a_line_of_arrays_is_a_line_of_lists():
     import numpy
 
     rows = some_rows()
-    arrays = [{name: numpy.array(value) for name, value in row.items()} for row in rows]
+    rows.append({"input_ids": [], "labels": [], "seq_lengths": None})
+    arrays = [{name: value if value is None else numpy.array(value) for name, value in row.items()} for row in rows]
     for one, other in zip(end_to_end(rows).values(), end_to_end(arrays).values()):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+def test_one_process_of_several():
+    "torch's DistributedDataParallel sees each weight once, as the trainer sets it up."
+    program = """
+import torch
+from qlora_nb.core import PROFILES
+from qlora_nb.engine import engine_of, install_where_asked
+from qlora_nb.model import add_lora, load_model
+from qlora_nb.training import settings_for, trainer_arguments
+model = load_model(engine=True)[0]
+model = add_lora(model, use_gradient_checkpointing=True)
+assert engine_of(model).checkpoint
+settings = settings_for({}, profile=PROFILES["tiny"])
+arguments = trainer_arguments(settings, "/tmp", torch.float32, False, engine_of(model))
+torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+unused = arguments.ddp_find_unused_parameters
+wrapped = torch.nn.parallel.DistributedDataParallel(model.train(), find_unused_parameters=unused)
+ids = torch.arange(20)[None]
+wrapped(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -59,6 +59,8 @@ def main():
         if lines:
             found[way]["mean_loss"] = round(statistics.mean(found[way]["losses"]), 5)
         print(way, found[way].get("mean_loss", found[way]), flush=True)
+    if all("failed" in one for one in found.values()):
+        raise SystemExit("none of the three ways could be trained")
     write(a.out, "cuda" if torch.cuda.is_available() else "cpu", found, steps=a.steps)
 
 
