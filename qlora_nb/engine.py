@@ -616,10 +616,13 @@ class FlatAdapters:
     def gather(self, *_) -> None:
         "The weights' gradients as the one of `flat`: before a step. Raises `UserError` where a weight is no view any more."
         base, size = self.flat.data_ptr(), self.flat.element_size()
-        if any(w.data_ptr() != base + size * start for start, w in zip(self.starts, self.weights)):
-            raise UserError("a trained weight was put elsewhere in the middle of a run (by model.to or .data =): train it with engine=False")
-        if any(w.grad is None for w in self.weights):  # an optimizer would leave it alone, and not take it for zero
-            raise UserError("a trained weight got no gradient in a step (frozen in the middle of a run?): train it with engine=False")
+        for start, w in zip(self.starts, self.weights):
+            if w.data_ptr() != base + size * start:
+                raise UserError(f"a trained weight of shape {tuple(w.shape)} was put elsewhere in the middle of a run (by model.to or .data =): "
+                                "train the model with engine=False")  # fmt: skip
+            if w.grad is None:  # an optimizer would leave it alone, and not take it for zero
+                raise UserError(f"a trained weight of shape {tuple(w.shape)} got no gradient in a step (frozen in the middle of a run?): "
+                                "train the model with engine=False")  # fmt: skip
         self.flat.grad = torch.zeros_like(self.flat)
         torch._foreach_copy_(self.views(self.flat.grad), [w.grad for w in self.weights])
 

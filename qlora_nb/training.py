@@ -213,8 +213,8 @@ def _in_one_tensor(kind):
             decayed, trained = set(self.get_decay_parameter_names(self.model)), trained_weights(self.model)
             large = [p for name, p in trained.items() if name in decayed and p.numel() >= SMALLEST]
             if self.optimizer is None and large and not self.one_by_one:
-                adapters, known = FlatAdapters(large), set(map(id, large))
-                small = [p for name, p in trained.items() if name in decayed and id(p) not in known]
+                adapters = FlatAdapters(large)
+                small = [p for name, p in trained.items() if name in decayed and p.numel() < SMALLEST]
                 others = [p for name, p in trained.items() if name not in decayed]
                 make, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
                 groups = [{"params": [adapters.flat, *small], "weight_decay": self.args.weight_decay}]
