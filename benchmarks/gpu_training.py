@@ -44,6 +44,7 @@ DEFAULTS = {
 }  # fmt: skip
 OWN = {"batch": 2, "accumulation": 4, "packing": False, "checkpointing": True}  # the workflow's settings
 PARTS = ("attention", "flat", "loss", "adapters", "grouped", "mlp", "compiled", "kernels")
+AGAIN = ("checkpoint", "graphs", "offload")  # of layers that run again
 BEST = {"on": ["dense"]}  # what the engine takes where memory is no matter
 
 
@@ -68,6 +69,7 @@ def listed(part, turns):
             {"off": [p for p in PARTS if p != "attention"]},
         ]
         found += [{**best, "batch": 16}, {**best, "attention": "flash-attn-4"}]
+        found += [{**OWN, "off": [name]} for name in AGAIN]
     turned = [{**s, "turn": 1 + place // 2} for place, s in enumerate(again)]
     return [{**DEFAULTS, **s} for s in (*turned, *found)]
 
@@ -212,8 +214,16 @@ def measure(settings):
             found = {**s, "failed": f"{type(error).__name__}: {error}"[:300]}
         if trainer is not None:
             trainer.model = trainer.model_wrapped = trainer.optimizer = None
+        unprepared(model)
         del trainer
         print("RESULT", json.dumps(found), flush=True)
+
+
+def unprepared(model):
+    "As before accelerate put autocast around it, or didn't: it never looks at a model twice."
+    vars(model).pop("_is_accelerate_prepared", None)
+    if "_original_forward" in vars(model):
+        model.forward = vars(model).pop("_original_forward")
 
 
 def figures(seen, s):

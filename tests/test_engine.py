@@ -17,7 +17,16 @@ import pytest
 import torch
 
 from qlora_nb.core import UserError
-from qlora_nb.engine import Engine, end_to_end, engine_of, engine_refusal, install_engine, pack_rows, remove_engine
+from qlora_nb.engine import (
+    Engine,
+    end_to_end,
+    engine_of,
+    engine_refusal,
+    install_engine,
+    looked_up_once,
+    pack_rows,
+    remove_engine,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(
@@ -571,9 +580,11 @@ def test_it_goes_in_and_out():
     model = peft_of()
     before = places(model)
     engine = install_engine(model)
-    assert engine_of(model) == engine == Engine(kernels=False, compiled=False, checkpoint=False)
+    # for CUDA, or a model that runs its layers again:
+    off = dict.fromkeys(("kernels", "compiled", "checkpoint", "graphs", "offload"), False)
+    assert engine_of(model) == engine == Engine(**off)
     install_engine(model, Engine(loss=False))  # another one takes its place
-    assert engine_of(model) == Engine(loss=False, kernels=False, compiled=False, checkpoint=False)
+    assert engine_of(model) == Engine(loss=False, **off)
     remove_engine(model)
     remove_engine(model)
     assert engine_of(model) is None and places(model) == before
@@ -965,6 +976,108 @@ def test_training_goes_through_the_engine_where_a_layer_runs_again():
     with patch.object(engine.MLPFunction, "apply", lambda *a, old=engine.MLPFunction.apply: seen.append(1) or old(*a)):
         gradients(model.train(), end_to_end(some_rows()))
     assert len(seen) == 2 * model.config.num_hidden_layers
+
+
+# --- layers that are replayed -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    "Recordings on a CPU are the functions themselves: all but the graph is tried."
+    from qlora_nb import engine
+
+    monkeypatch.setattr(engine, "REPLAYED_ON", ("cpu",))
+
+
+def replayed(engine=WHOLE):
+    model = peft_of()
+    model.get_base_model().gradient_checkpointing_enable()
+    assert install_engine(model, engine).graphs
+    return model.train(), vars(model.get_base_model().get_decoder().layers[0])["qlora_nb_replay"]
+
+
+@pytest.mark.parametrize(
+    "engine", [Engine(), Engine(mlp=False), Engine(grouped=False), Engine(selective=True), Engine(loss=False)])
+def test_replayed_layers(on_a_cpu, engine):
+    "One batch after the other, longer and shorter, gradients added up: as without checkpointing."
+    plain, (model, replay) = peft_of(), replayed(engine)
+    for rows in (some_rows()[:2], some_rows(), some_rows()[1:]):
+        for one, batch in ((plain, rectangle(rows)), (model, end_to_end(rows))):
+            one(**batch, use_cache=False).loss.backward()
+    wanted, found = ({n: p.grad for n, p in one.named_parameters() if p.requires_grad} for one in (plain, model))
+    assert apart(found, wanted) < 1e-5
+    assert not replay.broken and {name for name, _ in replay.copied.made} == {"run", "run_back"}
+    assert replay.copied.length == max(key[0] for _, key in replay.copied.made)
+    remove_engine(model)
+    assert not any(name.startswith("qlora_nb_re") for m in model.modules() for name in vars(m))
+
+
+def test_a_layer_that_changed_runs_as_before(on_a_cpu):
+    "A hook, somebody who waits for a gradient, another scaling: each is heard, and gradients are right."
+    (model, replay), plain, rows = replayed(), peft_of(), some_rows()
+    gradients(model, end_to_end(rows))
+    (first, second), outputs, heard = model.get_base_model().get_decoder().layers, [], []
+    first.mlp.register_forward_hook(lambda m, a, out: outputs.append(out.abs().sum().item()))
+    next(p for p in second.parameters() if p.requires_grad).register_hook(heard.append)
+    assert apart(gradients(model, end_to_end(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
+    assert len(heard) == 1 and len(outputs) == 2
+    assert abs(outputs[0] - outputs[1]) < 1e-3 * outputs[0]  # the second run is a whole one
+    (model, replay), made = replayed(), []
+    gradients(model, end_to_end(rows))
+    for one in (model, plain):
+        one.get_base_model().get_decoder().layers[1].self_attn.q_proj.scaling["default"] *= 3
+    with patch.dict(replay.copied.made, {key: lambda: made.append(1) for key in replay.copied.made}):
+        gradients(model, end_to_end(rows))
+    assert len(made) == 2  # of the first layer alone
+    assert apart(gradients(model, end_to_end(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
+
+
+def test_what_cannot_be_recorded_runs_as_before(on_a_cpu, capsys, monkeypatch):
+    from qlora_nb import engine
+
+    (model, replay), rows = replayed(), some_rows()
+    monkeypatch.setattr(engine, "_recorded", lambda *a: 1 / 0)
+    found = gradients(model, end_to_end(rows))[1]
+    assert "layers can't be replayed, they run as before: ZeroDivisionError" in capsys.readouterr().err
+    assert replay.broken and apart(found, gradients(peft_of().train(), rectangle(rows))[1]) < 1e-5
+
+
+def test_layers_unlike_each_other_are_not_replayed(on_a_cpu):
+    model = peft_of(lora={"layers_to_transform": [0]})
+    model.get_base_model().gradient_checkpointing_enable()
+    engine = install_engine(model)
+    assert engine.checkpoint and not engine.graphs
+    other, _ = replayed()
+    assert not install_engine(other, Engine(dense=True)).graphs  # its copies would be copied
+    assert not install_engine(other, Engine(attention=False)).graphs
+
+
+def test_a_copy_of_a_replayed_model(on_a_cpu):
+    (model, replay), rows = replayed(), some_rows()
+    _, wanted = gradients(model, end_to_end(rows))
+    other = copy.deepcopy(model)
+    assert apart(gradients(other, end_to_end(rows))[1], wanted) < 1e-6
+    with looked_up_once(model):
+        assert replay.copied
+    assert replay.copied is None  # nothing is held when training is over
+
+
+def test_pieces_of_an_mlp():
+    "Gradients of a quarter of the rows at a time are those of all rows at once."
+    from qlora_nb.engine import Term, _mlp_back, _mlp_back_in_pieces, _thin
+
+    chance = torch.Generator().manual_seed(0)
+    some = functools.partial(torch.randn, generator=chance)
+    gate, up, down = some(24, 8), some(24, 8), some(8, 24)
+    terms = [Term(lambda dtype, w=w: w, None, some(2, w.shape[1]), some(w.shape[0], 2), 0.5) for w in (gate, up, down)]
+    rows, dy = some(23, 8), some(23, 8)
+    whole = _mlp_back(rows, _thin(rows, terms[:2]), terms, dy, False, True)
+    for least, want_x in ((1, True), (5, True), (9, False), (100, True)):
+        parts = _mlp_back_in_pieces(rows, _thin(rows, terms[:2]), terms, dy, False, want_x, least)
+        assert len(parts) == len(whole) == 16
+        for place, (ours, theirs) in enumerate(zip(parts, whole)):
+            missing = theirs is None or (place == 0 and not want_x)
+            assert ours is None if missing else torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def some_weights():
