@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'DTYPES', 'CODEBOOKS', 'OPTIMIZERS', 'SMALL_CARD', 'WORKSPACE', 'SLACK', 'CUDA_CONTEXT', 'COMPONENTS',
-           'METHODS', 'COLOURS', 'CARDS', 'LAUNCH', 'UNPACKING', 'Q4_K_M_BITS', 'Shape', 'matrices', 'parameter_count',
-           'vision_parameters', 'model_shape', 'weight_bytes', 'adapter_tensors', 'optimizer_bytes', 'layer_bytes',
-           'loss_bytes', 'backward_bytes', 'MemoryEstimate', 'estimate_memory', 'plot_estimates', 'Card', 'known_card',
+           'METHODS', 'BACKENDS', 'KINDS', 'ENGINE_FAMILIES', 'COLOURS', 'CARDS', 'LAUNCH', 'UNPACKING', 'ENGINE_GAIN',
+           'Q4_K_M_BITS', 'Shape', 'matrices', 'parameter_count', 'vision_parameters', 'model_shape', 'weight_bytes',
+           'adapter_tensors', 'optimizer_bytes', 'layer_bytes', 'loss_bytes', 'backward_bytes', 'MemoryEstimate',
+           'estimate_memory', 'plot_estimates', 'engine_layer_bytes', 'engine_loss_bytes', 'Card', 'known_card',
            'find_card', 'this_card', 'efficiency', 'pass_seconds', 'Rows', 'row_lengths', 'choose_length', 'Choice',
            'estimate_for_rows', 'Plan', 'plan_settings', 'plan_reason', 'plan_text', 'gib', 'plan_training']
 
@@ -312,17 +313,17 @@ def _stays(shape: Shape, s: dict, trained: list[int], embeddings: list[int], siz
     if s["backend"] == "unsloth":
         buffers += unpacked * (1 + 1 / 32)  # its scratch for unpacked weights, and their scales in fp32
     adapters = 0 if s["method"] == "full" else sum(trained) * size
-    offload = 0
-    if _offloads(shape, s):
-        offload = 2 * 2 * shape.hidden * tokens
+    offload = 2 * 2 * shape.hidden * tokens if _offloads(shape, s) else 0
     found |= {"adapters": adapters, "optimizer": states, "dequant_buffers": buffers, "activations": offload}
     return found, temporaries
 
 
 def _offloads(shape: Shape, s: dict) -> bool:
-    "Whether Unsloth sends the layers' inputs to the CPU's memory."
+    "Whether the layers' inputs are sent to the CPU's memory."
     large = 2 * shape.hidden * s["batch_size"] * s["seq_length"] > 2 * 2**20
     long = (s["max_seq_length"] or s["seq_length"]) >= 512
+    if s["backend"] == "engine":
+        return s["gradient_checkpointing"] in (True, "unsloth")
     return s["backend"] == "unsloth" and bool(s["gradient_checkpointing"]) and large and long
 
 # %% ../nbs/04_memory.ipynb #439f71fb
@@ -364,6 +365,7 @@ def _add(*parts: dict[str, float]) -> dict[str, float]:
 SLACK = {  # reserved but not allocated, as a share of what comes and goes; medians, see the check below
     ("transformers", True): 0.302, ("transformers", False): 0.026, ("unsloth", True): 0.111, ("unsloth", False): 0.032,
     ("full", True): 0.034, ("full", False): 0.034,
+    ("engine", False): 0.461, ("engine", "selective"): 0.262, ("engine", True): 0.262,  # the last one is not measured
 }
 CUDA_CONTEXT = 804_061_184  # bytes on an H200 with torch 2.11: what the device says is used, less what torch reserved
 
@@ -413,6 +415,8 @@ class MemoryEstimate:
 
 # %% ../nbs/04_memory.ipynb #d0e56f20
 METHODS = ("full", "lora", "qlora")
+BACKENDS = ("unsloth", "transformers", "engine")
+KINDS = (True, False, "unsloth", "selective")  # of gradient checkpointing
 
 
 def _whole(name: str, value, least: int = 1) -> None:
@@ -429,8 +433,8 @@ def _choice(name: str, value, known) -> None:
 # %% ../nbs/04_memory.ipynb #7f89bf00
 def _check(shape: Shape, s: dict) -> None:
     "Raises `UserError` for settings that can't be."
-    for name, known in (("method", METHODS), ("backend", ("unsloth", "transformers")), ("dtype", DTYPES),
-                        ("optimizer", OPTIMIZERS), ("gradient_checkpointing", (True, False, "unsloth"))):
+    for name, known in (("method", METHODS), ("backend", BACKENDS), ("dtype", DTYPES),
+                        ("optimizer", OPTIMIZERS), ("gradient_checkpointing", KINDS)):
         _choice(name, s[name], known)
     for name in ("batch_size", "seq_length", "accumulation", "r", "adapter_bytes"):
         _whole(name, s[name])
@@ -445,8 +449,26 @@ def _check(shape: Shape, s: dict) -> None:
     widths = [min(matrices(shape)[name]) for name in s["target_modules"]]
     if s["method"] != "full" and s["r"] > min(widths):
         raise UserError(f"r is {s['r']}, but the narrowest target has {min(widths)} rows or columns: choose a smaller rank")
-    if s["packing"] and s["backend"] != "unsloth":
-        raise UserError("packing needs backend='unsloth' here, or packed rows would see each other: leave it off")
+    if s["packing"] and s["backend"] == "transformers":
+        raise UserError("packing needs backend='engine' or 'unsloth' here, or packed rows would see each other: leave it off")
+    _check_engine(shape, s)
+
+# %% ../nbs/04_memory.ipynb #7f89bf01
+ENGINE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # those that the engine trains
+
+
+def _kind(gradient_checkpointing: bool | str) -> bool | str:
+    "True, False or selective: Unsloth's kind is plain checkpointing, as far as memory goes."
+    return "selective" if gradient_checkpointing == "selective" else bool(gradient_checkpointing)
+
+
+def _check_engine(shape: Shape, s: dict) -> None:
+    "Raises `UserError` for what the engine alone does, and for what it doesn't."
+    engine = s["backend"] == "engine" and s["method"] != "full"
+    if s["gradient_checkpointing"] == "selective" and not engine:
+        raise UserError("gradient_checkpointing is 'selective', which is the engine's, for adapters: take backend='engine', or True or False")
+    if engine and shape.family not in ENGINE_FAMILIES:
+        raise UserError(f"the engine doesn't train {shape.family}, only {', '.join(ENGINE_FAMILIES)}: take backend='unsloth'")
 
 # %% ../nbs/04_memory.ipynb #639f033d
 def estimate_memory(
@@ -458,10 +480,10 @@ def estimate_memory(
     batch_size: int = 2,  # rows in one forward pass
     seq_length: int = 2048,  # tokens in a row
     packing: bool = False,  # rows filled up with several conversations: as many tokens, none of them padding
-    gradient_checkpointing: bool | str = True,  # True, "unsloth" (the same here) or False
+    gradient_checkpointing: bool | str = True,  # True, "unsloth" (the same here), False, or "selective" (the engine's)
     optimizer: str = "adamw_8bit",  # a key of `OPTIMIZERS`
     dtype: str = "bf16",  # of a fully trained model's weights; adapters are trained beside 16-bit weights always
-    backend: str = "unsloth",  # unsloth or transformers; full fine-tuning is TRL's in either case
+    backend: str = "unsloth",  # unsloth, transformers or engine; full fine-tuning is TRL's in any case
     accumulation: int = 1,  # forward passes for one step; above 1 the gradients stay
     padded: bool = False,  # rows of different lengths, padded (backend transformers)
     adapter_bytes: int = 4,  # of an adapter's number while it is trained
@@ -490,13 +512,13 @@ def _estimate(shape: Shape, s: dict) -> MemoryEstimate:
     else:
         trained, embeddings = adapter_tensors(shape, s["r"], s["target_modules"]) * shape.layers, []
     gradients = (count["total"] if full else sum(trained)) * size
-    stays, temporaries = _stays(shape, s, trained, embeddings, size)
-    moments = _moments(shape, s, gradients, temporaries)
+    stays, temporaries = (_engine_stays if s["backend"] == "engine" else _stays)(shape, s, trained, embeddings, size)
+    moments = (_engine_moments if s["backend"] == "engine" else _moments)(shape, s, gradients, temporaries)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = _add(stays, moments[moment])
     still = sum(stays[name] for name in ("base_weights", "quant_constants", "embeddings_head", "adapters"))
     coming = sum(parts.values()) - still
-    parts["allocator_slack"] = coming * SLACK["full" if full else s["backend"], bool(s["gradient_checkpointing"])]
+    parts["allocator_slack"] = coming * SLACK["full" if full else s["backend"], _kind(s["gradient_checkpointing"])]
     parts["cuda_context"] = CUDA_CONTEXT
     return MemoryEstimate({name: round(parts.get(name, 0)) for name in COMPONENTS}, moment, s, shape)
 
@@ -523,6 +545,64 @@ def plot_estimates(
     ax.spines[["top", "right"]].set_visible(False)
     ax.figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=7, ncols=4, loc="outside upper center")
     return ax
+
+# %% ../nbs/04_memory.ipynb #e9a10002
+def engine_layer_bytes(
+    shape: Shape,
+    r: int = 16,
+    target_modules: Sequence[str] = TARGET_MODULES,
+    selective: bool = False,  # gate and up are made again
+) -> dict[str, float]:
+    "Bytes that one layer keeps for each token under the engine: `activations`, `attention`. Source: the engine's functions, Liger's norms."
+    h, m, q, kv, chosen = shape.hidden, shape.intermediate, shape.query, shape.kv, set(target_modules)
+    whole = {"gate_proj", "up_proj", "down_proj"} <= chosen  # the MLP is one function
+    inputs = 2 * h * (bool(chosen & {"q_proj", "k_proj", "v_proj"}) + bool(chosen & {"gate_proj", "up_proj"}))
+    inputs += 2 * m * ("down_proj" in chosen and not whole)
+    mlp = 0 if selective and whole else 4 * m
+    qk = 2 * (q + kv) + 4 * (shape.heads + shape.kv_heads) if shape.qk_norm else 0
+    return {"activations": shape.norms * (2 * h + 4) + qk + inputs + mlp + 2 * r * len(chosen), "attention": 4 * q + 4 * kv + 4 * shape.heads}
+
+# %% ../nbs/04_memory.ipynb #e9a10005
+def engine_loss_bytes(
+    shape: Shape,
+    tokens: int,  # in one forward pass
+    labelled: int,  # tokens that are targets
+) -> float:
+    "Bytes that the final norm and the loss hold under the engine. Source: liger_kernel, `ops.fused_linear_cross_entropy`."
+    share = math.ceil(labelled / math.ceil(shape.vocabulary / shape.hidden))
+    return 8 * shape.hidden * tokens + 2 * shape.vocabulary * 2 ** math.ceil(math.log2(share))
+
+
+def _engine_stays(shape: Shape, s: dict, trained: list[int], embeddings: list[int], size: int) -> tuple[dict, float]:
+    "`_stays` for the engine."
+    found, temporaries = _stays(shape, s, trained, embeddings, size)
+    found["activations"] = 0
+    if _kind(s["gradient_checkpointing"]) is True:  # the template's buffers; its layer
+        found["activations"] = 4 * 2 * shape.hidden * s["batch_size"] * s["seq_length"]
+        for name in ("base_weights", "quant_constants", "adapters"):
+            found[name] *= 1 + 1 / shape.layers
+    flat = 0 if s["optimizer"].startswith("paged") else sum(trained) * size
+    return found, temporaries + flat
+
+# %% ../nbs/04_memory.ipynb #e9a10006
+def _engine_moments(shape: Shape, s: dict, gradients: float, temporaries: float) -> dict[str, dict[str, float]]:
+    "`_moments` for the engine."
+    tokens, kind = s["batch_size"] * s["seq_length"], _kind(s["gradient_checkpointing"])
+    kept = engine_layer_bytes(shape, s["r"], s["target_modules"], kind == "selective")
+    one = {name: tokens * value for name, value in kept.items()}
+    inputs, early = 2 * shape.hidden * tokens, gradients if s["accumulation"] > 1 else 0
+    stack = {"activations": 3 * inputs} if kind is True else {name: shape.layers * value for name, value in one.items()}
+    copies = {"adapters": gradients * 2 / s["adapter_bytes"] / (shape.layers if kind is True else 1)}  # of A and B in 16 bits
+    wide = 2 * shape.hidden + shape.intermediate * (12 if kind == "selective" else 8)
+    back = {"activations": tokens * wide, "dequant_buffers": backward_bytes(shape, s["method"], "engine")[1]}
+    again = one if kind is True else {}
+    loss = engine_loss_bytes(shape, tokens, max(tokens - s["batch_size"], 1))
+    return {
+        "loss": _add(stack, copies, {"logits_loss": loss, "gradients": early}),
+        "last layer": _add(stack, copies, again, back, {"gradients": early}),
+        "first layer": _add({"activations": 3 * inputs} if kind is True else {}, one, back, {"gradients": gradients}),
+        "optimizer": {"gradients": gradients, "optimizer": temporaries},
+    }
 
 # %% ../nbs/04_memory.ipynb #8c7d66d4-2
 @dataclass(frozen=True)
@@ -602,11 +682,21 @@ def this_card() -> Card:
 # %% ../nbs/04_memory.ipynb #ad01bf19
 LAUNCH = {True: 0.0097, False: 0.0045}  # seconds a layer and pass, with and without checkpointing. Unsloth, one H200
 UNPACKING = 0.001  # seconds a layer more with NF4: its own kernels are launched too
+ENGINE_GAIN = 1.22  # how much nearer to the peak the engine's work comes than Unsloth's. One H200, width 3,072
 
 
-def efficiency(shape: Shape) -> float:
+def efficiency(
+    shape: Shape,
+    backend: str = "unsloth",
+) -> float:
     "Share of the data sheet's peak that products of this width reach. Unsloth, one H200, widths 3,072 and 4,096."
-    return min(0.12 * shape.hidden / 1000, 0.6)
+    return min(0.12 * shape.hidden / 1000, 0.6) * (ENGINE_GAIN if backend == "engine" else 1)
+
+
+def _operations(shape: Shape, kind: bool | str) -> float:
+    "Operations a parameter and token with a frozen base; selective checkpointing makes the products of gate and up once more."
+    again = 2 * shape.layers * shape.hidden * shape.intermediate / parameter_count(shape)["total"]
+    return {True: 6, False: 4, "selective": 4 + 2 * again}[kind]
 
 
 def pass_seconds(
@@ -614,14 +704,16 @@ def pass_seconds(
     card: Card,
     method: str,
     tokens: float,  # in one forward pass, padding included
-    gradient_checkpointing: bool,
+    gradient_checkpointing: bool | str,
+    backend: str = "unsloth",
 ) -> float:
     "Expected seconds of one forward and backward pass."
-    count = parameter_count(shape)
-    work = (6 if gradient_checkpointing else 4) + (2 if method == "full" else 0)
-    unpack = 7.5 * count["linear"] * (3 if gradient_checkpointing else 2) / card.bandwidth if method == "qlora" else 0
-    launch = (LAUNCH[bool(gradient_checkpointing)] + UNPACKING * (method == "qlora")) * shape.layers
-    return launch + work * count["total"] * tokens / (efficiency(shape) * card.tflops * 1e12) + unpack
+    count, kind, engine = parameter_count(shape), _kind(gradient_checkpointing), backend == "engine"
+    work = _operations(shape, kind) + (2 if method == "full" else 0)
+    unpack = 7.5 * count["linear"] * (3 if kind is True else 2) / card.bandwidth if method == "qlora" else 0
+    launch = (LAUNCH[kind is True and not engine] + UNPACKING * (method == "qlora")) * shape.layers
+    products = work * count["total"] * tokens / (efficiency(shape, backend) * card.tflops * 1e12)
+    return max(launch, products + unpack) if engine else launch + products + unpack
 
 # %% ../nbs/04_memory.ipynb #8c7d66d4-3
 @dataclass(frozen=True)
@@ -701,7 +793,7 @@ class Choice:
     batch: int
     accumulation: int
     packing: bool
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | str  # "selective" is the engine's
     optimizer: str
     seq_length: int
     estimate: MemoryEstimate
@@ -711,11 +803,12 @@ class Choice:
     def __str__(self) -> str:
         parts = [self.method, f"{self.batch} x {self.accumulation}", f"{self.seq_length} tokens"]
         parts += ["packing"] if self.packing else []
-        return ", ".join([*parts, "checkpointing" if self.gradient_checkpointing else "no checkpointing"])
+        words = {True: "checkpointing", False: "no checkpointing", "selective": "selective checkpointing"}
+        return ", ".join([*parts, words[_kind(self.gradient_checkpointing)]])
 
     @property
     def offload_ram_bytes(self) -> float:
-        "Main memory for the layers' inputs that Unsloth's checkpointing sends there."
+        "Main memory for the layers' inputs that checkpointing sends there, Unsloth's and the engine's."
         s, shape = self.estimate.settings, self.estimate.shape
         return shape.layers * 2 * shape.hidden * s["batch_size"] * s["seq_length"] if _offloads(shape, s) else 0
 
@@ -742,7 +835,7 @@ def estimate_for_rows(
     )
 
 # %% ../nbs/04_memory.ipynb #e1eabae7
-def _choice_for(shape: Shape, card: Card, rows: Rows, want: dict, method: str, batch: int, total: int, packing: bool, checkpoints: bool) -> Choice:
+def _choice_for(shape: Shape, card: Card, rows: Rows, want: dict, method: str, batch: int, total: int, packing: bool, checkpoints: bool | str) -> Choice:
     "The choice with its estimate and expected speed; `total` rows make a step."
     estimate = estimate_for_rows(
         shape, card, rows, method, batch_size=batch, accumulation=total // batch, packing=packing, gradient_checkpointing=checkpoints,
@@ -751,7 +844,7 @@ def _choice_for(shape: Shape, card: Card, rows: Rows, want: dict, method: str, b
     plain = want["backend"] == "transformers"
     real = batch * (0.997 * rows.seq_length if packing else rows.mean)  # best-fit packing leaves so little empty
     computed = batch * (rows.seq_length if packing else rows.padded(batch) if plain else rows.mean)
-    seconds = pass_seconds(shape, card, method, computed, checkpoints)
+    seconds = pass_seconds(shape, card, method, computed, checkpoints, want["backend"])
     return Choice(method, batch, total // batch, packing, checkpoints, want["optimizer"], rows.seq_length, estimate, real / seconds)
 
 # %% ../nbs/04_memory.ipynb #a701ff8e
@@ -760,18 +853,25 @@ def _packs(rows: Rows, want: dict, card: Card) -> list[bool]:
     if want["packing"] is not None:
         return [want["packing"]]
     short = rows.lengths and rows.mean <= 0.5 * rows.seq_length  # less than two rows to a pack gain nothing
-    return [False, True] if want["backend"] == "unsloth" and short and card.bf16 else [False]
+    return [False, True] if want["backend"] != "transformers" and short and card.bf16 else [False]
+
+
+def _kinds(want: dict) -> tuple:
+    "The kinds of checkpointing to choose from: one, where it was wished."
+    if want["gradient_checkpointing"] is not None:
+        return (_kind(want["gradient_checkpointing"]),)
+    return (False, "selective", True) if want["backend"] == "engine" else (False, True)
 
 
 def _choices(shape: Shape, card: Card, rows: Rows, want: dict) -> list[Choice]:
     "All that could be chosen for rows of this length, the fastest first; of equally fast ones, the one that takes less memory."
-    found, given, checkpoints = [], want["batch_size"], want["gradient_checkpointing"]
+    found, given = [], want["batch_size"]
     for pack in _packs(rows, want, card):
         total = want["effective_batch"] * (rows.mean / rows.seq_length if pack else 1)
         total = (given or 1) * max(1, round(total / (given or 1)))
         for batch in [given] if given else [d for d in range(1, total + 1) if total % d == 0]:
             for method in want["methods"]:
-                for checkpointing in (False, True) if checkpoints is None else (bool(checkpoints),):
+                for checkpointing in _kinds(want):
                     found.append(_choice_for(shape, card, rows, want, method, batch, total, pack, checkpointing))
     return sorted(found, key=lambda choice: (-round(choice.tokens_per_second, 1), choice.estimate.total_bytes))
 
@@ -825,9 +925,10 @@ def plan_settings(plan: Plan) -> dict[str, dict]:
     if not plan.choice:
         raise UserError(f"nothing fits {plan.card.name} ({gib(plan.budget)} with the margin): {'; '.join(plan.advice)}")
     c = plan.choice
-    checkpointing = c.gradient_checkpointing and ("unsloth" if plan.backend == "unsloth" else True)
+    checkpointing = c.gradient_checkpointing and ("unsloth" if plan.backend == "unsloth" else c.gradient_checkpointing)
+    how = {"backend": "transformers", "engine": True} if plan.backend == "engine" else {"backend": plan.backend}
     return {
-        "load_model": {"load_in_4bit": c.method == "qlora", "max_seq_length": c.seq_length, "backend": plan.backend},
+        "load_model": {"load_in_4bit": c.method == "qlora", "max_seq_length": c.seq_length, **how},
         "add_lora": {"r": plan.r, "lora_alpha": plan.r, "use_gradient_checkpointing": checkpointing},
         "train": {"per_device_train_batch_size": c.batch, "gradient_accumulation_steps": c.accumulation, "packing": c.packing,
                   "optim": c.optimizer, "max_seq_length": c.seq_length},
@@ -890,7 +991,7 @@ def _check_plan(shape: Shape, want: dict) -> None:
             _whole(name, want[name])
     _choice("method", want["method"], (None, "lora", "qlora"))
     _choice("packing", want["packing"], (None, True, False))
-    _choice("gradient_checkpointing", want["gradient_checkpointing"], (None, True, False, "unsloth"))
+    _choice("gradient_checkpointing", want["gradient_checkpointing"], (None, *KINDS))
     if (want["seq_length"] or 1) > shape.context:
         raise UserError(f"seq_length is {want['seq_length']}, but the model has a context of {shape.context} tokens: choose a shorter one")
     if isinstance(want["margin"], bool) or not isinstance(want["margin"], (int, float)) or not 0 <= want["margin"] < 1:
@@ -926,9 +1027,9 @@ def plan_training(
     method: str | None = None,  # lora or qlora; None takes the faster of those that fit
     batch_size: int | None = None,  # rows in one forward pass; None chooses, here and below
     packing: bool | None = None,  # rows filled up with several conversations
-    gradient_checkpointing: bool | str | None = None,  # "unsloth" is True here
+    gradient_checkpointing: bool | str | None = None,  # "unsloth" is True here; "selective" is the engine's
     optimizer: str = "adamw_8bit",  # a key of `OPTIMIZERS`
-    backend: str = "unsloth",  # unsloth or transformers
+    backend: str = "unsloth",  # unsloth, transformers or engine
     margin: float = 0.06,  # share of the card that is left free: the estimate may err
 ) -> Plan:
     "Settings that fit the card and should be fastest, and what was rejected. Raises `UserError` for what can't be."

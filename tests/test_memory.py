@@ -16,10 +16,12 @@ from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.memory import (
     CARDS,
     COMPONENTS,
+    ENGINE_FAMILIES,
     FAMILIES,
     Card,
     Rows,
     choose_length,
+    engine_layer_bytes,
     estimate_memory,
     find_card,
     known_card,
@@ -85,7 +87,9 @@ def test_a_configuration_that_cannot_be(change, message):
         ({"optimizer": "adam"}, "optimizer is 'adam': choose one of adamw_8bit"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"backend": "mlx"}, "backend is 'mlx'"),
-        ({"packing": True, "backend": "transformers"}, "packing needs backend='unsloth'"),
+        ({"packing": True, "backend": "transformers"}, "packing needs backend='engine' or 'unsloth'"),
+        ({"gradient_checkpointing": "selective"}, "which is the engine's"),
+        ({"gradient_checkpointing": "selective", "backend": "engine", "method": "full"}, "which is the engine's"),
         ({"gradient_checkpointing": "sometimes"}, "gradient_checkpointing is 'sometimes'"),
         ({"loss_rows": -1}, "loss_rows is -1"),
     ],
@@ -184,8 +188,10 @@ def test_an_estimate_imports_no_heavy_library():
 # --- laws that hold for any setting ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["unsloth", "transformers"])
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    "backend, checkpointing",
+    [(b, c) for b in ("unsloth", "transformers", "engine") for c in (True, False)] + [("engine", "selective")],
+)
 def test_more_of_anything_takes_no_less(backend, checkpointing):
     def total(**more):
         return estimate_memory(LLAMA, backend=backend, gradient_checkpointing=checkpointing, **more).allocated_bytes
@@ -193,10 +199,46 @@ def test_more_of_anything_takes_no_less(backend, checkpointing):
     for name, values in {"batch_size": (1, 2, 4, 8), "seq_length": (512, 1024, 2048, 8192), "r": (4, 16, 64)}.items():
         sizes = [total(**{name: value}) for value in values]
         assert sizes == sorted(sizes), (name, sizes)
-    assert total(method="qlora") < total(method="lora") < total(method="full")
+    assert total(method="qlora") < total(method="lora")
+    if checkpointing != "selective":  # which is for adapters, on the whole MLP
+        assert total(method="lora") < total(method="full")
+        assert total(target_modules=("q_proj", "v_proj")) < total()
     assert total(accumulation=4) >= total(accumulation=1)
     assert total(optimizer="paged_adamw_8bit") < total(optimizer="adamw_8bit") < total(optimizer="adamw_torch")
-    assert total(target_modules=("q_proj", "v_proj")) < total()
+
+
+def test_the_engine_takes_less_and_less():
+    "Unsloth, the engine, selective, checkpointed: the same 16,384 tokens; and the part of the inputs in main memory."
+    def found(**more):
+        return estimate_memory(LLAMA, batch_size=8, packing=True, **more)
+
+    sizes = [found(gradient_checkpointing=False).allocated_bytes]
+    kinds = (False, "selective", True)
+    sizes += [found(backend="engine", gradient_checkpointing=kind).allocated_bytes for kind in kinds]
+    assert sizes == sorted(sizes, reverse=True)
+    assert found(backend="engine").total_bytes == found(backend="engine", gradient_checkpointing="unsloth").total_bytes
+    plan = plan_training(LLAMA, "8 GB", backend="engine", batch_size=8, method="qlora", gradient_checkpointing=True)
+    assert plan.choice.offload_ram_bytes == 28 * 2 * 3072 * 16_384
+    assert "GB of main memory for the layers' inputs" in str(plan)
+
+
+def test_the_engine_keeps_more_where_the_mlp_is_not_one_function():
+    few = ("q_proj", "v_proj", "down_proj")
+    on = {kind: engine_layer_bytes(model_shape(LLAMA), 16, few, kind)["activations"] for kind in (False, True)}
+    assert on[False] == on[True] == 2 * (2 * 3072 + 4) + 2 * 3072 + 6 * 8192 + 2 * 16 * 3
+
+
+def test_the_engine_is_planned_for_what_it_trains():
+    from qlora_nb.engine import ARCHITECTURES
+
+    assert set(ENGINE_FAMILIES) == set(ARCHITECTURES) <= set(FAMILIES)
+    with pytest.raises(UserError, match="the engine doesn't train gemma"):
+        plan_training({**LLAMA, "model_type": "gemma"}, "H200", backend="engine")
+    wished = plan_training(LLAMA, "H200", backend="engine", gradient_checkpointing="selective")
+    assert {c.gradient_checkpointing for c in (wished.choice, *wished.rejected)} == {"selective"}
+    assert "selective checkpointing" in str(wished.choice)
+    with pytest.raises(UserError, match="which is the engine's"):
+        plan_training(LLAMA, "H200", gradient_checkpointing="selective")
 
 
 def test_accumulation_keeps_the_gradients_in_the_fullest_moment():
@@ -256,7 +298,7 @@ def test_names_that_are_no_card():
 
 
 @pytest.mark.parametrize("gb", [8, 12, 16, 24, 40, 48, 80, 96])
-@pytest.mark.parametrize("backend", ["unsloth", "transformers"])
+@pytest.mark.parametrize("backend", ["unsloth", "transformers", "engine"])
 def test_a_plan_fits_with_its_margin_and_keeps_the_effective_batch(gb, backend):
     lengths = [100 + 37 * (i % 50) for i in range(500)]
     plan = plan_training(LLAMA, f"{gb} GB", lengths, backend=backend)
@@ -265,7 +307,7 @@ def test_a_plan_fits_with_its_margin_and_keeps_the_effective_batch(gb, backend):
     assert plan.rows.dropped <= 0.01 * len(lengths)
     tokens = choice.batch * choice.accumulation * (choice.seq_length if choice.packing else plan.rows.mean)
     assert 0.7 < tokens / (8 * plan.rows.mean) < 1.5
-    assert choice.packing <= (backend == "unsloth")
+    assert choice.packing <= (backend != "transformers")
     fitting = [c for c in plan.rejected if c.estimate.total_bytes <= plan.budget]
     # As fast as any, to a hundredth.
     assert all(c.tokens_per_second <= choice.tokens_per_second / 0.99 for c in fitting)
