@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'DTYPES', 'CODEBOOKS', 'OPTIMIZERS', 'SMALL_CARD', 'WORKSPACE', 'SLACK', 'CUDA_CONTEXT', 'COMPONENTS',
            'METHODS', 'BACKENDS', 'KINDS', 'ENGINE_FAMILIES', 'COLOURS', 'CARDS', 'LAUNCH', 'UNPACKING', 'ENGINE_GAIN',
-           'Q4_K_M_BITS', 'Shape', 'matrices', 'parameter_count', 'vision_parameters', 'model_shape', 'weight_bytes',
-           'adapter_tensors', 'optimizer_bytes', 'layer_bytes', 'loss_bytes', 'backward_bytes', 'MemoryEstimate',
-           'estimate_memory', 'plot_estimates', 'engine_layer_bytes', 'engine_loss_bytes', 'Card', 'known_card',
-           'find_card', 'this_card', 'efficiency', 'pass_seconds', 'Rows', 'row_lengths', 'choose_length', 'Choice',
-           'estimate_for_rows', 'Plan', 'plan_settings', 'plan_reason', 'plan_text', 'gib', 'plan_training']
+           'Q4_K_M_BITS', 'Shape', 'matrices', 'parameter_count', 'config_dict', 'vision_parameters', 'model_shape',
+           'weight_bytes', 'adapter_tensors', 'optimizer_bytes', 'layer_bytes', 'loss_bytes', 'backward_bytes',
+           'MemoryEstimate', 'estimate_memory', 'plot_estimates', 'engine_layer_bytes', 'engine_loss_bytes', 'Card',
+           'known_card', 'find_card', 'this_card', 'efficiency', 'pass_seconds', 'Rows', 'row_lengths', 'choose_length',
+           'Choice', 'estimate_for_rows', 'Plan', 'plan_settings', 'plan_reason', 'plan_text', 'gib', 'plan_training']
 
 # %% ../nbs/04_memory.ipynb #2be823dd
 import json
@@ -97,26 +97,29 @@ def _local_config(name: str) -> Path | None:
     return None
 
 
-def _hub_config(name: str) -> Path:
+def _hub_config(name: str, revision: str | None) -> Path:
     "The config.json of a Hub model, fetched alone. Raises `UserError` where it can't be had."
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(name, "config.json", etag_timeout=10))
+        return Path(hf_hub_download(name, "config.json", revision=revision, etag_timeout=10))
     except Exception as error:  # no network, no such model, gated: the library raises a dozen kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"config.json of {name} can't be had ({first}): check name and network, or give a folder") from error
 
 # %% ../nbs/04_memory.ipynb #f20fe181
-def _config_dict(model) -> dict:
-    "The configuration as a dictionary. Raises `UserError` for what is none."
+def config_dict(
+    model,  # a configuration (object or dictionary), a folder, or a Hub name
+    revision: str | None = None,  # commit or tag on the Hub
+) -> dict:
+    "The configuration as a dictionary; no library that trains is imported for it. Raises `UserError` for what is none."
     if hasattr(model, "to_dict"):
         return model.to_dict()
     if isinstance(model, dict):
         return model
     if not isinstance(model, (str, Path)):
         raise UserError(f"model is a {type(model).__name__}: give a configuration, a folder or a name on the Hub")
-    file = _local_config(str(model)) or _hub_config(str(model))
+    file = _local_config(str(model)) or _hub_config(str(model), revision)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
@@ -155,7 +158,7 @@ def model_shape(
     "The `Shape` that a configuration describes. Raises `UserError` for an unknown architecture or a missing value."
     if isinstance(model, Shape):
         return model
-    whole = _config_dict(model)
+    whole = config_dict(model)
     config = {**whole, **(whole.get("text_config") or {})}
     family = str(config.get("model_type"))
     if family not in FAMILIES:
