@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'MODEL_FLAGS', 'TRAIN_FLAGS', 'given', 'pick', 'data_of', 'lora_arguments', 'configuration', 'compare_data',
-           'plan_of', 'loading_arguments', 'foresee', 'check_exportable', 'train_run', 'process_start', 'quantizations',
-           'embedded', 'served', 'with_flags', 'train', 'quiet_stdout', 'opened', 'run_of', 'chat', 'evaluate', 'plans',
-           'cards_table', 'plan', 'tokenizer_of', 'checked', 'check', 'export', 'modelfile', 'gguf_files', 'certify',
-           'report', 'compare', 'doctor', 'recommend', 'diagnose', 'info', 'main']
+           'plan_of', 'loading_arguments', 'trained_by', 'foresee', 'check_exportable', 'train_run', 'process_start',
+           'quantizations', 'embedded', 'served', 'with_flags', 'train', 'quiet_stdout', 'opened', 'run_of', 'chat',
+           'evaluate', 'plans', 'usual_backend', 'cards_table', 'plan', 'tokenizer_of', 'checked', 'check', 'export',
+           'modelfile', 'gguf_files', 'certify', 'report', 'compare', 'doctor', 'recommend', 'diagnose', 'info', 'main']
 
 # %% ../nbs/21_cli.ipynb #826fda92
 import contextlib
@@ -126,32 +126,44 @@ def loading_arguments(flags: dict, settings: dict, config: dict) -> dict:
     longest = pick("max_seq_length", settings.get("max_seq_length"), config, Settings.max_seq_length)
     return {"max_seq_length": longest, **{name: pick(name, flags[name], config, default) for name, default in defaults.items()}}
 
+# %% ../nbs/21_cli.ipynb #f14e445d
+def trained_by(name: str, lora: dict, how: dict) -> tuple[str, str]:
+    "(library, what the estimate is of) for a run: the engine where `load_model` takes it and an adapter like this doesn't make it give way."
+    from qlora_nb.model import choose_backend
+
+    way = choose_backend(how["backend"], how["engine"], name, how["revision"])
+    simple = not lora.get("lora_dropout") and lora.get("bias", "none") == "none"
+    return way.backend, "engine" if way.engine and simple else way.backend
+
 # %% ../nbs/21_cli.ipynb #f14e445c
 def foresee(name: str, data, settings: dict, config: dict, lora: dict, how: dict, card=None) -> str | None:
     "A warning where this run should need more memory than `card` (None: this machine's) has; None where it fits or nobody can tell."
     import torch
 
     from qlora_nb.memory import Rows, estimate_for_rows, find_card, model_shape, row_lengths
-    from qlora_nb.model import choose_backend
+    from qlora_nb.model import quiet_libraries
     from qlora_nb.training import memory_warning, profile_for, settings_for
 
-    if how["engine"] or (card is None and not torch.cuda.is_available()):  # the engine takes less, nobody has measured how much
+    if card is None and not torch.cuda.is_available():
         return None
     card, s = card or find_card("cuda"), settings_for(settings, config, profile_for(name))
+    library, backend = trained_by(name, lora, how)
 
     def warning(lengths: list[int]) -> str | None:
         kept = tuple(sorted((n for n in lengths if n <= how["max_seq_length"]), reverse=True))
         return memory_warning(estimate_for_rows(
             model_shape(name), card, Rows(kept, how["max_seq_length"], 0), "qlora" if how["load_in_4bit"] else "lora",
             batch_size=s.per_device_train_batch_size, accumulation=s.gradient_accumulation_steps, packing=s.packing, optimizer=s.optim,
-            backend=choose_backend(how["backend"])[0], gradient_checkpointing=lora["use_gradient_checkpointing"], r=lora["r"],
-            target_modules=lora["target_modules"],
+            backend=backend, gradient_checkpointing=lora["use_gradient_checkpointing"], r=lora["r"], target_modules=lora["target_modules"],
         ), card)
 
     try:
-        return warning([]) and warning(row_lengths(data, tokenizer_of(name, how["revision"])[0]))
+        if warning([]):
+            with quiet_libraries(library):  # Unsloth comes before the tokenizer's library, as it asks
+                return warning(row_lengths(data, tokenizer_of(name, how["revision"])[0]))
     except UserError:  # an architecture or an optimizer that isn't counted; what is really wrong is said when it is used
-        return None
+        pass
+    return None
 
 # %% ../nbs/21_cli.ipynb #a2f61c09
 def check_exportable(model, tokenizer) -> None:
@@ -170,7 +182,7 @@ def check_exportable(model, tokenizer) -> None:
 def train_run(flags: dict, settings: dict, formats: list[str]):
     "Load, attach, train: what `qlora_nb train` does; returns the `Run`. `formats` are what it is to be exported in."
     from qlora_nb.data import load_sft_dataset
-    from qlora_nb.model import add_lora, check_checkpointing, load_model, model_path
+    from qlora_nb.model import add_lora, check_checkpointing, choose_backend, load_model, model_path
     from qlora_nb.training import read_config, run, settings_for
 
     config = configuration(flags["config"], flags["resume"], flags["output"])
@@ -181,7 +193,7 @@ def train_run(flags: dict, settings: dict, formats: list[str]):
     if eval_name := pick("eval_data", flags["eval_data"], config, None):
         held_out, source["eval_data"] = load_sft_dataset(eval_name), eval_name
     how, lora = loading_arguments(flags, settings, config), lora_arguments(config, flags)
-    check_checkpointing(lora["use_gradient_checkpointing"], bool(how["engine"]))
+    check_checkpointing(lora["use_gradient_checkpointing"], choose_backend(how["backend"], how["engine"], name, how["revision"]).engine)
     if plan is None and (warning := foresee(name, data, settings, config, lora, how)):
         print(warning, file=sys.stderr)
     model, tokenizer = load_model(name, **how)
@@ -214,7 +226,7 @@ MODEL_FLAGS = {  # name: (type, help)
     "export": (str, "then export and certify: GGUF formats with commas, such as q8_0,q4_k_m"),
     "plan": (str, "auto fits the run to this GPU; or a card's name, such as T4"),
     "backend": (str, "auto, unsloth or transformers"),
-    "engine": (bool, "train by this package's own engine, on the backend transformers"),
+    "engine": (bool, "train by this package's own engine, on the backend transformers, or not; default: where it was measured"),
     "dtype": (str, "float32, float16 or bfloat16; default: by hardware"),
     "load_in_4bit": (bool, "base in NF4 (the default), or in 16 bits"),
     "revision": (str, "commit or tag of the model on the Hub"),
@@ -414,19 +426,26 @@ def evaluate(
     print(json.dumps({"n": len(found.rows), **found.summary()}))
 
 # %% ../nbs/21_cli.ipynb #0d25fe2b
-def plans(model: str, gpu: str | None, data: str | None, data_name: str | None, limit: int, **wishes) -> list:
+def plans(model: str, gpu: str | None, data: str | None, data_name: str | None, limit: int, backend: str | None, **wishes) -> list:
     "A `Plan` for the card, for this machine's, or for each of the usual ones."
     import torch
 
     from qlora_nb.data import load_sft_dataset
-    from qlora_nb.memory import CARDS, model_shape, plan_training, row_lengths
+    from qlora_nb.memory import CARDS, find_card, model_shape, plan_training, row_lengths
 
     shape, lengths = model_shape(model), None
     if data is not None or data_name is not None:
         rows = load_sft_dataset(data, data_name, limit=limit)
         lengths = row_lengths(rows, tokenizer_of(model, None)[0])
     cards = [gpu] if gpu else ["cuda"] if torch.cuda.is_available() else list(CARDS)
-    return [plan_training(shape, card, lengths, **wishes) for card in cards]
+    return [plan_training(shape, card, lengths, backend=backend or usual_backend(shape, find_card(card)), **wishes) for card in cards]
+
+
+def usual_backend(shape, card) -> str:
+    "What `auto` trains such a model with on that card, where everything is installed."
+    from qlora_nb.memory import ENGINE_FAMILIES
+
+    return "engine" if card.hopper and shape.family in ENGINE_FAMILIES else "unsloth"
 
 
 def cards_table(found: list) -> str:
@@ -450,7 +469,7 @@ def plan(
     effective_batch: Annotated[int, typer.Option(help="rows in an update")] = 8,
     r: Annotated[int, typer.Option(help="rank of the adapter")] = 16,
     method: Annotated[str | None, typer.Option(help="qlora or lora; default: the faster of those that fit")] = None,
-    backend: Annotated[str, typer.Option(help="unsloth or transformers")] = "unsloth",
+    backend: Annotated[str | None, typer.Option(help="unsloth, transformers or engine; default: what auto takes on that card")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ):
     "Settings that fit a card and should be fastest, before anything is loaded. Exit code 1 where nothing fits."
@@ -688,7 +707,7 @@ def info():
 
         from qlora_nb.model import choose_backend
 
-        backend, why = choose_backend()
+        way = choose_backend()
         found = profile()
         device = "CPU"
         if torch.cuda.is_available():
@@ -697,7 +716,7 @@ def info():
     for name, version in library_versions().items():
         print(f"{name:<13} {version or 'not installed'}")
     print(f"{'device':<13} {device}\n{'profile':<13} {found.name} (model {Path(found.model).name})")
-    print(f"{'backend':<13} {backend}: {why}")
+    print(f"{'backend':<13} {way.backend}{' with the engine' if way.engine else ''}: {way.why}")
 
 # %% ../nbs/21_cli.ipynb #826fda92-18
 def main(arguments: list[str] | None = None) -> None:

@@ -714,7 +714,7 @@ def pass_seconds(
     count, kind, engine = parameter_count(shape), _kind(gradient_checkpointing), backend == "engine"
     work = _operations(shape, kind) + (2 if method == "full" else 0)
     unpack = 7.5 * count["linear"] * (3 if kind is True else 2) / card.bandwidth if method == "qlora" else 0
-    launch = (LAUNCH[kind is True and not engine] + UNPACKING * (method == "qlora")) * shape.layers
+    launch = (LAUNCH[kind is True and not engine] + UNPACKING * (method == "qlora")) * shape.layers * (work / 4 if engine else 1)
     products = work * count["total"] * tokens / (efficiency(shape, backend) * card.tflops * 1e12)
     return max(launch, products + unpack) if engine else launch + products + unpack
 

@@ -158,6 +158,161 @@ def test_a_backend_that_is_not_installed(monkeypatch):
     assert model.choose_backend("auto")[0] == "transformers"
 
 
+# --- what `auto` takes ----------------------------------------------------------------------------------------------
+
+LLAMA = {"model_type": "llama"}
+
+
+@pytest.fixture
+def on_a_card(monkeypatch):
+    "Fakes a GPU of some capability (None: none), what is installed and what this process has imported."
+    import torch
+
+    from qlora_nb import model
+
+    def fake(capability, installed=True, imported=()):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: object() if installed else None)
+        for name in ("unsloth", *model._PATCHED):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        for name in imported:
+            monkeypatch.setitem(sys.modules, name, sys)
+
+    return fake
+
+
+@pytest.mark.parametrize(
+    "capability, installed, imported, backend, engine, why",
+    [
+        ((9, 0), True, (), "transformers", True, "measured the fastest"),
+        ((9, 0), False, (), "transformers", True, "measured the fastest"),
+        ((9, 0), True, ("trl",), "transformers", True, "measured the fastest"),
+        ((9, 0), True, ("unsloth",), "unsloth", False, "already in this process"),
+        ((10, 0), True, (), "unsloth", False, "not measured on this card; engine=True forces it"),
+        ((8, 9), True, (), "unsloth", False, "not measured on this card; engine=True forces it"),
+        ((7, 5), True, (), "unsloth", False, "not measured on this card; engine=True forces it"),
+        ((8, 0), False, (), "transformers", False, "engine=True forces it; Unsloth is not installed"),
+        ((8, 0), True, ("trl",), "transformers", False, "too late to patch"),
+        (None, True, (), "transformers", False, "no CUDA GPU"),
+    ],
+)
+def test_auto_takes_what_was_measured(on_a_card, capability, installed, imported, backend, engine, why):
+    from qlora_nb.model import choose_backend
+
+    on_a_card(capability, installed, imported)
+    found = choose_backend(model=LLAMA)
+    assert (found.backend, found.engine) == (backend, engine) and why in found.why
+    assert "\n" not in found.why
+
+
+@pytest.mark.parametrize(
+    "config, why",
+    [
+        ({"model_type": "gemma2"}, "its architecture is gemma2"),
+        ({"model_type": "llava", "text_config": LLAMA}, "its architecture is llava"),
+        ({"model_type": "mistral"}, "a window of 4096 tokens"),
+        ({"model_type": "mistral", "sliding_window": 1024}, "a window of 1024 tokens"),
+        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True}, "a window of 64 tokens"),
+        ({**LLAMA, "attention_dropout": 0.1}, "drops out 0.1"),
+        ("./nowhere", "there is no model folder"),
+    ],
+)
+def test_a_model_that_the_engine_does_not_train_goes_to_unsloth(on_a_card, config, why):
+    from qlora_nb.model import choose_backend
+
+    on_a_card((9, 0))
+    found = choose_backend(model=config)
+    assert (found.backend, found.engine) == ("unsloth", False) and why in found.why
+    on_a_card((9, 0), installed=False)
+    assert choose_backend(model=config)[:2] == ("transformers", False)
+
+
+def test_the_configuration_alone_says_what_the_model_does():
+    "By the files that transformers writes, and with its defaults: what the engine says of the loaded configuration."
+    from transformers import AutoConfig
+
+    from qlora_nb.engine import ARCHITECTURES
+    from qlora_nb.model import config_refusal
+
+    for family in ARCHITECTURES:
+        config = AutoConfig.for_model(family)
+        window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+        assert bool(config_refusal(config.to_dict())) == bool(window), family
+        assert bool(config_refusal({"model_type": family})) == bool(window), family
+
+
+def test_what_is_asked_for_is_kept(on_a_card):
+    from qlora_nb.core import UserError
+    from qlora_nb.model import choose_backend
+
+    on_a_card((9, 0))
+    assert choose_backend(engine=False, model=LLAMA)[:2] == ("unsloth", False)
+    assert choose_backend("unsloth", model=LLAMA)[:2] == ("unsloth", False)
+    assert choose_backend("transformers", model=LLAMA)[:2] == ("transformers", False)
+    on_a_card((7, 5))
+    assert choose_backend(engine=True, model=LLAMA)[:2] == ("transformers", True)
+    on_a_card((9, 0), imported=("unsloth",))
+    with pytest.raises(UserError, match="already patched this process"):
+        choose_backend(engine=True)
+
+
+def test_an_adapter_that_is_only_used_needs_no_engine(monkeypatch, tmp_path):
+    from qlora_nb import model
+    from qlora_nb.core import EMBEDDED_MODEL
+
+    asked = []
+
+    class Chosen(Exception):
+        pass
+
+    def choose(backend, engine, *_):
+        asked.append(engine)
+        raise Chosen
+
+    monkeypatch.setattr(model, "choose_backend", choose)
+    for more in ({}, {"adapter": tmp_path}, {"adapter": tmp_path, "engine": True}):
+        with pytest.raises(Chosen):
+            model.load_model(EMBEDDED_MODEL, **more)
+    assert asked == [None, False, True]
+
+
+def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys):
+    "The run's configuration has what was used, and the run goes on from it."
+    import yaml
+
+    from qlora_nb import model
+    from qlora_nb.cli import loading_arguments
+    from qlora_nb.core import EMBEDDED_MODEL, UserError
+    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.engine import engine_of
+    from qlora_nb.training import train
+
+    def auto(**lora):
+        with monkeypatch.context() as m:
+            m.setattr(model, "choose_backend", lambda *_: model.Way("transformers", True, "faked"))
+            base, tokenizer = model.load_model(EMBEDDED_MODEL)
+        return model.add_lora(base, r=4, **lora), tokenizer
+
+    fast, _ = auto()
+    assert engine_of(fast) and model.model_info(fast)["engine"]
+    capsys.readouterr()
+    plain, tokenizer = auto(lora_dropout=0.1)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("engine: left out, because its adapter has lora_dropout=0.1")
+    assert engine_of(plain) is None and model.model_info(plain)["engine"] is False
+    run = train(plain, tokenizer, load_sft_dataset(limit=30), output=tmp_path / "run", eval_rows=0, max_steps=1)
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert (config["backend"], config["engine"]) == ("transformers", False)
+    how = loading_arguments(dict.fromkeys(("dtype", "load_in_4bit", "backend", "engine", "revision")), {}, config)
+    assert model.choose_backend(how["backend"], how["engine"])[:2] == ("transformers", False)
+    with pytest.raises(UserError, match="lora_dropout=0.1"):
+        auto(lora_dropout=0.1, use_gradient_checkpointing="selective")
+    base, _ = model.load_model(EMBEDDED_MODEL, engine=True)
+    with pytest.raises(UserError, match="bias=all"):
+        model.add_lora(base, bias="all")
+
+
 def test_a_torchvision_that_does_not_fit_is_named(tmp_path):
     "transformers imports torchvision wherever it finds one; beside a torch of another build that ends in riddles."
     for name, text in {

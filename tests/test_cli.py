@@ -581,3 +581,21 @@ def test_train_warns_before_it_loads_a_model_that_does_not_fit(tmp_path):
     assert said(150) is None, "full rows would not, the real ones do"
     assert re.match(r"warning: this run should need \d+ MiB at its fullest, and a card has", said(20))
     assert said(20, optim="adafactor") is None, "nobody can tell"
+    from qlora_nb.cli import trained_by
+
+    plain = how
+    how = {**how, "backend": "auto", "engine": True}
+    assert trained_by(str(place), lora, how) == ("transformers", "engine")
+    assert trained_by(str(place), {**lora, "lora_dropout": 0.1}, how) == trained_by(str(place), lora, plain)
+    assert said(5).startswith("warning: this run should need")
+    assert said(2000) is None
+
+
+def test_a_plan_takes_what_auto_takes_on_that_card():
+    from qlora_nb.cli import plans
+
+    def taken(card, backend=None, model="qlora_nb:embedded"):
+        return plans(model, card, None, None, 10, backend=backend)[0].backend
+
+    assert [taken(card) for card in ("H100", "H200", "A100 80GB", "T4")] == ["engine", "engine", "unsloth", "unsloth"]
+    assert (taken("H200", "unsloth"), taken("T4", "engine")) == ("unsloth", "engine")

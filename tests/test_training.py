@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import yaml
 
 from qlora_nb.core import PROFILES, UserError
 from qlora_nb.data import load_sft_dataset
+from qlora_nb.engine import engine_of, install_engine
 from qlora_nb.memory import CUDA_CONTEXT, Card, estimate_memory, model_shape, plan_training
 from qlora_nb.model import add_lora, load_model, model_info
 from qlora_nb.training import (
@@ -162,6 +164,38 @@ def test_a_planned_run_goes_on_as_it_was_planned(data, tmp_path):
     (whole.path / "summary.json").unlink()
     with pytest.raises(UserError, match="a run that goes on keeps its settings"):
         go(resume=whole.path, plan="auto")
+
+
+@pytest.mark.parametrize("mib", [85, 400])
+def test_a_plan_for_the_engine_is_followed(data, tmp_path, mib):
+    model, tokenizer = load_model("qlora_nb:embedded", engine=True)
+    model = add_lora(model, r=8)
+    run = train(model, tokenizer, data, output=tmp_path / "run", plan=tight(mib), max_steps=2, eval_rows=0)
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    kind, said = checkpointing_of(model), config["plan"]["choice"]
+    assert config["engine"] is True and config["use_gradient_checkpointing"] == kind
+    assert (kind is False) == (mib == 400)
+    words = {True: " checkpointing", "selective": "selective checkpointing", False: "no checkpointing"}
+    assert words[kind] in said and engine_of(model).selective == (kind == "selective")
+    assert config["plan"]["predicted"]["total_bytes"] <= 0.94 * tight(mib).bytes
+
+
+def test_plans_of_the_engine_and_of_plain_transformers_are_not_mixed_up(data, adapted, tmp_path):
+    plan = plan_training("qlora_nb:embedded", "T4", [200] * 50, method="qlora", backend="engine", r=8)
+    with pytest.raises(UserError, match="the plan is for backend engine, but the model has transformers"):
+        train(*adapted, data, output=tmp_path / "run", plan=plan, **SHORT)
+    with pytest.raises(UserError, match="load the model with engine=True"):
+        set_checkpointing(adapted[0], "selective")
+
+
+def test_the_engines_memory_is_foretold():
+    model = add_lora(load_model("qlora_nb:embedded", engine=True)[0], r=8, use_gradient_checkpointing="selective")
+    settings = settings_for({"optim": "adamw_8bit"}, profile=TINY)
+    expected = expected_memory(model, settings, [200, 100, 50] * 10, tight(500))
+    assert expected.settings["backend"] == "engine" and expected.settings["gradient_checkpointing"] == "selective"
+    assert expected.settings["seq_length"] == 200 and not expected.settings["padded"]
+    install_engine(model, replace(engine_of(model), dense=True))
+    assert expected_memory(model, settings, [200], tight(500)) is None
 
 
 SWITCH = """
