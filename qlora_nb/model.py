@@ -286,6 +286,14 @@ def load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, r
     set_pad_token(tokenizer)
     return loaded, tokenizer
 
+# %% ../nbs/10_model.ipynb #d104000c
+def _way_for(name: str, backend: str, engine: bool | None, adapter: object, revision: str | None) -> Way:
+    "The way to load a model; what `auto` could not take is said on stderr. An adapter that is only used needs no engine."
+    way = choose_backend(backend, False if adapter and not engine else engine, name, revision)
+    if "too late to patch" in way.why or "can't train this model" in way.why:
+        print(f"backend {way.backend}: {way.why}", file=sys.stderr)
+    return way
+
 # %% ../nbs/10_model.ipynb #fca80c77-13
 def load_model(
     model: str | Path | None = None,  # Hub name or folder; None takes the adapter's base, else the profile's model
@@ -305,9 +313,7 @@ def load_model(
     if model is None:
         model = adapter_base(adapter) if adapter else profile().model
     name, dtype = model_path(model), choose_dtype(dtype)
-    way = choose_backend(backend, False if adapter and not engine else engine, name, revision)  # what is only used needs no engine
-    if "too late to patch" in way.why or "can't train this model" in way.why:
-        print(f"backend {way.backend}: {way.why}", file=sys.stderr)
+    way = _way_for(name, backend, engine, adapter, revision)
     loaded, tokenizer = load_base(name, way.backend, dtype, load_in_4bit, revision, max_seq_length)
     loaded.qlora_nb_info = {
         "model": "qlora_nb:embedded" if name == str(EMBEDDED_MODEL) else str(model),
@@ -423,6 +429,15 @@ def _trainable(model, r, lora_alpha, lora_dropout, target_modules, bias, use_rsl
 
 
 # %% ../nbs/10_model.ipynb #fca80c77-21
+def _needs_engine(model: torch.nn.Module, checkpointing: bool | str, **settings) -> bool:
+    "Whether the engine was asked for, with the model or by its kind of checkpointing. Raises `UserError` where it can't train such an adapter."
+    info = model_info(model)
+    must = info["engine"] and (info.get("engine_asked", True) or checkpointing == "selective")
+    if must:
+        check_engine(model, **settings)
+    return must
+
+
 def install_where_possible(
     model: torch.nn.Module,  # a peft model
     must: bool = False,  # whether a refusal is an error
@@ -458,9 +473,7 @@ def add_lora(
     info, targets = model_info(model), find_targets(model, target_modules)
     check_lora(targets, r, lora_alpha, lora_dropout, bias, info["load_in_4bit"])
     checkpointing = check_checkpointing(use_gradient_checkpointing, info["engine"])
-    must = info.get("engine_asked", True) or use_gradient_checkpointing == "selective"
-    if info["engine"] and must:
-        check_engine(model, lora_dropout=lora_dropout, bias=bias)
+    must = _needs_engine(model, use_gradient_checkpointing, lora_dropout=lora_dropout, bias=bias)
     if info["backend"] == "transformers":
         peft_model = _trainable(model, r, lora_alpha, lora_dropout, target_modules, bias, use_rslora, checkpointing, random_state)
     else:

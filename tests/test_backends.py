@@ -277,6 +277,16 @@ def test_an_adapter_that_is_only_used_needs_no_engine(monkeypatch, tmp_path):
     assert asked == [None, False, True]
 
 
+def test_a_model_that_the_engine_does_not_train_is_said_once(monkeypatch, capsys):
+    from qlora_nb import model
+    from qlora_nb.core import EMBEDDED_MODEL
+
+    why = "the engine can't train this model: its architecture is gemma2"
+    monkeypatch.setattr(model, "choose_backend", lambda *_: model.Way("transformers", False, why))
+    model.load_model(EMBEDDED_MODEL)
+    assert capsys.readouterr().err.splitlines() == [f"backend transformers: {why}"]
+
+
 def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys):
     "The run's configuration has what was used, and the run goes on from it."
     import yaml
