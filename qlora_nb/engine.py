@@ -384,18 +384,24 @@ def _swiglu(gate, up):
 
 
 def _swiglu_back(gate, up, da):
-    "In their places: the gradients of gate and up, and what goes into `down` once more."
+    "What goes into `down` once more, and the gradients of gate and up."
     g, u, d = _fp32(gate), _fp32(up), _fp32(da)
     sigma = torch.sigmoid(g)
-    found = d * u * sigma * (1 + g * (1 - sigma)), d * g * sigma, g * sigma * u
-    for place, value in zip((gate, up, da), found):
+    return tuple(t.to(gate.dtype) for t in (g * sigma * u, d * u * sigma * (1 + g * (1 - sigma)), d * g * sigma))
+
+
+def _swiglu_back_in_place(gate, up, da):
+    "The same in the places of da, gate and up."
+    for place, value in zip((da, gate, up), _swiglu_back(gate, up, da)):
         place.copy_(value)
 
 
 def _in_parts(function, *tensors):
     "The same for 1,024 rows at a time: little lies beside the results. None for a function that works in place."
     parts = [function(*part) for part in zip(*(t.split(1024) for t in tensors))]
-    return None if parts[0] is None else torch.cat(parts)
+    if parts[0] is None:
+        return None
+    return torch.cat(parts) if torch.is_tensor(parts[0]) else tuple(map(torch.cat, zip(*parts)))
 
 # %% ../nbs/06_engine.ipynb #02c38b0d
 @functools.cache
@@ -427,16 +433,19 @@ def _first_line(error: Exception) -> str:
 
 # %% ../nbs/06_engine.ipynb #724aadde
 def _mlp_back(rows, xas, terms, dy, compiled, want_x, last=None, *inner):
-    "Gradients of x (None where nobody wants it) and of all terms' parts, for some rows. What isn't given is made again; gate and up are overwritten."
+    "Gradients of x (None where nobody wants it) and of all terms' parts, for some rows. What isn't given of `A a` and of gate and up is made again."
     gate, up, down = terms
-    inner = inner or [_output(rows, xa, term) for xa, term in zip(xas, (gate, up))]
     dlast = _scaled(dy @ down.lora_B, down)  # (n, r)
     da = (dlast @ down.lora_A).addmm_(dy, down.dequantize(dy.dtype))
-    _one_pass(_swiglu_back, compiled, da.shape[1], dy.device, dy.dtype)(*inner, da)  # in place: da is down's input now
-    last = _thin(da, [down])[0] if last is None else last
-    of_down = (None, None, dlast.T @ da, dy.T @ last, None)
-    del da  # wide, and done with
-    return *_gradients(rows, xas, [gate, up], inner, want_x), *of_down
+    if inner:
+        a, *dys = _one_pass(_swiglu_back, compiled, da.shape[1], dy.device, dy.dtype)(*inner, da)
+    else:
+        a, dys = da, [_output(rows, xa, term) for xa, term in zip(xas, (gate, up))]
+        _one_pass(_swiglu_back_in_place, compiled, da.shape[1], dy.device, dy.dtype)(*dys, da)
+    last = _thin(a, [down])[0] if last is None else last
+    of_down = (None, None, dlast.T @ a, dy.T @ last, None)
+    del inner, da, a  # wide, and done with
+    return *_gradients(rows, xas, [gate, up], dys, want_x), *of_down
 
 
 def _mlp_back_in_pieces(rows, xas, terms, dy, compiled, want_x, least=2048):

@@ -368,7 +368,7 @@ def _add(*parts: dict[str, float]) -> dict[str, float]:
 SLACK = {  # reserved but not allocated, as a share of what comes and goes; medians, see the check below
     ("transformers", True): 0.302, ("transformers", False): 0.026, ("unsloth", True): 0.111, ("unsloth", False): 0.032,
     ("full", True): 0.034, ("full", False): 0.034,
-    ("engine", False): 0.461, ("engine", "selective"): 0.262, ("engine", True): 0.262,  # the last one is not measured
+    ("engine", False): 0.461, ("engine", "selective"): 0.262, ("engine", True): 0.492,
 }
 CUDA_CONTEXT = 804_061_184  # bytes on an H200 with torch 2.11: what the device says is used, less what torch reserved
 
@@ -580,30 +580,41 @@ def _engine_stays(shape: Shape, s: dict, trained: list[int], embeddings: list[in
     "`_stays` for the engine."
     found, temporaries = _stays(shape, s, trained, embeddings, size)
     found["activations"] = 0
-    if _kind(s["gradient_checkpointing"]) is True:  # the template's buffers; its layer
-        found["activations"] = 4 * 2 * shape.hidden * s["batch_size"] * s["seq_length"]
+    if _kind(s["gradient_checkpointing"]) is True:  # the copy's buffers; its layer
+        found["activations"] = 2 * 2 * shape.hidden * s["batch_size"] * s["seq_length"]
         for name in ("base_weights", "quant_constants", "adapters"):
             found[name] *= 1 + 1 / shape.layers
     flat = 0 if s["optimizer"].startswith("paged") else sum(trained) * size
     return found, temporaries + flat
 
 # %% ../nbs/04_memory.ipynb #e9a10006
+def _engine_again(shape: Shape, s: dict, tokens: int) -> dict[str, float]:
+    "What a replayed layer holds at its fullest, in attention or in a piece of its MLP."
+    h, m, whole = shape.hidden, shape.intermediate, {"gate_proj", "up_proj", "down_proj"} <= set(s["target_modules"])
+    kept = engine_layer_bytes(shape, s["r"], s["target_modules"], selective=True)
+    piece = math.ceil(tokens / math.ceil(tokens / max(2048, tokens // 4))) if whole else tokens
+    unpacked = backward_bytes(shape, s["method"], "engine")[1]
+    attention, mlp = 12 * shape.query * tokens, 4 * h * tokens + 6 * m * piece
+    fullest = {"attention": attention} if attention > mlp + unpacked else {"activations": mlp, "dequant_buffers": unpacked}
+    lines = {"activations": (5 * 2 * h - 4 * h) * tokens}  # the layer's input is one of the buffers, the MLP's input is the MLP's
+    return _add({name: tokens * value for name, value in kept.items()}, lines, fullest)
+
+
 def _engine_moments(shape: Shape, s: dict, gradients: float, temporaries: float) -> dict[str, dict[str, float]]:
     "`_moments` for the engine."
     tokens, kind = s["batch_size"] * s["seq_length"], _kind(s["gradient_checkpointing"])
     kept = engine_layer_bytes(shape, s["r"], s["target_modules"], kind == "selective")
-    one = {name: tokens * value for name, value in kept.items()}
-    inputs, early = 2 * shape.hidden * tokens, gradients if s["accumulation"] > 1 else 0
-    stack = {"activations": 3 * inputs} if kind is True else {name: shape.layers * value for name, value in one.items()}
+    one, early = {name: tokens * value for name, value in kept.items()}, gradients if s["accumulation"] > 1 else 0
+    stack = {"activations": 2 * 2 * shape.hidden * tokens} if kind is True else {name: shape.layers * value for name, value in one.items()}
     copies = {"adapters": gradients * 2 / s["adapter_bytes"] / (shape.layers if kind is True else 1)}  # of A and B in 16 bits
     wide = 2 * shape.hidden + shape.intermediate * (12 if kind == "selective" else 8)
     back = {"activations": tokens * wide, "dequant_buffers": backward_bytes(shape, s["method"], "engine")[1]}
-    again = one if kind is True else {}
+    last, first = (_add(stack, back), _add(one, back)) if kind is not True else (_engine_again(shape, s, tokens),) * 2
     loss = engine_loss_bytes(shape, tokens, max(tokens - s["batch_size"], 1))
     return {
         "loss": _add(stack, copies, {"logits_loss": loss, "gradients": early}),
-        "last layer": _add(stack, copies, again, back, {"gradients": early}),
-        "first layer": _add({"activations": 3 * inputs} if kind is True else {}, one, back, {"gradients": gradients}),
+        "last layer": _add(last, copies, {"gradients": early}),
+        "first layer": _add(first, {"gradients": gradients}),
         "optimizer": {"gradients": gradients, "optimizer": temporaries},
     }
 
@@ -696,10 +707,10 @@ def efficiency(
     return min(0.12 * shape.hidden / 1000, 0.6) * (ENGINE_GAIN if backend == "engine" else 1)
 
 
-def _operations(shape: Shape, kind: bool | str) -> float:
-    "Operations a parameter and token with a frozen base; selective checkpointing makes the products of gate and up once more."
-    again = 2 * shape.layers * shape.hidden * shape.intermediate / parameter_count(shape)["total"]
-    return {True: 6, False: 4, "selective": 4 + 2 * again}[kind]
+def _operations(shape: Shape, kind: bool | str, engine: bool = False) -> float:
+    "Operations a parameter and token with a frozen base; selective makes gate and up once more, and the engine's second run leaves `down` out."
+    one = shape.layers * shape.hidden * shape.intermediate / parameter_count(shape)["total"]  # of the MLP's three
+    return {True: 6 - 2 * one * engine, False: 4, "selective": 4 + 4 * one}[kind]
 
 
 def pass_seconds(
@@ -712,9 +723,11 @@ def pass_seconds(
 ) -> float:
     "Expected seconds of one forward and backward pass."
     count, kind, engine = parameter_count(shape), _kind(gradient_checkpointing), backend == "engine"
-    work = _operations(shape, kind) + (2 if method == "full" else 0)
+    work = _operations(shape, kind, engine) + (2 if method == "full" else 0)
     unpack = 7.5 * count["linear"] * (3 if kind is True else 2) / card.bandwidth if method == "qlora" else 0
-    launch = (LAUNCH[kind is True and not engine] + UNPACKING * (method == "qlora")) * shape.layers * (work / 4 if engine else 1)
+    replayed = engine and kind is True
+    launch = (LAUNCH[kind is True and not engine] + UNPACKING * (method == "qlora" and not replayed)) * shape.layers
+    launch *= work / 4 if engine and not replayed else 1
     products = work * count["total"] * tokens / (efficiency(shape, backend) * card.tflops * 1e12)
     return max(launch, products + unpack) if engine else launch + products + unpack
 

@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from .core import EMBEDDED_MODEL, UserError, file_sha256, write_aside
-from .engine import install_where_asked
-from .model import choose_dtype, keep_4bit_layers, model_path, nf4_config
+from .model import choose_dtype, install_where_possible, keep_4bit_layers, model_info, model_path, nf4_config
 
 # %% ../nbs/16_merge.ipynb #bd01c831-2
 def adapter_size(
@@ -222,7 +221,7 @@ def load_adapter(
         for name, parameter in loaded.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.to(*kinds)
-    return install_where_asked(loaded) if trainable else loaded
+    return install_where_possible(loaded, model_info(model).get("engine_asked", True)) if trainable else loaded
 
 # %% ../nbs/16_merge.ipynb #bd01c831-13
 TARGETS = ("dequantized", "original", "requantized")

@@ -272,6 +272,7 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
     arguments = trainer_arguments(settings, folder, getattr(torch, info["dtype"]), checkpointing and not by_engine, engine)
     flat = bool(engine and engine.flat) and settings.optim in ELEMENTWISE and not arguments.fp16
     rows = pack_rows(rows, settings.max_seq_length) if engine and engine.attention and settings.packing else rows
+    vars(model).pop("_is_accelerate_prepared", None)  # or a model that was trained without autocast would never get it
     with quiet_libraries(info["backend"]):
         trainer = trainer_class(bool(plain_loss), flat)(
             model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks,
