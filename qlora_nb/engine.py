@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['CHUNK_BYTES', 'GROUPS', 'KERNELS', 'ARCHITECTURES', 'REPLAYED_ON', 'end_to_end', 'packed_attention',
            'bounded_forward', 'LabelledCrossEntropy', 'labelled_loss', 'labelled_forward', 'Term', 'fused_forward',
-           'GroupedQLoRAFunction', 'MLPFunction', 'mlp_forward', 'Parked', 'CheckpointFunction', 'checkpointed',
-           'Replay', 'FlatAdapters', 'looked_up_once', 'Engine', 'engine_refusal', 'check_engine', 'install_engine',
-           'engine_of', 'attention_kernel', 'remove_engine', 'install_where_asked', 'pack_rows']
+           'GroupedQLoRAFunction', 'MLPFunction', 'mlp_forward', 'Parked', 'take_back', 'CheckpointFunction',
+           'checkpointed', 'Replay', 'release_recordings', 'released_after', 'FlatAdapters', 'looked_up_once', 'Engine',
+           'engine_refusal', 'check_engine', 'install_engine', 'engine_of', 'attention_kernel', 'remove_engine',
+           'install_where_asked', 'pack_rows']
 
 # %% ../nbs/06_engine.ipynb #0092e4c0
 import collections
 import contextlib
 import copy
 import functools
+import gc
 import importlib.util
 import inspect
 import itertools
 import os
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable
@@ -97,10 +100,13 @@ def _usual(module: torch.nn.Module):
     return types.MethodType(type(module).forward, module) if before is None else before
 
 # %% ../nbs/06_engine.ipynb #8919e46d
-class _Bounded:
-    "Whether the forward under way has bounds, and so needs no mask."
+class _Under(threading.local):
+    "Whether the forward under way in this thread has bounds, and so needs no mask."
 
     now = False
+
+
+_Bounded = _Under()
 
 
 def _mask(*args, **kwargs):
@@ -200,10 +206,13 @@ class Term(NamedTuple):
     scaling: float
 
 
-class _Again:
-    "Of a layer that runs twice: whether this is the first time, without gradients, or the second, in the backward, when nobody reads its output."
+class _Twice(threading.local):
+    "Of a layer that runs twice in this thread: whether this is the first time, without gradients, or the second, when nobody reads its output."
 
     later, now = False, False
+
+
+_Again = _Twice()
 
 
 def _trained(weight: torch.Tensor | None) -> bool:
@@ -624,19 +633,23 @@ class Parked:
     "A tensor on a GPU that waits in main memory. A stream of its own copies it there, and back while the layer after it is at work."
 
     newest = staticmethod(lambda: None)  # the one that was parked last: of the layer before
-    leaving = collections.deque()  # (tensor, event): on their way, and not to be overwritten before they are there
+    leaving = collections.defaultdict(collections.deque)  # by device, (tensor, event): not to be overwritten before they are there
 
     def __init__(self, x: torch.Tensor):
         self.device, self.back, self.before, self.side = x.device, None, Parked.newest, _side_stream(x.device)
-        here = torch.cuda.current_stream(x.device)
+        here, leaving = torch.cuda.current_stream(x.device), Parked.leaving[x.device]
         self.side.wait_stream(here)
         with torch.cuda.stream(self.side):
             self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             self.host.copy_(x, non_blocking=True)
-        Parked.leaving.append((x.detach(), self.side.record_event()))
+        leaving.append((x.detach(), self.side.record_event()))
         Parked.newest = weakref.ref(self)
-        while len(Parked.leaving) > 2:  # wait for the older: Python is far ahead, and would let all of them pile up
-            here.wait_event(Parked.leaving.popleft()[1])
+        while len(leaving) > 2:  # wait for the older: Python is far ahead, and would let all of them pile up
+            here.wait_event(leaving.popleft()[1])
+
+    def __del__(self):
+        if getattr(self, "back", None) is not None:  # fetched and not taken: its memory is free when the copy is there
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
 
     def fetch(self) -> None:
         "Begin to copy it back."
@@ -645,16 +658,33 @@ class Parked:
         with torch.cuda.stream(self.side):
             self.back.copy_(self.host, non_blocking=True)
 
-    def take(self) -> torch.Tensor:
-        "The tensor; and the one before it, which is wanted next, is fetched."
-        if self.back is None:
-            self.fetch()
-        torch.cuda.current_stream(self.device).wait_stream(self.side)  # those that were leaving are there, too
-        Parked.leaving.clear()
-        (x, self.back), before, self.before = (self.back, None), self.before(), lambda: None
-        if before is not None and before.back is None:
-            before.fetch()
-        return x
+# %% ../nbs/06_engine.ipynb #0f1a7f01
+def take_back(parked: Parked, for_good: bool = True) -> torch.Tensor:
+    "The tensor; and the one parked before it, which is wanted next, is fetched. `for_good` gives up the place in main memory."
+    if parked.host is None:
+        raise RuntimeError("a layer's input was taken back already: call the first backward with retain_graph=True")
+    if parked.back is None:
+        parked.fetch()
+    torch.cuda.current_stream(parked.device).wait_stream(parked.side)  # those that were leaving are there, too
+    Parked.leaving[parked.device].clear()
+    (x, parked.back), before, parked.before = (parked.back, None), parked.before(), lambda: None
+    if for_good:
+        parked.host = None
+    if before is not None and before.back is None and before.host is not None:
+        before.fetch()
+    return x
+
+
+def _park(layer: dict, x: torch.Tensor) -> Parked | None:
+    "Where the layer's inputs are to wait in main memory and there is some."
+    if not layer.get("qlora_nb_offload"):
+        return None
+    try:
+        return Parked(x)
+    except RuntimeError as error:  # no memory that can be pinned
+        layer["qlora_nb_offload"] = None
+        print(f"engine: a layer's input stays on the GPU: {_first_line(error)}", file=sys.stderr)
+        return None
 
 # %% ../nbs/06_engine.ipynb #0f1a7b42
 class CheckpointFunction(torch.autograd.Function):
@@ -664,7 +694,9 @@ class CheckpointFunction(torch.autograd.Function):
     def forward(ctx, run, x):
         kind, layer = x.device.type, vars(getattr(getattr(run, "func", None), "__self__", _Again))
         ctx.run, ctx.autocast = run, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        ctx.parked = Parked(x) if layer.get("qlora_nb_offload") else ctx.save_for_backward(x)
+        ctx.parked = _park(layer, x)
+        if ctx.parked is None:
+            ctx.save_for_backward(x)
         ctx.replay, before, _Again.later = layer.get("qlora_nb_replay"), _Again.later, True
         try:  # autograd is off in here, and the layers go through the engine all the same: what is made again must be what was there
             y = ctx.replay and ctx.replay.forward(run, x)
@@ -675,7 +707,10 @@ class CheckpointFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x = ctx.parked.take() if ctx.parked else ctx.saved_tensors[0]
+        if not torch.autograd._is_checkpoint_valid():  # as torch's own says it
+            raise RuntimeError("the engine's checkpointed layers need backward() without inputs=, and not autograd.grad: load the model with engine=False")
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        x = take_back(ctx.parked, not again) if ctx.parked else ctx.saved_tensors[0]
         with torch.autocast(*ctx.autocast):
             dx = ctx.replay and ctx.replay.backward(ctx.run, x, dy)
             if dx is not None:
@@ -684,6 +719,13 @@ class CheckpointFunction(torch.autograd.Function):
             y = _second_run(ctx.run, x)
         torch.autograd.backward(y, dy)
         return None, x.grad
+
+# %% ../nbs/06_engine.ipynb #0f1a7f02
+def checkpointed(run: Callable, x: torch.Tensor) -> torch.Tensor:
+    "What transformers calls for a layer that is to run again: `run` is the layer, with its other arguments in it."
+    if not torch.is_grad_enabled():  # nothing runs again
+        return run(x)
+    return CheckpointFunction.apply(run, x if x.requires_grad else x.detach().requires_grad_())
 
 
 def _second_run(run, x, **kwargs):
@@ -696,11 +738,6 @@ def _second_run(run, x, **kwargs):
     finally:
         _Again.now = before
 
-
-def checkpointed(run: Callable, x: torch.Tensor) -> torch.Tensor:
-    "What transformers calls for a layer that is to run again: `run` is the layer, with its other arguments in it."
-    return CheckpointFunction.apply(run, x if x.requires_grad else x.detach().requires_grad_())
-
 # %% ../nbs/06_engine.ipynb #0f1a7c05
 def _rounded_length(length: int, least: int = 128) -> int:
     "The next length that lines are filled up to: an eighth of a power of two apart, and `least` at least."
@@ -711,7 +748,7 @@ def _rounded_length(length: int, least: int = 128) -> int:
 def _rounded(decoder, args, given):
     "(its length, the arguments with the line filled up) where the decoder's layers are replayed; else (None, the arguments as they were)."
     replayed = "qlora_nb_rounds" in vars(decoder) and decoder.training and torch.is_grad_enabled()
-    if not replayed or args or any(given.get(name) is None for name in ("input_ids", "cu_seq_lens_q", "position_ids")):
+    if not replayed or args or given.get("output_hidden_states") or any(given.get(name) is None for name in ("input_ids", "cu_seq_lens_q", "position_ids")):
         return None, given
     length, bounds = given["input_ids"].shape[1], given["cu_seq_lens_q"]
     total = _rounded_length(length)
@@ -723,6 +760,13 @@ def _rounded(decoder, args, given):
     return length, {**given, **line}
 
 # %% ../nbs/06_engine.ipynb #0f1a7c08
+def _quantized(weight: torch.Tensor) -> tuple:
+    "What a recording holds on to of a weight's quantization."
+    state = getattr(weight, "quant_state", None)
+    code = None if state is None else (state.code, state.state2.code if state.nested else None)
+    return () if state is None else (state.quant_type, state.blocksize, state.dtype, [None if c is None else c.tolist() for c in code])
+
+
 def _tensors(weight: torch.Tensor) -> list[torch.Tensor]:
     "The tensors of a frozen weight."
     state = getattr(weight, "quant_state", None)
@@ -730,24 +774,33 @@ def _tensors(weight: torch.Tensor) -> list[torch.Tensor]:
     return [weight.data, *([] if state is None else [state.absmax, *nested])]
 
 
+def _constants(module: torch.nn.Module) -> dict:
+    "Numbers and words of a module that go into a recording, such as a norm's eps."
+    return {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str)) and not k.endswith("idx") and "name" not in k}
+
+# %% ../nbs/06_engine.ipynb #0f1a7f03
 class _Weights:
     "What a layer is made of."
 
     def __init__(self, layer):
         from peft.tuners.lora import LoraLayer
 
-        self.modules, self.known = list(layer.modules()), {}
+        self.modules, self.seen, self.known = list(layer.modules()), None, []
         self.loras = [m for m in self.modules if isinstance(m, LoraLayer)]
         self.places = [(d, name) for m in self.modules for d in (m._parameters, m._buffers) for name in d if d[name] is not None]
 
     def trained(self) -> list:
         return [weight for d, name in self.places if (weight := d[name]).requires_grad]
 
-    def frozen(self) -> list[torch.Tensor]:
-        for place, weight in enumerate(d[name] for d, name in self.places):
-            if not weight.requires_grad and self.known.get(place, (None,))[0] is not weight:
-                self.known[place] = weight, _tensors(weight)
-        return [tensor for _, tensors in self.known.values() for tensor in tensors]
+    def frozen(self, of=None) -> list[torch.Tensor]:
+        "Looked up once for all that is done `of` one forward."
+        if of is None or self.seen is not of:
+            self.seen, self.known = of, [t for d, name in self.places if not d[name].requires_grad for t in _tensors(d[name])]
+        return self.known
+
+    def like(self, of=None) -> list:
+        "Sizes, dtypes and devices."
+        return [(t.shape, t.dtype, t.device) for t in (*self.trained(), *self.frozen(of))]
 
     def state(self) -> list:
         "What a recording holds on to besides the weights' values."
@@ -759,13 +812,13 @@ class _Weights:
 
     def kinds(self) -> list:
         "Equal for layers that can take each other's recording."
-        return [type(m) for m in self.modules], [(t.shape, t.dtype) for t in self.trained() + self.frozen()], self.state()
+        return [[(type(m), _constants(m)) for m in self.modules], self.like(), self.state(), [_quantized(d[name]) for d, name in self.places]]
 
 # %% ../nbs/06_engine.ipynb #0f1a7c09
 def _copy_all(targets, sources) -> None:
     "Copy tensors into tensors, a call for each dtype."
     kinds = {}
-    for target, source in zip(targets, sources):
+    for target, source in zip(targets, sources, strict=True):
         pair = kinds.setdefault(target.dtype, ([], []))
         pair[0].append(target)
         pair[1].append(source)
@@ -787,8 +840,10 @@ def _recorded(function, stream, pool):
         try:
             function()
         finally:
-            graph.capture_end()
-            torch._C._cuda_clearCublasWorkspaces()  # 32 MiB for each stream and thread on a Hopper; inductor does so, too
+            try:
+                graph.capture_end()
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()  # 32 MiB for each stream and thread on a Hopper; inductor does so, too
     here.wait_stream(stream)
     return graph.replay
 
@@ -800,7 +855,7 @@ class _Copy:
         self.layer = copy.deepcopy(layer, {id(replay): None})
         self.layer.gradient_checkpointing = False
         self.length, self.made, self.buffers, self.filled, weights = length, {}, {}, None, _Weights(self.layer)
-        self.trained, self.frozen, self.state = weights.trained(), weights.frozen(), weights.state()
+        self.trained, self.frozen, self.state, self.like = weights.trained(), weights.frozen(), weights.state(), weights.like()
         self.flat = torch.zeros(sum(w.numel() for w in self.trained), dtype=self.trained[0].dtype, device=device)
         self.grads = self.views(self.flat)
         self.stream, self.pool = (torch.cuda.Stream(device), torch.cuda.MemPool()) if device.type == "cuda" else (None, None)
@@ -811,9 +866,9 @@ class _Copy:
 
     def buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
         "A buffer in the shape of `like` (1, T, …): the beginning of one that is long enough for all."
-        if name not in self.buffers:
-            self.buffers[name] = like.new_zeros(self.length * (like.numel() // like.shape[1]))
-        return self.buffers[name][: like.numel()].view(like.shape)
+        if (name, like.dtype) not in self.buffers:
+            self.buffers[name, like.dtype] = like.new_zeros(self.length * (like.numel() // like.shape[1]))
+        return self.buffers[name, like.dtype][: like.numel()].view(like.shape)
 
     def run(self, x, y, given) -> None:
         "The forward: y from x."
@@ -838,7 +893,7 @@ _NONE = ("attention_mask", "past_key_values", "use_cache")
 def _key(given, x):
     "Sizes, dtype, autocast; None where the arguments are none that a recording knows."
     kind, others = x.device.type, set(given) - {"position_embeddings", "position_ids", *_ROWS, *_NONE}
-    if x.shape[0] != 1 or any(given.get(name) for name in _NONE) or any(given[name] is not None for name in others):
+    if x.shape[0] != 1 or any(given.get(name) is not None and given[name] is not False for name in _NONE) or any(given[name] is not None for name in others):
         return None
     if any(given.get(name) is None for name in ("position_embeddings", "position_ids", *_ROWS)):
         return None
@@ -870,54 +925,84 @@ class Replay:
 
     def forward(self, run: Callable, x: torch.Tensor) -> torch.Tensor | None:
         "y; None where no recording is for it."
-        recorded = self._recorded("run", run, x)
-        if recorded is None:
-            return None
-        recorded()
-        return self.copied.buffer("y", x).clone()
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            recorded = _recording(self, "run", run, x)
+            if recorded is None:
+                return None
+            recorded()
+            return self.copied.buffer("y", x).clone()
 
     def backward(self, run: Callable, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor | None:
         "The gradient of x, and the weights' added to theirs; None where no recording is for it."
-        recorded = self._recorded("run_back", run, x, dy)
-        if recorded is None:
-            return None
-        recorded()
-        _add_gradients(self.weights[id(run.func.__self__)].trained(), self.copied)
-        return self.copied.buffer("x", x).clone()
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            recorded = _recording(self, "run_back", run, x, dy)
+            if recorded is None:
+                return None
+            recorded()
+            _add_gradients(self.weights[id(run.func.__self__)].trained(), self.copied)
+            return self.copied.buffer("x", x).clone()
 
-    def release(self) -> None:
-        "Forget copy and recordings, and give back their memory."
-        cuda, self.copied, self.weights = self.copied is not None and self.copied.stream, None, {}
-        if cuda:
-            torch.cuda.empty_cache()
+# %% ../nbs/06_engine.ipynb #0f1a7f04
+#| code-fold: true
+#| code-summary: "Code: letting go"
+def _release(replay: Replay) -> None:
+    "Forget copy and recordings, and give back their memory."
+    cuda, replay.copied, replay.weights = replay.copied is not None and replay.copied.stream, None, {}
+    gc.collect()  # a copied layer holds itself, by the forwards in it
+    if cuda:
+        torch.cuda.empty_cache()
 
-    def _recorded(self, name, run, x, dy=None):
-        "The recording with this layer's weights and these inputs in place; None where there can't be one."
-        try:
-            several = torch.distributed.is_available() and torch.distributed.is_initialized()  # they wait for hooks on gradients
-            return None if self.broken or several else _ready(self, name, run, x, dy)
-        except Exception as error:  # whatever can't be recorded
-            self.broken = True
-            print(f"engine: layers can't be replayed, they run as before: {_first_line(error)}", file=sys.stderr)
-            return None
+
+def _recording(replay: Replay, name, run, x, dy=None):
+    "The recording with this layer's weights and these inputs in place; None where there can't be one."
+    try:
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()  # they wait for hooks on gradients
+        return None if replay.broken or several else _ready(replay, name, run, x, dy)
+    except Exception as error:  # whatever can't be recorded
+        replay.broken = True
+        print(f"engine: layers can't be replayed, they run as before: {_first_line(error)}", file=sys.stderr)
+    _release(replay)
+    return None
+
+
+def release_recordings(model: torch.nn.Module) -> None:
+    "Forget what checkpointed layers were replayed from, and give back its memory: after training."
+    replays = [vars(m).get("qlora_nb_replay") for m in _base_of(model).modules()]
+    for replay in {id(r): r for r in replays if r}.values():
+        _release(replay)
+        replay.broken = False
+    Parked.leaving.clear()
+
+
+@contextlib.contextmanager
+def released_after(model: torch.nn.Module):
+    "`release_recordings` at the end, however it comes."
+    try:
+        yield
+    finally:
+        release_recordings(model)
 
 # %% ../nbs/06_engine.ipynb #0f1a7c0e
 #| code-fold: true
-#| code-summary: "Code: getting ready, and adding gradients"
+#| code-summary: "Code: getting ready"
 def _ready(replay: Replay, name, run, x, dy):
-    "What `Replay._recorded` gives."
+    "What `_recording` gives."
     key, layer = _key(run.keywords, x), run.func.__self__
-    if key is None:
+    if id(layer) not in replay.weights:
+        replay.weights[id(layer)] = _Weights(layer)
+    weights = replay.weights[id(layer)]
+    if key is None or weights.hooked():
         return None
     if replay.copied is None or x.shape[1] > replay.copied.length:
-        replay.release()
-        replay.weights = {id(one): _Weights(one) for one in replay.layers}
-        replay.copied = _Copy(replay.layers[0], replay, x.shape[1], x.device)
-    weights, copied = replay.weights[id(layer)], replay.copied
-    if weights.state() != copied.state or weights.hooked():
-        return None
-    _copy_all([*(w.data for w in copied.trained), *copied.frozen], [*(w.data for w in weights.trained()), *weights.frozen()])
+        _release(replay)
+        replay.weights, replay.copied = {id(layer): weights}, _Copy(layer, replay, x.shape[1], x.device)
+    copied = replay.copied
     given, inputs = _in_buffers(copied, run.keywords), (copied.buffer("x", x), copied.buffer("y", x))
+    if weights.seen is not copied.filled:
+        weights.fits = weights.like(copied.filled) == copied.like
+    if weights.state() != copied.state or not weights.fits:
+        return None
+    _copy_all([*(w.data for w in copied.trained), *copied.frozen], [*(w.data for w in weights.trained()), *weights.frozen(copied.filled)])
     if (name, key) not in copied.made:
         with torch.autocast(*key[-3:], cache_enabled=False):
             copied.made[name, key] = _recorded(functools.partial(getattr(copied, name), *inputs, given), copied.stream, copied.pool)
@@ -926,7 +1011,9 @@ def _ready(replay: Replay, name, run, x, dy):
             buffer.copy_(tensor)
     return copied.made[name, key]
 
-
+# %% ../nbs/06_engine.ipynb #0f1a7c1f
+#| code-fold: true
+#| code-summary: "Code: adding gradients"
 def _add_gradients(weights, copied: _Copy) -> None:
     "Those of the copy to a layer's."
     missing = [w.grad is None for w in weights]
@@ -986,8 +1073,6 @@ def looked_up_once(model: torch.nn.Module):
         yield trained
     finally:
         del model.parameters, model.train
-        for replay in {id(r): r for m in modules if (r := vars(m).get("qlora_nb_replay"))}.values():
-            replay.release()
 
 # %% ../nbs/06_engine.ipynb #7efb8aba
 @dataclass(frozen=True)
@@ -1138,22 +1223,8 @@ def _replace_attention(base: torch.nn.Module) -> None:
         base.qlora_nb_before.append((config, "_attn_implementation", config._attn_implementation))
         config._attn_implementation = "qlora_nb"
 
-# %% ../nbs/06_engine.ipynb #63013a35
+# %% ../nbs/06_engine.ipynb #0f1a7f05
 REPLAYED_ON = ("cuda",)  # devices; elsewhere a recording is the function itself, and saves nothing
-
-
-def _replace_checkpoints(base: torch.nn.Module, engine: Engine) -> None:
-    "Let the layers that are checkpointed run again by `checkpointed`."
-    layers = _again_layers(base)
-    replay = Replay(layers) if engine.graphs else None
-    for layer in layers:
-        put = {"_gradient_checkpointing_func": checkpointed, "qlora_nb_replay": replay, "qlora_nb_offload": engine.offload or None}
-        for name, value in put.items():
-            base.qlora_nb_before.append((layer, name, vars(layer).get(name)))
-            vars(layer)[name] = value
-    if replay:
-        base.qlora_nb_before.append((base.get_decoder(), "qlora_nb_rounds", None))
-        base.get_decoder().qlora_nb_rounds = True
 
 
 def _again_layers(base: torch.nn.Module) -> list[torch.nn.Module]:
@@ -1167,7 +1238,25 @@ def _replayed(engine: Engine, base: torch.nn.Module) -> bool:
     "Whether the layers that run again are alike, and of the kind that recordings are for."
     layers = _again_layers(base) if engine.graphs and engine.checkpoint and engine.attention and not engine.dense else []
     layers = [layer for layer in layers if next(layer.parameters()).device.type in REPLAYED_ON]
-    return len(layers) > 1 and all(_Weights(layer).kinds() == _Weights(layers[0]).kinds() for layer in layers)
+    if len(layers) < 2:
+        return False
+    first, *others = (_Weights(layer).kinds() for layer in layers)
+    alike = all(kinds == first for kinds in others) and len({w.dtype for w in _Weights(layers[0]).trained()}) == 1
+    return alike and (not next(base.parameters()).is_cuda or attention_kernel(base) in KERNELS)  # a call for each row can't be recorded
+
+# %% ../nbs/06_engine.ipynb #63013a35
+def _replace_checkpoints(base: torch.nn.Module, engine: Engine) -> None:
+    "Let the layers that are checkpointed run again by `checkpointed`."
+    layers = _again_layers(base)
+    replay = Replay(layers) if engine.graphs else None
+    for layer in layers:
+        put = {"_gradient_checkpointing_func": checkpointed, "qlora_nb_replay": replay, "qlora_nb_offload": engine.offload or None}
+        for name, value in put.items():
+            base.qlora_nb_before.append((layer, name, vars(layer).get(name)))
+            vars(layer)[name] = value
+    if replay:
+        base.qlora_nb_before.append((base.get_decoder(), "qlora_nb_rounds", None))
+        base.get_decoder().qlora_nb_rounds = True
 
 
 def _possible(engine: Engine, base: torch.nn.Module) -> Engine:
@@ -1192,7 +1281,7 @@ def install_engine(
     _refuse(engine_refusal(model))
     remove_engine(model)
     base = model.get_base_model()
-    base.qlora_nb_before = []
+    base.qlora_nb_before, base.qlora_nb_wanted = [], engine
     engine, mlps = _possible(engine, base), list(_mlps(base))
     if engine.kernels:
         _liger(base)
@@ -1222,9 +1311,12 @@ def _say(base: torch.nn.Module, on: bool) -> None:
         base.qlora_nb_info = {**base.qlora_nb_info, "engine": on}
 
 
-def engine_of(model: torch.nn.Module) -> Engine | None:
+def engine_of(
+    model: torch.nn.Module,
+    wanted: bool = False,  # as it was asked for, with parts that this model or machine can't have
+) -> Engine | None:
     "The engine that is in a model; None where there is none."
-    return getattr(_base_of(model), "qlora_nb_engine", None)
+    return getattr(_base_of(model), "qlora_nb_wanted" if wanted else "qlora_nb_engine", None)
 
 
 def attention_kernel(model: torch.nn.Module) -> str:
@@ -1238,6 +1330,8 @@ def attention_kernel(model: torch.nn.Module) -> str:
 def remove_engine(model: torch.nn.Module) -> None:
     "Take the engine out: all is put back as it was before `install_engine`. Nothing happens where there is none."
     base = _base_of(model)
+    release_recordings(model)
+    vars(base).pop("qlora_nb_wanted", None)
     for owner, name, was in reversed(vars(base).pop("qlora_nb_before", [])):
         owner = sys.modules[owner] if isinstance(owner, str) else owner
         if was is None:

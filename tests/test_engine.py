@@ -23,8 +23,8 @@ from qlora_nb.engine import (
     engine_of,
     engine_refusal,
     install_engine,
-    looked_up_once,
     pack_rows,
+    release_recordings,
     remove_engine,
 )
 
@@ -1030,6 +1030,77 @@ def test_a_layer_that_changed_runs_as_before(on_a_cpu):
     assert apart(gradients(model, end_to_end(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
 
 
+def test_a_hook_stays_with_its_layer(on_a_cpu):
+    "One that was there before anything was recorded, and changes what its layer gives."
+    (model, replay), plain, rows, heard = replayed(), peft_of(), some_rows(), []
+
+    def halve(module, args, output):
+        heard.append(module)
+        return output * 0.5
+
+    handles = [one.get_base_model().get_decoder().layers[0].register_forward_hook(halve) for one in (model, plain)]
+    assert apart(gradients(model, end_to_end(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
+    assert len(heard) == 3 and replay.copied  # twice here, once in the plain one; the other layer is replayed
+    [handle.remove() for handle in handles]
+    assert apart(gradients(model, end_to_end(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
+
+
+def test_frozen_weights_may_change_between_steps(on_a_cpu):
+    (model, replay), plain, rows = replayed(), peft_of(), some_rows()
+    gradients(model, end_to_end(rows))
+    for one in (model, plain):
+        layer = one.get_base_model().get_decoder().layers[1]
+        layer.input_layernorm.weight.data = layer.input_layernorm.weight.data * 3
+        weight = layer.mlp.up_proj.get_base_layer().weight
+        weight.quant_state.absmax = weight.quant_state.absmax * 2
+    assert apart(gradients(model, end_to_end(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
+    assert replay.copied and not replay.broken
+    model.double()
+    assert gradients(model, end_to_end(rows))[1] and not replay.broken  # another kind of weights: as before
+
+
+@pytest.mark.parametrize("what", ["eps", "scaling", "quant_type"])
+def test_constants_of_a_layer_are_not_anothers(on_a_cpu, what):
+    model = peft_of()
+    model.get_base_model().gradient_checkpointing_enable()
+    layer = model.get_base_model().get_decoder().layers[1]
+    if what == "eps":
+        layer.input_layernorm.variance_epsilon = 1.0
+    elif what == "scaling":
+        layer.self_attn.scaling = 1.0
+    else:
+        layer.mlp.up_proj.get_base_layer().weight.quant_state.quant_type = "fp4"
+    assert not install_engine(model).graphs
+
+
+def test_hidden_states_are_not_filled_up(on_a_cpu):
+    (model, _), rows = replayed(), some_rows()
+    line = {name: value for name, value in end_to_end(rows).items() if name not in ("labels", "learned")}
+    found = model(**line, use_cache=False, output_hidden_states=True)
+    assert {t.shape[1] for t in (*found.hidden_states, found.logits)} == {59}
+
+
+def test_a_gradient_of_the_input_alone_is_refused():
+    "It would add the weights' gradients in silence."
+    from qlora_nb.engine import checkpointed
+
+    x = torch.randn(3, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="need backward.. without inputs=, and not autograd.grad"):
+        torch.autograd.grad(checkpointed(torch.nn.Linear(4, 4), x).sum(), x)
+
+
+def test_parts_that_were_switched_off_stay_off(on_a_cpu):
+    from qlora_nb.training import set_checkpointing
+
+    model, _ = replayed()
+    model.get_base_model().qlora_nb_info = {"backend": "transformers", "engine": True}
+    install_engine(model, Engine(graphs=False, offload=False))
+    set_checkpointing(model, False)
+    assert not engine_of(model).checkpoint and engine_of(model, wanted=True).checkpoint
+    set_checkpointing(model, True)
+    assert engine_of(model).checkpoint and not engine_of(model).graphs
+
+
 def test_what_cannot_be_recorded_runs_as_before(on_a_cpu, capsys, monkeypatch):
     from qlora_nb import engine
 
@@ -1037,7 +1108,8 @@ def test_what_cannot_be_recorded_runs_as_before(on_a_cpu, capsys, monkeypatch):
     monkeypatch.setattr(engine, "_recorded", lambda *a: 1 / 0)
     found = gradients(model, end_to_end(rows))[1]
     assert "layers can't be replayed, they run as before: ZeroDivisionError" in capsys.readouterr().err
-    assert replay.broken and apart(found, gradients(peft_of().train(), rectangle(rows))[1]) < 1e-5
+    assert replay.broken and replay.copied is None
+    assert apart(found, gradients(peft_of().train(), rectangle(rows))[1]) < 1e-5
 
 
 def test_layers_unlike_each_other_are_not_replayed(on_a_cpu):
@@ -1055,9 +1127,9 @@ def test_a_copy_of_a_replayed_model(on_a_cpu):
     _, wanted = gradients(model, end_to_end(rows))
     other = copy.deepcopy(model)
     assert apart(gradients(other, end_to_end(rows))[1], wanted) < 1e-6
-    with looked_up_once(model):
-        assert replay.copied
-    assert replay.copied is None  # nothing is held when training is over
+    release_recordings(model)
+    assert replay.copied is None and not replay.weights  # nothing is held when training is over
+    assert apart(gradients(model, end_to_end(rows))[1], wanted) < 1e-6
 
 
 def test_pieces_of_an_mlp():

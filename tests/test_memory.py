@@ -202,7 +202,8 @@ def test_more_of_anything_takes_no_less(backend, checkpointing):
     assert total(method="qlora") < total(method="lora")
     if checkpointing != "selective":  # which is for adapters, on the whole MLP
         assert total(method="lora") < total(method="full")
-        assert total(target_modules=("q_proj", "v_proj")) < total()
+        if (backend, checkpointing) != ("engine", True):  # which makes an MLP with all its adapters in pieces
+            assert total(target_modules=("q_proj", "v_proj")) < total()
     assert total(accumulation=4) >= total(accumulation=1)
     assert total(optimizer="paged_adamw_8bit") < total(optimizer="adamw_8bit") < total(optimizer="adamw_torch")
 

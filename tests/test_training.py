@@ -166,18 +166,22 @@ def test_a_planned_run_goes_on_as_it_was_planned(data, tmp_path):
         go(resume=whole.path, plan="auto")
 
 
-@pytest.mark.parametrize("mib", [85, 400])
-def test_a_plan_for_the_engine_is_followed(data, tmp_path, mib):
+@pytest.mark.parametrize("mib, wanted", [(85, None), (400, False), (400, "selective"), (400, True)])
+def test_a_plan_for_the_engine_is_followed(data, tmp_path, mib, wanted):
     model, tokenizer = load_model("qlora_nb:embedded", engine=True)
     model = add_lora(model, r=8)
-    run = train(model, tokenizer, data, output=tmp_path / "run", plan=tight(mib), max_steps=2, eval_rows=0)
+    card = tight(mib)
+    plan = card if wanted is None else plan_training(
+        "qlora_nb:embedded", card, data, tokenizer=tokenizer, r=8, method="qlora", backend="engine",
+        gradient_checkpointing=wanted)  # fmt: skip
+    run = train(model, tokenizer, data, output=tmp_path / "run", plan=plan, max_steps=2, eval_rows=0)
     config = yaml.safe_load((run.path / "config.yaml").read_text())
     kind, said = checkpointing_of(model), config["plan"]["choice"]
     assert config["engine"] is True and config["use_gradient_checkpointing"] == kind
-    assert (kind is False) == (mib == 400)
+    assert kind == wanted if wanted is not None else kind is not False
     words = {True: " checkpointing", "selective": "selective checkpointing", False: "no checkpointing"}
     assert words[kind] in said and engine_of(model).selective == (kind == "selective")
-    assert config["plan"]["predicted"]["total_bytes"] <= 0.94 * tight(mib).bytes
+    assert config["plan"]["predicted"]["total_bytes"] <= 0.94 * card.bytes
 
 
 def test_plans_of_the_engine_and_of_plain_transformers_are_not_mixed_up(data, adapted, tmp_path):
