@@ -451,7 +451,7 @@ def install_where_possible(
         reason = str(error).removeprefix("the engine can't train this model: ").partition("; change that")[0]
     base = model.get_base_model()
     base.qlora_nb_info = {**base.qlora_nb_info, "engine": False}
-    print(f"engine: left out, because {reason}; plain transformers trains this model", file=sys.stderr)
+    print(f"engine: left out, because {reason}; plain transformers trains this model (backend='unsloth' can, too)", file=sys.stderr)
     return model
 
 # %% ../nbs/10_model.ipynb #fca80c77-19
