@@ -7,8 +7,8 @@ __all__ = ['CHUNK_BYTES', 'GROUPS', 'KERNELS', 'ARCHITECTURES', 'REPLAYED_ON', '
            'bounded_forward', 'LabelledCrossEntropy', 'labelled_loss', 'labelled_forward', 'Term', 'fused_forward',
            'GroupedQLoRAFunction', 'MLPFunction', 'mlp_forward', 'Parked', 'take_back', 'CheckpointFunction',
            'checkpointed', 'Replay', 'release_recordings', 'released_after', 'FlatAdapters', 'looked_up_once', 'Engine',
-           'engine_refusal', 'check_engine', 'install_engine', 'engine_of', 'attention_kernel', 'remove_engine',
-           'install_where_asked', 'pack_rows']
+           'config_refusal', 'engine_refusal', 'check_engine', 'install_engine', 'engine_of', 'attention_kernel',
+           'remove_engine', 'install_where_asked', 'pack_rows']
 
 # %% ../nbs/06_engine.ipynb #0092e4c0
 import collections
@@ -1102,21 +1102,32 @@ class Engine:
                  "dense": "dequantized weights kept"}  # fmt: skip
         return ", ".join(text for name, text in words.items() if getattr(self, name)) or "nothing is on"
 
-# %% ../nbs/06_engine.ipynb #0c47ecf5
+# %% ../nbs/06_engine.ipynb #0f1a7f08
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # decoders whose head is one product, with no cap on it
 _PLAIN = {"lora_dropout": 0, "bias": "none", "lora_bias": False, "use_dora": False, "use_qalora": False}  # of an adapter
 _EMPTY = ("modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config")
 
 
+def config_refusal(
+    config: dict,  # of a `config.json`
+) -> str | None:
+    "What about a configuration the engine doesn't do; None where it should train it."
+    family = config.get("model_type")
+    if family not in ARCHITECTURES:
+        return f"its architecture is {family}, and the engine knows {', '.join(ARCHITECTURES)}"
+    window = config.get("sliding_window", 4096 if family == "mistral" else None)
+    if window and config.get("use_sliding_window", not family.startswith("qwen")):
+        return f"its attention has a window of {window} tokens, and the engine's has none"
+    if config.get("attention_dropout"):
+        return f"its attention drops out {config['attention_dropout']}, and the engine's doesn't"
+    return None
+
+# %% ../nbs/06_engine.ipynb #0c47ecf5
 def _base_refusal(base: torch.nn.Module) -> str | None:
     "What about a base model the engine doesn't do."
-    config, head = base.config, base.get_output_embeddings()
-    if config.model_type not in ARCHITECTURES:
-        return f"its architecture is {config.model_type}, and the engine knows {', '.join(ARCHITECTURES)}"
-    if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None):
-        return f"its attention has a window of {config.sliding_window} tokens, and the engine's has none"
-    if getattr(config, "attention_dropout", 0):
-        return f"its attention drops out {config.attention_dropout}, and the engine's doesn't"
+    if reason := config_refusal(base.config.to_dict()):
+        return reason
+    head = base.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None or not head.weight.is_floating_point():
         return f"its head is a {type(head).__name__}, and the engine takes one matrix, dense and without a bias"
     return None

@@ -310,7 +310,7 @@ def plot_loss(
 
     ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
     steps, losses = [m["step"] for m in metrics], [m["loss"] for m in metrics]
-    ax.plot(steps, losses, color="#9ecae1", lw=1, label="each step")
+    ax.plot(steps, losses, color="#9ecae1", lw=1, marker="o" if len(steps) == 1 else None, label="each step")
     means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
     ax.plot(steps, means, color="#08519c", lw=2, label=f"mean of {window} steps")
     ax.set(xlabel="optimizer step", ylabel="loss (nats per labelled token)", ylim=(0, None))

@@ -206,6 +206,18 @@ def test_auto_takes_what_was_measured(on_a_card, capability, installed, imported
     assert "\n" not in found.why
 
 
+def test_auto_leaves_the_engine_out_with_an_older_torch(on_a_card, monkeypatch):
+    import torch
+
+    from qlora_nb.model import choose_backend
+
+    on_a_card((9, 0))
+    for version, engine in (("2.6.0+cu124", False), ("2.10.1", False), ("2.11.0", True), ("3.0.0", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        found = choose_backend(model=LLAMA)
+        assert found.engine == engine and (engine or f"torch {version} can't keep rows apart" in found.why)
+
+
 @pytest.mark.parametrize(
     "config, why",
     [
