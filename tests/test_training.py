@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from qlora_nb import training
 from qlora_nb.core import PROFILES, UserError
 from qlora_nb.data import load_sft_dataset
 from qlora_nb.engine import engine_of, install_engine
@@ -20,9 +21,11 @@ from qlora_nb.memory import CUDA_CONTEXT, Card, estimate_memory, model_shape, pl
 from qlora_nb.model import add_lora, load_model, model_info
 from qlora_nb.training import (
     Diverged,
+    Interrupted,
     Tripwire,
     checkpointing_of,
     expected_memory,
+    fit,
     likely_cause,
     make_plan,
     make_trainer,
@@ -340,6 +343,8 @@ class Silent:
 
     def step(self, *args): ...
 
+    def stop(self): ...
+
 
 def rows_with(labels):
     from datasets import Dataset
@@ -445,3 +450,132 @@ def test_set_checkpointing_is_noted(adapted):
     set_checkpointing(model, True)
     assert model_info(model)["use_gradient_checkpointing"] is True
     set_checkpointing(model, before)
+
+
+# --- logged a step late ---------------------------------------------------------------------------------------------
+
+
+class Seen:
+    "A run of the embedded model with the engine, four steps an epoch: what was written by when, the weights by step."
+
+    def __init__(self, data, path, monkeypatch, late, act=lambda *_: None, resume=None, **settings):
+        from transformers import TrainerCallback
+
+        from qlora_nb.data import encode_dataset
+
+        monkeypatch.setattr(training, "LATE_ON", ("cpu",) if late else ())
+        model, tokenizer = load_model(TINY.model, max_seq_length=256, engine=True)
+        settings = settings_for({**SHORT, "max_steps": 7, "per_device_train_batch_size": 2, **settings}, profile=TINY)
+        rows, interrupted = encode_dataset(data.select(range(8)), tokenizer, 256, None)[0], []
+        self.path, self.written, self.weights, self.error = path, {}, {}, None
+        path.mkdir(exist_ok=True)
+        self.watch = watcher(path, Silent(), interrupted)
+
+        class Step(TrainerCallback):
+            def on_step_end(_, args, state, control, **kwargs):
+                self.weights[state.global_step] = {n: p.detach().clone() for n, p in self.watch.wire.trained().items()}
+                self.written[state.global_step] = [m["step"] for m in self.watch.metrics]
+                act(state.global_step, self.watch, interrupted)
+
+        model = add_lora(model, r=8)
+        self.trainer = make_trainer(model, tokenizer, rows, settings, path / "checkpoints", [Step(), self.watch])
+        try:
+            fit(self.trainer, self.watch, Silent(), path, interrupted, resume)
+        except (Diverged, Interrupted, KeyboardInterrupt) as error:
+            self.error = error
+
+    def rows(self):
+        rows = [json.loads(line) for line in open(self.path / "metrics.jsonl")]
+        return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "peak_allocated")} for row in rows]
+
+    def history(self):
+        timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+        return [{k: v for k, v in row.items() if k not in timed} for row in self.trainer.state.log_history]
+
+
+@pytest.fixture
+def both(data, tmp_path, monkeypatch):
+    "The same run at once and a step late."
+    return lambda **more: [Seen(data, tmp_path / str(late), monkeypatch, late, **more) for late in (False, True)]
+
+
+@pytest.mark.parametrize(
+    "settings, late_at_4",
+    [
+        ({}, [1, 2]),
+        ({"logging_steps": 3, "gradient_accumulation_steps": 2}, []),
+        ({"save_steps": 3}, [1, 2, 3]),
+    ],
+)
+def test_rows_logged_late_are_the_same(both, settings, late_at_4):
+    now, late = both(**settings)
+    assert late.rows() == now.rows() and late.history() == now.history() and now.rows()
+    every, last = settings.get("logging_steps", 1), now.trainer.state.global_step
+    assert [row["step"] for row in late.rows()] == [*range(every, last, every), last]
+    assert now.written[4] == [step for step in (1, 2, 3) if step % every == 0] and late.written[4] == late_at_4
+    speeds = [m["tokens_per_second"] for m in late.watch.metrics]
+    assert max(speeds) < 50 * min(speeds), "two rows that are written together have times of their own"
+
+
+def test_a_late_run_that_was_stopped_goes_on(data, tmp_path, monkeypatch):
+    def stop(step, watch, interrupted):
+        if step == 5:
+            interrupted.append(True)
+
+    whole = Seen(data, tmp_path / "whole", monkeypatch, False)
+    run = Seen(data, tmp_path / "late", monkeypatch, True, stop, save_steps=2)
+    assert isinstance(run.error, Interrupted) and [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5]
+    for checkpoint in run.path.glob("checkpoints/checkpoint-*"):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        assert [row["step"] for row in state["log_history"]] == [1, 2, 3, 4, 5][: state["global_step"]]
+    again = Seen(data, run.path, monkeypatch, True, resume=run.path / "checkpoints/checkpoint-4")
+    assert again.rows() == whole.rows() and again.written[6] == [1, 2, 3, 4]
+    assert all(torch.equal(again.weights[7][name], weight) for name, weight in whole.weights[7].items())
+
+
+def test_nothing_is_lost_where_a_late_run_is_broken_off(both):
+    def stop(step, *_):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    now, late = both(act=stop)
+    assert isinstance(late.error, KeyboardInterrupt) and late.written[4] == [1, 2]
+    assert [row["step"] for row in late.rows()] == [1, 2, 3] and late.rows() == now.rows()
+
+
+def test_what_is_queued_is_written_before_the_sum_of_a_run_that_ends_without_a_checkpoint(both):
+    def stop(step, watch, _):
+        watch.trainer.control.should_training_stop = step == 3
+
+    now, late = both(act=stop)
+    assert late.history() == now.history() and [row["step"] for row in late.rows()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("bad, good, good_late", [(2, None, None), (5, 3, 2), (7, 5, 4)])
+def test_the_tripwire_names_the_right_step_where_rows_are_late(both, bad, good, good_late):
+    def ruin(step, watch, _):
+        if step == bad - 1:
+            next(iter(watch.wire.trained().values())).data.fill_(math.nan)
+
+    now, late = both(act=ruin)
+    found = [json.loads((run.path / "stopped.json").read_text()) for run in (now, late)]
+    assert [run.pop("last_good") for run in found] == [good, good_late] and found[0] == found[1]
+    assert found[0]["step"] == bad and late.rows() == now.rows() and [row["step"] for row in late.rows()][-1] == bad - 1
+    assert max(late.weights) == min(bad + 1, 7), "one step more was computed"
+    assert f"stopped at step {bad}, where the loss is nan" in str(late.error)
+    if good_late:
+        assert (late.path / f"adapter-step-{good_late}").exists()
+        for name, weight in late.watch.wire.trained().items():
+            assert torch.equal(weight, late.weights[good_late][name]), name
+
+
+def test_a_copy_is_judged_by_losses_of_its_own_weights():
+    layer, watch = wire()
+    losses = {1: 3.0, 2: 2.9, 3: 2.8, 4: 9.0, 5: 9.0, 6: 2.7, 7: 2.6}
+    for step, loss in losses.items():
+        with torch.no_grad():
+            layer.weight.fill_(step + 1)  # the next step is over
+        assert not watch.wrong(step, loss, 1.0, step + 1)
+        good = watch.good and watch.good[0]
+        assert good == {3: 2, 4: 2, 5: 2, 6: 2, 7: 6}.get(step), step
+    assert watch.wrong(8, math.nan, 1.0, 9) and watch.put_back() == 6 and layer.weight.eq(6).all()
