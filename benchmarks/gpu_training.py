@@ -43,7 +43,7 @@ DEFAULTS = {
     "checkpointing": False, "off": [], "on": [], "attention": None, "steps": 12, "skip": 4, "turn": 1,
 }  # fmt: skip
 OWN = {"batch": 2, "accumulation": 4, "packing": False, "checkpointing": True}  # the workflow's settings
-PARTS = ("attention", "flat", "loss", "adapters", "grouped", "mlp", "compiled", "kernels")
+PARTS = ("attention", "flat", "loss", "adapters", "grouped", "mlp", "compiled", "norms", "kernels")
 AGAIN = ("checkpoint", "graphs", "offload")  # of layers that run again
 BEST = {"on": ["dense"]}  # what the engine takes where memory is no matter
 
@@ -191,10 +191,13 @@ def measure(settings):
     cuda, seen, count = torch.cuda.is_available(), [], {}
 
     class Clock(TrainerCallback):
+        "Marks the ends of steps without waiting for them."
+
         def on_step_end(self, *args, **kwargs):
+            moment = torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()
             if cuda:
-                torch.cuda.synchronize()
-            seen.append((time.perf_counter(), int(count["tokens"]), int(count["labelled"])))
+                moment.record()
+            seen.append((moment, *(torch.as_tensor(count[name]).clone() for name in ("tokens", "labelled"))))
 
     counting(count)
     model, tok = (engine_model if by_us else hand_model)(settings[0])
@@ -227,10 +230,14 @@ def unprepared(model):
 
 
 def figures(seen, s):
-    "What the marks after each step say: (time, tokens, labelled tokens so far)."
+    "What the marks after each step say: (moment, tokens, labelled tokens so far)."
     import torch
 
-    cuda, counted = torch.cuda.is_available(), seen[s["skip"] - 1 :]
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+        seen = [(seen[0][0].elapsed_time(moment) / 1e3, *counts) for moment, *counts in seen]
+    counted = [(moment, int(tokens), int(labelled)) for moment, tokens, labelled in seen[s["skip"] - 1 :]]
     seconds = counted[-1][0] - counted[0][0]
     steps = [b[0] - a[0] for a, b in zip(counted, counted[1:])]
     rate = (counted[-1][1] - counted[0][1]) / seconds
@@ -317,11 +324,11 @@ def drive(a):
             print(f"{time.time() - STARTED:.0f} s", json.dumps(run), flush=True)
             found["runs"] = [old for old in found["runs"] if key(old) != key(run)] + [run]
             if a.out:
-                write(a.out, found["runs"])
+                write(a.out, found["runs"], notes=found.get("notes"))
     compare(found["runs"])
 
 
-def write(path, runs):
+def write(path, runs, notes=None):
     import torch
 
     from qlora_nb.core import library_versions, write_json
@@ -330,7 +337,7 @@ def write(path, runs):
     write_json(path, {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "versions": library_versions(),
         "date": f"{datetime.date.today()}", "command": " ".join(["python benchmarks/gpu_training.py", *words]),
-        "runs": runs,
+        **({"notes": notes} if notes else {}), "runs": runs,
     })  # fmt: skip
 
 

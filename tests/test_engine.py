@@ -314,11 +314,10 @@ def test_the_first_trial_inside_a_checkpoint(kind):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and it compiles")
 def test_what_cant_be_compiled_is_said_and_runs_as_it_stands(capsys):
-    from qlora_nb.engine import _one_pass, _swiglu
+    from qlora_nb.engine import PLAIN, _passes
 
-    run, tensors = _one_pass(_swiglu, True, 4, torch.device("cuda"), torch.float32), torch.randn(2, 3000, 4)
-    assert "torch can't compile the MLP's middle on cuda, it runs uncompiled: " in capsys.readouterr().err
-    assert torch.equal(run(*tensors), _swiglu(*tensors))
+    assert _passes(torch.device("cuda"), torch.float32) is PLAIN
+    assert "passes over memory aren't fused on cuda: " in capsys.readouterr().err
 
 
 def test_the_installed_torch_has_the_arguments():
@@ -330,38 +329,32 @@ def test_the_installed_torch_has_the_arguments():
     assert {"scale", "window_size"} <= set(names)
 
 
-class LigersLoss:
-    "The arguments' order of Liger 0.8.5's LigerFusedLinearCrossEntropyLoss."
+def test_chunks_of_a_gpu_are_rounded(monkeypatch):
+    "Positions that fill up the last chunk count for nothing."
+    from qlora_nb import engine
 
-    def __init__(self, reduction="mean"):
-        assert reduction == "sum"
+    torch.manual_seed(0)
+    hidden, head = torch.randn(2, 150, 8, requires_grad=True), torch.randn(50, 8)
+    labels = torch.randint(0, 50, (2, 150)).where(torch.rand(2, 150) < 0.7, -100)
+    losses, shapes = [], []
+    for devices in (("cuda",), ("cpu",)):
+        monkeypatch.setattr(engine, "FUSED_ON", devices)
+        for size in (2**28, 4 * 50 * 128, 4 * 50 * 7):
+            seen = []
 
-    def __call__(self, lin_weight, _input, target):
-        total = torch.nn.functional.cross_entropy(_input @ lin_weight.T, target, reduction="sum")
-        total.register_hook(lambda gradient: self.only_one(gradient))
-        return total
+            def own(logits, wanted, seen=seen):
+                seen.append(len(logits))
+                return engine.cross_entropy_(logits, wanted)
 
-    def only_one(self, gradient):
-        "Liger multiplies what it saved in its place by any other gradient, which a second backward would see."
-        assert gradient == 1
-
-
-def test_ligers_loss_gets_what_it_expects():
-    "On CUDA alone, too: a stand-in with its arguments' order, and our own for a batch that learns nothing."
-    import types
-
-    from qlora_nb.engine import labelled_loss
-
-    hidden, head = torch.randn(2, 9, 8, requires_grad=True), torch.randn(50, 8)
-    labels = torch.randint(0, 50, (2, 9)).where(torch.rand(2, 9) < 0.5, -100)
-    fake = types.ModuleType("liger_kernel.transformers")
-    fake.LigerFusedLinearCrossEntropyLoss = LigersLoss
-    with patch.dict(sys.modules, {"liger_kernel": types.ModuleType("liger_kernel"), fake.__name__: fake}):
-        ours, theirs = labelled_loss(hidden, head, labels), labelled_loss(hidden, head, labels, kernels=True)
-        assert labelled_loss(hidden, head, torch.full((2, 9), -100), kernels=True) == 0
-    first, again = (torch.autograd.grad(3 * theirs, hidden, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, again)
-    torch.testing.assert_close(torch.autograd.grad(3 * ours, hidden)[0], first)
+            loss = engine.labelled_loss(hidden, head, labels, chunk_bytes=size, cross_entropy_=own)
+            losses.append((loss.item(), torch.autograd.grad(loss, hidden)[0]))
+            shapes.append(seen)
+    count = int((labels[:, 1:] != -100).sum())
+    assert shapes[0] == [count] and shapes[3] == [256] and shapes[4] == [128, 128] and 128 < count < 256
+    for loss, gradient in losses[1:]:
+        assert loss == pytest.approx(losses[0][0], rel=1e-6)
+        torch.testing.assert_close(gradient, losses[0][1], rtol=1e-5, atol=1e-8)
+    assert engine.labelled_loss(hidden, head, torch.full((2, 9), -100)) == 0
 
 
 # --- layers of the same input ---------------------------------------------------------------------------------------
@@ -581,7 +574,7 @@ def test_it_goes_in_and_out():
     before = places(model)
     engine = install_engine(model)
     # for CUDA, or a model that runs its layers again:
-    off = dict.fromkeys(("kernels", "compiled", "checkpoint", "graphs", "offload"), False)
+    off = dict.fromkeys(("kernels", "norms", "compiled", "checkpoint", "graphs", "offload"), False)
     assert engine_of(model) == engine == Engine(**off)
     install_engine(model, Engine(loss=False))  # another one takes its place
     assert engine_of(model) == Engine(loss=False, **off)
@@ -717,7 +710,6 @@ def test_ligers_kernels_stay_in_their_model():
     fakes = {name: types.ModuleType(name) for name in ("liger_kernel", "liger_kernel.transformers")}
     patches = types.SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": apply})
     fakes["liger_kernel.transformers.monkey_patch"] = patches
-    fakes["liger_kernel.transformers"].LigerFusedLinearCrossEntropyLoss = LigersLoss
     model = peft_of()
     before = places(model)
     with patch.dict(system.modules, fakes), patch.object(engine, "_has_liger", lambda base: True):
@@ -1134,16 +1126,16 @@ def test_a_copy_of_a_replayed_model(on_a_cpu):
 
 def test_pieces_of_an_mlp():
     "Gradients of a quarter of the rows at a time are those of all rows at once."
-    from qlora_nb.engine import Term, _mlp_back, _mlp_back_in_pieces, _thin
+    from qlora_nb.engine import PLAIN, Term, _mlp_back, _mlp_back_in_pieces, _thin
 
     chance = torch.Generator().manual_seed(0)
     some = functools.partial(torch.randn, generator=chance)
     gate, up, down = some(24, 8), some(24, 8), some(8, 24)
     terms = [Term(lambda dtype, w=w: w, None, some(2, w.shape[1]), some(w.shape[0], 2), 0.5) for w in (gate, up, down)]
     rows, dy = some(23, 8), some(23, 8)
-    whole = _mlp_back(rows, _thin(rows, terms[:2]), terms, dy, False, True)
+    whole = _mlp_back(rows, _thin(rows, terms[:2]), terms, dy, PLAIN, True)
     for least, want_x in ((1, True), (5, True), (9, False), (100, True)):
-        parts = _mlp_back_in_pieces(rows, _thin(rows, terms[:2]), terms, dy, False, want_x, least)
+        parts = _mlp_back_in_pieces(rows, _thin(rows, terms[:2]), terms, dy, PLAIN, want_x, least)
         assert len(parts) == len(whole) == 16
         for place, (ours, theirs) in enumerate(zip(parts, whole)):
             missing = theirs is None or (place == 0 and not want_x)

@@ -4,7 +4,10 @@ python benchmarks/gpu/engine.py nbs/results/engine_gpu.json
 python benchmarks/gpu/engine.py out.json --size tiny --tokens 2048 --device cpu      (dry run)
 
 - gradients: of each parameter of a four-layer model in NF4, engine against plain peft on padded rows, in fp32; in bf16
-  both against fp32 of the same weights, so that the engine's error stands beside the plain path's own.
+  both against fp32 of the same weights, so that the engine's error stands beside the plain path's own. Also of layers
+  that run again, replayed and not.
+- passes: milliseconds of our kernels at the shape's widths, of torch.compile on the plain functions where it can, and
+  of the bytes alone.
 - attention: milliseconds, forward and backward, of each kernel at the shape's heads, for the rows of one line.
 - step: milliseconds by kind of kernel in one step of the size, from torch's profiler, and its longest kernels.
 """
@@ -23,10 +26,10 @@ from qlora_nb.engine import Engine, attention_kernel, end_to_end, install_engine
 
 KINDS = {  # words in a kernel's name, the first that fits
     "attention": ("flash", "fmha", "attn", "attention"),
+    "our passes": ("_swiglu", "_add_norm", "_norm_back"),
     "dequantize": ("dequant",),
     "liger": ("_rms_norm", "_rope", "cross_entropy"),
     "products": ("gemm", "nvjet", "cutlass", "xmma", "splitk"),
-    "compiled": ("triton",),
     "copies": ("copy", "memcpy", "memset", "cat"),
     "elementwise": ("elementwise",),
 }
@@ -85,6 +88,15 @@ def gradients_of(model, batch):
     return loss.item(), {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def installed(model, name, engine):
+    "The engine, in layers that run again or not."
+    base = model.get_base_model()
+    base.gradient_checkpointing_disable()
+    if name in ("run again", "replayed"):
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return install_engine(model, engine)
+
+
 def apart(ours, theirs):
     "The largest relative difference over all parameters."
     assert list(ours) == list(theirs) and ours
@@ -95,22 +107,53 @@ def measure_gradients(device):
     padded, line = some_rows((9, 300, 1, 170, 64), 4096, device)
     model = small(torch.float32, device)
     loss, wanted = gradients_of(model, padded)
-    engines = {"all": Engine(), "no kernels": Engine(kernels=False)}
+    engines = {"all": Engine(), "no kernels": Engine(kernels=False, norms=False, compiled=False)}
     engines |= {name: Engine(**{name: True}) for name in ("selective", "dense")}
+    engines |= {"run again": Engine(graphs=False), "replayed": Engine()}
     found = {}
     for name, engine in engines.items():
-        install_engine(model, engine)
+        on = installed(model, name, engine)
         ours = gradients_of(model, line)
-        found[f"fp32, {name}"] = {"gradient": apart(ours[1], wanted), "loss": abs(ours[0] - loss) / loss}
+        found[f"fp32, {name}"] = {"gradient": apart(ours[1], wanted), "loss": abs(ours[0] - loss) / loss, "on": str(on)}
     remove_engine(model)
     del model
     half = small(torch.bfloat16, device)
     found["bf16, plain"] = {"gradient": apart(gradients_of(half, padded)[1], wanted)}
     for name, engine in engines.items():
-        install_engine(half, engine)
+        installed(half, name, engine)
         ours = gradients_of(half, line)
         found[f"bf16, {name}"] = {"gradient": apart(ours[1], wanted), "loss": abs(ours[0] - loss) / loss}
         found[f"bf16, {name}"]["attention"] = attention_kernel(half)
+    return found
+
+
+# --- passes over memory ---------------------------------------------------------------------------------------------
+
+
+def measure_passes(size, tokens, device):
+    "Each of the engine's passes: as one kernel, by torch.compile, as it stands; and the bytes that it must move."
+    hidden, inner, *_, words = SHAPES[size]
+    some = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
+    wide, x = [some(tokens, inner) for _ in range(3)], [some(tokens, hidden) for _ in range(3)]
+    thins, weights = [some(tokens, 16) for _ in range(3)], [some(inner, 16) for _ in range(3)]
+    rstd = torch.rand(tokens, 1, device=device)
+    calls = {  # arguments, and tensors that are read and written
+        "swiglu": ((*wide[:2], thins[:2], weights[:2]), 3, inner),
+        "swiglu_back": ((*wide, thins, weights), 5, inner),
+        "add_norm": ((x[0], x[1], x[2][0], 1e-5), 4, hidden),
+        "norm_back": ((*x, rstd, x[2][0]), 4, hidden),
+        "cross_entropy_": ((some(512, words), torch.arange(512, device=device)), 3 * 512 / tokens, words),
+    }
+    fused, found = engine_module._passes(torch.device(device), torch.bfloat16), {}
+    for name, (given, count, width) in calls.items():
+        plain = getattr(engine_module.PLAIN, name)
+        ways = {"kernel": getattr(fused, name), "as it stands": plain, "compiled by torch": torch.compile(plain)}
+        found[name] = {"bytes": round(2 * count * tokens * width)}
+        for way, function in ways.items():
+            try:
+                found[name][way] = timed(functools.partial(function, *given), device, 30)
+            except Exception as error:  # noqa: BLE001
+                found[name][way] = f"{type(error).__name__}: {error}"[:200]
     return found
 
 
@@ -214,11 +257,12 @@ def main():
     p.add_argument("--size", default="3b", choices=[*SHAPES])
     p.add_argument("--tokens", type=int, default=16_384)
     p.add_argument("--device", default="cuda")
-    p.add_argument("--parts", nargs="*", default=["gradients", "attention", "step"])
+    p.add_argument("--parts", nargs="*", default=["gradients", "passes", "attention", "step"])
     a = p.parse_args()
     found = {}
     makers = {
         "gradients": lambda: measure_gradients(a.device),
+        "passes": lambda: measure_passes(a.size, a.tokens, a.device),
         "attention": lambda: measure_attention(a.size, a.tokens, a.device),
         "step": lambda: measure_step(a.size, a.tokens, a.device, Engine(dense=True)),
     }
