@@ -368,7 +368,7 @@ def _add(*parts: dict[str, float]) -> dict[str, float]:
 SLACK = {  # reserved but not allocated, as a share of what comes and goes; medians, see the check below
     ("transformers", True): 0.302, ("transformers", False): 0.026, ("unsloth", True): 0.111, ("unsloth", False): 0.032,
     ("full", True): 0.034, ("full", False): 0.034,
-    ("engine", False): 0.461, ("engine", "selective"): 0.262, ("engine", True): 0.492,
+    ("engine", False): 0.463, ("engine", "selective"): 0.207, ("engine", True): 0.628,
 }
 CUDA_CONTEXT = 804_061_184  # bytes on an H200 with torch 2.11: what the device says is used, less what torch reserved
 
@@ -556,7 +556,7 @@ def engine_layer_bytes(
     target_modules: Sequence[str] = TARGET_MODULES,
     selective: bool = False,  # gate and up are made again
 ) -> dict[str, float]:
-    "Bytes that one layer keeps for each token under the engine: `activations`, `attention`. Source: the engine's functions, Liger's norms."
+    "Bytes that one layer keeps for each token under the engine: `activations`, `attention`. Source: the engine's functions."
     h, m, q, kv, chosen = shape.hidden, shape.intermediate, shape.query, shape.kv, set(target_modules)
     whole = {"gate_proj", "up_proj", "down_proj"} <= chosen  # the MLP is one function
     inputs = 2 * h * (bool(chosen & {"q_proj", "k_proj", "v_proj"}) + bool(chosen & {"gate_proj", "up_proj"}))
@@ -571,9 +571,10 @@ def engine_loss_bytes(
     tokens: int,  # in one forward pass
     labelled: int,  # tokens that are targets
 ) -> float:
-    "Bytes that the final norm and the loss hold under the engine. Source: liger_kernel, `ops.fused_linear_cross_entropy`."
-    share = math.ceil(labelled / math.ceil(shape.vocabulary / shape.hidden))
-    return 8 * shape.hidden * tokens + 2 * shape.vocabulary * 2 ** math.ceil(math.log2(share))
+    "Bytes that the final norm and the loss hold under the engine. Source: `qlora_nb.engine.labelled_loss`."
+    chunk = max(1, 2**28 // (4 * shape.vocabulary))
+    chunk = min(chunk - chunk % 128 if chunk > 128 else chunk, 128 * math.ceil(labelled / 128))
+    return 8 * shape.hidden * tokens + 2 * shape.vocabulary * chunk
 
 
 def _engine_stays(shape: Shape, s: dict, trained: list[int], embeddings: list[int], size: int) -> tuple[dict, float]:
@@ -607,8 +608,7 @@ def _engine_moments(shape: Shape, s: dict, gradients: float, temporaries: float)
     one, early = {name: tokens * value for name, value in kept.items()}, gradients if s["accumulation"] > 1 else 0
     stack = {"activations": 2 * 2 * shape.hidden * tokens} if kind is True else {name: shape.layers * value for name, value in one.items()}
     copies = {"adapters": gradients * 2 / s["adapter_bytes"] / (shape.layers if kind is True else 1)}  # of A and B in 16 bits
-    wide = 2 * shape.hidden + shape.intermediate * (12 if kind == "selective" else 8)
-    back = {"activations": tokens * wide, "dequant_buffers": backward_bytes(shape, s["method"], "engine")[1]}
+    back = {"activations": tokens * (2 * shape.hidden + 6 * shape.intermediate), "dequant_buffers": backward_bytes(shape, s["method"], "engine")[1]}
     last, first = (_add(stack, back), _add(one, back)) if kind is not True else (_engine_again(shape, s, tokens),) * 2
     loss = engine_loss_bytes(shape, tokens, max(tokens - s["batch_size"], 1))
     return {
@@ -696,7 +696,7 @@ def this_card() -> Card:
 # %% ../nbs/04_memory.ipynb #ad01bf19
 LAUNCH = {True: 0.0097, False: 0.0045}  # seconds a layer and pass, with and without checkpointing. Unsloth, one H200
 UNPACKING = 0.001  # seconds a layer more with NF4: its own kernels are launched too
-ENGINE_GAIN = 1.22  # how much nearer to the peak the engine's work comes than Unsloth's. One H200, width 3,072
+ENGINE_GAIN = 1.31  # how much nearer to the peak the engine's work comes than Unsloth's. One H200, width 3,072
 
 
 def efficiency(

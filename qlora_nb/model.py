@@ -28,7 +28,7 @@ from .lora import TARGET_MODULES, check_settings, check_targets
 from .memory import config_dict
 
 # %% ../nbs/10_model.ipynb #d1040002
-ENGINE_GAINS = {9: 1.9}  # compute capability before the point: how much faster than Unsloth the engine was measured there
+ENGINE_GAINS = {9: 2.2}  # compute capability before the point: how much faster than Unsloth the engine was measured there
 ENGINE_TORCH = (2, 11)  # the torch that it was measured with, the first whose attention has variable lengths and is causal
 
 # %% ../nbs/10_model.ipynb #fca80c77-2
