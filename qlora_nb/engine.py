@@ -162,7 +162,7 @@ class LabelledCrossEntropy(torch.autograd.Function):
         total, gradient = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
         for start, rows, wanted, out in zip(range(0, len(hidden), chunk), *(t.split(chunk) for t in (hidden, targets, gradient))):
             logits = rows @ weight.T
-            total += cross_entropy_(logits, wanted)[: count - start].sum()
+            total += cross_entropy_(logits, wanted)[: max(0, count - start)].sum()
             torch.mm(logits.to(rows.dtype), weight, out=out)
         ctx.save_for_backward(gradient[:count])
         return total
@@ -529,7 +529,7 @@ class Passes(NamedTuple):
 
 # %% ../nbs/06_engine.ipynb #0f1a7904
 PLAIN = Passes(swiglu, swiglu_back, add_norm, norm_back, cross_entropy_)
-LARGEST_RANK = 64  # of an adapter in the kernels
+LARGEST_RANK = 256  # of an adapter in the kernels
 
 
 def _first_line(error: Exception) -> str:
@@ -537,24 +537,24 @@ def _first_line(error: Exception) -> str:
 
 
 @functools.cache
-def _passes(device: torch.device, dtype: torch.dtype) -> Passes:
-    "A kernel each, where Triton can compile them for this device and they are right there; else `PLAIN`. Tried once in a process."
+def _passes(device: torch.device, dtype: torch.dtype, rank: int = 16) -> Passes:
+    "A kernel each, where Triton can compile them for this device and rank, and they are right there; else `PLAIN`. Tried once in a process."
     if device.type not in FUSED_ON:
         return PLAIN
     try:
         from qlora_nb import kernels
 
         fused = Passes(*(getattr(kernels, name) for name in Passes._fields))
-        if _passes_are_right(fused, device, dtype):
+        if _passes_are_right(fused, device, dtype, rank):
             return fused
         why = "their results are wrong"
     except Exception as error:  # no compiler at hand, or an old card: slower, and as right
         why = _first_line(error)
-    print(f"engine: passes over memory aren't fused on {device}: {why}", file=sys.stderr)
+    print(f"engine: passes over memory aren't fused on {device} for rank {rank}: {why}", file=sys.stderr)
     return PLAIN
 
 # %% ../nbs/06_engine.ipynb #0f1a7905
-def _passes_are_right(fused: Passes, device, dtype) -> bool:
+def _passes_are_right(fused: Passes, device, dtype, rank: int = 16) -> bool:
     "Whether they give what the plain ones give in fp32, to the rounding of 16 bits."
     chance = torch.Generator(device).manual_seed(0)
 
@@ -562,7 +562,7 @@ def _passes_are_right(fused: Passes, device, dtype) -> bool:
         return torch.randn(shape, generator=chance, device=device).to(dtype)
 
     gate, up, da = some(3, 70, 96)
-    thins, weights = [some(70, 4) for _ in range(3)], [some(96, 4) for _ in range(3)]
+    thins, weights = [some(70, rank) for _ in range(3)], [some(96, rank) for _ in range(3)]
     calls = {"swiglu": (gate, up, thins[:2], weights[:2]), "swiglu_back": (gate, up, da, thins, weights), "add_norm": (gate, up, gate[0], 1e-5),
              "norm_back": (gate, up, da, some(70, 1).float(), gate[0]), "cross_entropy_": (da.clone(), torch.arange(70, device=device))}  # fmt: skip
     with torch.autocast(device.type, enabled=False):
@@ -645,8 +645,8 @@ def mlp_forward(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:  # (…,
     terms = [_term(layer, dtype) for layer in layers]
     if None in terms or any(_hooked(inner) for inner in (*layers, mlp.act_fn)):
         return _usual(mlp)(x)
-    parts = mlp.qlora_nb_parts
-    passes = _passes(x.device, dtype) if parts.compiled and max(len(term.lora_A) for term in terms) <= LARGEST_RANK else PLAIN
+    parts, rank = mlp.qlora_nb_parts, max(16, *(2 ** (len(term.lora_A) - 1).bit_length() for term in terms))
+    passes = _passes(x.device, dtype, rank) if parts.compiled and rank <= LARGEST_RANK else PLAIN
     return MLPFunction.apply(x.to(dtype), parts.selective, passes, *_flat(terms))
 
 

@@ -5,7 +5,10 @@
 # %% auto #0
 __all__ = ['add_norm', 'norm_back', 'swiglu', 'swiglu_back', 'cross_entropy_']
 
-# %% ../nbs/07_kernels.ipynb #83198bb9
+# %% ../nbs/07_kernels.ipynb #85139769
+import contextlib
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -38,13 +41,24 @@ def _norm_back(DY, DTOTAL, TOTAL, RSTD, W, DX, width, BLOCK: tl.constexpr):
     dx += tl.load(DTOTAL + place, inside, 0.0).to(tl.float32)
     tl.store(DX + place, dx.to(DX.dtype.element_ty), inside)
 
-# %% ../nbs/07_kernels.ipynb #7d7f922a
+# %% ../nbs/07_kernels.ipynb #c20837ba
+def _where_they_are(function):
+    "With the GPU of the first tensor as the current one."
+    @functools.wraps(function)
+    def there(first, *args, **kwargs):
+        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+            return function(first, *args, **kwargs)
+
+    return there
+
+
 def _norm_launch(width: int) -> dict:
     "Block, and warps for it."
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
+@_where_they_are
 def add_norm(
     x: torch.Tensor,  # (…, d)
     update: torch.Tensor | None,  # (…, d), added to x; None adds nothing
@@ -61,6 +75,7 @@ def add_norm(
     return total, out, rstd
 
 
+@_where_they_are
 def norm_back(
     dy: torch.Tensor,  # (…, d), the gradient of what is normed
     dtotal: torch.Tensor,  # (…, d), and of the sum
@@ -74,7 +89,7 @@ def norm_back(
     _norm_back[(rstd.numel(),)](dy.contiguous(), dtotal.contiguous(), total, rstd, weight, dx, total.shape[-1], **launch)
     return dx
 
-# %% ../nbs/07_kernels.ipynb #f7701ebc
+# %% ../nbs/07_kernels.ipynb #c68de22f
 @triton.jit
 def _thin(P, t, stride, r, n, R: tl.constexpr):
     "Tokens by ranks (ROWS, R); zeros beyond the end."
@@ -103,13 +118,14 @@ def _swiglu(G, U, OUT, XG, XU, BG, BU, n, i, rg, ru, sxg, sxu, sbg, sbg_r, sbu, 
     u = _whole(U, place, inside, _thin(XU, t, sxu, ru, n, R), _half(BU, c, sbu, sbu_r, ru, i, R))
     tl.store(OUT + place, (g * tl.sigmoid(g) * u).to(OUT.dtype.element_ty), inside)
 
-# %% ../nbs/07_kernels.ipynb #6744f33e
+# %% ../nbs/07_kernels.ipynb #253e04d5
 def _blocks(ranks: list[int]) -> tuple[int, int]:  # (R, columns)
     "The ranks' power of two, and columns of a block: fewer for larger ranks, as registers are few."
     R = max(16, triton.next_power_of_2(max(ranks)))
     return R, max(16, 2048 // R)
 
 
+@_where_they_are
 def swiglu(
     gate: torch.Tensor,  # (n, i), the base's product
     up: torch.Tensor,  # (n, i)
@@ -124,7 +140,7 @@ def swiglu(
     _swiglu[grid](gate, up, out, *thins, *weights, n, i, *ranks, *strides, R=R, ROWS=rows, COLUMNS=columns)
     return out
 
-# %% ../nbs/07_kernels.ipynb #e5a15186
+# %% ../nbs/07_kernels.ipynb #105bac8a
 @triton.jit(do_not_specialize=["n"])
 def _swiglu_back(G, U, DA, DG, DU, SUMS, XG, XU, XD, BG, BU, AD, n, i, chunk, rg, ru, rd, sxg, sxu, sxd, sbg, sbg_r, sbu, sbu_r, sad, sad_r,
                  IN_PLACE: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
@@ -152,7 +168,8 @@ def _swiglu_back(G, U, DA, DG, DU, SUMS, XG, XU, XD, BG, BU, AD, n, i, chunk, rg
     tl.store(place + i * R, dbu, inside)
     tl.store(place + 2 * i * R, dad, inside)
 
-# %% ../nbs/07_kernels.ipynb #aaedf15c
+# %% ../nbs/07_kernels.ipynb #52aff5bf
+@_where_they_are
 def swiglu_back(
     gate: torch.Tensor,  # (n, i), the base's product
     up: torch.Tensor,  # (n, i)
@@ -175,7 +192,7 @@ def swiglu_back(
     _swiglu_back[grid](gate, up, da, *results, sums, *thins, *weights, n, i, chunk, *ranks, *strides, IN_PLACE=in_place, **blocks)
     return *results, *(total[:, :rank] for total, rank in zip(sums.sum(0), ranks))
 
-# %% ../nbs/07_kernels.ipynb #6f65f309
+# %% ../nbs/07_kernels.ipynb #e08ba536
 @triton.jit
 def _cross_entropy(LOGITS, WANTED, LOSSES, words, BLOCK: tl.constexpr):
     row = LOGITS + tl.program_id(0).to(tl.int64) * words
@@ -196,6 +213,7 @@ def _cross_entropy(LOGITS, WANTED, LOSSES, words, BLOCK: tl.constexpr):
         tl.store(row + c, gradient.to(LOGITS.dtype.element_ty), c < words)
 
 
+@_where_they_are
 def cross_entropy_(
     logits: torch.Tensor,  # (n, V), contiguous; they become `p` less the wanted token's 1, the gradient of the losses' sum
     wanted: torch.Tensor,  # (n,)

@@ -41,6 +41,9 @@ def test_parts_with_and_without_them(interpreted, on):
 def test_ranks_that_differ_and_one_that_is_too_large(interpreted):
     same(peft_of(lora={"rank_pattern": {"gate_proj": 3, "up_proj": 20}}), within=2e-5)
     with patch.object(engine, "MLPFunction", wraps=engine.MLPFunction) as function:
+        same(peft_of(lora={"rank_pattern": {"up_proj": 65}}), within=2e-5)
+        assert all(call.args[2] is not engine.PLAIN for call in function.apply.call_args_list) and function.apply.called
+        function.apply.reset_mock()
         same(peft_of(lora={"rank_pattern": {"up_proj": engine.LARGEST_RANK + 1}}), within=2e-5)
     assert all(call.args[2] is engine.PLAIN for call in function.apply.call_args_list) and function.apply.called
 
@@ -106,4 +109,4 @@ def test_wrong_kernels_are_not_taken(interpreted, capsys, monkeypatch):
     model = peft_of()
     same(model)
     assert not engine_of(model).norms and not engine_of(model).compiled
-    assert "passes over memory aren't fused on cpu: their results are wrong" in capsys.readouterr().err
+    assert "passes over memory aren't fused on cpu for rank 16: their results are wrong" in capsys.readouterr().err

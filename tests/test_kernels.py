@@ -31,13 +31,14 @@ from qlora_nb import kernels
 
 fixed = {"ADDS": True, "BLOCK": 4096, "IN_PLACE": True, "R": 16, "ROWS": 32, "COLUMNS": 128}
 found = []
-for capability, kind, R in ((75, "fp16", 16), (80, "fp32", 32), (90, "bf16", 16), (100, "bf16", 64)):
+for capability, kind, R in ((75, "fp16", 16), (80, "fp32", 32), (90, "bf16", 256), (100, "bf16", 64)):
     for name in ("_add_norm", "_norm_back", "_cross_entropy", "_swiglu", "_swiglu_back"):
         function = getattr(kernels, name)
         known = {"RSTD": "*fp32", "LOSSES": "*fp32", "SUMS": "*fp32", "WANTED": "*i64", "eps": "fp32"}
         signature = {n: "constexpr" if n in fixed else known.get(n, f"*{kind}" if n.isupper() else "i32")
                      for n in function.arg_names}
-        constants = {n: value for n, value in {**fixed, "R": R, "COLUMNS": 2048 // R}.items() if n in signature}
+        sizes = {**fixed, "R": R, "COLUMNS": max(16, 2048 // R)}
+        constants = {n: value for n, value in sizes.items() if n in signature}
         source = ASTSource(function, signature, constants)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
         limit = {75: 64, 80: 163, 90: 227, 100: 227}[capability]
