@@ -13,6 +13,7 @@ each time. What --out holds already is not measured again.
   workflow's own settings), `shapes` (1B and 8B on usual, short and long rows), `tricks` (the engine with one part
   switched off at a time, with none, with rows end to end alone; twice the tokens; FlashAttention 4).
 - Rows: `usual` has log-normal lengths, median 600, cut at 2,048; `short` median 150; `long` median 3,000, cut at 8,192.
+- Ends of steps are marked by events on the GPU, and nothing waits for them.
 - Tokens a second count no padding; labelled ones are told apart. `share_of_bound`: 4 FLOP a parameter and token (6 with
   checkpointing), over the speed of a bf16 product that is measured beside it. The stack `trl` needs a GPU.
 """

@@ -357,6 +357,18 @@ def test_chunks_of_a_gpu_are_rounded(monkeypatch):
     assert engine.labelled_loss(hidden, head, torch.full((2, 9), -100)) == 0
 
 
+def test_the_estimate_counts_the_chunks_of_the_loss():
+    from types import SimpleNamespace
+
+    from qlora_nb.engine import CHUNK_BYTES, ROUND
+    from qlora_nb.memory import engine_loss_bytes
+
+    for words, labelled in ((128_256, 16_384), (128_256, 100), (32_000, 2048), (10**6, 5000)):
+        chunk = CHUNK_BYTES // (4 * words)
+        rows = min(chunk // ROUND * ROUND if chunk > ROUND else chunk, -(-labelled // ROUND) * ROUND)
+        assert engine_loss_bytes(SimpleNamespace(hidden=8, vocabulary=words), 10, labelled) == 640 + 2 * words * rows
+
+
 # --- layers of the same input ---------------------------------------------------------------------------------------
 
 
