@@ -16,10 +16,6 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 # have and would make pip take an older Unsloth; these are what it needs beside ours.
 UNSLOTH_NEEDS := cut_cross_entropy einops hf_transfer msgspec pillow protobuf psutil sentencepiece torchao tyro
 
-# llama.cpp for processors with AVX2, and not for this one alone: built with AMX it was ended by an illegal instruction
-# in a process where torch runs as well.
-export CMAKE_ARGS ?= -DGGML_NATIVE=OFF
-
 QUESTION ?= Mia has 12 apples. She buys 5 bags of 3 apples. She gives 7 to Tom. How many apples does Mia have now?
 
 help:

@@ -25,6 +25,7 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -677,19 +678,27 @@ def pour(source, plans: list[Plan], writers: list[TensorWriter]) -> None:
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-37
 @contextlib.contextmanager
 def quiet_llama():
-    "llama.cpp's own messages are left out."
+    "llama.cpp without its own messages, and without its AMX code for the files opened in here."
     import llama_cpp
+    from llama_cpp import llama_cpp as native  # the names that Llama itself calls
+    from llama_cpp._logger import llama_log_callback
+
+    def without_amx(defaults=native.llama_model_default_params):
+        settings = defaults()
+        settings.use_extra_bufts = False
+        return settings
 
     nothing = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(nothing, ctypes.c_void_p(0))
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(llama_cpp.llama_log_set, llama_log_callback, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(nothing, ctypes.c_void_p(0))
+        if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
+            for module in (llama_cpp, native):
+                stack.enter_context(mock.patch.object(module, "llama_model_default_params", without_amx))
         yield llama_cpp
-    finally:
-        from llama_cpp._logger import llama_log_callback
-
-        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
 
 
+# %% ../nbs/17_gguf.ipynb #5b90e6d1-37b
 def quantize_with_llama(source: Path, target: Path, quantization: str) -> None:
     "Have llama.cpp make a K-quant of a 16- or 32-bit GGUF. Raises `UserError` where that fails."
     with quiet_llama() as llama_cpp:

@@ -51,7 +51,7 @@ def _where_they_are(function):
 
     return there
 
-
+# %% ../nbs/07_kernels.ipynb #c20837bb
 def _norm_launch(width: int) -> dict:
     "Block, and warps for it."
     block = triton.next_power_of_2(width)
@@ -74,7 +74,7 @@ def add_norm(
     _add_norm[(rstd.numel(),)](x, update, weight, total, out, rstd, width, eps, ADDS=adds, **_norm_launch(width))
     return total, out, rstd
 
-
+# %% ../nbs/07_kernels.ipynb #c20837bc
 @_where_they_are
 def norm_back(
     dy: torch.Tensor,  # (…, d), the gradient of what is normed

@@ -210,6 +210,16 @@ def test_rows_that_are_no_whole_blocks(kind, tokenizers, judge, tmp_path):
     assert far < 0.3
 
 
+@pytest.mark.parametrize("info", [b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", b"CPU : AVX2 = 1 | "])
+def test_llama_without_amx(info, monkeypatch):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: info)
+    makers = [lambda: llama_cpp.llama_model_default_params(), lambda: llama_cpp.llama_cpp.llama_model_default_params()]
+    with gguf_export.quiet_llama():
+        assert [make().use_extra_bufts for make in makers] == [b"AMX" not in info] * 2
+    assert [make().use_extra_bufts for make in makers] == [True] * 2
+
+
 # --- the tokens -----------------------------------------------------------------------------------------------------
 
 
