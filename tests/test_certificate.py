@@ -31,6 +31,7 @@ from qlora_nb.certificate import (
     failures_of,
     file_logits,
     greedy,
+    is_greedy,
     make_cases,
     open_subject,
     spread,
@@ -366,6 +367,22 @@ def test_replies_are_asked_for_the_rows_whose_logits_are_compared(subject, files
     kinds = [case.kind for case in make_cases(load_sft_dataset(split="heldout"), subject.tokenizer, 20)]
     assert found.reply_rows == sum(kinds[i] == "held out" for i in spread(20, 10)) == 6
     assert found.checks[1].answers == 6
+
+
+def test_a_reply_that_parts_at_a_tie(subject):
+    "Another token counts as the same if the trained model finds it as likely, and not if it doesn't."
+    (case, *_), model = make_cases(load_sft_dataset(split="heldout"), subject.tokenizer, 20), subject.model
+    (row,) = training_ids([case.messages], subject.tokenizer)
+    prompt, reply = row.prompt, []
+    for _ in range(6):
+        with torch.no_grad():
+            likely = model(input_ids=torch.tensor([prompt + reply])).logits[0, -1].log_softmax(-1)
+        reply.append(int(likely.argmax()))
+    assert is_greedy(model, prompt, reply, tie=1e-4)
+    (first, second), (_, other) = likely.topk(2)
+    gap, parted = (first - second).item(), [*reply[:-1], int(other)]
+    assert is_greedy(model, prompt, parted, tie=1.01 * gap) and not is_greedy(model, prompt, parted, tie=0.99 * gap)
+    assert not is_greedy(model, prompt, [model.config.vocab_size])
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
