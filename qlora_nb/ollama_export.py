@@ -112,10 +112,10 @@ def _unescape(text: str, token: _Token) -> str:
 
 # %% ../nbs/18_ollama.ipynb #a4ba8577
 class _Words:
-    "Reads the words of one action from left to right."
+    "Reads the words of one action from left to right. `known` are the variables declared so far."
 
-    def __init__(self, text: str, words: list[_Token]):
-        self.text, self.words, self.i = text, words, 0
+    def __init__(self, text: str, words: list[_Token], known: list[str]):
+        self.text, self.words, self.known, self.i = text, words, known, 0
 
     def peek(self, kind: str) -> bool:
         return self.i < len(self.words) and self.words[self.i].kind == kind
@@ -171,6 +171,8 @@ def _operand(words: _Words) -> tuple:
         value = words.pipeline("close")
         words.next()
     elif token.kind in ("dot", "variable"):
+        if token.kind == "variable" and token.text not in words.known:
+            raise _refuse(words.text, token.at, f"the variable {token.text} is not declared")
         value = ("dot",) if token.kind == "dot" else ("variable", token.text, token.at)
     else:
         words.i -= 1
@@ -182,10 +184,10 @@ def _operand(words: _Words) -> tuple:
 
 # %% ../nbs/18_ollama.ipynb #06a509f2
 class _Blocks:
-    "Reads pieces into a tree of nodes. `defined` holds the named parts."
+    "Reads pieces into a tree of nodes. `defined` holds the named parts, `known` the variables that are declared where it reads."
 
     def __init__(self, text: str):
-        self.text, self.pieces, self.i, self.defined = text, _pieces(text), 0, {}
+        self.text, self.pieces, self.i, self.defined, self.known = text, _pieces(text), 0, {}, ["$"]
 
     def nodes(self, opened: _Token | None = None, ends: tuple = ("end", "else")) -> tuple[list, _Words | None]:
         "Nodes up to the end of the block that `opened` began, and the words that ended it."
@@ -196,7 +198,7 @@ class _Blocks:
             if isinstance(piece, str):
                 found.append(("text", piece))
                 continue
-            words, first = _Words(self.text, piece), piece[0]
+            words, first = _Words(self.text, piece, self.known), piece[0]
             if first.kind == "name" and first.text in ("end", "else"):
                 if opened is None or first.text not in ends or (first.text == "end" and len(piece) > 1):
                     raise _refuse(self.text, at, f"{{{{ {first.text} }}}} closes nothing")
@@ -210,9 +212,13 @@ class _Blocks:
     def node(self, words: _Words, first: _Token) -> tuple:
         if first.kind == "name" and first.text in _READ:
             words.next()
-            return _READ[first.text](self, words, first)
+            before = len(self.known)
+            found = _READ[first.text](self, words, first)
+            del self.known[before:]
+            return found
         if first.kind == "variable" and len(words.words) > 1 and words.words[1].kind in ("declare", "assign"):
             words.i = 2
+            self.known.append(first.text)  # an assignment, too: that it was not declared Go sees when it gets there
             return ("set", first.text, words.words[1].kind == "declare", words.pipeline(), first.at)
         return ("print", words.pipeline(), first.at)
 
@@ -236,8 +242,9 @@ def _read_define(blocks: _Blocks, words: _Words, first: _Token) -> tuple:
     "A named part; nothing is written where it stands."
     if not words.peek("string"):
         raise words.fail("a part is defined by its name in quotes")
-    name = _unescape(blocks.text, words.next())
+    name, outside, blocks.known = _unescape(blocks.text, words.next()), blocks.known, ["$"]
     blocks.defined[name] = blocks.nodes(first, ("end",))[0]
+    blocks.known = outside
     return ("text", "")
 
 # %% ../nbs/18_ollama.ipynb #c8710622
@@ -253,6 +260,7 @@ def _read_range(blocks: _Blocks, words: _Words, first: _Token) -> tuple:
         if not words.peek("declare"):
             raise words.fail("variables of a range are declared with :=")
         words.next()
+    words.known.extend(names)
     value = words.pipeline()
     body, end = blocks.nodes(first)
     if end.i < len(end.words):
