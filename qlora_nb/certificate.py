@@ -812,7 +812,8 @@ def compare_replies(
     for check, file in zip(checks, files):
         rows = greedy(file, [row.prompt for row in ids], limit, stops)
         served = [to_reply(row, tokenizer, stops) for row in rows]
-        same = [a == b or is_greedy(subject.model, one.prompt, row) for a, b, one, row in zip(said, served, ids, rows)]
+        whole = [reply.stopped or reply.tokens >= limit for reply in served]  # what was cut short is another reply
+        same = [a == b or (w and is_greedy(subject.model, one.prompt, row)) for a, b, w, one, row in zip(said, served, whole, ids, rows)]
         check.replies = sum(same) / len(cases)
         check.reference_accuracy, check.accuracy = _accuracy(said, answers), _accuracy(served, answers)
         check.answers = sum(answer is not None for answer in answers)

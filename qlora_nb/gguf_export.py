@@ -25,7 +25,6 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -694,7 +693,8 @@ def quiet_llama():
         llama_cpp.llama_log_set(nothing, ctypes.c_void_p(0))
         if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
             for module in (llama_cpp, native):
-                stack.enter_context(mock.patch.object(module, "llama_model_default_params", without_amx))
+                stack.callback(setattr, module, "llama_model_default_params", module.llama_model_default_params)
+                module.llama_model_default_params = without_amx
         yield llama_cpp
 
 

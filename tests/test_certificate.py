@@ -385,6 +385,14 @@ def test_a_reply_that_parts_at_a_tie(subject):
     assert not is_greedy(model, prompt, [model.config.vocab_size])
 
 
+def test_a_reply_that_is_cut_short_is_another_one(subject, files, monkeypatch):
+    "Each of its tokens is the trained model's, and yet it is not what was trained."
+    assert short(subject, files[0], max_new_tokens=40).checks[1].replies == 1
+    real = certificate.greedy
+    monkeypatch.setattr(certificate, "greedy", lambda *given: [row[:-2] for row in real(*given)])
+    assert short(subject, files[0], max_new_tokens=40).checks[1].replies < 1
+
+
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 

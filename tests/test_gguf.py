@@ -33,7 +33,7 @@ from qlora_nb.core import EMBEDDED_MODEL, UserError, file_sha256
 from qlora_nb.gguf_export import QUANTIZATIONS, export_adapter_gguf, export_gguf, to_q4_0, to_q8_0
 from qlora_nb.merging import read_header, save_merged
 
-gguf, _ = needed("gguf"), needed("llama_cpp")
+gguf, llama_cpp = needed("gguf"), needed("llama_cpp")
 
 
 def test_a_missing_package_fails_in_ci(monkeypatch):
@@ -212,7 +212,6 @@ def test_rows_that_are_no_whole_blocks(kind, tokenizers, judge, tmp_path):
 
 @pytest.mark.parametrize("info", [b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", b"CPU : AVX2 = 1 | "])
 def test_llama_without_amx(info, monkeypatch):
-    llama_cpp = pytest.importorskip("llama_cpp")
     monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: info)
     makers = [lambda: llama_cpp.llama_model_default_params(), lambda: llama_cpp.llama_cpp.llama_model_default_params()]
     with gguf_export.quiet_llama():
