@@ -11,7 +11,7 @@ each time. What --out holds already is not measured again.
 
 - Parts: `main` (3B: best switches, the first pair in --turns turns; a quarter of the tokens masked, checkpointing, the
   workflow's own settings), `shapes` (1B and 8B on usual, short and long rows), `tricks` (the engine with one part
-  switched off at a time, with none, with rows end to end alone; twice the tokens; FlashAttention 4).
+  switched off at a time, with none, with rows end to end alone; twice the tokens; torch's own attention).
 - Rows: `usual` has log-normal lengths, median 600, cut at 2,048; `short` median 150; `long` median 3,000, cut at 8,192.
 - Ends of steps are marked by events on the GPU, and nothing waits for them.
 - Tokens a second count no padding; labelled ones are told apart. `share_of_bound`: 4 FLOP a parameter and token (6 with
@@ -21,6 +21,7 @@ each time. What --out holds already is not measured again.
 import argparse
 import datetime
 import gc
+import importlib.metadata
 import json
 import os
 import random
@@ -69,7 +70,7 @@ def listed(part, turns):
             {"off": list(PARTS)},
             {"off": [p for p in PARTS if p != "attention"]},
         ]
-        found += [{**best, "batch": 16}, {**best, "attention": "flash-attn-4"}]
+        found += [{**best, "batch": 16}, {**best, "attention": "torch's varlen_attn"}]
         found += [{**OWN, "off": [name]} for name in AGAIN]
     turned = [{**s, "turn": 1 + place // 2} for place, s in enumerate(again)]
     return [{**DEFAULTS, **s} for s in (*turned, *found)]
@@ -316,7 +317,8 @@ def processes(todo):
 def drive(a):
     found = json.loads(a.out.read_text()) if a.out and a.out.exists() else {"runs": []}
     there = {key(run) for run in found["runs"] if "failed" not in run}
-    todo = [s for s in listed(a.part, a.turns) if key(s) not in there and s["size"] in a.sizes]
+    wanted = [s for s in listed(a.part, a.turns) if s["size"] in a.sizes and s["stack"] in a.stacks]
+    todo = [s for s in wanted if key(s) not in there]
     for size in {s["size"] for s in todo}:
         model_path(size)
     for settings in processes(todo):
@@ -335,8 +337,10 @@ def write(path, runs, notes=None):
     from qlora_nb.core import library_versions, write_json
 
     words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    more = {d.name: d.version for d in importlib.metadata.distributions() if d.name == "flash-attn-4"}
     write_json(path, {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "versions": library_versions(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {**library_versions(), **more},
         "date": f"{datetime.date.today()}", "command": " ".join(["python benchmarks/gpu_training.py", *words]),
         **({"notes": notes} if notes else {}), "runs": runs,
     })  # fmt: skip
@@ -371,6 +375,7 @@ def arguments():
     p.add_argument("--one", help="measure these settings here and now (JSON, a list), and print a line for each")
     p.add_argument("--part", choices=("main", "shapes", "tricks", "all"), default="main")
     p.add_argument("--sizes", nargs="*", default=["1b", "3b", "8b"], choices=SHAPES)
+    p.add_argument("--stacks", nargs="*", default=STACKS, choices=STACKS)
     p.add_argument("--turns", type=int, default=3, help="how often each setting is measured")
     p.add_argument("--seconds", type=float, default=1e9, help="end after this time; what is measured by then is kept")
     p.add_argument("--limit", type=float, default=300, help="seconds that one process may take")

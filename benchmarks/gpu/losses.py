@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
 WAYS = {
     "engine": {"engine": True}, "plain": {"backend": "transformers", "engine": False},
     "unsloth": {"backend": "unsloth"},
