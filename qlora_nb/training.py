@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'POSITIVE', 'ELEMENTWISE', 'SMALLEST', 'LATE_ON', 'FROM_PYTHON', 'SAME', 'ADVISED', 'Settings',
            'check_setting', 'settings_for', 'check_choices', 'check_packing', 'trainer_arguments', 'trained_weights',
-           'under_way', 'mark', 'seconds_between', 'set_for_now', 'write_down', 'trainer_class', 'make_trainer',
-           'plot_loss', 'in_notebook', 'Progress', 'Interrupted', 'gentle_interrupt', 'metrics_row', 'Diverged',
-           'likely_cause', 'Tripwire', 'watcher', 'loader_clock', 'stopped', 'last_checkpoint', 'checkpoint_state',
-           'at_its_end', 'restore', 'tidy_checkpoints', 'Run', 'load_run', 'read_config', 'memory_lines',
-           'loading_words', 'percent', 'report_text', 'adapter_of', 'backend_of', 'token_lengths', 'check_plan',
-           'make_plan', 'checkpointing_of', 'set_checkpointing', 'expected_memory', 'memory_warning', 'plan_record',
-           'peak_memory', 'check_space', 'split_off', 'common_system', 'run_config', 'fit', 'how_to_go_on',
-           'profile_for', 'profile_of', 'resumed', 'same_run', 'cut_rows', 'rows_read', 'preflight', 'print_to_stderr',
-           'finish', 'check_model', 'check_settings', 'training_rows', 'planned', 'advice', 'start', 'run', 'foresee',
-           'taken', 'report_page', 'steps', 'device_name', 'train']
+           'only_out_of_turn', 'unpaged', 'under_way', 'mark', 'seconds_between', 'set_for_now', 'write_down',
+           'trainer_class', 'make_trainer', 'plot_loss', 'in_notebook', 'Progress', 'Interrupted', 'gentle_interrupt',
+           'metrics_row', 'Diverged', 'likely_cause', 'Tripwire', 'watcher', 'loader_clock', 'stopped',
+           'last_checkpoint', 'checkpoint_state', 'at_its_end', 'restore', 'tidy_checkpoints', 'Run', 'load_run',
+           'read_config', 'memory_lines', 'loading_words', 'percent', 'report_text', 'adapter_of', 'backend_of',
+           'token_lengths', 'check_plan', 'make_plan', 'checkpointing_of', 'set_checkpointing', 'expected_memory',
+           'memory_warning', 'plan_record', 'peak_memory', 'check_space', 'split_off', 'common_system', 'run_config',
+           'fit', 'how_to_go_on', 'profile_for', 'profile_of', 'resumed', 'same_run', 'cut_rows', 'rows_read',
+           'preflight', 'print_to_stderr', 'finish', 'check_model', 'check_settings', 'training_rows', 'planned',
+           'advice', 'start', 'run', 'foresee', 'taken', 'report_page', 'steps', 'device_name', 'train']
 
 # %% ../nbs/15_training.ipynb #96a31b6b
 import contextlib
@@ -24,6 +24,7 @@ import math
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, fields, replace
@@ -203,7 +204,8 @@ def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, chec
         bf16=cuda and dtype == torch.bfloat16 and not (engine and engine.adapters), fp16=cuda and dtype == torch.float16, use_cpu=not cuda,
         gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         ddp_find_unused_parameters=False if engine and engine.checkpoint else None,  # a layer that runs again is seen twice
-        report_to="none", disable_tqdm=True, dataloader_pin_memory=cuda, logging_nan_inf_filter=False,
+        report_to="none", disable_tqdm=True, logging_nan_inf_filter=False,
+        dataloader_pin_memory=cuda, accelerator_config={"non_blocking": cuda},  # a batch is copied while Python goes on
         dataset_num_proc=None,
     )
 
@@ -216,17 +218,44 @@ def trained_weights(model) -> dict:
     "The weights that are trained, by name."
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
+# %% ../nbs/15_training.ipynb #96a31b6d-9a
+class _Here(threading.local):
+    "Whether this thread trains tensors that need no waiting for."
 
+    unpaged = False
+
+
+_here = _Here()
+
+
+def only_out_of_turn(tensor: torch.Tensor) -> None:
+    "Wait as bitsandbytes does; in `unpaged` not for a GPU whose work is queued in its default stream, as bitsandbytes' own is."
+    from bitsandbytes.utils import sync_gpu
+
+    in_turn = tensor.is_cuda and torch.cuda.current_stream(tensor.device) == torch.cuda.default_stream(tensor.device)
+    if not (_here.unpaged and in_turn):
+        sync_gpu(tensor)
+
+
+@contextlib.contextmanager
+def unpaged():
+    "While it lasts bitsandbytes asks `only_out_of_turn`, and this thread's states are not paged."
+    from bitsandbytes.optim import optimizer
+
+    with set_for_now(optimizer, sync_gpu=only_out_of_turn), set_for_now(_here, unpaged=True):
+        yield
+
+# %% ../nbs/15_training.ipynb #96a31b6d-9
 def _in_one_tensor(kind):
-    "A trainer that trains `FlatAdapters` and looks the weights up once."
+    "A trainer that trains `FlatAdapters`, looks the weights up once, and doesn't wait for bitsandbytes."
     class Trainer(kind):
-        one_by_one = False  # a run that began so goes on so
+        one_by_one, flat_adapters = False, None  # a run that began one by one goes on so
 
         def create_optimizer(self, model=None):
             decayed, trained = set(self.get_decay_parameter_names(self.model)), trained_weights(self.model)
             large = [p for name, p in trained.items() if name in decayed and p.numel() >= SMALLEST]
             if self.optimizer is None and large and not self.one_by_one:
-                adapters = FlatAdapters(large)
+                adapters = self.flat_adapters = FlatAdapters(large)
                 small = [p for name, p in trained.items() if name in decayed and p.numel() < SMALLEST]
                 others = [p for name, p in trained.items() if name not in decayed]
                 make, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -236,11 +265,17 @@ def _in_one_tensor(kind):
                 self.optimizer.register_step_post_hook(adapters.drop)
             return super().create_optimizer(model)
 
+        def training_step(self, *args, **kwargs):
+            flat, engine = self.flat_adapters, engine_of(self.model)
+            cast = flat and engine.adapters and not engine.graphs  # a recording has casts of its own
+            with flat.cast_together(self.model.get_base_model().dtype) if cast else contextlib.nullcontext():
+                return super().training_step(*args, **kwargs)
+
         def train(self, resume_from_checkpoint=None, **kwargs):
             if resume_from_checkpoint:
                 state = torch.load(Path(resume_from_checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
                 self.one_by_one = sum(len(group["params"]) for group in state["param_groups"]) == len(trained_weights(self.model))
-            with looked_up_once(self.model):
+            with looked_up_once(self.model), unpaged():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     return Trainer
@@ -335,9 +370,13 @@ def trainer_class(plain_loss: bool, flat: bool = False):
     import trl
 
     class Trainer(trl.SFTTrainer):
-        tokens = targets = positions = 0
+        tokens, targets, positions, begun = 0, 0, 0, ()
 
         def training_step(self, model, inputs, *args, **kwargs):
+            if inputs["input_ids"].is_cuda:  # two batches ahead of the GPU are enough: each holds memory
+                if len(self.begun) == 2:
+                    self.begun[0].synchronize()
+                self.begun = (*self.begun[-1:], mark(self.args.device))
             mask = inputs.get("attention_mask")
             self.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
             self.targets += (inputs["labels"][..., 1:] != -100).sum()

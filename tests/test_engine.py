@@ -1,5 +1,6 @@
 """The engine against plain peft: families, dtypes, switches, checkpointing, packing, and what it refuses."""
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -339,14 +340,14 @@ def test_chunks_of_a_gpu_are_rounded(monkeypatch):
     losses, shapes = [], []
     for devices in (("cuda",), ("cpu",)):
         monkeypatch.setattr(engine, "FUSED_ON", devices)
-        for size in (2**28, 4 * 50 * 128, 4 * 50 * 7):
+        for chunk in (None, 128, 7):
             seen = []
 
             def own(logits, wanted, seen=seen):
                 seen.append(len(logits))
                 return engine.cross_entropy_(logits, wanted)
 
-            loss = engine.labelled_loss(hidden, head, labels, chunk_bytes=size, cross_entropy_=own)
+            loss = engine.labelled_loss(hidden, head, labels, chunk=chunk, cross_entropy_=own)
             losses.append((loss.item(), torch.autograd.grad(loss, hidden)[0]))
             shapes.append(seen)
     count = int((labels[:, 1:] != -100).sum())
@@ -357,16 +358,32 @@ def test_chunks_of_a_gpu_are_rounded(monkeypatch):
     assert engine.labelled_loss(hidden, head, torch.full((2, 9), -100)) == 0
 
 
-def test_the_estimate_counts_the_chunks_of_the_loss():
+@pytest.mark.parametrize("words, labelled, rows", [
+    (128_256, 16_360, 1024), (128_256, 100, 128), (32_000, 2048, 2048), (128_256, 131_072, 2048), (10**6, 5000, 256),
+])  # fmt: skip
+def test_the_estimate_counts_the_chunks_of_the_loss(words, labelled, rows):
+    "At least 256 MiB of fp32 logits, four times as much at most, in between a sixteenth of the positions."
     from types import SimpleNamespace
 
-    from qlora_nb.engine import CHUNK_BYTES, ROUND
     from qlora_nb.memory import engine_loss_bytes
 
-    for words, labelled in ((128_256, 16_384), (128_256, 100), (32_000, 2048), (10**6, 5000)):
-        chunk = CHUNK_BYTES // (4 * words)
-        rows = min(chunk // ROUND * ROUND if chunk > ROUND else chunk, -(-labelled // ROUND) * ROUND)
-        assert engine_loss_bytes(SimpleNamespace(hidden=8, vocabulary=words), 10, labelled) == 640 + 2 * words * rows
+    assert engine_loss_bytes(SimpleNamespace(hidden=8, vocabulary=words), 10, labelled) == 640 + 2 * words * rows
+
+
+def test_a_long_line_has_sixteen_chunks(monkeypatch):
+    from qlora_nb import engine
+
+    seen = []
+
+    def own(logits, wanted):
+        seen.append(len(logits))
+        return engine.cross_entropy_(logits, wanted)
+
+    monkeypatch.setattr(engine, "CHUNK_BYTES", 4 * 50 * 128)
+    hidden, head = torch.randn(2, 3000, 8), torch.randn(50, 8)
+    engine.labelled_loss(hidden, head, torch.ones(2, 3000, dtype=torch.long), cross_entropy_=own)
+    assert len(seen) == 16 and sum(seen) == 5998 and set(seen[:-1]) == {384}
+    assert engine.labelled_loss(hidden, head, torch.full((2, 3000), -100), cross_entropy_=own) == 0
 
 
 # --- layers of the same input ---------------------------------------------------------------------------------------
@@ -399,9 +416,9 @@ def test_layers_of_one_input_are_one_call():
     "Two layers with seven projections: q, k, v in one, o, and the MLP in one; or gate and up in one, down."
     model, batch = peft_of(), end_to_end(some_rows())
     install_engine(model)
-    assert calls_of(model, batch) == (2, 2, 2)
+    assert calls_of(model, batch) == (0, 4, 2)
     install_engine(model, Engine(mlp=False))
-    assert calls_of(model, batch) == (4, 4, 0)
+    assert calls_of(model, batch) == (0, 8, 0)
     install_engine(model, Engine(mlp=False, grouped=False))
     assert calls_of(model, batch) == (14, 0, 0)
     on = install_engine(model, Engine(adapters=False, selective=True, dense=True))
@@ -409,7 +426,7 @@ def test_layers_of_one_input_are_one_call():
 
 
 @pytest.mark.parametrize("targets, calls", [
-    (["q_proj", "v_proj", "gate_proj", "up_proj"], (4, 2, 0)), (["k_proj", "down_proj"], (4, 0, 0)),
+    (["q_proj", "v_proj", "gate_proj", "up_proj"], (0, 6, 0)), (["k_proj", "down_proj"], (0, 4, 0)),
 ])  # fmt: skip
 def test_a_group_needs_all_its_layers(targets, calls):
     model, rows = peft_of(lora={"target_modules": targets}), some_rows()
@@ -424,7 +441,7 @@ def test_nothing_is_held_after_a_step():
     model, batch = peft_of(), end_to_end(some_rows())
     install_engine(model, Engine(mlp=False))
     groups = {id(g): g for g in (getattr(m, "qlora_nb_group", None) for m in model.modules()) if g is not None}
-    assert len(groups) == 4 and all(isinstance(g, _Group) for g in groups.values())
+    assert len(groups) == 8 and all(isinstance(g, _Group) for g in groups.values())
     gradients(model, batch)
     assert all(g.x is None and not g.waiting for g in groups.values())
     attention = model.get_base_model().model.layers[0].self_attn
@@ -551,7 +568,7 @@ def test_one_frozen_adapter_of_a_group():
     for weight in frozen:
         weight.requires_grad_(False)
     install_engine(model)
-    assert calls_of(model, batch) == (8, 0, 2)
+    assert calls_of(model, batch) == (2, 6, 2)
     assert all(weight.grad is None for weight in frozen)
 
 
@@ -736,6 +753,34 @@ def test_ligers_kernels_stay_in_their_model():
         install_engine(model)
         remove_engine(model)
     assert places(model) == before and code.apply_rotary_pos_emb is old_rotary
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_mask_is_made_for_a_line(family, monkeypatch):
+    "Nor is the device asked whether there are rows in it, which Python would have to wait for."
+    from transformers import masking_utils
+
+    def asked(*args, **kwargs):
+        raise AssertionError("a mask is being made")
+
+    model, rows = peft_of(family), some_rows()
+    install_engine(model)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", asked)
+    monkeypatch.setattr(masking_utils, "sdpa_mask", asked)
+    line = end_to_end(rows)
+    gradients(model, line)
+    model.get_base_model().get_decoder()(line["input_ids"], None, cu_seq_lens_q=line["cu_seq_lens_q"])
+    with pytest.raises(AssertionError, match="a mask is being made"):
+        gradients(model, {"input_ids": torch.arange(9)[None], "labels": torch.arange(9)[None]})
+
+
+def test_another_attention_that_came_later_gets_its_mask():
+    model, batch = peft_of(), end_to_end(some_rows())
+    install_engine(model)
+    loss, wanted = gradients(model, batch)
+    model.get_base_model().set_attn_implementation("sdpa")
+    found, ours = gradients(model, batch)
+    assert found == pytest.approx(loss, rel=1e-5) and apart(ours, wanted) < 1e-5
 
 
 def test_switched_off_merged_and_without_gradients_it_is_peft(tmp_path):
@@ -1145,9 +1190,9 @@ def test_pieces_of_an_mlp():
     gate, up, down = some(24, 8), some(24, 8), some(8, 24)
     terms = [Term(lambda dtype, w=w: w, None, some(2, w.shape[1]), some(w.shape[0], 2), 0.5) for w in (gate, up, down)]
     rows, dy = some(23, 8), some(23, 8)
-    whole = _mlp_back(rows, _thin(rows, terms[:2]), terms, dy, PLAIN, True)
+    whole = _mlp_back(rows, _thin(rows, terms[:2]), terms, dy, PLAIN, torch.float32, True)
     for least, want_x in ((1, True), (5, True), (9, False), (100, True)):
-        parts = _mlp_back_in_pieces(rows, _thin(rows, terms[:2]), terms, dy, PLAIN, want_x, least)
+        parts = _mlp_back_in_pieces(rows, _thin(rows, terms[:2]), terms, dy, PLAIN, torch.float32, want_x, least)
         assert len(parts) == len(whole) == 16
         for place, (ours, theirs) in enumerate(zip(parts, whole)):
             missing = theirs is None or (place == 0 and not want_x)
@@ -1201,6 +1246,31 @@ def test_a_weight_put_elsewhere_is_not_trained_in_silence():
         adapters.gather()
 
 
+def test_weights_are_cast_together():
+    "One copy of all adapters in 16 bits gives what a copy of each gives, to the bit; gradients are as the weights are."
+    from qlora_nb.engine import _CASTS, FlatAdapters, _cast
+
+    model, batch = peft_of(dtype=torch.bfloat16), end_to_end(some_rows())
+    install_engine(model)
+    weights = trained_of(model)
+    assert {w.dtype for w in weights} == {torch.float32}
+    loss, wanted = gradients(model, batch)
+    assert {w.grad.dtype for w in weights} == {torch.float32} and not _CASTS
+    adapters = FlatAdapters(weights)
+    for change in (0.0, 1.0):
+        adapters.flat.data += change
+        with adapters.cast_together(torch.bfloat16):
+            copies = [_cast(w, torch.bfloat16) for w in weights]
+            assert len({c.untyped_storage().data_ptr() for c in copies}) == 1
+            assert all(torch.equal(c, w.detach().bfloat16()) for c, w in zip(copies, weights))
+            assert _cast(weights[0], torch.float16).dtype == torch.float16
+            found, ours = gradients(model, batch)
+        assert not _CASTS
+        if not change:
+            assert found == loss and all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    assert found != loss
+
+
 def test_looked_up_once():
     from qlora_nb.engine import looked_up_once
 
@@ -1246,6 +1316,69 @@ def test_a_run_with_its_adapters_in_one_tensor(tmp_path, optim):
     few, all_ = (len(trainer.optimizer.param_groups[0]["params"]) for trainer in (one, many))
     assert few < all_ if optim != "adafactor" else few == all_
     assert all(map(torch.equal, ours, theirs))
+
+
+def test_nobody_waits_for_bitsandbytes(tmp_path, monkeypatch):
+    "While adapters are trained in one tensor, its optimizer asks us whether to wait; then, and elsewhere, itself."
+    from bitsandbytes.optim import optimizer
+
+    from qlora_nb import training
+
+    before, asked = optimizer.sync_gpu, []
+    monkeypatch.setattr(training, "only_out_of_turn", lambda tensor: asked.append((id(tensor), training._here.unpaged)))
+    trainer, _ = small_run(tmp_path / "run", Engine(), "adamw_8bit")
+    tensors = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert len(asked) == 3 * len(tensors) and set(asked) == {(id(p), True) for p in tensors}
+    with pytest.raises(ZeroDivisionError), training.unpaged():
+        assert optimizer.sync_gpu is training.only_out_of_turn
+        raise ZeroDivisionError
+    assert optimizer.sync_gpu is before and not training._here.unpaged
+    asked.clear()
+    small_run(tmp_path / "other", Engine(flat=False), "adamw_8bit")
+    assert not asked
+
+
+@pytest.mark.parametrize("stream, here, waits", [
+    ("default", True, False), ("another", True, True), ("default", False, True),
+])  # fmt: skip
+def test_work_in_another_stream_or_thread_is_waited_for(monkeypatch, stream, here, waits):
+    from types import SimpleNamespace
+
+    from bitsandbytes import utils
+
+    from qlora_nb import training
+
+    asked = []
+    monkeypatch.setattr(utils, "sync_gpu", asked.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    with training.unpaged() if here else contextlib.nullcontext():
+        training.only_out_of_turn(SimpleNamespace(is_cuda=True, device="cuda:0"))
+        training.only_out_of_turn(torch.zeros(1))  # of another kind of device: as bitsandbytes does
+    assert len(asked) == 1 + waits
+
+
+def test_the_trainer_casts_adapters_together(tmp_path, monkeypatch):
+    "Once a batch; what the functions find there is what they compute with."
+    from qlora_nb import engine
+
+    real, seen = engine.FlatAdapters.cast_together, []
+
+    def counted(self, dtype):
+        seen.append(dtype)
+        return real(self, dtype)
+
+    monkeypatch.setattr(engine.FlatAdapters, "cast_together", counted)
+    small_run(tmp_path / "run", Engine())
+    assert seen == [torch.float32] * len(seen) and len(seen) >= 3
+    model, batch = peft_of(dtype=torch.bfloat16), end_to_end(some_rows())
+    install_engine(model)
+    loss, _ = gradients(model, batch)
+    adapters = engine.FlatAdapters(trained_of(model))
+    with real(adapters, torch.bfloat16):
+        for cast in engine._CASTS.values():
+            cast.add_(1)
+        assert abs(gradients(model, batch)[0] - loss) > 0.01  # without the casts: the same loss to the bit
 
 
 @pytest.mark.parametrize("before", [True, False])
