@@ -239,10 +239,11 @@ def only_out_of_turn(tensor: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def unpaged():
-    "While it lasts bitsandbytes asks `only_out_of_turn`, and this thread's states are not paged."
+    "While it lasts bitsandbytes asks `only_out_of_turn` (if it asks, as a later version may not), and this thread's states are not paged."
     from bitsandbytes.optim import optimizer
 
-    with set_for_now(optimizer, sync_gpu=only_out_of_turn), set_for_now(_here, unpaged=True):
+    asks = {"sync_gpu": only_out_of_turn} if hasattr(optimizer, "sync_gpu") else {}
+    with set_for_now(optimizer, **asks), set_for_now(_here, unpaged=True):
         yield
 
 # %% ../nbs/15_training.ipynb #96a31b6d-9

@@ -1333,6 +1333,10 @@ def test_nobody_waits_for_bitsandbytes(tmp_path, monkeypatch):
         assert optimizer.sync_gpu is training.only_out_of_turn
         raise ZeroDivisionError
     assert optimizer.sync_gpu is before and not training._here.unpaged
+    monkeypatch.delattr(optimizer, "sync_gpu")  # as in a version that doesn't wait
+    with training.unpaged():
+        assert not hasattr(optimizer, "sync_gpu")
+    monkeypatch.setattr(optimizer, "sync_gpu", before, raising=False)
     asked.clear()
     small_run(tmp_path / "other", Engine(flat=False), "adamw_8bit")
     assert not asked
