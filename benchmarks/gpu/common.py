@@ -23,8 +23,9 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def versions():
-    names = ("torch", "transformers", "peft", "bitsandbytes")
-    return {"python": sys.version.split()[0], **{n: importlib.metadata.version(n) for n in names}}
+    names = ("torch", "transformers", "peft", "bitsandbytes", "flash-attn-4")
+    there = {d.name: d.version for d in importlib.metadata.distributions() if d.name in names}
+    return {"python": sys.version.split()[0], **{name: there[name] for name in names if name in there}}
 
 
 def gpu_name(device):
