@@ -63,5 +63,8 @@ setup(
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
     },
     cmdclass={"build_py": BuildWithResults},
+    # `pip install -e` puts this folder on the path. By default setuptools answers imports itself, but only after the
+    # path was asked, and there a clone of this name, seen from the folder above it, is a package with nothing in it.
+    options={"editable_wheel": {"mode": "compat"}},
     zip_safe=False,
 )

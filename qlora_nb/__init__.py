@@ -1,6 +1,8 @@
 """LoRA and QLoRA, from the mathematics to a served model. Names are loaded on first use (PEP 562)."""
 
 import importlib
+import os
+import sys
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,11 @@ _WHERE = {
     "diagnose": "diagnosis",
 }
 __all__ = sorted(_WHERE)
+
+# OpenMP's threads spin while they wait for each other; on busy cores that costs a step many times its own work. A bound
+# costs nothing on quiet ones (benchmarks/waiting.py). libgomp reads it once, when torch loads it.
+if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def __getattr__(name):

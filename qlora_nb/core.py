@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'EMBEDDED_MODEL', 'EMBEDDED_DATA', 'RESULTS', 'HUB_DATA', 'PROFILES', 'PACKAGES', 'UserError', 'Profile',
            'gpu_bytes', 'profile', 'disk_full', 'write_aside', 'write_json', 'write_yaml', 'write_jsonl', 'read_jsonl',
-           'new_run_folder', 'library_versions', 'fingerprint', 'file_sha256', 'quiet_environment']
+           'new_run_folder', 'library_versions', 'fingerprint', 'file_sha256', 'private_folder', 'cache_folder',
+           'quiet_environment']
 
 # %% ../nbs/00_core.ipynb #8278cb14
 import contextlib
@@ -99,6 +100,9 @@ def profile(
 
 # %% ../nbs/00_core.ipynb #8278cb14-8
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EROFS)
+# safetensors and the tokenizers library report the system's message, not its number; torch.save only that a write fell short.
+_FULL = re.compile(r"os error (28|122|27)\b|No space left|File too large|quota exceeded|"
+                   r"unexpected pos \d+ vs \d+|basic_ios::clear: iostream error|PytorchStreamWriter failed writing")
 
 
 def disk_full(error: BaseException) -> bool:
@@ -106,8 +110,7 @@ def disk_full(error: BaseException) -> bool:
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        # safetensors and the tokenizers library report the system's message, not its number.
-        if re.search(r"os error (28|122|27)\b|No space left|File too large|quota exceeded", str(error)):
+        if _FULL.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -229,8 +232,28 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../nbs/00_core.ipynb #8278cb14-15
-def quiet_environment() -> None:
-    "Defaults for the environment variables that keep folders clean and machines quiet. What is set already stays."
-    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"))
+def private_folder(path: str | Path) -> Path:
+    "Make a folder that only this user can read and write. Raises `OSError` where it can't be created, or is another user's."
+    path = Path(path)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if {path.lstat().st_uid, path.stat().st_uid} != {os.getuid()}:
+        raise PermissionError(errno.EPERM, "belongs to another user", str(path))
+    path.chmod(0o700)  # it may have been there, open to others
+    return path
+
+
+def cache_folder(name: str) -> Path:
+    "This user's own folder for what can be made again, in `$XDG_CACHE_HOME`, `~/.cache` or the temporary folder. Raises `UserError`."
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    for place in (home / "qlora_nb", Path(tempfile.gettempdir()) / f"qlora_nb-{os.getuid()}"):
+        with contextlib.suppress(OSError):
+            return private_folder(private_folder(place) / name)
+    raise UserError(f"neither {home} nor {place} can hold this user's cache: set XDG_CACHE_HOME to a folder of your own")
+
+
+def quiet_environment(unsloth: bool = False) -> None:
+    "Defaults for the environment variables that keep folders clean and machines quiet, before Unsloth's import with its cache. What is set already stays."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    if unsloth and "UNSLOTH_COMPILE_LOCATION" not in os.environ:
+        os.environ["UNSLOTH_COMPILE_LOCATION"] = str(cache_folder("unsloth_compiled_cache"))

@@ -19,7 +19,8 @@ def test_modules_are_exported(tmp_path):
     shutil.copy(ROOT / "settings.ini", tmp_path)
     shutil.copytree(NBS, tmp_path / "nbs", ignore=lambda folder, names: [n for n in names if not n.endswith(".ipynb")])
     (tmp_path / "qlora_nb").mkdir()
-    shutil.copy(PACKAGE / "__init__.py", tmp_path / "qlora_nb")
+    for name in ("__init__.py", "__main__.py"):  # written by hand
+        shutil.copy(PACKAGE / name, tmp_path / "qlora_nb")
     # With this set nbdev_export does nothing, and says nothing.
     env = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
     command = [sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"]
