@@ -34,7 +34,7 @@ import yaml
 import qlora_nb
 from .core import EMBEDDED_MODEL, UserError, write_aside
 from .merging import EMBEDDED_NAME, MergedTensors, TensorFolder, base_name, check_mergeable, read_tensor
-from .model import adapter_base, load_model, model_path
+from .model import adapter_base, adapter_bits, load_model, load_tokenizer, model_path
 from .template import DATE, control_tokens, render, template_text, turn_end
 from .training import read_config
 
@@ -768,9 +768,12 @@ def find_run(
 def load_settings(
     config: dict,  # of the run; {} where it isn't known
     base: str | Path,  # the model that is loaded
+    adapter: Path | None = None,  # its adapter, which is asked for the bits where the run doesn't say
 ) -> dict:
-    "For `load_model`: the bits, the revision and the dtype of training, and a length that the base can hold."
+    "For `load_model`: the bits, the revision and the dtype of training, and a length that the base can hold. An adapter's bits are said on stderr."
     known = {key: config[key] for key in ("load_in_4bit", "revision", "dtype", "max_seq_length") if config.get(key) is not None}
+    if adapter is not None:
+        known["load_in_4bit"] = adapter_bits(adapter, base, known.get("load_in_4bit"))
     if "max_seq_length" not in known:
         from transformers import AutoConfig
 
@@ -779,19 +782,20 @@ def load_settings(
             known["max_seq_length"] = min(2048, found.max_position_embeddings)
     return known
 
-
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-40
-def load_adapted(folder: Path) -> tuple | None:  # (model, tokenizer)
-    "The adapter of a folder (of an adapter or a run) on the base that it was trained on; None where there is none."
+def load_adapted(folder: Path, base: str | Path | None = None, load_in_4bit: bool | None = None, **settings) -> tuple | None:  # (model, tokenizer)
+    "The adapter of a folder (of an adapter or a run) on the base that it was trained on, or on `base`; None where there is none."
     adapter, config = find_run(folder)
     if adapter is None:
         return None
-    settings = load_settings(config, adapter_base(adapter))
-    return load_model(adapter=adapter, backend="auto" if "unsloth" in sys.modules else "transformers", **settings)
+    base = base or config.get("model") or adapter_base(adapter)
+    asked = {} if load_in_4bit is None else {"load_in_4bit": load_in_4bit}
+    settings = load_settings({**config, **asked, **settings}, base, adapter)
+    return load_model(base, adapter=adapter, backend="auto" if "unsloth" in sys.modules else "transformers", **settings)
 
 
-def open_source(model, tokenizer) -> tuple:  # (source, tokenizer)
-    "A live model, a model's folder, an adapter's or a run's: what is exported, and its tokenizer."
+def open_source(model, tokenizer, base: str | Path | None = None, load_in_4bit: bool | None = None) -> tuple:  # (source, tokenizer)
+    "A live model, a model's folder, an adapter's or a run's (on its own base, or on `base`): what is exported, and its tokenizer."
     if isinstance(model, torch.nn.Module):
         if tokenizer is None:
             raise UserError("no tokenizer was given: pass the one that load_model returned")
@@ -799,14 +803,11 @@ def open_source(model, tokenizer) -> tuple:  # (source, tokenizer)
     path = EMBEDDED_MODEL if str(model) == EMBEDDED_NAME else Path(model).expanduser()
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: name a model's or an adapter's folder, or pass the model itself")
-    if adapted := load_adapted(path):
+    if adapted := load_adapted(path, base, load_in_4bit):
         return ModelSource(adapted[0]), tokenizer or adapted[1]
-    source = FolderSource(model_path(path))
-    if tokenizer is None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    return source, tokenizer
+    if base is not None:
+        raise UserError(f"{path} holds no adapter, so there is nothing to put on the base {base}: leave it out")
+    return FolderSource(model_path(path)), tokenizer or load_tokenizer(path)
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-41
 def read_card(file: Path) -> dict:
@@ -881,11 +882,13 @@ def export_gguf(
     *,
     name: str | None = None,  # general.name; None is the file's or folder's
     license: str | None = None,  # e.g. "llama3.2"
+    base: str | Path | None = None,  # for an adapter's folder: the base to put it on; None is the one that it names
+    load_in_4bit: bool | None = None,  # for an adapter's folder: the base in 4 bits or not; None is as it was trained
 ) -> Path | list[Path]:  # a list for a list
     "Write a model as GGUF, whole or not at all. Raises `UserError` for what llama.cpp would not compute as transformers does."
     names = check_quantizations(quantization)
     files = target_files(path, names)
-    source, tokenizer = open_source(model_or_folder, tokenizer)
+    source, tokenizer = open_source(model_or_folder, tokenizer, base, load_in_4bit)
     plans = plan_tensors(source.config, source.shapes)
     vocabulary = read_vocabulary(tokenizer, plans[0].shape[0])
     about = describe(source, name or Path(path).name.removesuffix(".gguf"), license)

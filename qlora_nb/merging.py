@@ -19,7 +19,16 @@ from pathlib import Path
 import torch
 
 from .core import EMBEDDED_MODEL, UserError, file_sha256, write_aside
-from .model import choose_dtype, install_where_possible, keep_4bit_layers, model_info, model_path, nf4_config
+from qlora_nb.model import (
+    check_finite_files,
+    check_untied,
+    choose_dtype,
+    install_where_possible,
+    keep_4bit_layers,
+    model_info,
+    model_path,
+    nf4_config,
+)
 
 # %% ../nbs/16_merge.ipynb #bd01c831-2
 def adapter_size(
@@ -61,6 +70,7 @@ def base_name(
 CARD = """---
 base_model: {base}
 library_name: peft
+load_in_4bit: {bits}
 pipeline_tag: text-generation
 tags:
 - lora
@@ -69,16 +79,16 @@ tags:
 
 # LoRA adapter for {base}
 
-Rank {r}, alpha {alpha}, on {modules}. Made with qlora_nb.
+Rank {r}, alpha {alpha}, on {modules}, trained on the base in {precision}. Made with qlora_nb.
 
     from qlora_nb import chat, load_model
 
-    model, tokenizer = load_model(adapter="path/to/this/folder")
+    model, tokenizer = load_model(adapter="path/to/this/folder"{loading})
     print(chat(model, tokenizer, "What is 2+2? Think step by step."))
 """
 
 # %% ../nbs/16_merge.ipynb #bd01c831-6
-def _write_config_and_card(folder: Path, base: str) -> None:
+def _write_config_and_card(folder: Path, base: str, in_4bit: bool) -> None:
     "Rewrite peft's config (sorted, with the base's own name) and write our card."
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -92,6 +102,7 @@ def _write_config_and_card(folder: Path, base: str) -> None:
     card = CARD.format(
         base=base, r=config.get("r"), alpha=config.get("lora_alpha"),
         modules=targets if isinstance(targets, str) else ", ".join(targets),
+        bits=str(in_4bit).lower(), precision="4 bits" if in_4bit else "16 bits or more", loading="" if in_4bit else ", load_in_4bit=False",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -107,7 +118,7 @@ def _write_adapter(model: torch.nn.Module, tokenizer, folder: Path) -> None:
             file.rename(folder / file.name)
         inner.rmdir()
     tokenizer.save_pretrained(str(folder))
-    _write_config_and_card(folder, base_name(model))
+    _write_config_and_card(folder, base_name(model), bool(getattr(model.get_base_model(), "is_loaded_in_4bit", False)))
 
 # %% ../nbs/16_merge.ipynb #bd01c831-8
 def _refuse_others(path: Path, part: Path) -> None:
@@ -208,6 +219,7 @@ def load_adapter(
     if any(hasattr(layer, "lora_A") for layer in model.modules()):
         raise UserError("the model carries an adapter already: load the base alone, then its adapter")
     header = read_header(path / "adapter_model.safetensors")
+    check_finite_files([path / "adapter_model.safetensors"])
     _check_shapes(model, header, path)
     try:
         loaded = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
@@ -215,6 +227,9 @@ def load_adapter(
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"the adapter {path} doesn't fit this model: {str(error).strip().splitlines()[0]}") from error
+    if unused := sorted(set(header) - set(_adapter_tensors(loaded)) - {name for name, _ in loaded.named_parameters()}):
+        raise UserError(f"the adapter {path} holds {unused[0]}{f' and {len(unused) - 1} more tensors' if unused[1:] else ''}, which nothing in this model takes: "
+                        "load its own base, or train without them")
     types = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     kinds = {types.get(entry["dtype"]) for entry in header.values()}
     if len(kinds) == 1 and None not in kinds:
@@ -274,9 +289,9 @@ def check_mergeable(
     for setting in ("fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"):
         if getattr(config, setting, None):
             raise UserError(f"the adapter was made with {setting}={getattr(config, setting)!r}, which can't be merged here: train without it")
-    for place, layer in model.get_base_model().named_modules():
-        if not hasattr(layer, "lora_A"):
-            continue
+    adapted = [(place, layer) for place, layer in model.get_base_model().named_modules() if hasattr(layer, "lora_A")]
+    check_untied(model.get_base_model(), [place for place, layer in adapted if name in {*layer.lora_A, *getattr(layer, "lora_embedding_A", {})}])
+    for place, layer in adapted:
         variant = type(getattr(layer, "lora_variant", {}).get(name)).__name__
         if variant not in ("NoneType", "DoraLinearVariant"):
             raise UserError(f"the adapter on {place} is a {variant}, which can't be merged here: train plain LoRA or DoRA")

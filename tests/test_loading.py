@@ -1,0 +1,527 @@
+"""What is loaded is whole, and is what its files say: weights, tokenizers, adapters with template and precision."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_nb.cli import main
+from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
+from qlora_nb.gguf_export import export_gguf
+from qlora_nb.merging import load_adapter, merge_adapter, save_adapter, save_merged
+from qlora_nb.model import add_lora, load_model, load_tokenizer, trained_in_4bit
+
+WEIGHTS = load_file(EMBEDDED_MODEL / "model.safetensors")
+MLP, NORM, QUERY = (f"model.layers.1.{name}.weight" for name in ("mlp.up_proj", "input_layernorm", "self_attn.q_proj"))
+ENV = {**os.environ, "QLORA_NB_PROFILE": "tiny"}
+
+
+@pytest.fixture
+def command(capfd, monkeypatch, tmp_path):
+    "A command of `qlora_nb`, in this process and an empty folder: its exit code, stdout and stderr."
+    monkeypatch.setenv("QLORA_NB_PROFILE", "tiny")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, arguments)))
+        return SimpleNamespace(code=ended.value.code, **capfd.readouterr()._asdict())
+
+    return run
+
+
+def base(folder, change=None, config=None, tokenizer=None):
+    "A copy of the embedded model with other weights, and other entries in two of its files."
+    shutil.copytree(EMBEDDED_MODEL, folder)
+    weights = {name: tensor.clone() for name, tensor in WEIGHTS.items()}
+    if change:
+        change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for file, entries in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+        found = json.loads((folder / file).read_text()) | (entries or {})
+        (folder / file).write_text(json.dumps(found))
+    return folder
+
+
+def without(*names):
+    def change(weights):
+        for name in [name for name in weights if any(part in name for part in names)]:
+            del weights[name]
+
+    return change
+
+
+def spoiled(name, value):
+    def change(weights):
+        weights[name].view(-1)[7] = value
+
+    return change
+
+
+def shorter(name):
+    def change(weights):
+        weights[name] = weights[name][:-64].contiguous()
+
+    return change
+
+
+def added(weights):
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(256)
+
+
+NAN, INF = float("nan"), float("inf")
+DAMAGED = {
+    "no embedding": (without("embed_tokens"), {}, r"model\.embed_tokens\.weight is missing from the files"),
+    "no norm": (without(NORM), {}, rf"{NORM} is missing"),
+    "no matrix": (without(MLP), {}, rf"{MLP} is missing"),
+    "no last norm": (without("model.norm"), {}, r"model\.norm\.weight is missing"),
+    "a layer missing": (without("layers.3."), {}, r"model\.layers\.3\..* is missing.*and 6 more"),
+    "fewer layers": (
+        None,
+        {"num_hidden_layers": 2},
+        r"model\.layers\.\{2, 3\}\..* is in the files, but not in the model",
+    ),
+    "more layers": (None, {"num_hidden_layers": 5}, r"model\.layers\.4\..* is missing"),
+    "a bias too many": (added, {}, r"model\.layers\.0\.self_attn\.q_proj\.bias is in the files, but not in the model"),
+    "vocabulary": (
+        None,
+        {"vocab_size": 900},
+        r"model\.embed_tokens\.weight has the shape \(768, 256\) .* \(900, 256\)",
+    ),
+    "width": (None, {"intermediate_size": 640}, r"mlp\.\w+\.weight has the shape"),
+    "heads": (
+        None,
+        {"num_key_value_heads": 4},
+        r"self_attn\.[kv]_proj\.weight has the shape \(128, 256\) .* \(256, 256\)",
+    ),
+    "cut matrix": (shorter(MLP), {}, rf"{MLP} has the shape \(448, 256\) .* \(512, 256\)"),
+    "cut norm": (shorter(NORM), {}, rf"{NORM} has the shape \(192,?\) .* \(256,?\)"),
+    "NaN in a matrix": (spoiled(QUERY, NAN), {}, rf"{QUERY} in .*model\.safetensors holds NaN or infinite"),
+    "infinity in a matrix": (spoiled(QUERY, -INF), {}, rf"{QUERY} in .* holds NaN or infinite"),
+    "NaN in a norm": (spoiled(NORM, NAN), {}, rf"{NORM} in .* holds NaN or infinite"),
+    "infinity in the embedding": (
+        spoiled("model.embed_tokens.weight", INF),
+        {},
+        r"embed_tokens\.weight in .* holds NaN",
+    ),
+}
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_base_that_is_not_whole(kind, load_in_4bit, tmp_path):
+    change, config, said = DAMAGED[kind]
+    folder = base(tmp_path / "base", change, config)
+    with pytest.raises(UserError, match=said) as caught:
+        load_model(folder, load_in_4bit=load_in_4bit)
+    assert str(folder) in str(caught.value) and "download or copy" in str(caught.value)
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_a_whole_base_in_shards(load_in_4bit, tmp_path, capfd):
+    folder = base(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="2MB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    capfd.readouterr()
+    load_model(folder, load_in_4bit=load_in_4bit)
+    assert capfd.readouterr().err == ""
+    weights = load_file(shards[1])
+    name = max(weights, key=lambda key: weights[key].numel())
+    weights[name].view(-1)[0] = NAN
+    save_file(weights, shards[1], metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} in .*{shards[1].name} holds NaN"):
+        load_model(folder, load_in_4bit=load_in_4bit)
+    shards[1].unlink()
+    with pytest.raises(UserError, match=f"can't be loaded.*{shards[1].name}|{shards[1].name}"):
+        load_model(folder, load_in_4bit=load_in_4bit)
+
+
+def test_numbers_that_a_dtype_cant_hold(tmp_path):
+    folder = base(tmp_path / "base", spoiled(NORM, 1e6))
+    load_model(folder)
+    with pytest.raises(UserError, match=f"{NORM} is NaN or infinite in float16; load it with another dtype"):
+        load_model(folder, dtype="float16")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed")
+def test_unsloth_is_held_to_the_same(tmp_path):
+    kinds = ["no embedding", "a layer missing", "fewer layers", "vocabulary", "cut matrix", "NaN in a matrix"]
+    for kind in kinds:
+        base(tmp_path / kind.replace(" ", "-"), *DAMAGED[kind][:2])
+    code = """
+import sys
+from qlora_nb import load_model
+from qlora_nb.core import UserError
+for name in sys.argv[1:]:
+    for bits in (True, False):
+        try:
+            load_model(name, backend="unsloth", load_in_4bit=bits)
+            print("loaded")
+        except UserError as error:
+            print(str(error).replace(chr(10), " "))
+"""
+    names = [f"./{kind.replace(' ', '-')}" for kind in kinds]
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert len(said) == 2 * len(kinds), done.stderr[-3000:]
+    for i, kind in enumerate(kinds):
+        for line in said[2 * i : 2 * i + 2]:
+            # Unsloth ties the embedding to the head by itself, and names the head
+            part = DAMAGED[kind][2] if kind != "no embedding" else r"lm_head\.weight is missing"
+            assert re.search(part, line), (kind, line)
+
+
+def hub_cache(place, folder, name="me/tiny"):
+    "The folder as the Hub's client would have downloaded it."
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    model = place / f"hub/models--{name.replace('/', '--')}"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs/main").write_text(commit)
+    shutil.copytree(folder, model / f"snapshots/{commit}")
+
+
+def test_a_model_from_the_hub_is_looked_at_too(tmp_path):
+    hub_cache(tmp_path, base(tmp_path / "whole", tokenizer={"tokenizer_class": "LlamaTokenizerFast"}), "me/whole")
+    hub_cache(tmp_path, base(tmp_path / "nan", spoiled(QUERY, NAN)), "me/nan")
+    code = """
+from qlora_nb import load_model
+from qlora_nb.core import UserError
+tokenizer = load_model("me/whole", max_seq_length=256)[1]
+print(tokenizer.decode(tokenizer("Olga buys  3 boxes")["input_ids"], skip_special_tokens=True))
+try:
+    load_model("me/nan", max_seq_length=256)
+except UserError as error:
+    print(error)
+"""
+    env = {**ENV, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    env = {key: value for key, value in env.items() if key not in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = done.stdout.splitlines()
+    assert first == "Olga buys  3 boxes" and f"{QUERY} in " in second and "holds NaN" in second
+
+
+# --- tokenizers -----------------------------------------------------------------------------------------------------
+
+CLASSES = [
+    "LlamaTokenizerFast",
+    "LlamaTokenizer",
+    "GPT2Tokenizer",
+    "Qwen2Tokenizer",
+    "GemmaTokenizer",
+    "T5Tokenizer",
+    "PreTrainedTokenizerFast",
+    "SomethingElse",
+]
+TEXTS = [
+    "Olga buys 3 boxes.",
+    "  two   blanks ",
+    "a\n\n b\tc",
+    "1,234.5 x  49",
+    "naïve — 東京 👩‍💻",
+    "don't I'LL",
+    "<b>&amp;</b>\\n",
+]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_files_own_ids_whatever_class_is_named(name, tmp_path, capfd):
+    folder = base(tmp_path / "base", tokenizer={"tokenizer_class": name})
+    own, tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(folder)
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == own.encode(text, add_special_tokens=False).ids, text
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    usual = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    assert (tokenizer.chat_template, tokenizer.eos_token, len(tokenizer)) == (
+        usual.chat_template,
+        usual.eos_token,
+        len(usual),
+    )
+    departs = name.startswith(("Llama", "GPT2", "Qwen", "Gemma", "T5"))
+    assert ("so the file's own tokenizer is used" in capfd.readouterr().err) == departs
+
+
+def test_a_tokenizer_that_cant_do_what_its_file_says(tmp_path):
+    token = {
+        "content": "boxes",
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": False,
+    }
+    folder = base(tmp_path / "base")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.setdefault("added_tokens_decoder", {})["768"] = token
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="doesn't do what its tokenizer.json says .*'Olga buys 3 boxes.'"):
+        load_tokenizer(folder)
+
+
+def test_every_door_takes_the_files_tokenizer(tmp_path, command):
+    folder = base(tmp_path / "base", tokenizer={"tokenizer_class": "LlamaTokenizerFast"})
+    ids = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)("Olga buys 3 boxes.")["input_ids"]
+    assert load_model(folder)[1]("Olga buys 3 boxes.")["input_ids"] == ids
+    rows = EMBEDDED_DATA / "train.parquet"
+    reports = [
+        command("check", "--model", model, "--data", rows, "--limit", 60, "--json")
+        for model in (folder, EMBEDDED_MODEL)
+    ]
+    assert reports[0].code == 0 and json.loads(reports[0].out)["summary"]["usable"] == 60
+    assert reports[0].out == reports[1].out
+    from gguf import GGUFReader
+
+    tokens = [
+        GGUFReader(export_gguf(source, None, tmp_path / f"{i}.gguf")).fields["tokenizer.ggml.tokens"].contents()
+        for i, source in enumerate((folder, EMBEDDED_MODEL))
+    ]
+    assert tokens[0] == tokens[1]
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+def adapter(folder, settings=None, change=None, base_name="qlora_nb:embedded", **more):
+    "An adapter as peft alone writes it, with numbers in B."
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+    config = LoraConfig(
+        r=4, lora_alpha=8, task_type="CAUSAL_LM", **{"target_modules": ["q_proj", "v_proj"], **(settings or {})}
+    )
+    model = get_peft_model(model, config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "embedding_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    written = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": base_name, **more}
+    (folder / "adapter_config.json").write_text(json.dumps(written))
+    (folder / "README.md").unlink(missing_ok=True)
+    if change:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "file, text, wanted, why",
+    [
+        (None, None, False, "neither its run nor its files"),
+        ("../config.yaml", "load_in_4bit: true\nr: 4\n", True, "config.yaml of its run"),
+        ("../config.yaml", "load_in_4bit: false\n", False, "config.yaml of its run"),
+        ("../config.yaml", "learning_rate: 1e-4\n", False, "neither"),
+        ("README.md", "The following `bitsandbytes` config was used:\n- load_in_4bit: True\n", True, "README.md"),
+        ("README.md", "- load_in_4bit: False\n- bnb_4bit_quant_type: nf4\n", True, "README.md"),
+        ("README.md", "- load_in_4bit: False\n", False, "neither"),
+        ("README.md", "A fine adapter.\n", False, "neither"),
+    ],
+)
+def test_the_precision_that_an_adapter_was_trained_in(file, text, wanted, why, tmp_path):
+    folder = adapter(tmp_path / "run/adapter")
+    if file:
+        (folder / file).write_text(text)
+    found, said = trained_in_4bit(folder)
+    assert found is wanted and why in said
+
+
+def test_a_4_bit_base_by_its_name_or_configuration(tmp_path):
+    assert trained_in_4bit(adapter(tmp_path / "a", base_name="unsloth/Llama-3.2-3B-Instruct-unsloth-bnb-4bit"))[0]
+    folder = base(
+        tmp_path / "base", config={"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    )
+    assert trained_in_4bit(adapter(tmp_path / "b", base_name=str(folder)))[0]
+    assert not trained_in_4bit(adapter(tmp_path / "c", base_name="/somewhere/else/llama"))[0]
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_our_own_adapters_say_what_they_were_trained_on(load_in_4bit, tmp_path, capfd):
+    model, tokenizer = load_model("qlora_nb:embedded", load_in_4bit=load_in_4bit)
+    save_adapter(add_lora(model, r=2), tokenizer, tmp_path / "a")
+    assert trained_in_4bit(tmp_path / "a")[0] is load_in_4bit
+    capfd.readouterr()
+    load_model(adapter=tmp_path / "a", load_in_4bit=load_in_4bit)
+    assert capfd.readouterr().err == ""
+
+
+def dequantized(file):
+    from gguf import GGUFReader
+
+    return {t.name: torch.tensor(t.data) for t in GGUFReader(file).tensors}
+
+
+def test_an_adapter_of_a_16_bit_base_is_merged_into_it(tmp_path, capfd):
+    folder = adapter(tmp_path / "a")
+    file = export_gguf(folder, None, tmp_path / "x.gguf", "f32")
+    assert "is taken in 16 bits or more: neither its run nor its files" in capfd.readouterr().err
+    model, _ = load_model("qlora_nb:embedded", load_in_4bit=False)
+    wanted = merge_adapter(load_adapter(model, folder)).model.layers[0].mlp.up_proj.weight
+    assert torch.equal(dequantized(file)["blk.0.ffn_up.weight"], wanted)
+    asked = export_gguf(folder, None, tmp_path / "y.gguf", "f32", load_in_4bit=True)
+    assert "in 4 bits: that was asked for, although neither" in capfd.readouterr().err
+    assert not torch.equal(dequantized(asked)["blk.0.ffn_up.weight"], wanted)
+    load_model(adapter=folder)
+    assert "nothing says that the adapter" in capfd.readouterr().err
+
+
+def test_another_base_by_name(tmp_path):
+    other = base(tmp_path / "other", spoiled(MLP, 3.0))
+    folder = adapter(tmp_path / "a", base_name="/not/on/this/machine")
+    with pytest.raises(UserError, match="there is no folder /not/on/this/machine"):
+        export_gguf(folder, None, tmp_path / "x.gguf")
+    file = export_gguf(folder, None, tmp_path / "x.gguf", "f32", base=other)
+    assert 3.0 in dequantized(file)["blk.1.ffn_up.weight"]
+    with pytest.raises(UserError, match="holds no adapter"):
+        export_gguf(other, None, tmp_path / "z.gguf", base=EMBEDDED_MODEL)
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_a_tied_layer(layer, tmp_path):
+    model, tokenizer = load_model("qlora_nb:embedded", load_in_4bit=False)
+    with pytest.raises(UserError, match=f"{layer} can't have an adapter: embedding and lm_head are one matrix"):
+        add_lora(model, target_modules=["q_proj", layer])
+    folder = adapter(tmp_path / "a", {"target_modules": ["q_proj", layer]})
+    with pytest.raises(UserError, match="are one matrix"):
+        export_gguf(folder, None, tmp_path / "out")
+    loaded = load_adapter(model, folder)
+    for write in (lambda: save_merged(loaded, tokenizer, tmp_path / "merged"), lambda: merge_adapter(loaded)):
+        with pytest.raises(UserError, match="are one matrix"):
+            write()
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}
+
+
+def test_layers_that_take_no_adapter(tmp_path):
+    def head(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    model, _ = load_model(base(tmp_path / "untied", head, {"tie_word_embeddings": False}), load_in_4bit=False)
+    for layer, said in [
+        ("lm_head", "would never be trained"),
+        ("input_layernorm", r"\(LlamaRMSNorm\) is not a linear layer"),
+    ]:
+        with pytest.raises(UserError, match=f"{layer}.*{said}"):
+            add_lora(model, target_modules=["q_proj", layer])
+    add_lora(model)  # a refusal has changed nothing
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            spoiled("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", NAN),
+            "q_proj.lora_A.weight in .* holds NaN",
+        ),
+        (
+            lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight": torch.zeros(4)}),
+            "lora_C.weight, which nothing",
+        ),
+        (
+            lambda t: t.update({f"base_model.model.score.{i}": torch.zeros(4) for i in range(3)}),
+            "and 2 more tensors, which nothing",
+        ),
+    ],
+)
+def test_every_tensor_of_an_adapter_is_taken(change, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        load_model(adapter=adapter(tmp_path / "a", change=change))
+
+
+OTHER = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n"
+    "{{ m['content'] }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("files", ["tokenizer", "chat_template.jinja", "tokenizer_config.json"])
+def test_an_adapter_is_asked_in_its_own_template(files, tmp_path, capfd):
+    folder = adapter(tmp_path / "a", base_name="qlora_nb:embedded")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    tokenizer.chat_template = OTHER
+    if files == "tokenizer":
+        tokenizer.save_pretrained(folder)
+    else:
+        (folder / files).write_text(OTHER if files.endswith("jinja") else json.dumps({"chat_template": OTHER}))
+    loaded, tokenizer = load_model(adapter=folder, load_in_4bit=False)
+    assert tokenizer.chat_template == OTHER and "has a chat template of its own" in capfd.readouterr().err
+    assert tokenizer.pad_token != tokenizer.eos_token
+    from gguf import GGUFReader
+
+    written = GGUFReader(export_gguf(folder, None, tmp_path / "x.gguf")).fields["tokenizer.chat_template"].contents()
+    assert written == OTHER
+    assert load_model("qlora_nb:embedded")[1].chat_template != OTHER
+
+
+def test_an_adapter_with_more_tokens_than_the_base(tmp_path):
+    folder = adapter(tmp_path / "a")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    tokenizer.add_tokens(["<|one_more|>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="has 769 tokens, and the base's embedding 768 rows"):
+        load_model(adapter=folder, load_in_4bit=False)
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_no_command_takes_a_base_that_is_not_whole(tmp_path, command):
+    folder = base(tmp_path / "base", without("embed_tokens"))
+    adapted = adapter(tmp_path / "a", base_name=str(folder))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 + 1?", "response": "2"}\n' * 30)
+    for arguments in (
+        ["train", "--model", folder, "--data", rows, "--output", "run"],
+        ["chat", "--model", folder, "--message", "hi"],
+        ["chat", "--adapter", adapted, "--message", "hi"],
+        ["export", folder],
+        ["export", adapted],
+        ["evaluate", "--model", folder],
+    ):
+        done = command(*arguments)
+        assert done.code == 2 and done.out == "", arguments
+        assert re.search("^qlora_nb: .*embed_tokens", done.err.splitlines()[-1]), done.err
+    assert not (tmp_path / "run").exists() and not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_base_is_named_on_the_command_line(tmp_path, command):
+    folder = adapter(tmp_path / "a", base_name="/not/here")
+    asked = ("--message", "What is 2 + 2?", "--temperature", "0", "--max-new-tokens", "5")
+    assert "there is no folder /not/here" in command("chat", "--adapter", folder, *asked).err
+    done = command("chat", "--adapter", folder, "--base", "qlora_nb:embedded", *asked)
+    assert done.code == 0 and "is taken in 16 bits or more" in done.err
+    assert done.out == command("chat", "--adapter", folder, "--model", "qlora_nb:embedded", *asked).out
+    done = command("export", folder, "--base", EMBEDDED_MODEL, "--quantization", "f16")
+    assert done.code == 0 and Path(done.out.strip()).exists(), done.err
+    done = command("chat", "--base", EMBEDDED_MODEL, *asked)
+    assert done.code == 2 and "--base is for a run or an --adapter" in done.err
+
+
+def test_several_processes_are_refused_in_one_sentence(tmp_path, command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    done = command("train")
+    assert done.code == 2 and done.out == "" and list(tmp_path.iterdir()) == []
+    (line,) = done.err.splitlines()
+    assert "2 processes" in line and "not supported yet" in line and "torchrun" in line
+
+
+def test_the_package_is_a_command_too(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_nb", "--help"], cwd=tmp_path, env=ENV, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "certify" in done.stdout
