@@ -34,7 +34,7 @@ import yaml
 import qlora_nb
 from .core import EMBEDDED_MODEL, UserError, write_aside
 from .merging import EMBEDDED_NAME, MergedTensors, TensorFolder, base_name, check_mergeable, read_tensor
-from .model import adapter_base, adapter_bits, load_model, load_tokenizer, model_path
+from .model import adapter_base, adapter_bits, check_shapes, load_model, load_tokenizer, model_path
 from .template import DATE, control_tokens, render, template_text, turn_end
 from .training import read_config
 
@@ -807,7 +807,13 @@ def open_source(model, tokenizer, base: str | Path | None = None, load_in_4bit: 
         return ModelSource(adapted[0]), tokenizer or adapted[1]
     if base is not None:
         raise UserError(f"{path} holds no adapter, so there is nothing to put on the base {base}: leave it out")
-    return FolderSource(model_path(path)), tokenizer or load_tokenizer(path)
+    from transformers import AutoConfig
+
+    source = FolderSource(model_path(path))
+    architecture_of(source.config)
+    shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+    check_shapes(shapes, AutoConfig.from_pretrained(path, trust_remote_code=False), str(path))
+    return source, tokenizer or load_tokenizer(path)
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-41
 def read_card(file: Path) -> dict:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ENGINE_GAINS', 'ENGINE_TORCH', 'BACKENDS', 'REPORTED', 'INCOMPLETE', 'AWKWARD', 'PADDING', 'QUANTIZED',
            'unsloth_refusal', 'Way', 'choose_backend', 'choose_dtype', 'nf4_config', 'keep_4bit_layers',
-           'check_4bit_layers', 'model_path', 'report_problem', 'check_loading_report', 'check_shapes', 'is_finite',
-           'check_finite_files', 'weight_files', 'check_weights', 'check_finite', 'tokenizer_difference', 'model_file',
-           'own_tokenizer', 'load_tokenizer', 'set_pad_token', 'model_info', 'load_base', 'load_model',
-           'adapter_config', 'adapter_base', 'trained_in_4bit', 'adapter_bits', 'adapter_tokenizer', 'quiet_libraries',
-           'check_untied', 'find_targets', 'check_lora', 'check_checkpointing', 'install_where_possible', 'add_lora',
-           'count_parameters']
+           'check_4bit_layers', 'model_path', 'report_problem', 'check_loading_report', 'expected_shapes',
+           'check_shapes', 'is_finite', 'check_finite_files', 'weight_files', 'check_weights', 'check_finite',
+           'tokenizer_difference', 'model_file', 'own_tokenizer', 'load_tokenizer', 'set_pad_token', 'model_info',
+           'load_base', 'load_model', 'adapter_config', 'adapter_base', 'trained_in_4bit', 'adapter_bits',
+           'adapter_tokenizer', 'quiet_libraries', 'check_untied', 'find_targets', 'check_lora', 'check_checkpointing',
+           'install_where_possible', 'add_lora', 'count_parameters']
 
 # %% ../nbs/10_model.ipynb #fca80c77
 import contextlib
@@ -262,18 +262,28 @@ def check_loading_report(name: str):
         raise UserError(f"the model {name} can't be used: {problem}; {INCOMPLETE}")
 
 # %% ../nbs/10_model.ipynb #a11e0005
-def check_shapes(model: torch.nn.Module, name: str) -> None:
-    "Raises `UserError` for a weight whose shape isn't what the model's configuration asks for."
+def expected_shapes(config) -> dict[str, tuple[int, ...]]:
+    "Name and shape of each weight of a model with this configuration; no number is made."
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        wanted = {key: tuple(p.shape) for key, p in AutoModelForCausalLM.from_config(config).named_parameters()}
-    for key, parameter in model.named_parameters():
-        shape = tuple(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
-        if wanted.get(key, shape) != shape:
+    with quiet_libraries(), torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters(remove_duplicate=False)}
+
+
+def check_shapes(
+    shapes: dict[str, tuple[int, ...]],  # of a model, or of its files, by name
+    config,  # the model's configuration
+    name: str,  # of the model, for the message
+) -> None:
+    "Raises `UserError` for a weight that isn't in a model of this configuration, or has another shape there."
+    wanted = expected_shapes(config)
+    for key, shape in shapes.items():
+        if key not in wanted:
+            raise UserError(f"the model {name} can't be used: {key} is in the files, but not in the model that config.json describes; {INCOMPLETE}")
+        if wanted[key] != shape:
             raise UserError(f"the model {name} can't be used: {key} has the shape {shape} in the files, and {wanted[key]} by config.json; {INCOMPLETE}")
 
 # %% ../nbs/10_model.ipynb #a11e0006
@@ -323,7 +333,8 @@ def weight_files(name: str, revision: str | None = None) -> list[Path]:
 # %% ../nbs/10_model.ipynb #a11e0008
 def check_weights(model: torch.nn.Module, name: str, revision: str | None = None) -> None:
     "Raises `UserError` for a weight of another shape than config.json asks for, and for NaN and infinity, in the files or as loaded."
-    check_shapes(model, name)
+    shapes = {key: tuple(getattr(getattr(p, "quant_state", None), "shape", p.shape)) for key, p in model.named_parameters()}
+    check_shapes(shapes, model.config, name)
     check_finite_files(weight_files(model.name_or_path or name, revision))
     check_finite(model, name)
 

@@ -485,15 +485,15 @@ REFUSED = {
     ),
     "part of the head": (edit_config(partial_rotary_factor=0.5), "partial_rotary_factor"),
     "quantized": (edit_config(quantization_config={"quant_method": "gptq"}), "quantized already"),
-    "sizes": (edit_config(hidden_size=64), "not of one model"),
-    "heads": (edit_config(num_key_value_heads=4), "k_proj.weight is .64, 128., and the config says .128, 128."),
+    "sizes": (edit_config(hidden_size=64), "has the shape .*, 128.* in the files, and .*64.* by config.json"),
+    "heads": (edit_config(num_key_value_heads=4), "k_proj.weight has the shape .64, 128. in .*, and .128, 128. by"),
     "layers": (edit_config(num_hidden_layers=2), "has no model.layers.1.input_layernorm.weight"),
     "config": (lambda f: (f / "config.json").write_text("[1]"), "holds no settings"),
     "no json": (lambda f: (f / "config.json").write_text("{"), "config.json can't be read"),
     "missing": (edit_tensors(lambda t: t.pop(NORM)), f"the model has no {NORM}"),
     "unknown": (
         edit_tensors(lambda t: t.update({"model.extra.weight": torch.ones(3)})),
-        "no place for model.extra.weight",
+        "model.extra.weight is in the files, but not in the model",
     ),
     "nan": (
         edit_tensors(lambda t: t[GATE].view(-1)[7:8].fill_(math.nan)),
