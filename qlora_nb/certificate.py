@@ -705,7 +705,7 @@ def _cells(check: FileCheck) -> list[str]:
         f"× {n['perplexity_ratio']:.4f}", share(check.replies), accuracy,
     ]
 
-
+# %% ../nbs/22_certificate.ipynb #c0de2202
 _SERVED_BY = {
     "template": "So what it serves is the path Modelfile.", "none": "It can't serve a conversation.",
     "gguf": "So what it serves is the path GGUF; a conversation that ends with the assistant's turn is left open.",
@@ -839,6 +839,8 @@ def check_modelfile(modelfile: Modelfile, path: Path, files: list[Path], subject
     found, template = [], subject.config.get("template")
     if _named(modelfile, path, files) is None:
         found.append(f"the Modelfile names {modelfile.one('FROM')}, which is none of the files that were certified")
+    if _reads(modelfile, path, files)["ollama_reads"] == "none":
+        found.append("the Modelfile has no TEMPLATE and the GGUF no chat template: Ollama has none to read")
     for name in ("ADAPTER", "RENDERER", "PARSER"):
         if modelfile.one(name) is not None:
             found.append(f"the Modelfile has {name} {modelfile.one(name)}, which changes what was certified: take it out")
@@ -884,8 +886,6 @@ def certify(
     checks, answered = _compare(subject, files, found, cases, ids, count, limit)
     notes = check_modelfile(found, Path(modelfile).expanduser().absolute(), files, subject) if found else []
     facts = {"date": time.strftime("%Y-%m-%d"), "versions": _versions(), "adapter_sha256": subject.adapter_sha256, **_reads(found, modelfile, files)}
-    if facts["ollama_reads"] == "none":
-        notes.append("the Modelfile has no TEMPLATE and the GGUF no chat template: Ollama has none to read")
     return Certificate(
         subject.name, dict(Counter(case.kind for case in cases)), left_out, count, answered, checks,
         {**THRESHOLDS, **(thresholds or {})}, notes, facts, time.perf_counter() - start, files[0].absolute().parent,
