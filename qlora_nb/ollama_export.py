@@ -845,7 +845,7 @@ class TemplateChoice:
 
     def __str__(self) -> str:
         what = {
-            "template": "reads TEMPLATE of the Modelfile", "gguf": "reads the chat template in the GGUF and no TEMPLATE",
+            "template": "reads TEMPLATE of the Modelfile", "gguf": "reads the chat template in the GGUF, not TEMPLATE",
             "renderer": "reads neither TEMPLATE nor the chat template in the GGUF", "unknown": "may read another template",
             "none": "has no template to read",
         }[self.source]
@@ -856,7 +856,7 @@ def _without_template(jinja: str) -> TemplateChoice:
     "What is read where the Modelfile has no TEMPLATE."
     if len(jinja) < _RECOGNISED and not jinja_offers(jinja):
         return TemplateChoice("unknown", "the Modelfile has no TEMPLATE, and a chat template as short as the GGUF's may be taken for a well-known one, which Ollama replaces by its own (ollama show --modelfile shows it)")
-    return TemplateChoice("gguf", "the Modelfile has no TEMPLATE")
+    return TemplateChoice("gguf", "the Modelfile has none")
 
 # %% ../nbs/18_ollama.ipynb #c0de180b
 def choose_template(
@@ -924,8 +924,8 @@ def header_texts(
                     raise ValueError("it is cut off")
                 if kind == _TEXT:
                     found[key] = data[start + 8 : at].decode("utf-8")
-    except (OSError, ValueError, KeyError, struct.error) as error:
-        why = "it is cut off" if isinstance(error, struct.error) else error
+    except (OSError, ValueError, KeyError, OverflowError, struct.error) as error:
+        why = "it is cut off" if isinstance(error, (OverflowError, struct.error)) else error
         raise UserError(f"{gguf} can't be read as a GGUF ({why}): export it again, or name another") from error
     return found
 
@@ -1006,9 +1006,9 @@ def _reading_note(
     if choice.source != "gguf":
         return f"{choice}; whether its prompts are those of training isn't known"
     if own != trained:
-        return f"{choice}; it is not the chat template of training, so the prompts will be others: export the GGUF again from what was trained"
+        return f"{choice}; the file holds another chat template than the one of training, so the prompts will be others: export the GGUF again from what was trained"
     force = "; OLLAMA_GO_TEMPLATE=1 in the server's environment makes it read TEMPLATE" if template else ""
-    return f"{choice}; it is the one of training, so prompts that end with the user's turn stay the same, but a conversation that ends with the assistant's turn is left open{force}"
+    return f"{choice}; the file holds the template of training, so prompts that end with the user's turn stay the same, but a conversation that ends with the assistant's turn is left open{force}"
 
 # %% ../nbs/18_ollama.ipynb #3f926868
 def write_modelfile(

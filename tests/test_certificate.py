@@ -169,9 +169,13 @@ def with_template(run, subject, place, template, name):
 
 def test_the_certificate_says_which_template_ollama_reads(whole, run, place, subject, files):
     assert whole.facts["ollama_reads"] == "template"
-    assert "Ollama (0.30 and later) reads TEMPLATE of the Modelfile: " in str(whole) and "TEMPLATE" in whole._repr_html_()
+    assert (
+        "Ollama (0.30 and later) reads TEMPLATE of the Modelfile: " in str(whole) and "TEMPLATE" in whole._repr_html_()
+    )
     other, file = with_template(run, subject, place, "{# tools #}" + run.tokenizer.chat_template, "tools")
-    found = short(other, file, write_modelfile(place / "Modelfile-tools", file, tokenizer=other.tokenizer), model_rows=4)
+    found = short(
+        other, file, write_modelfile(place / "Modelfile-tools", file, tokenizer=other.tokenizer), model_rows=4
+    )
     assert found.passed, str(found)  # no failure by itself
     stored = json.loads(found.to_json(place / "tools.json").read_text(encoding="utf-8"))
     assert stored["ollama_reads"] == "gguf" and "offers tools" in stored["ollama_reads_reason"]
@@ -192,7 +196,9 @@ def test_a_modelfile_without_template_is_certified_on_three_paths(run, place, su
     found = short(other, file, path, model_rows=4)
     assert found.passed and found.facts["ollama_reads"] == "gguf", str(found)
     assert [check.path for check in found.checks[1].paths] == ["tokenizer", "GGUF"]
-    assert "compared on 3 paths: training, tokenizer, GGUF" in str(found) and "the Modelfile has no TEMPLATE" in str(found)
+    assert "compared on 3 paths: training, tokenizer, GGUF" in str(
+        found
+    ) and "not TEMPLATE: the Modelfile has none" in str(found)
     fails(short(other, file, edited(path, "PARAMETER stop", lambda v: None), model_rows=4), "no stop for <|eot_id|>")
 
 
@@ -201,7 +207,9 @@ def test_no_template_at_all_fails(run, place, subject, files, modelfile):
     tokenizer.chat_template = None
     file = export_gguf(run.model, tokenizer, place / "bare.gguf", "f16")
     path = edited(edited(modelfile, "TEMPLATE", lambda v: None), "FROM", lambda v: f"../{file.name}")
-    found = fails(short(subject, file, path, model_rows=4), "the Modelfile has no TEMPLATE and the GGUF no chat template")
+    found = fails(
+        short(subject, file, path, model_rows=4), "the Modelfile has no TEMPLATE and the GGUF no chat template"
+    )
     assert found.facts["ollama_reads"] == "none" and "It can't serve a conversation" in str(found)
 
 

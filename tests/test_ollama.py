@@ -385,8 +385,7 @@ ASK = "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 DERIVED = {
     "not trimmed": HEADERS + ASK,
     "default system": "{{ bos_token }}{% if messages[0].role != 'system' %}"
-    "{{ '<system>Be good.<|eot_id|>' }}{% endif %}" + HEADERS.removeprefix("{{ bos_token }}")
-    + ASK,
+    "{{ '<system>Be good.<|eot_id|>' }}{% endif %}" + HEADERS.removeprefix("{{ bos_token }}") + ASK,
     "no system": "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     "{{ '<' + m.role + '>' + m.content|trim + '<|eot_id|>' }}{% endfor %}" + ASK,
@@ -572,14 +571,14 @@ def test_paths_of_the_model(tokenizer, gguf, tmp_path):
 # llama.cpp's that a TEMPLATE can be derived from are read in its place, those of Gemma 2 and Phi-3.5 are not).
 LOOP = "{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
 TRAITS = {
-    "Llama 3.1, 3.2, 3.3": "{% if tools is not none %}{{ tools | tojson }}{% endif %}{% if m.role == 'ipython' %}{% endif %}",
-    "Qwen2.5": "{% if tools %}<tools></tools>{% endif %}{% for c in message.tool_calls %}<tool_call>{% endfor %}<tool_response>",
+    "Llama 3.1, 3.2, 3.3": "{% if tools is not none %}{{ tools }}{% endif %}{% if m.role == 'ipython' %}{% endif %}",
+    "Qwen2.5": "{% if tools %}<tools></tools>{% endif %}{{ message.tool_calls }}<tool_call><tool_response>",
     "Mistral Small": "{% if message['role'] == 'tool' %}[TOOL_RESULTS]{% endif %}{{ message['tool_calls'] }}",
     "Granite 4": "{% if available_tools %}<|tool_call|>{% endif %}",
     "calls alone": "{{ message.tool_call }}",
     "Qwen3": "{% if tools %}{% endif %}<think>\n\n</think>",
     "both tags": "{{ '<think>' + reasoning + '</think>' }}",
-    "cuts thoughts": "{% set content = content.split(\"</think>\")[-1] %}",
+    "cuts thoughts": '{% set content = content.split("</think>")[-1] %}',
 }
 USED = {
     "Gemma 2": "{{ raise_exception('System role not supported') }}<start_of_turn>model",
@@ -698,6 +697,10 @@ def test_the_header_is_read_as_by_the_gguf_package(headed):
         path.write_bytes(whole[:end])
         with pytest.raises(UserError, match="m.gguf can't be read as a GGUF"):
             header_texts(path)
+    for size in (2**31, 2**63 - 1, 2**64 - 1):  # a length that leads far beyond the end
+        path.write_bytes(whole[:24] + size.to_bytes(8, "little") + whole[32:])
+        with pytest.raises(UserError, match="m.gguf can't be read as a GGUF"):
+            header_texts(path)
     path.write_bytes(b"PK" + whole[2:])
     with pytest.raises(UserError, match="it begins with b'PKUF'"):
         header_texts(path)
@@ -709,12 +712,15 @@ def test_the_template_counts_that_is_in_the_file(tokenizer, headed, capsys):
     "The tokenizer's own has no word of tools; the file's has, or is another one."
     own = tokenizer.chat_template
     path = write_modelfile(headed(own).parent, headed(own), tokenizer=tokenizer)
-    assert capsys.readouterr().err == "" and ollama_reads(parse_modelfile(path.read_text()), headed(own)).source == "template"
+    assert (
+        capsys.readouterr().err == ""
+        and ollama_reads(parse_modelfile(path.read_text()), headed(own)).source == "template"
+    )
     write_modelfile(path, headed("{# tools #}" + own), tokenizer=tokenizer)
     said = capsys.readouterr()
     assert said.out == "" and len(said.err.splitlines()) == 1
     assert "reads the chat template in the GGUF" in said.err and "offers tools, and TEMPLATE doesn't" in said.err
-    assert "it is not the chat template of training" in said.err
+    assert "the file holds another chat template than the one of training" in said.err
     both = copy.deepcopy(tokenizer)
     both.chat_template = "{# tools #}" + own
     write_modelfile(path, headed(both.chat_template), tokenizer=both)
@@ -744,33 +750,40 @@ def test_a_modelfile_without_template_needs_the_template_of_training_in_the_file
         write_modelfile(gguf.parent, gguf, tokenizer=both, without_template=True)
     assert not (gguf.parent / "Modelfile").exists()
     dated = TEMPLATES["llama-3.1"]  # its date is pinned in the file
-    path = write_modelfile(gguf.parent, headed(pinned(dated)), dated, tokenizer=both, system="Hi.", without_template=True)
+    path = write_modelfile(
+        gguf.parent, headed(pinned(dated)), dated, tokenizer=both, system="Hi.", without_template=True
+    )
     found = parse_modelfile(path.read_text())
     assert found.one("TEMPLATE") is None and found.one("SYSTEM") == "Hi." and "<|eot_id|>" in found.parameters["stop"]
     assert "may be taken for a well-known one" in capsys.readouterr().err
 
 
 # A last reply is written with an empty thought before it, as Qwen3's template does; no TEMPLATE can say that.
-THOUGHT = HEADERS.replace(
-    "{{ '<'", "{% if loop.last and m.role == 'assistant' %}{% set t = '<think></think>' %}{% else %}{% set t = '' %}{% endif %}{{ '<'"
-).replace("m.content", "t + m.content") + ASK
+EMPTY_THOUGHT = "{% set t = '<think></think>' if loop.last and m.role == 'assistant' else '' %}{{ '<'"
+THOUGHT = HEADERS.replace("{{ '<'", EMPTY_THOUGHT).replace("m.content", "t + m.content") + ASK
 
 
 def test_a_run_whose_template_cannot_be_derived_gets_a_modelfile_without_one(tokenizer, headed, tmp_path, capsys):
     thinks = copy.deepcopy(tokenizer)
     thinks.chat_template = THOUGHT
     why = modelfile_refusal(thinks)
-    assert "'<think></think>'" in why.replace('"', "'") or "in one place and" in why
-    assert "go_template" not in why and "without_template" not in why and "0.30" in why  # words of the command line's door
+    assert "<think></think>" in why and "in one place and" in why
+    assert (
+        "go_template" not in why and "without_template" not in why and "0.30" in why
+    )  # words of the command line's door
     assert modelfile_refusal(tokenizer) is None and modelfile_refusal(thinks, "llama-3.2") is None
     with pytest.raises(UserError, match="there is no template 'alpaca'"):
         modelfile_refusal(thinks, "alpaca")
     thinks.save_pretrained(tmp_path / "run" / "adapter")
     (tmp_path / "run" / "config.yaml").write_text("system: Be brief.\nmax_seq_length: 256\n")
     found = parse_modelfile(modelfile_for(tmp_path / "run", headed(THOUGHT)).read_text())
-    assert found.one("TEMPLATE") is None and found.one("SYSTEM") == "Be brief." and found.parameters["num_ctx"] == ["256"]
+    assert (
+        found.one("TEMPLATE") is None and found.one("SYSTEM") == "Be brief." and found.parameters["num_ctx"] == ["256"]
+    )
     assert why in (said := capsys.readouterr().err) and "reads the chat template in the GGUF" in said
-    with pytest.raises(UserError, match="no TEMPLATE for Ollama can be derived.*pass go_template=, or without_template=True"):
+    with pytest.raises(
+        UserError, match="no TEMPLATE for Ollama can be derived.*pass go_template=, or without_template=True"
+    ):
         write_modelfile(tmp_path / "M", headed(THOUGHT), tokenizer=thinks)
     with pytest.raises(UserError, match="is not the one of training"):  # and none where the file has another template
         modelfile_for(tmp_path / "run", headed(tokenizer.chat_template), tmp_path / "M")
@@ -868,10 +881,16 @@ def test_the_real_client_sends_the_modelfile_to_a_stand_in_server(tokenizer, ggu
         ("FROM ./m.gguf\nFROM ./mmproj.gguf\n", "M has FROM in the lines 1, 2, and one GGUF is sent"),
         ("FROM ./folder\n", "line 1 of .*M says FROM ./folder, which is a folder, .*safetensors"),
         ("FROM .\n", "which is a folder"),
-        ("SYSTEM x\nFROM llama3.2\n", "line 2 of .*M says FROM llama3.2, which is not a file; if it is a model in Ollama"),
+        (
+            "SYSTEM x\nFROM llama3.2\n",
+            "line 2 of .*M says FROM llama3.2, which is not a file; if it is a model in Ollama",
+        ),
         ("FROM ./none.gguf\n", "names .*none.gguf, which isn't there: export it again, or correct FROM in line 1"),
         ("FROM none.gguf\n", "names .*none.gguf, which isn't there"),
-        ("FROM ./m.gguf\nPARAMETER top_q 1\n", "line 2 of .*M has PARAMETER top_q 1, which Ollama's server doesn't know"),
+        (
+            "FROM ./m.gguf\nPARAMETER top_q 1\n",
+            "line 2 of .*M has PARAMETER top_q 1, which Ollama's server doesn't know",
+        ),
         ("FROM ./m.gguf\nPARAMETER mirostat 1\n", "PARAMETER mirostat 1, which Ollama's server doesn't know"),
         ("FROM ./m.gguf\nPARAMETER num_ctx 2k\n", "PARAMETER num_ctx 2k, which should be a whole number"),
         ("FROM ./m.gguf\nPARAMETER num_ctx 64.0\n", "which should be a whole number"),
@@ -900,7 +919,12 @@ def test_every_parameter_is_sent_as_its_kind(gguf, stand_in):
     ollama_create("my-model", gguf.parent / "M", host=f"127.0.0.1:{stand_in.server_port}")
     request = json.loads(stand_in.seen[-1][1])
     assert request["parameters"] == {
-        "stop": ["1", "true"], "top_k": 40, "temperature": 1.0, "min_p": 0.05, "use_mmap": False, "seed": -1
+        "stop": ["1", "true"],
+        "top_k": 40,
+        "temperature": 1.0,
+        "min_p": 0.05,
+        "use_mmap": False,
+        "seed": -1,
     }
     assert "template" not in request
 
