@@ -976,6 +976,16 @@ def modelfile_text(instructions: list[tuple[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/18_ollama.ipynb #c0de1812
+def _own_template(go_template: str | None, tokenizer, template: str | None) -> str | None:
+    "A template that was given in Ollama's language. Raises `UserError` where it writes something else than training."
+    try:
+        if go_template and prove_go(go_template, tokenizer, template_text(tokenizer, template)) == 0:
+            raise NoGoTemplate("the chat template renders none of the conversations that it was tried on")
+    except NoGoTemplate as error:
+        raise UserError(f"go_template= can't be proved to serve what was trained, because {error.why}: correct it, or leave it out") from error
+    return go_template
+
+
 def _extra_lines(system: str | None, license: str | list[str] | None, messages: list[dict]) -> list[tuple[str, str]]:
     "SYSTEM, LICENSE and MESSAGE instructions."
     licenses = [license] if isinstance(license, str) else list(license or ())
@@ -1028,9 +1038,9 @@ def write_modelfile(
     path, file = Path(path).expanduser().absolute(), Path(gguf).expanduser().absolute()
     path = path / "Modelfile" if path.is_dir() else path
     template = "llama-3.1" if template == "llama-3.2" else template
-    text = None if without_template else go_template or go_template_for(tokenizer, template)
-    if text:
-        prove_go(text, tokenizer, template_text(tokenizer, template))
+    text = None if without_template else _own_template(go_template, tokenizer, template) or go_template_for(tokenizer, template)
+    if go_template and without_template:
+        raise UserError("go_template= and without_template=True exclude each other: give one of them")
     named, stops = _from_path(file, path.parent), tokenizer.convert_ids_to_tokens(stop_tokens(tokenizer, template=template))
     note = _reading_note(file, text, pinned(template_text(tokenizer, template)))
     lines = _parameter_lines({**PARAMETERS, **(parameters or {})}, stops)

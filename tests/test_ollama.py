@@ -541,6 +541,8 @@ def test_write_modelfile(tokenizer, gguf):
         ({"template": "alpaca"}, "there is no template 'alpaca'"),
         ({"go_template": "{{ .Prompt }}"}, "there is no field .Prompt"),
         ({"go_template": GO_TEMPLATES["llama-3.1"]}, "where training wrote"),
+        ({"go_template": GO_TEMPLATES["llama-3.1"]}, "go_template= can't be proved to serve what was trained, because"),
+        ({"go_template": GO_TEMPLATES["embedded"], "without_template": True}, "exclude each other"),
         ({"go_template": "<|begin_of_text|>" + GO_TEMPLATES["embedded"]}, "where training wrote"),
     ],
 )
