@@ -36,7 +36,15 @@ from .generation import Reply, as_conversation, generate_replies, inference, to_
 from .gguf_export import find_run, load_settings, quiet_llama
 from .merging import base_weight, merge_adapter
 from .model import adapter_base, load_model
-from .ollama_export import Modelfile, TemplateChoice, ollama_data, ollama_messages, ollama_reads, parse_modelfile, render_go
+from qlora_nb.ollama_export import (
+    Modelfile,
+    TemplateChoice,
+    ollama_data,
+    ollama_messages,
+    ollama_reads,
+    parse_modelfile,
+    render_go,
+)
 from .template import DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
 
 # %% ../nbs/22_certificate.ipynb #3c0492b5
