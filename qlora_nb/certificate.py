@@ -36,15 +36,7 @@ from .generation import Reply, as_conversation, generate_replies, inference, to_
 from .gguf_export import find_run, load_settings, quiet_llama
 from .merging import base_weight, merge_adapter
 from .model import adapter_base, load_model
-from qlora_nb.ollama_export import (
-    Modelfile,
-    TemplateChoice,
-    ollama_data,
-    ollama_messages,
-    ollama_reads,
-    parse_modelfile,
-    render_go,
-)
+from .ollama_export import Modelfile, ollama_data, ollama_messages, ollama_reads, parse_modelfile, render_go
 from .template import DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
 
 # %% ../nbs/22_certificate.ipynb #3c0492b5
@@ -718,7 +710,7 @@ _SERVED_BY = {
     "template": "So what it serves is the path Modelfile.", "none": "It can't serve a conversation.",
     "gguf": "So what it serves is the path GGUF; a conversation that ends with the assistant's turn is left open.",
     "renderer": "So none of these paths is what it serves.", "unknown": "So it isn't known which of these paths it serves.",
-}  # by the source in `TemplateChoice`
+}  # by `source` of Ollama's choice
 
 
 def _words(certificate: Certificate) -> list[str]:
@@ -730,7 +722,7 @@ def _words(certificate: Certificate) -> list[str]:
         f"Logits of {certificate.model_rows} conversations against the trained model in fp32; {certificate.reply_rows} greedy replies; accuracy (the trained model's).",
     ]
     if read := certificate.facts.get("ollama_reads"):
-        lines.append(f"{TemplateChoice(read, certificate.facts['ollama_reads_reason'])}. {_SERVED_BY[read]}")
+        lines.append(f"{certificate.facts['ollama_reads_reason']}. {_SERVED_BY[read]}")
     if base := next((check.base_kl for check in certificate.checks if check.base_kl is not None), None):
         lines.append(f"The base without its adapter is {base:.1e} nats from the trained model (mean KL).")
     if certificate.left_out:
@@ -939,8 +931,8 @@ def _named(modelfile: Modelfile, path: str | Path, files: list[Path]) -> Path | 
 
 def _reads(modelfile: Modelfile | None, path: str | Path | None, files: list[Path]) -> dict:
     "Which template Ollama reads, as fields of certificate.json."
-    choice = ollama_reads(modelfile, _named(modelfile, path, files) or files[0]) if modelfile else TemplateChoice(None, None)
-    return {"ollama_reads": choice.source, "ollama_reads_reason": choice.reason}
+    choice = ollama_reads(modelfile, _named(modelfile, path, files) or files[0]) if modelfile else None
+    return {"ollama_reads": choice and choice.source, "ollama_reads_reason": choice and str(choice)}
 
 # %% ../nbs/22_certificate.ipynb #08e0c2fb
 def _prepare(subject: Subject, data, rows: int, modelfile: Modelfile | None) -> tuple[list[Case], list[Ids], int]:
