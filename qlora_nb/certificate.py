@@ -36,7 +36,7 @@ from .generation import Reply, as_conversation, generate_replies, inference, to_
 from .gguf_export import find_run, load_settings, quiet_llama
 from .merging import base_weight, merge_adapter
 from .model import adapter_base, load_model
-from .ollama_export import Modelfile, ollama_data, ollama_messages, parse_modelfile, render_go
+from .ollama_export import Modelfile, ollama_data, ollama_messages, ollama_reads, parse_modelfile, render_go
 from .template import DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
 
 # %% ../nbs/22_certificate.ipynb #3c0492b5
@@ -327,7 +327,7 @@ def gguf_ids(messages: list[dict], ask, file: LlamaFile) -> Ids:
 def modelfile_ids(messages: list[dict], modelfile: Modelfile, file: LlamaFile) -> Ids:
     "The fourth path: Ollama's template, and the file's vocabulary with the BOS that it adds. SYSTEM is in front already."
     def ids(turns):
-        return file.tokenize(render_go(modelfile.one("TEMPLATE") or "{{ .Prompt }}", ollama_data(ollama_messages(turns))))
+        return file.tokenize(render_go(modelfile.one("TEMPLATE"), ollama_data(ollama_messages(turns))))
 
     return Ids(ids(messages[:-1]), ids(messages))
 
@@ -382,9 +382,9 @@ def check_paths(
     modelfile: Modelfile | None = None,
     template: str | None = None,
 ) -> list[PathCheck]:
-    "All conversations on the other three paths."
+    "All conversations on the other three paths; on two where there is no TEMPLATE."
     end = turn_end(tokenizer, template)
-    checks = [PathCheck(path) for path in PATHS if path != "Modelfile" or modelfile]
+    checks = [PathCheck(path) for path in PATHS if path != "Modelfile" or (modelfile and modelfile.one("TEMPLATE"))]
     with chat_server(file.path) as ask:
         ways = (
             lambda turns: tokenizer_ids(turns, tokenizer, template), lambda turns: gguf_ids(turns, ask, file),
@@ -705,6 +705,13 @@ def _cells(check: FileCheck) -> list[str]:
         f"× {n['perplexity_ratio']:.4f}", share(check.replies), accuracy,
     ]
 
+# %% ../nbs/22_certificate.ipynb #c0de2202
+_SERVED_BY = {
+    "template": "So what it serves is the path Modelfile.", "none": "It can't serve a conversation.",
+    "gguf": "So what it serves is the path GGUF; a conversation that ends with the assistant's turn is left open.",
+    "renderer": "So none of these paths is what it serves.", "unknown": "So it isn't known which of these paths it serves.",
+}  # by `source` of Ollama's choice
+
 
 def _words(certificate: Certificate) -> list[str]:
     "What stands around the table."
@@ -714,6 +721,8 @@ def _words(certificate: Certificate) -> list[str]:
         f"{sum(certificate.rows.values())} conversations ({kinds}), tokens compared on {len(paths) + 1} paths: training, {', '.join(p.path for p in paths)}.",
         f"Logits of {certificate.model_rows} conversations against the trained model in fp32; {certificate.reply_rows} greedy replies; accuracy (the trained model's).",
     ]
+    if read := certificate.facts.get("ollama_reads"):
+        lines.append(f"{certificate.facts['ollama_reads_reason']}. {_SERVED_BY[read]}")
     if base := next((check.base_kl for check in certificate.checks if check.base_kl is not None), None):
         lines.append(f"The base without its adapter is {base:.1e} nats from the trained model (mean KL).")
     if certificate.left_out:
@@ -828,9 +837,10 @@ def _accuracy(replies: list[Reply], answers: list[str | None]) -> float | None:
 def check_modelfile(modelfile: Modelfile, path: Path, files: list[Path], subject: Subject) -> list[str]:
     "What is wrong with a Modelfile beside its template."
     found, template = [], subject.config.get("template")
-    named = path.parent / (modelfile.one("FROM") or "")
-    if named.resolve() not in {file.resolve() for file in files}:
+    if _named(modelfile, path, files) is None:
         found.append(f"the Modelfile names {modelfile.one('FROM')}, which is none of the files that were certified")
+    if _reads(modelfile, path, files)["ollama_reads"] == "none":
+        found.append("the Modelfile has no TEMPLATE and the GGUF no chat template: Ollama has none to read")
     for name in ("ADAPTER", "RENDERER", "PARSER"):
         if modelfile.one(name) is not None:
             found.append(f"the Modelfile has {name} {modelfile.one(name)}, which changes what was certified: take it out")
@@ -875,7 +885,7 @@ def certify(
     limit = subject.config.get("max_new_tokens", 256) if max_new_tokens is None else max_new_tokens
     checks, answered = _compare(subject, files, found, cases, ids, count, limit)
     notes = check_modelfile(found, Path(modelfile).expanduser().absolute(), files, subject) if found else []
-    facts = {"date": time.strftime("%Y-%m-%d"), "versions": _versions(), "adapter_sha256": subject.adapter_sha256}
+    facts = {"date": time.strftime("%Y-%m-%d"), "versions": _versions(), "adapter_sha256": subject.adapter_sha256, **_reads(found, modelfile, files)}
     return Certificate(
         subject.name, dict(Counter(case.kind for case in cases)), left_out, count, answered, checks,
         {**THRESHOLDS, **(thresholds or {})}, notes, facts, time.perf_counter() - start, files[0].absolute().parent,
@@ -911,6 +921,18 @@ def _versions() -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+# %% ../nbs/22_certificate.ipynb #c0de2201
+def _named(modelfile: Modelfile, path: str | Path, files: list[Path]) -> Path | None:
+    "The file that FROM names; None where it is none of these."
+    named = (Path(path).expanduser().absolute().parent / (modelfile.one("FROM") or "")).resolve()
+    return next((file for file in files if file.resolve() == named), None)
+
+
+def _reads(modelfile: Modelfile | None, path: str | Path | None, files: list[Path]) -> dict:
+    "Which template Ollama reads, as fields of certificate.json."
+    choice = ollama_reads(modelfile, _named(modelfile, path, files) or files[0]) if modelfile else None
+    return {"ollama_reads": choice and choice.source, "ollama_reads_reason": choice and str(choice)}
 
 # %% ../nbs/22_certificate.ipynb #08e0c2fb
 def _prepare(subject: Subject, data, rows: int, modelfile: Modelfile | None) -> tuple[list[Case], list[Ids], int]:

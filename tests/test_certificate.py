@@ -42,7 +42,7 @@ from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.data import load_sft_dataset
 from qlora_nb.gguf_export import export_gguf
 from qlora_nb.model import add_lora, load_model
-from qlora_nb.ollama_export import modelfile_for, modelfile_text, parse_modelfile, write_modelfile
+from qlora_nb.ollama_export import modelfile_for, modelfile_refusal, modelfile_text, parse_modelfile, write_modelfile
 from qlora_nb.template import SYSTEM_PROMPT, TEMPLATES
 
 for package in ("gguf", "llama_cpp", "xllamacpp"):
@@ -154,6 +154,63 @@ def test_named_templates_on_all_paths(subject, run, place, name):
     other.tokenizer, other.config = tokenizer, {}
     found = short(other, file, modelfile, rows=100, model_rows=5)
     assert found.passed, str(found)
+
+
+# --- which template Ollama reads ------------------------------------------------------------------------------------
+
+
+def with_template(run, subject, place, template, name):
+    "The run with another chat template: its subject, its file."
+    tokenizer, other = copy.deepcopy(run.tokenizer), copy.copy(subject)
+    tokenizer.chat_template = template
+    other.tokenizer, other.config = tokenizer, {}
+    return other, export_gguf(run.model, tokenizer, place / f"{name}.gguf", "f16")
+
+
+def test_the_certificate_says_which_template_ollama_reads(whole, run, place, subject, files):
+    assert whole.facts["ollama_reads"] == "template"
+    assert (
+        "Ollama (0.30 and later) reads TEMPLATE of the Modelfile: " in str(whole) and "TEMPLATE" in whole._repr_html_()
+    )
+    other, file = with_template(run, subject, place, "{# tools #}" + run.tokenizer.chat_template, "tools")
+    found = short(
+        other, file, write_modelfile(place / "Modelfile-tools", file, tokenizer=other.tokenizer), model_rows=4
+    )
+    assert found.passed, str(found)  # no failure by itself
+    stored = json.loads(found.to_json(place / "tools.json").read_text(encoding="utf-8"))
+    assert stored["ollama_reads"] == "gguf" and "offers tools" in stored["ollama_reads_reason"]
+    for text in (str(found), found._repr_html_()):
+        assert "reads the chat template in the GGUF" in text and "what it serves is the path GGUF" in text
+        assert "compared on 4 paths" in text
+    stored = json.loads(short(subject, files[0], model_rows=4).to_json(place / "none.json").read_text(encoding="utf-8"))
+    assert stored["ollama_reads"] is stored["ollama_reads_reason"] is None  # there is no Modelfile
+
+
+def test_a_modelfile_without_template_is_certified_on_three_paths(run, place, subject):
+    "Its last reply is written with an empty thought, as Qwen3's template does; no TEMPLATE can say that."
+    thought = "('<think>' if loop.last and message['role'] == 'assistant' else '') + message['content'] | trim"
+    template = "{# tools #}" + run.tokenizer.chat_template.replace("message['content'] | trim", thought)
+    other, file = with_template(run, subject, place, template, "thought")
+    assert modelfile_refusal(other.tokenizer)
+    path = write_modelfile(place / "Modelfile-without", file, tokenizer=other.tokenizer, without_template=True)
+    found = short(other, file, path, model_rows=4)
+    assert found.passed and found.facts["ollama_reads"] == "gguf", str(found)
+    assert [check.path for check in found.checks[1].paths] == ["tokenizer", "GGUF"]
+    assert "compared on 3 paths: training, tokenizer, GGUF" in str(
+        found
+    ) and "not TEMPLATE: the Modelfile has none" in str(found)
+    fails(short(other, file, edited(path, "PARAMETER stop", lambda v: None), model_rows=4), "no stop for <|eot_id|>")
+
+
+def test_no_template_at_all_fails(run, place, subject, files, modelfile):
+    tokenizer = copy.deepcopy(run.tokenizer)
+    tokenizer.chat_template = None
+    file = export_gguf(run.model, tokenizer, place / "bare.gguf", "f16")
+    path = edited(edited(modelfile, "TEMPLATE", lambda v: None), "FROM", lambda v: f"../{file.name}")
+    found = fails(
+        short(subject, file, path, model_rows=4), "the Modelfile has no TEMPLATE and the GGUF no chat template"
+    )
+    assert found.facts["ollama_reads"] == "none" and "It can't serve a conversation" in str(found)
 
 
 # --- wrong exports --------------------------------------------------------------------------------------------------

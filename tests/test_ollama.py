@@ -14,16 +14,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
+from qlora_nb.gguf_export import pinned
 from qlora_nb.ollama_export import (
     GO_TEMPLATES,
     TRIM,
+    choose_template,
+    go_offers,
     go_template_for,
+    header_texts,
     hold,
+    jinja_offers,
+    modelfile_for,
+    modelfile_refusal,
     modelfile_text,
     ollama_commands,
     ollama_create,
     ollama_data,
     ollama_messages,
+    ollama_reads,
     ollama_run,
     parse_modelfile,
     quote_go,
@@ -377,8 +385,7 @@ ASK = "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 DERIVED = {
     "not trimmed": HEADERS + ASK,
     "default system": "{{ bos_token }}{% if messages[0].role != 'system' %}"
-    "{{ '<system>Be good.<|eot_id|>' }}{% endif %}" + HEADERS.removeprefix("{{ bos_token }}")
-    + ASK,
+    "{{ '<system>Be good.<|eot_id|>' }}{% endif %}" + HEADERS.removeprefix("{{ bos_token }}") + ASK,
     "no system": "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     "{{ '<' + m.role + '>' + m.content|trim + '<|eot_id|>' }}{% endfor %}" + ASK,
@@ -534,6 +541,8 @@ def test_write_modelfile(tokenizer, gguf):
         ({"template": "alpaca"}, "there is no template 'alpaca'"),
         ({"go_template": "{{ .Prompt }}"}, "there is no field .Prompt"),
         ({"go_template": GO_TEMPLATES["llama-3.1"]}, "where training wrote"),
+        ({"go_template": GO_TEMPLATES["llama-3.1"]}, "go_template= can't be proved to serve what was trained, because"),
+        ({"go_template": GO_TEMPLATES["embedded"], "without_template": True}, "exclude each other"),
         ({"go_template": "<|begin_of_text|>" + GO_TEMPLATES["embedded"]}, "where training wrote"),
     ],
 )
@@ -556,6 +565,231 @@ def test_paths_of_the_model(tokenizer, gguf, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     path = write_modelfile(tmp_path / "elsewhere", gguf, tokenizer=tokenizer)
     assert parse_modelfile(path.read_text()).one("FROM") == str(gguf)
+
+
+# --- which template Ollama reads ------------------------------------------------------------------------------------
+
+# What each real template does that counts here, in as few words (the real ones were tried by hand: 25 of the 27 of
+# llama.cpp's that a TEMPLATE can be derived from are read in its place, those of Gemma 2 and Phi-3.5 are not).
+LOOP = "{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
+TRAITS = {
+    "Llama 3.1, 3.2, 3.3": "{% if tools is not none %}{{ tools }}{% endif %}{% if m.role == 'ipython' %}{% endif %}",
+    "Qwen2.5": "{% if tools %}<tools></tools>{% endif %}{{ message.tool_calls }}<tool_call><tool_response>",
+    "Mistral Small": "{% if message['role'] == 'tool' %}[TOOL_RESULTS]{% endif %}{{ message['tool_calls'] }}",
+    "Granite 4": "{% if available_tools %}<|tool_call|>{% endif %}",
+    "calls alone": "{{ message.tool_call }}",
+    "Qwen3": "{% if tools %}{% endif %}<think>\n\n</think>",
+    "both tags": "{{ '<think>' + reasoning + '</think>' }}",
+    "cuts thoughts": '{% set content = content.split("</think>")[-1] %}',
+}
+USED = {
+    "Gemma 2": "{{ raise_exception('System role not supported') }}<start_of_turn>model",
+    "Phi-3.5": "<|end|>{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    "one tag": "{{ content.split('<think>') }}",
+    "cuts, but has the reasoning by itself": "{{ content.split('</think>') }}{{ m.reasoning_content }}",
+    "a tool": "{% if m.role == 'tool' %}{% endif %}",
+    **TEMPLATES,
+}
+
+
+@pytest.mark.parametrize("name", [*TRAITS, *USED])
+@pytest.mark.parametrize("ours", ["llama-3.1", "chatml", "embedded"])
+def test_which_template_is_read(name, ours):
+    choice = choose_template(LOOP + {**TRAITS, **USED}[name], GO_TEMPLATES[ours], "llama")
+    assert choice.source == ("gguf" if name in TRAITS else "template")
+    assert ("tools" in choice.reason or "thinking" in choice.reason) and "0.30" in str(choice)
+    assert choose_template(LOOP + {**TRAITS, **USED}[name], GO_TEMPLATES[ours], "gemma4").source == "renderer"
+
+
+TOOLS, CALLS = "{% if tools %}{% endif %}", "{{ m.tool_calls }}<tool_response>"
+ASKS = "{{ if .Tools }}tools{{ end }}"
+ANSWERS = ASKS + '{{ range .Messages }}{{ if eq .Role "tool" }}{{ len .ToolCalls }}{{ end }}{{ end }}'
+THINKS = "{{ range .Messages }}{{ if .Thinking }}<think>{{ .Thinking }}</think>{{ end }}{{ end }}"
+
+
+@pytest.mark.parametrize(
+    "jinja, template, source",
+    [
+        (TOOLS, ASKS, "template"),
+        (TOOLS + CALLS, ASKS, "gguf"),  # it reads results, too
+        (TOOLS + CALLS, ANSWERS, "template"),
+        (TOOLS + "<think></think>", ANSWERS, "template"),  # offers more, and yet doesn't read results
+        (TOOLS + CALLS + "<think></think>", ANSWERS, "gguf"),
+        ("<think></think>", THINKS, "template"),
+        (TOOLS + "<think></think>", THINKS, "gguf"),
+        (TOOLS, THINKS, "template"),  # as many, though others
+        (TOOLS, "{{ .Suffix }}{{ .Prompt }}", "template"),
+        ("<think></think>", "{{ .Tools }}", "template"),
+        (None, ASKS, "template"),
+        ("", ASKS, "template"),
+        (TOOLS, None, "gguf"),
+        (TOOLS, "", "gguf"),
+        ("x" * 2000, None, "gguf"),
+        ("x" * 1999, None, "unknown"),  # may be taken for a well-known one
+        (None, None, "none"),
+        (TOOLS, "{{ printf .System }}", "unknown"),  # no part of the language that is read here
+    ],
+)
+def test_the_rule_of_choice(jinja, template, source):
+    assert choose_template(jinja, template).source == source
+
+
+@pytest.mark.parametrize(
+    "template, offers",
+    [
+        ("{{ $.Tools }}", {"tools"}),
+        ("{{ range $i, $t := .Tools }}{{ $t }}{{ end }}", {"tools"}),
+        ('{{ define "x" }}{{ .Tools }}{{ end }}', {"tools"}),
+        (".Tools {{/* .Tools */}}{{ `.Tools` }}", set()),
+        ("{{ .Thinking }}", set()),
+        ("<think>{{ .Thinking }}</think>", set()),
+        ("{{ range .Messages }}<think>{{ .Thinking }}</think>{{ end }}", {"thinking"}),
+        ("{{ range .Messages }}{{ if .Role }}<a>{{ .Thinking }}</a>{{ end }}{{ end }}", {"thinking"}),
+        ("{{ range .Messages }}{{ if .Role }}{{ else }}<a>{{ .Thinking }}</a>{{ end }}{{ end }}", {"thinking"}),
+        ("{{ range .Messages }}{{ if .Thinking }}{{ .Thinking }}{{ end }}{{ end }}", set()),
+        ("{{ range .Messages }} {{ .Thinking }}</think>{{ end }}", set()),
+        ("{{ range $m := .Messages }}<think>{{ $m.Thinking }}</think>{{ end }}", set()),  # not seen by Ollama
+        ("{{ range .Tools }}<think>{{ .Thinking }}</think>{{ end }}", {"tools"}),
+        ("{{ range .Messages }}<think>{{ len .Thinking }}</think>{{ end }}{{ .Suffix }}", {"thinking", "insert"}),
+        (ANSWERS, {"tools", "tool results"}),
+    ],
+)
+def test_what_a_template_offers(template, offers):
+    assert go_offers(template) == offers
+
+
+@pytest.mark.parametrize("name", GO_TEMPLATES)
+def test_our_templates_offer_nothing_but_replies(name):
+    assert go_offers(GO_TEMPLATES[name]) == set() == jinja_offers(TEMPLATES["llama-3.1"])
+
+
+@pytest.fixture
+def headed(tmp_path):
+    "A function that writes a GGUF by llama.cpp's own package: a header with values of every kind, no weights."
+    gguf = pytest.importorskip("gguf")
+
+    def write(template, architecture="llama", name="m.gguf"):
+        writer = gguf.GGUFWriter(tmp_path / name, architecture)
+        writer.add_uint32("a.number", 7)
+        writer.add_float64("a.float", 0.5)
+        writer.add_bool("a.switch", True)
+        writer.add_token_list([b"a", "é".encode(), b""])
+        writer.add_token_types([1, 3, 1])
+        writer.add_array("a.nest", [["x", "yz"], ["w"]])
+        if template is not None:
+            writer.add_chat_template(template)
+        writer.add_string("last", "naïve 東京")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        return tmp_path / name
+
+    return write
+
+
+def test_the_header_is_read_as_by_the_gguf_package(headed):
+    import gguf
+
+    path = headed("{{ é }}")
+    reader = gguf.GGUFReader(path)
+    texts = {key: part.contents() for key, part in reader.fields.items() if part.types == [gguf.GGUFValueType.STRING]}
+    assert header_texts(path) == texts and texts["last"] == "naïve 東京"
+    whole = path.read_bytes()
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        with pytest.raises(UserError, match="m.gguf can't be read as a GGUF"):
+            header_texts(path)
+    for size in (2**31, 2**63 - 1, 2**64 - 1):  # a length that leads far beyond the end
+        path.write_bytes(whole[:24] + size.to_bytes(8, "little") + whole[32:])
+        with pytest.raises(UserError, match="m.gguf can't be read as a GGUF"):
+            header_texts(path)
+    path.write_bytes(b"PK" + whole[2:])
+    with pytest.raises(UserError, match="it begins with b'PKUF'"):
+        header_texts(path)
+    with pytest.raises(UserError, match="can't be read as a GGUF"):
+        header_texts(path.parent)
+
+
+def test_the_template_counts_that_is_in_the_file(tokenizer, headed, capsys):
+    "The tokenizer's own has no word of tools; the file's has, or is another one."
+    own = tokenizer.chat_template
+    path = write_modelfile(headed(own).parent, headed(own), tokenizer=tokenizer)
+    assert (
+        capsys.readouterr().err == ""
+        and ollama_reads(parse_modelfile(path.read_text()), headed(own)).source == "template"
+    )
+    write_modelfile(path, headed("{# tools #}" + own), tokenizer=tokenizer)
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1
+    assert "reads the chat template in the GGUF" in said.err and "offers tools, and TEMPLATE doesn't" in said.err
+    assert "the file holds another chat template than the one of training" in said.err
+    both = copy.deepcopy(tokenizer)
+    both.chat_template = "{# tools #}" + own
+    write_modelfile(path, headed(both.chat_template), tokenizer=both)
+    said = capsys.readouterr().err
+    assert "prompts that end with the user's turn stay the same" in said and "OLLAMA_GO_TEMPLATE=1" in said
+    assert "with the assistant's turn is left open" in said and "TEMPLATE" in path.read_text()
+    write_modelfile(path, headed(own, "laguna"), tokenizer=tokenizer)
+    assert "reads neither TEMPLATE nor the chat template in the GGUF" in capsys.readouterr().err
+    path.write_text("FROM ./m.gguf\nPARSER qwen3\n")
+    assert ollama_reads(parse_modelfile(path.read_text()), headed(own)).source == "renderer"
+
+
+def test_a_file_that_is_no_gguf_is_said(tokenizer, gguf, capsys):
+    write_modelfile(gguf.parent, gguf, tokenizer=tokenizer)
+    assert "isn't known, because" in (said := capsys.readouterr().err) and "m.gguf can't be read as a GGUF" in said
+
+
+def test_a_modelfile_without_template_needs_the_template_of_training_in_the_file(tokenizer, headed, gguf, capsys):
+    own = "{# tools #}" + tokenizer.chat_template
+    both = copy.deepcopy(tokenizer)
+    both.chat_template = own
+    for other in (None, tokenizer.chat_template, own + " "):
+        with pytest.raises(UserError, match="is not the one of training, and without TEMPLATE Ollama would read it"):
+            write_modelfile(gguf.parent, headed(other), tokenizer=both, without_template=True)
+    gguf.write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="can't be read as a GGUF"):
+        write_modelfile(gguf.parent, gguf, tokenizer=both, without_template=True)
+    assert not (gguf.parent / "Modelfile").exists()
+    dated = TEMPLATES["llama-3.1"]  # its date is pinned in the file
+    path = write_modelfile(
+        gguf.parent, headed(pinned(dated)), dated, tokenizer=both, system="Hi.", without_template=True
+    )
+    found = parse_modelfile(path.read_text())
+    assert found.one("TEMPLATE") is None and found.one("SYSTEM") == "Hi." and "<|eot_id|>" in found.parameters["stop"]
+    assert "may be taken for a well-known one" in capsys.readouterr().err
+
+
+# A last reply is written with an empty thought before it, as Qwen3's template does; no TEMPLATE can say that.
+EMPTY_THOUGHT = "{% set t = '<think></think>' if loop.last and m.role == 'assistant' else '' %}{{ '<'"
+THOUGHT = HEADERS.replace("{{ '<'", EMPTY_THOUGHT).replace("m.content", "t + m.content") + ASK
+
+
+def test_a_run_whose_template_cannot_be_derived_gets_a_modelfile_without_one(tokenizer, headed, tmp_path, capsys):
+    thinks = copy.deepcopy(tokenizer)
+    thinks.chat_template = THOUGHT
+    why = modelfile_refusal(thinks)
+    assert "<think></think>" in why and "in one place and" in why
+    assert (
+        "go_template" not in why and "without_template" not in why and "0.30" in why
+    )  # words of the command line's door
+    assert modelfile_refusal(tokenizer) is None and modelfile_refusal(thinks, "llama-3.2") is None
+    with pytest.raises(UserError, match="there is no template 'alpaca'"):
+        modelfile_refusal(thinks, "alpaca")
+    thinks.save_pretrained(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "config.yaml").write_text("system: Be brief.\nmax_seq_length: 256\n")
+    found = parse_modelfile(modelfile_for(tmp_path / "run", headed(THOUGHT)).read_text())
+    assert (
+        found.one("TEMPLATE") is None and found.one("SYSTEM") == "Be brief." and found.parameters["num_ctx"] == ["256"]
+    )
+    assert why in (said := capsys.readouterr().err) and "reads the chat template in the GGUF" in said
+    with pytest.raises(
+        UserError, match="no TEMPLATE for Ollama can be derived.*pass go_template=, or without_template=True"
+    ):
+        write_modelfile(tmp_path / "M", headed(THOUGHT), tokenizer=thinks)
+    with pytest.raises(UserError, match="is not the one of training"):  # and none where the file has another template
+        modelfile_for(tmp_path / "run", headed(tokenizer.chat_template), tmp_path / "M")
+    assert not (tmp_path / "M").exists()
 
 
 # --- create and run -------------------------------------------------------------------------------------------------
@@ -587,6 +821,8 @@ class StandIn(BaseHTTPRequestHandler):
         self.server.seen.append((self.path, body))
         if self.path == "/api/chat":
             message = {"role": "assistant", "content": "It learns."}
+            if json.loads(body)["messages"][0]["content"] == "Think.":
+                message = {"role": "assistant", "content": "", "thinking": "Hm.\n"}
             known = json.loads(body)["model"] == "my-model"
             self.answer(
                 {"model": "my-model", "message": message, "done": True} if known else {"error": "model not found"}
@@ -628,11 +864,71 @@ def test_the_real_client_sends_the_modelfile_to_a_stand_in_server(tokenizer, ggu
     assert request["parameters"]["num_ctx"] == 64 and request["parameters"]["temperature"] == 0.7
     assert request["parameters"]["stop"] == ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
     assert str(ollama_run("my-model", "What is it?", host=host)) == "It learns."
+    assert str(ollama_run("my-model", "Think.", host=host)) == "<think>\nHm.\n</think>\n\n"
     with pytest.raises(UserError, match="could not ask other .model not found."):
         ollama_run("other", host=host)
     gguf.unlink()
     with pytest.raises(UserError, match="names .*m.gguf, which isn't there"):
         ollama_create("my-model", path, host=host)
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("FROM ./m.gguf\n# a comment\nADAPTER ./lora.gguf\n", "line 3 of .*M has ADAPTER, .*doesn't send"),
+        ("\n\nrenderer qwen3-coder\nFROM ./m.gguf\n", "line 3 of .*M has RENDERER"),
+        ('FROM ./m.gguf\nSYSTEM """a\nb"""\nPARSER qwen3\n', "line 4 of .*M has PARSER"),
+        ("FROM ./m.gguf\r\nREQUIRES 0.30.0\r\n", "line 2 of .*M has REQUIRES"),
+        ("FROM ./m.gguf\nDRAFT ./m.gguf\n", "line 2 of .*M has DRAFT"),
+        ("FROM ./m.gguf\nFROM ./mmproj.gguf\n", "M has FROM in the lines 1, 2, and one GGUF is sent"),
+        ("FROM ./folder\n", "line 1 of .*M says FROM ./folder, which is a folder, .*safetensors"),
+        ("FROM .\n", "which is a folder"),
+        (
+            "SYSTEM x\nFROM llama3.2\n",
+            "line 2 of .*M says FROM llama3.2, which is not a file; if it is a model in Ollama",
+        ),
+        ("FROM ./none.gguf\n", "names .*none.gguf, which isn't there: export it again, or correct FROM in line 1"),
+        ("FROM none.gguf\n", "names .*none.gguf, which isn't there"),
+        (
+            "FROM ./m.gguf\nPARAMETER top_q 1\n",
+            "line 2 of .*M has PARAMETER top_q 1, which Ollama's server doesn't know",
+        ),
+        ("FROM ./m.gguf\nPARAMETER mirostat 1\n", "PARAMETER mirostat 1, which Ollama's server doesn't know"),
+        ("FROM ./m.gguf\nPARAMETER num_ctx 2k\n", "PARAMETER num_ctx 2k, which should be a whole number"),
+        ("FROM ./m.gguf\nPARAMETER num_ctx 64.0\n", "which should be a whole number"),
+        ("FROM ./m.gguf\nPARAMETER temperature nan\n", "which should be a number"),
+        ("FROM ./m.gguf\nPARAMETER top_p 1_0\nPARAMETER top_p 1\n", "line 2 .*which should be a number"),
+        ("FROM ./m.gguf\nPARAMETER use_mmap 3\n", "which should be true or false"),
+    ],
+)
+def test_what_the_client_would_drop_is_refused(gguf, stand_in, text, why):
+    "Nothing is sent; the command that keeps it stands in the message, but where no command would help."
+    pytest.importorskip("ollama")
+    (gguf.parent / "folder").mkdir()
+    (gguf.parent / "M").write_bytes(text.encode())
+    with pytest.raises(UserError, match=why) as error:
+        ollama_create("my-model", gguf.parent / "M", host=f"127.0.0.1:{stand_in.server_port}")
+    assert stand_in.seen == []
+    helped = "PARAMETER" not in text and "none.gguf" not in text
+    assert (f"type ollama create my-model -f {gguf.parent / 'M'}" in str(error.value)) == helped
+
+
+def test_every_parameter_is_sent_as_its_kind(gguf, stand_in):
+    "Stops that look like numbers stay text; the last of several values counts, as in Ollama."
+    pytest.importorskip("ollama")
+    lines = ["stop 1", "stop true", "top_k 1", "top_k 40", "temperature 1", "min_p .5e-1", "use_mmap False", "seed -1"]
+    (gguf.parent / "M").write_text("FROM ./m.gguf\n" + "".join(f"PARAMETER {line}\n" for line in lines))
+    ollama_create("my-model", gguf.parent / "M", host=f"127.0.0.1:{stand_in.server_port}")
+    request = json.loads(stand_in.seen[-1][1])
+    assert request["parameters"] == {
+        "stop": ["1", "true"],
+        "top_k": 40,
+        "temperature": 1.0,
+        "min_p": 0.05,
+        "use_mmap": False,
+        "seed": -1,
+    }
+    assert "template" not in request
 
 
 def test_without_a_server_the_commands_come_back(tokenizer, gguf):
