@@ -33,9 +33,9 @@ from .core import UserError, file_sha256, library_versions, write_json
 from .data import load_sft_dataset
 from .evaluation import parse_answer
 from .generation import Reply, as_conversation, generate_replies, inference, to_reply
-from .gguf_export import find_run, load_settings, quiet_llama
+from .gguf_export import find_run, load_adapted, load_settings, quiet_llama
 from .merging import base_weight, merge_adapter
-from .model import adapter_base, load_model
+from .model import load_model
 from .ollama_export import Modelfile, ollama_data, ollama_messages, ollama_reads, parse_modelfile, render_go
 from .template import DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
 
@@ -476,23 +476,25 @@ class Subject:
     adapter_sha256: str | None = None
 
 
-def _read_subject(path: Path) -> Subject:
-    "A run's folder, an adapter's or a model's."
-    backend = "auto" if "unsloth" in sys.modules else "transformers"
+def _read_subject(path: Path, base: str | Path | None = None, load_in_4bit: bool | None = None) -> Subject:
+    "A run's folder, an adapter's (on its own base, or on `base`) or a model's."
     adapter, config = find_run(path)
     if adapter is None:
+        if base is not None or load_in_4bit is not None:
+            raise UserError(f"{path} holds no adapter, so that it needs no base, nor its precision: leave base and load_in_4bit out")
+        backend = "auto" if "unsloth" in sys.modules else "transformers"
         settings = load_settings({"load_in_4bit": False, "dtype": "float32"}, path)
         model, tokenizer = load_model(path, backend=backend, **settings)
         return Subject(model.eval(), tokenizer, path.name, config)
-    base = config.get("model") or adapter_base(adapter)
-    settings = load_settings({**config, "dtype": "float32"}, base)
-    model, tokenizer = load_model(base, adapter=adapter, backend=backend, **settings)
+    model, tokenizer = load_adapted(path, base, load_in_4bit, dtype="float32")
     return Subject(unpack(model).eval(), tokenizer, path.name, config, file_sha256(adapter / "adapter_model.safetensors"))
 
 # %% ../nbs/22_certificate.ipynb #bc432792
 def open_subject(
     subject,  # a run or its folder, an adapter's folder, a merged model's, a model, or what this gave before
     tokenizer=None,  # with a model
+    base: str | Path | None = None,  # with an adapter: the base to put it on; None is the one that it names
+    load_in_4bit: bool | None = None,  # with an adapter: its base in 4 bits or not; None is as it was trained
 ) -> Subject:
     "What is to be certified, in fp32. Raises `UserError` for what can't be."
     if isinstance(subject, Subject):
@@ -508,7 +510,7 @@ def open_subject(
     path = Path(getattr(subject, "path", subject)).expanduser()
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: name a run's, an adapter's or a merged model's folder")
-    return _read_subject(path)
+    return _read_subject(path, base, load_in_4bit)
 
 # %% ../nbs/22_certificate.ipynb #ceac4bc2
 def reference_logits(
@@ -871,6 +873,8 @@ def certify(
     model_rows: int | None = None,  # of those, how many go through the models; None is all
     max_new_tokens: int | None = None,  # limit of a reply; None is the run's, 0 asks for no replies
     thresholds: dict[str, Bounds] | None = None,  # over `THRESHOLDS`
+    base: str | Path | None = None,  # for an adapter's folder: the base to put it on; None is the one that it names
+    load_in_4bit: bool | None = None,  # for an adapter's folder: its base in 4 bits or not; None is as it was trained
 ) -> Certificate:
     "Compare what is served with what was trained. Raises `UserError` where it can't be compared; a failure is in the result."
     start = time.perf_counter()
@@ -879,7 +883,7 @@ def certify(
             raise UserError(f"{name} is {number}: give at least 1")
     files = _files(gguf)
     found = read_modelfile(modelfile)
-    subject = open_subject(subject, tokenizer)
+    subject = open_subject(subject, tokenizer, base, load_in_4bit)
     cases, ids, left_out = _prepare(subject, data, rows, found)
     count = min(len(cases), rows if model_rows is None else model_rows)
     limit = subject.config.get("max_new_tokens", 256) if max_new_tokens is None else max_new_tokens

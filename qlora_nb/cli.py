@@ -168,10 +168,11 @@ def foresee(name: str, data, settings: dict, config: dict, lora: dict, how: dict
     return None
 
 # %% ../nbs/21_cli.ipynb #a2f61c09
-def check_exportable(model, tokenizer) -> None:
-    "Raises `UserError` before the training, where the export or its certificate would fail after it."
+def check_exportable(model, tokenizer, template: str | None = None) -> None:
+    "Raises `UserError` before the training, where the export or its certificate would fail after it; says on stderr where Ollama gets no TEMPLATE."
     from qlora_nb.gguf_export import architecture_of, read_vocabulary
     from qlora_nb.merging import check_mergeable
+    from qlora_nb.ollama_export import modelfile_refusal
 
     check_mergeable(model)
     architecture_of({**model.config.to_dict(), "architectures": [type(model.get_base_model()).__name__]})
@@ -181,6 +182,8 @@ def check_exportable(model, tokenizer) -> None:
             importlib.import_module(name)
         except (ImportError, RuntimeError, OSError) as error:
             raise UserError(f"the certificate needs {name} ({error}): pip install 'qlora_nb[gguf]', or train without --export") from error
+    if why := modelfile_refusal(tokenizer, template):
+        print(why, file=sys.stderr)
 
 # %% ../nbs/21_cli.ipynb #826fda92-8
 def train_run(flags: dict, settings: dict, formats: list[str]):
@@ -203,7 +206,7 @@ def train_run(flags: dict, settings: dict, formats: list[str]):
     model, tokenizer = load_model(name, **how)
     model = add_lora(model, **lora)
     if formats:
-        check_exportable(model, tokenizer)
+        check_exportable(model, tokenizer, settings_for(settings, config).template)
     result = run(
         model, tokenizer, data, held_out, flags["output"], True, None if flags["resume"] else config, plan,
         flags["resume"], settings, source, process_start(),

@@ -805,8 +805,8 @@ def open_source(model, tokenizer, base: str | Path | None = None, load_in_4bit: 
         raise UserError(f"there is no folder {path}: name a model's or an adapter's folder, or pass the model itself")
     if adapted := load_adapted(path, base, load_in_4bit):
         return ModelSource(adapted[0]), tokenizer or adapted[1]
-    if base is not None:
-        raise UserError(f"{path} holds no adapter, so there is nothing to put on the base {base}: leave it out")
+    if base is not None or load_in_4bit is not None:
+        raise UserError(f"{path} holds no adapter, so that it needs no base, nor its precision: leave base and load_in_4bit out")
     from transformers import AutoConfig
 
     source = FolderSource(model_path(path))

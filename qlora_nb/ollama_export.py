@@ -7,7 +7,8 @@ __all__ = ['DEEPEST', 'TRIM', 'GO_EMBEDDED', 'GO_CHATML', 'GO_LLAMA_3_1', 'GO_TE
            'render_go', 'ollama_messages', 'ollama_data', 'awkward_conversations', 'NoGoTemplate', 'quote_go',
            'prove_go', 'go_template_for', 'modelfile_refusal', 'hold', 'Modelfile', 'parse_modelfile', 'jinja_offers',
            'go_offers', 'TemplateChoice', 'choose_template', 'header_texts', 'ollama_reads', 'modelfile_text',
-           'write_modelfile', 'modelfile_for', 'OllamaResult', 'ollama_commands', 'ollama_create', 'ollama_run']
+           'write_modelfile', 'tokenizer_in', 'modelfile_for', 'OllamaResult', 'ollama_commands', 'ollama_create',
+           'ollama_run']
 
 # %% ../nbs/18_ollama.ipynb #6b07ff16
 import importlib.util
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from .core import UserError, write_aside
 from .gguf_export import find_run, pinned
+from .model import adapter_base, adapter_tokenizer, load_tokenizer, model_path
 from .template import CHATML, EMBEDDED, LLAMA_3_1, adds_bos, render, stop_tokens, template_text
 
 # %% ../nbs/18_ollama.ipynb #aa4fc3c9
@@ -1052,26 +1054,33 @@ def write_modelfile(
         print(note, file=sys.stderr)
     return path
 
+# %% ../nbs/18_ollama.ipynb #a11e0050
+def tokenizer_in(folder: Path, base: str | Path | None = None):
+    "The tokenizer of a run's, an adapter's or a merged model's folder; of the base where an adapter brings none. Raises `UserError`."
+    home = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    own = any((home / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    if (home / "adapter_config.json").exists():
+        return adapter_tokenizer(home, None if own else load_tokenizer(model_path(base or adapter_base(home))))
+    if not own:
+        raise UserError(f"{folder} holds no tokenizer: name a run's, an adapter's or a merged model's folder")
+    return load_tokenizer(home)
+
 # %% ../nbs/18_ollama.ipynb #fa415694
 def modelfile_for(
     run,  # a run or its folder, an adapter's folder, or a merged model's
     gguf: str | Path,  # the file that was exported from it
     path: str | Path | None = None,  # None is Modelfile, beside the GGUF
+    base: str | Path | None = None,  # whose tokenizer an adapter without one takes; None is the base that it names
     **settings,  # of `write_modelfile`, over what the run says
 ) -> Path:
     "The Modelfile of a run, with its template, system text and context; where no TEMPLATE can be derived, without one, said on stderr. Raises `UserError`."
-    from transformers import AutoTokenizer
-
     folder = Path(getattr(run, "path", run)).expanduser()
     _, config = find_run(folder)
-    home = folder / "adapter" if (folder / "adapter").is_dir() else folder
-    if not (home / "tokenizer_config.json").exists():
-        raise UserError(f"{folder} holds no tokenizer: name a run's, an adapter's or a merged model's folder")
     known = {"template": config.get("template"), "system": config.get("system")}
     context = {"num_ctx": config["max_seq_length"]} if config.get("max_seq_length") else {}
     known["parameters"] = {**context, **(settings.pop("parameters", None) or {})}
     known |= {name: value for name, value in settings.items() if value is not None}
-    tokenizer = AutoTokenizer.from_pretrained(home, trust_remote_code=False)
+    tokenizer = tokenizer_in(folder, base or config.get("model"))
     if not (known.get("go_template") or known.get("without_template")) and (why := modelfile_refusal(tokenizer, known["template"])):
         print(why, file=sys.stderr)
         known["without_template"] = True

@@ -515,7 +515,8 @@ def spoil(kind):
 @pytest.mark.parametrize(
     "kind, said",
     [
-        ("embedding", "embed_tokens can't have an adapter: embedding and lm_head are one matrix"), ("lora_bias", "trainable_token_indices"),
+        ("embedding", "embed_tokens can't have an adapter: embedding and lm_head are one matrix"),
+        ("lora_bias", "trainable_token_indices"),
         ("merged", "is merged already"), ("two", "2 adapters are active"), ("untied", "hold different numbers"),
         ("large", "layers.2.mlp.up_proj.weight holds numbers that float16 can't hold"),
     ],
