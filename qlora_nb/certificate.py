@@ -878,11 +878,8 @@ def certify(
 ) -> Certificate:
     "Compare what is served with what was trained. Raises `UserError` where it can't be compared; a failure is in the result."
     start = time.perf_counter()
-    for name, number in (("rows", rows), ("model_rows", model_rows)):
-        if number is not None and number < 1:
-            raise UserError(f"{name} is {number}: give at least 1")
-    files = _files(gguf)
-    found = read_modelfile(modelfile)
+    _at_least_one(rows=rows, model_rows=model_rows)
+    files, found = _files(gguf), read_modelfile(modelfile)
     subject = open_subject(subject, tokenizer, base, load_in_4bit)
     cases, ids, left_out = _prepare(subject, data, rows, found)
     count = min(len(cases), rows if model_rows is None else model_rows)
@@ -896,6 +893,13 @@ def certify(
     )
 
 # %% ../nbs/22_certificate.ipynb #92457632
+def _at_least_one(**numbers: int | None) -> None:
+    "Raises `UserError` for a number below 1."
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise UserError(f"{name} is {number}: give at least 1")
+
+
 def _files(gguf) -> list[Path]:
     "One file or several, as a list. Raises `UserError` where one isn't there."
     files = [Path(file).expanduser() for file in (gguf if isinstance(gguf, (list, tuple)) else [gguf])]
