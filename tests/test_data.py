@@ -155,7 +155,9 @@ def test_schemas(row, expected, kind, tmp_path):
 def test_what_was_recognised_is_said(capsys):
     load_sft_dataset([V0])
     assert capsys.readouterr().err == (
-        "the data: 1 row, read as R1-Distill-SFT v0 (problem → prompt, reannotated_assistant_content → response)\n"
+        "the data: 1 row, read as R1-Distill-SFT v0 (problem → prompt, reannotated_assistant_content → response); "
+        "a system text that asks to think in <think> was put before 1 row: "
+        "leave it out with system=False (--no-system)\n"
     )
 
 
