@@ -453,8 +453,8 @@ PAIRS = _Rule("chosen rejected chosen_response rejected_response response_reject
               "training learns one reply, and nothing from the comparison with another",
               "write the chosen replies into rows of their own, and take these columns away")
 HISTORY = _Rule("history", "error", "replies would be learned without the turns before them", "write the earlier turns into messages")
-MEDIA = _Rule("image images image_url input_image audio audios input_audio video videos video_url file", "error",
-              "replies would be learned without what they are about: training takes text alone", "leave these rows out")
+MEDIA = _Rule("image images image_url input_image audio audios input_audio video videos video_url", "error",
+              "replies would be learned without what they are about: training takes text alone", "leave these rows out, or describe in words what is seen or heard")
 REASONING = _Rule("reasoning reasoning_content reasoning_text thinking thinking_content thought thoughts", "warning",
                   "the model would learn to answer without this reasoning",
                   "put it before the answer, between <think> and </think>, where the model should reason")
@@ -581,7 +581,9 @@ class _Reading:
 
     def names(self) -> str:
         "Columns that say nothing about the replies, and weren't read; none for a data set that is known."
-        return "" if any(self.schema.name == known.name for known in KNOWN) else ", ".join(map(str, self.plain))
+        known = any(self.schema.name == schema.name for schema in KNOWN)
+        named = {mark.split(" ", 2)[2] for mark in self.unused}
+        return "" if known else ", ".join(str(name) for name in self.plain if name not in named)
 
     def notes(self, rows: str = "") -> list[str]:
         "What is said of it; `rows` says which were looked at."
@@ -1307,7 +1309,7 @@ class _Looker:
         self.asking = asking_ids(tokenizer, template) if tokenizer.chat_template or template else []
         self.found, self.figures, self.answers = _Collector(), Figures(max_length), Answers()
         self.rows, self.near = Seen(capacity), Seen(capacity)
-        self.plain, self.replies = {}, Counter()  # columns that say nothing about the replies; replies, and those that are learned
+        self.plain, self.replies, self.unlearned = {}, 0, 0  # columns that say nothing about the replies; replies, and those not learned
 
     def contents(self, row: int, messages: list[dict]):
         "Findings about the contents of one conversation, and about those that went before."
@@ -1348,8 +1350,10 @@ def _check_unused(batch: dict, first: int, look: _Looker) -> None:
     "Findings about what of a batch of rows training doesn't use."
     others = [name for name in batch if name != "messages"]
     for row, messages in enumerate(batch["messages"], first):
+        turns = messages if isinstance(messages, (list, tuple)) else ()
+        if not others and all([type(m) is dict and len(m) == 2 and type(m.get("content")) is str for m in turns]):
+            continue
         columns = {name: batch[name][row - first] for name in others}
-        turns = messages if isinstance(messages, (list, tuple)) else None
         for mark in unused_marks({"messages": turns, **columns}, Schema("messages", messages="messages")):
             severity, place, name = MARK.fullmatch(mark).groups()
             if severity == "info":
@@ -1384,10 +1388,12 @@ def _check_turns(row: int, messages: list[dict], result: Encoded, look: _Looker)
         look.found.add("content_changed", row, "the template doesn't render the reply as it is")
     elif result.altered:
         look.found.add("content_changed", row, f"the template doesn't render an earlier turn ({result.altered[0]}) as it is")
-    if result.code is None and (replies := sum(m["role"] == "assistant" for m in messages)):
-        look.replies.update(all=replies, learned=1)
+    if result.code is None:
+        replies = [m["role"] for m in messages].count("assistant")
+        look.replies += replies
+        look.unlearned += replies - 1
         if replies > 1:
-            look.found.add("earlier_replies", row, "")
+            look.found.add("earlier_replies", row, "the last of several replies alone is learned")
 
 # %% ../nbs/12_data.ipynb #7b298671
 def _check_messages(batch: list, first: int, look: _Looker) -> None:
@@ -1533,13 +1539,13 @@ def _check_named(look: _Looker, data, rows: int) -> None:
     "Findings that name something of all rows: columns that say nothing about the replies, and the share of replies that isn't learned."
     described = str(getattr(getattr(data, "info", None), "description", None) or "")
     loaded = described.removeprefix(PLAIN).split(", ") if described.startswith(PLAIN) else []
-    if names := dict.fromkeys([*loaded, *look.plain]):
-        met = look.found.found.get("unused_column")
+    met = look.found.found.pop("unused_column", None)
+    if names := [name for name in dict.fromkeys([*loaded, *look.plain]) if f"unused_column {name}" not in look.found.found]:
         count, first = (rows, []) if loaded or not met else (met.count, met.rows)
-        look.found.note("unused_column", "info", count, first, PLAIN + ", ".join(names), CODES["unused_column"][1])
+        look.found.note("unused_column", "info", count, first, PLAIN + ", ".join(map(str, names)), CODES["unused_column"][1])
     if found := look.found.found.get("earlier_replies"):
-        total, left = look.replies["all"], look.replies["all"] - look.replies["learned"]
-        found.cause = f"of rows with several replies the last alone is learned: {left} of {total} replies ({100 * left / total:.0f} %) are not"
+        share = f"{look.unlearned} of {look.replies} replies ({100 * look.unlearned / look.replies:.0f} %) are not"
+        found.cause = f"of rows with several replies the last alone is learned: {share}"
 
 # %% ../nbs/12_data.ipynb #7742c7f4-33
 def _check_rows(data, look: _Looker) -> tuple[int, bool]:

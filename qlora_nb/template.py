@@ -278,13 +278,14 @@ class _Written:
 
     def missing(self, messages: list[dict], whole: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         "Roles of the turns before the reply that aren't in `whole`, and of those that stand there otherwise."
-        left_out, altered, written = [], [], self.turns(tuple(m["role"] for m in messages))
-        for i, content in enumerate(m["content"].strip() for m in messages[:-1]):
+        left_out, altered, written = [], [], self.turns(tuple([m["role"] for m in messages]))
+        for i, message in enumerate(messages[:-1]):
+            content = message["content"].strip()
             there = content in whole or json.dumps(content, ensure_ascii=False)[1:-1] in whole  # templates quote what tools return
-            if content and (not there if written is None else i not in written):
-                left_out.append(messages[i]["role"])
+            if content and not (there if written is None else i in written):
+                left_out.append(message["role"])
             elif not there:
-                altered.append(messages[i]["role"])
+                altered.append(message["role"])
         return tuple(left_out), tuple(altered)
 
 # %% ../nbs/11_template.ipynb #15d60662
