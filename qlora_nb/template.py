@@ -225,7 +225,14 @@ def _span(messages: list[dict], tokenizer, text: str) -> tuple[str, str, bool]:
     if not done.startswith(prompt):
         same = done.startswith(_render(messages[:-1], tokenizer, text))
         raise _Bad("generation_prompt_mismatch", MISMATCH) if same else _Bad("prompt_not_prefix", NOT_PREFIX)
-    return prompt, done, not done[len(prompt) :].lstrip().startswith(messages[-1]["content"].strip())
+    return prompt, done, _altered(messages[-1]["content"].strip(), prompt.rstrip(), done[len(prompt) :].lstrip())
+
+
+def _altered(reply: str, prompt: str, written: str) -> bool:
+    "Whether a reply is written otherwise than it is. An empty reasoning before it is how some templates say that there is none."
+    if prompt.endswith("<think>"):  # the prompt begins the reasoning
+        reply = reply.removeprefix("<think>").lstrip()
+    return not written.startswith(reply) and not re.sub(r"^<think>\s*</think>\s*", "", written).startswith(reply)
 
 
 class _Bad(Exception):

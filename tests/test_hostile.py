@@ -265,9 +265,9 @@ ODD = {  # a file's name and rows, the code, the row
         "non_string_content",
         20,
     ),
-    "columns as lists": (
+    "columns as lists of two lengths": (
         "a.json",
-        json.dumps({"question": ["a", "b"], "answer": ["c", "d"]}).encode(),
+        json.dumps({"question": ["a", "b"], "answer": ["c"]}).encode(),
         "non_string_content",
         0,
     ),

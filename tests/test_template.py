@@ -251,6 +251,20 @@ def test_reasoning_that_a_template_drops(tokenizer):
     assert encode_batch(both, tokenizer, template=older, train_on="all")[0].code == "prompt_not_prefix"
 
 
+def test_an_empty_reasoning_before_a_reply_is_no_change(tokenizer):
+    "As Qwen3's template says that a reply doesn't reason; Qwen3.5's prompt begins the reasoning."
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role + '\\n' + (CONTENT) + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
+    )
+    says = template.replace("CONTENT", "('<think>\\n\\n</think>\\n\\n' if m.role == 'assistant' else '') + m.content")
+    opens = template.replace("CONTENT", "m.content").replace("{{ 'assistant\\n' }}", "{{ 'assistant\\n<think>\\n' }}")
+    reasons = "<think>\nHm.\n</think>\n\n4"
+    for text, reply, changed in [(says, "4", False), (opens, reasons, False), (says.replace("m.content", "'No'"), "4", True)]:
+        row = encode_batch([chat("2+2?", reply)], tokenizer, template=text)[0]
+        assert (row.changed, row.code) == (changed, None)
+
+
 # As Qwen's templates pass over `developer`, Phi's over `tool` too; Llama's quotes what tools return.
 SOME_ROLES = """{{ bos_token }}{% for m in messages %}
 {%- if m.role in ['system', 'user', 'assistant'] %}{{ m.role + '\\n' + m.content | trim + '<|eot_id|>' }}
