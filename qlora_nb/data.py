@@ -589,7 +589,7 @@ class _Reading:
         "What is said of it; `rows` says which were looked at."
         put_in = (f"{rows}a system text that asks to think in <think> was put before {_count(self.put_in)}: leave it out with "
                   "system=False (--no-system)") if self.system is None else f"{rows}the system text was put before {_count(self.put_in)}"
-        names = ", ".join(f"{name} ({_count(count)})" for mark, count in self.unused.items() for _, _, name in [mark.split(" ", 2)])
+        names = ", ".join(f"{name} ({_count(count)})" for mark, count in islice(self.unused.items(), 50) for _, _, name in [mark.split(" ", 2)])
         return [put_in if self.put_in else "", f"{rows}not used: {names}" if names else "", f"columns not used: {self.names()}" if self.names() else ""]
 
 # %% ../nbs/12_data.ipynb #31536ad0
@@ -619,7 +619,7 @@ def _count(number: int, what: str = "row") -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 # %% ../nbs/12_data.ipynb #7742c7f4-13
-PLAIN = "Columns that training doesn't use: "  # begins the description of a data set that had such
+PLAIN = "columns that training doesn't use: "  # begins the description of a data set that had such
 
 
 def _rows_to_dataset(rows: Iterable[dict], reading: _Reading, limit: int | None, what: str):
@@ -1357,9 +1357,10 @@ def _check_unused(batch: dict, first: int, look: _Looker) -> None:
         for mark in unused_marks({"messages": turns, **columns}, Schema("messages", messages="messages")):
             severity, place, name = MARK.fullmatch(mark).groups()
             if severity == "info":
-                look.plain[name] = None
                 look.found.add("unused_column", row, PLAIN)
+                look.plain.update({name: None} if len(look.plain) < 50 else {"…": None})
             else:
+                name = name if f"unused_{place} {name}" in look.found.found or len(look.found.found) < 100 else "…"
                 cause, fix = _unused_text(severity, place, name)
                 look.found.add(f"unused_{place}", row, cause, severity, fix, name)
 

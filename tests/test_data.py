@@ -1063,6 +1063,15 @@ def test_what_is_not_used_is_said_on_loading(capsys, tmp_path):
     assert "; of the first 4 rows: not used: name (1 row); columns" in capsys.readouterr().err
 
 
+def test_names_without_end_are_cut_short(tokenizer, capsys):
+    rows = [{**keyed("user", **{f"key {i}": 1}), f"column {i}": 1} for i in range(150)]
+    for data in (rows, load_sft_dataset(rows)):
+        report = check_dataset(data, tokenizer)
+        assert len(report.findings) < 120 and unused(report)["key", "key 0"] == ("warning", 1, [0])
+        assert sum(count for (place, _), (_, count, _) in unused(report).items() if place == "key") == 150
+    assert len(capsys.readouterr().err) < 3000
+
+
 def test_columns_that_find_no_place(tokenizer):
     "What is read, and yet has no place in a row: an input that is no text, a second system text."
     rows = [{"instruction": f"Add {i}", "input": "", "output": "4", "system": ""} for i in range(20)]
