@@ -1009,8 +1009,20 @@ def test_parts_that_are_no_text(kind, tokenizer):
 
 
 def test_what_says_nothing_is_passed_over(tokenizer, tmp_path, capsys):
-    nothing = {"tool_calls": None, "name": "", "function_call": {"name": None, "arguments": None}, "images": [], "x": [{}]}
-    row = {"messages": [{**turn, **nothing} for turn in PAIR], "tools": "[]", "history": [], "label": None, "id": float("nan")}
+    nothing = {
+        "tool_calls": None,
+        "name": "",
+        "function_call": {"name": None, "arguments": None},
+        "images": [],
+        "x": [{}],
+    }
+    row = {
+        "messages": [{**turn, **nothing} for turn in PAIR],
+        "tools": "[]",
+        "history": [],
+        "label": None,
+        "id": float("nan"),
+    }
     more = [keyed("assistant", weight=1), keyed("assistant", train=True), keyed("user", weight=0, train=False)]
     shared = [{"role": turn["role"], "content": turn["content"], "value": turn["content"]} for turn in PAIR]
     rows = [row, *more, {"messages": shared}, *good(20)]
@@ -1029,7 +1041,9 @@ def test_late_rows_are_looked_at(tokenizer, tmp_path):
     assert data["unused"][:] == [None] * 1100 + [["error key tool_calls"]]
     assert [unused(check_dataset(each, tokenizer)) for each in (data, stream, rows)] == [expected] * 3
     early = load_sft_dataset(jsonl(path, rows[::-1]), streaming=True)
-    assert early.column_names == ["messages", "unused"] and next(iter(early.take(1)))["unused"] == ["error key tool_calls"]
+    assert early.column_names == ["messages", "unused"] and next(iter(early.take(1)))["unused"] == [
+        "error key tool_calls"
+    ]
     assert unused(check_dataset(early.take(5), tokenizer)) == {("key", "tool_calls"): ("error", 1, [0])}
 
 
@@ -1044,7 +1058,9 @@ def test_what_is_not_used_travels_with_its_rows(tokenizer, tmp_path):
         marked = [i for i, marks in enumerate(part["unused"]) if marks]
         report = check_dataset(part, tokenizer, min_rows=1)
         assert unused(report)["column", "label"] == ("error", len(marked), marked[:5])
-        with pytest.raises(UserError, match="unused_column in .* rows have the column 'label', which training doesn't use"):
+        with pytest.raises(
+            UserError, match="unused_column in .* rows have the column 'label', which training doesn't use"
+        ):
             report.raise_for_errors()
     assert unused(check_dataset(data, tokenizer))["column", None][0] == "info"
     kept = data.filter(lambda marks: not marks, input_columns="unused")
@@ -1093,7 +1109,11 @@ def test_pairs_of_preferences(tokenizer):
     report = check_dataset(data, tokenizer)
     assert report.ok and unused(report) == {("column", None): ("info", 20, [])}, "the better reply was named by you"
     judged = [{"prompt": row["prompt"], "completion": row["chosen"], "rejected": "no"} for row in rows]
-    assert unused(check_dataset(load_sft_dataset(judged), tokenizer))["column", "rejected"] == ("error", 20, [0, 1, 2, 3, 4])
+    assert unused(check_dataset(load_sft_dataset(judged), tokenizer))["column", "rejected"] == (
+        "error",
+        20,
+        [0, 1, 2, 3, 4],
+    )
 
 
 @pytest.mark.parametrize("kind", ["Image", "List"])
@@ -1149,8 +1169,16 @@ def test_system_text_of_the_embedded_set(capsys):
 @pytest.mark.parametrize("names", ["USER ASSISTANT", "Human Gpt", "prompter ai", "user MODEL", " User  Assistant "])
 def test_roles_in_any_case(names):
     asks, replies = names.split()
-    assert turns(load_sft_dataset([{"conversations": [{"from": asks, "value": "2+2?"}, {"from": replies, "value": "4"}]}])) == PLAIN
-    assert turns(load_sft_dataset([{"conversation": [{"role": asks, "content": "2+2?"}, {"role": replies, "content": "4"}]}])) == PLAIN
+    assert (
+        turns(load_sft_dataset([{"conversations": [{"from": asks, "value": "2+2?"}, {"from": replies, "value": "4"}]}]))
+        == PLAIN
+    )
+    assert (
+        turns(
+            load_sft_dataset([{"conversation": [{"role": asks, "content": "2+2?"}, {"role": replies, "content": "4"}]}])
+        )
+        == PLAIN
+    )
 
 
 def test_a_role_that_is_not_known_keeps_its_name(tokenizer):
@@ -1204,7 +1232,8 @@ def test_a_clone_from_the_hub(tmp_path):
 
 # --- turns that are left out, replies that aren't learned, counts ----------------------------------------------------
 
-TURN = "{% for m in messages %}{% if m.role in ROLES %}{{ m.role + '\n' + m.content | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+TURN = "{{ m.role + '\n' + m.content | trim + '<|eot_id|>' }}"
+TURN = "{% for m in messages %}{% if m.role in ROLES %}" + TURN + "{% endif %}{% endfor %}"
 DEAF = "{{ bos_token }}" + TURN + "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 
 
@@ -1238,12 +1267,27 @@ def test_replies_that_are_not_learned(tokenizer):
 
 def odd_rows(draw, count):
     "Rows of all kinds, sound ones among them."
-    texts = ["2+2?", "", " ", None, 4, "caf\u00c3\u00a9", f"a{EOT}", "x " * 200, "<think>", THINK, [{"type": "image"}], "\ud800"]
+    texts = [
+        "2+2?",
+        "",
+        " ",
+        None,
+        4,
+        "caf\u00c3\u00a9",
+        f"a{EOT}",
+        "x " * 200,
+        "<think>",
+        THINK,
+        [{"type": "image"}],
+        "\ud800",
+    ]
     keys = [{}, {}, {"tool_calls": CALL}, {"weight": 0}, {"name": "Kim"}, {"reasoning": "so"}]
     columns = [{}, {}, {"label": False}, {"tools": CALL}, {"id": 7}, {"history": [["a", "b"]]}]
 
     def row():
-        roles = draw.choice([["user", "assistant"], ["system", "user", "assistant"], ["user", "assistant"] * 3, ["user"], ["robot"], []])
+        roles = draw.choice(
+            [["user", "assistant"], ["system", "user", "assistant"], ["user", "assistant"] * 3, ["user"], ["robot"], []]
+        )
         turns_ = [{"role": role, "content": draw.choice(texts), **draw.choice(keys)} for role in roles]
         return {"messages": draw.choice([turns_, turns_, turns_, None, "Hi"]), **draw.choice(columns)}
 
@@ -1255,9 +1299,14 @@ def test_no_finding_counts_more_rows_than_there_are(seed, tokenizer):
     draw = random.Random(seed)
     rows = odd_rows(draw, draw.choice([1, 7, 40]))
     text = [{"text": draw.choice(["", " ", None, f"a{EOT}", "a\ufffd", "x " * 200, "a"])} for _ in rows]
-    ids = [{"input_ids": draw.choice([[757, 757, 5], [5], [], [999], [757] * 90]), "labels": draw.choice([[5], [], None])} for _ in rows]
-    reports = [check_dataset(data, tokenizer, 64, eval_data=good(5), max_steps=9, truncation=cut)
-               for data, cut in [(rows, "drop"), (rows, "cut_prompt"), (load_sft_dataset(rows), "drop"), (text, "drop"), (ids, "drop")]]  # fmt: skip
+    ids = [
+        {"input_ids": draw.choice([[757, 757, 5], [5], [], [999], [757] * 90]), "labels": draw.choice([[5], [], None])}
+        for _ in rows
+    ]
+    sources = [(rows, "drop"), (rows, "cut_prompt"), (load_sft_dataset(rows), "drop"), (text, "drop"), (ids, "drop")]
+    reports = [
+        check_dataset(data, tokenizer, 64, eval_data=good(5), max_steps=9, truncation=cut) for data, cut in sources
+    ]
     for report in reports:
         assert report.findings and report.summary["rows"] == len(rows)
         for f in report.findings:

@@ -260,7 +260,11 @@ def test_an_empty_reasoning_before_a_reply_is_no_change(tokenizer):
     says = template.replace("CONTENT", "('<think>\\n\\n</think>\\n\\n' if m.role == 'assistant' else '') + m.content")
     opens = template.replace("CONTENT", "m.content").replace("{{ 'assistant\\n' }}", "{{ 'assistant\\n<think>\\n' }}")
     reasons = "<think>\nHm.\n</think>\n\n4"
-    for text, reply, changed in [(says, "4", False), (opens, reasons, False), (says.replace("m.content", "'No'"), "4", True)]:
+    for text, reply, changed in [
+        (says, "4", False),
+        (opens, reasons, False),
+        (says.replace("m.content", "'No'"), "4", True),
+    ]:
         row = encode_batch([chat("2+2?", reply)], tokenizer, template=text)[0]
         assert (row.changed, row.code) == (changed, None)
 
