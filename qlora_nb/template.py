@@ -9,6 +9,7 @@ __all__ = ['SYSTEM_PROMPT', 'DATE', 'EMBEDDED', 'LLAMA_3_1', 'CHATML', 'TEMPLATE
            'never_asks', 'encode_batch', 'encode', 'fit', 'cut_prompt', 'prompt_ids', 'template_fingerprint']
 
 # %% ../nbs/11_template.ipynb #25d0ccb5
+import json
 import re
 from dataclasses import dataclass, field
 
@@ -187,6 +188,8 @@ class Encoded:
     changed: bool = False  # whether the template altered the reply (some drop the reasoning)
     length: int = 0  # tokens; estimated for a row of millions of characters
     learned: int = 0  # tokens with a label
+    left_out: tuple[str, ...] = ()  # roles of turns that the template doesn't write at all
+    altered: tuple[str, ...] = ()  # roles of turns before the reply that it writes otherwise
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-13
 def turn_problem(messages: list[dict]) -> tuple[str, str] | None:
@@ -222,7 +225,14 @@ def _span(messages: list[dict], tokenizer, text: str) -> tuple[str, str, bool]:
     if not done.startswith(prompt):
         same = done.startswith(_render(messages[:-1], tokenizer, text))
         raise _Bad("generation_prompt_mismatch", MISMATCH) if same else _Bad("prompt_not_prefix", NOT_PREFIX)
-    return prompt, done, not done[len(prompt) :].lstrip().startswith(messages[-1]["content"].strip())
+    return prompt, done, _altered(messages[-1]["content"].strip(), prompt.rstrip(), done[len(prompt) :].lstrip())
+
+
+def _altered(reply: str, prompt: str, written: str) -> bool:
+    "Whether a reply is written otherwise than it is. An empty reasoning before it is how some templates say that there is none."
+    if prompt.endswith("<think>"):  # the prompt begins the reasoning
+        reply = reply.removeprefix("<think>").lstrip()
+    return not written.startswith(reply) and not re.sub(r"^<think>\s*</think>\s*", "", written).startswith(reply)
 
 
 class _Bad(Exception):
@@ -253,6 +263,37 @@ def _tokenize(texts: list[str], tokenizer) -> dict[str, list[int]]:
     backend.no_truncation()
     backend.encode_special_tokens = False
     return {text: found.ids for text, found in zip(texts, backend.encode_batch_fast(texts, add_special_tokens=False))}
+
+# %% ../nbs/11_template.ipynb #6c1b7e02
+@dataclass
+class _Written:
+    "Which turns a template writes: tried once for each order of roles, with marks in place of the contents."
+
+    tokenizer: object
+    text: str
+    known: dict[tuple[str, ...], set[int] | None] = field(default_factory=dict)  # None: it can't be tried
+
+    def turns(self, roles: tuple[str, ...]) -> set[int] | None:
+        if roles not in self.known:
+            marks = [f"QZ{i}ZQ" for i in range(len(roles))]
+            try:
+                text = _render([{"role": role, "content": mark} for role, mark in zip(roles, marks)], self.tokenizer, self.text)
+                self.known[roles] = {i for i, mark in enumerate(marks) if mark in text}
+            except UserError:
+                self.known[roles] = None
+        return self.known[roles]
+
+    def missing(self, messages: list[dict], whole: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        "Roles of the turns before the reply that aren't in `whole`, and of those that stand there otherwise."
+        left_out, altered, written = [], [], self.turns(tuple([m["role"] for m in messages]))
+        for i, message in enumerate(messages[:-1]):
+            content = message["content"].strip()
+            there = content in whole or json.dumps(content, ensure_ascii=False)[1:-1] in whole  # templates quote what tools return
+            if content and not (there if written is None else i in written):
+                left_out.append(message["role"])
+            elif not there:
+                altered.append(message["role"])
+        return tuple(left_out), tuple(altered)
 
 # %% ../nbs/11_template.ipynb #15d60662
 @dataclass
@@ -338,6 +379,7 @@ def encode_batch(
         raise UserError(f"train_on is {train_on!r}: choose 'last' or 'all'")
     text, stops = template_text(tokenizer, template), set(stop_tokens(tokenizer, template=template))
     found, plans, prefixes, mute = [Encoded() for _ in rows], {}, _Prefixes(tokenizer), never_asks(tokenizer, text)
+    written = _Written(tokenizer, text)
     for row, messages in enumerate(rows):
         try:
             plans[row] = _plan(messages, tokenizer, text, train_on, mute)
@@ -350,6 +392,7 @@ def encode_batch(
     for row, (spans, changed) in plans.items():
         found[row] = _label(spans, ids[spans[-1][1]], prefixes, stops)
         found[row].changed = changed
+        found[row].left_out, found[row].altered = written.missing(rows[row], spans[-1][1])
     return found
 
 # %% ../nbs/11_template.ipynb #37ac797b

@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import lzma
+import random
+import re
 import time
 import zipfile
 
@@ -155,7 +157,9 @@ def test_schemas(row, expected, kind, tmp_path):
 def test_what_was_recognised_is_said(capsys):
     load_sft_dataset([V0])
     assert capsys.readouterr().err == (
-        "the data: 1 row, read as R1-Distill-SFT v0 (problem → prompt, reannotated_assistant_content → response)\n"
+        "the data: 1 row, read as R1-Distill-SFT v0 (problem → prompt, reannotated_assistant_content → response); "
+        "a system text that asks to think in <think> was put before 1 row: "
+        "leave it out with system=False (--no-system)\n"
     )
 
 
@@ -900,6 +904,422 @@ def test_roles():
 
 def test_each_code_says_what_to_do():
     assert all(severity in ("error", "warning", "info") and len(fix) > 20 for severity, fix in CODES.values())
+
+
+# --- what training doesn't use --------------------------------------------------------------------------------------
+
+
+def unused(report):
+    "Severity, count and rows of what isn't used, by place and name."
+    found = {}
+    for f in report.findings:
+        if f.code.startswith("unused_"):
+            name = re.search("'(.*?)'", f.cause)
+            found[f.code.removeprefix("unused_"), name and name[1]] = (f.severity, f.count, f.rows)
+    return found
+
+
+def doors(rows, path):
+    "The same rows as a list, loaded from a file, streamed, as a data set of one's own, and a part of what was loaded."
+    from datasets import Dataset
+
+    loaded = load_sft_dataset(jsonl(path / "a.jsonl", [*rows, talk("What?", "That.")]))
+    return {
+        "list": rows,
+        "file": load_sft_dataset(jsonl(path / "b.jsonl", rows)),
+        "stream": load_sft_dataset(path / "b.jsonl", streaming=True),
+        "own": Dataset.from_list(rows),
+        "part": loaded.select(range(len(rows))),
+    }
+
+
+def keyed(role, **keys):
+    "A row whose turn of this role has more keys."
+    return {"messages": [{**turn, **keys} if turn["role"] == role else turn for turn in PAIR]}
+
+
+CALL = [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}]
+TALK = {"messages": PAIR}
+
+
+@pytest.mark.parametrize(
+    "row, place, name, severity",
+    [
+        (keyed("assistant", tool_calls=CALL), "key", "tool_calls", "error"),
+        (keyed("assistant", toolCalls=CALL), "key", "toolCalls", "error"),
+        (keyed("assistant", function_call={"name": "f", "arguments": "{}"}), "key", "function_call", "error"),
+        (keyed("assistant", weight=0), "key", "weight", "error"),
+        (keyed("assistant", weight=0.5), "key", "weight", "error"),
+        (keyed("assistant", train=False), "key", "train", "error"),
+        (keyed("assistant", loss=False), "key", "loss", "error"),
+        (keyed("assistant", loss_weight=0), "key", "loss_weight", "error"),
+        (keyed("user", images=["a.png"]), "key", "images", "error"),
+        (keyed("assistant", reasoning_content="2 and 2"), "key", "reasoning_content", "warning"),
+        (keyed("assistant", reasoning="2 and 2"), "key", "reasoning", "warning"),
+        (keyed("assistant", thinking="2 and 2"), "key", "thinking", "warning"),
+        (keyed("user", name="Kim"), "key", "name", "warning"),
+        (keyed("user", tool_call_id="1"), "key", "tool_call_id", "warning"),
+        (keyed("user", whatever=0), "key", "whatever", "warning"),
+        (keyed("user", value="another text"), "key", "value", "warning"),
+        ({**TALK, "tools": CALL}, "column", "tools", "warning"),
+        ({**TALK, "reasoning": "2 and 2"}, "column", "reasoning", "warning"),
+        ({**TALK, "Thought": "2 and 2"}, "column", "Thought", "warning"),
+        ({**TALK, "label": False}, "column", "label", "error"),
+        ({**TALK, "label": "false"}, "column", "label", "error"),
+        ({**TALK, "kto_tag": 0}, "column", "kto_tag", "error"),
+        ({**TALK, "chosen": "4"}, "column", "chosen", "error"),
+        ({**TALK, "rejected": "5"}, "column", "rejected", "error"),
+        ({**TALK, "weight": 0.2}, "column", "weight", "error"),
+        ({**TALK, "history": [["1+1?", "2"]]}, "column", "history", "error"),
+        ({**TALK, "images": ["a.png"]}, "column", "images", "error"),
+        ({**TALK, "function_call": {"name": "f"}}, "column", "function_call", "error"),
+        ({**TALK, "score": 3.5, "id": 7}, "column", None, "info"),
+        ({**TALK, "label": "arithmetic"}, "column", None, "info"),
+    ],
+)  # fmt: skip
+def test_what_is_not_used_is_named(row, place, name, severity, tokenizer, tmp_path):
+    rows = [row, *good(20)]
+    for door, data in doors(rows, tmp_path).items():
+        report, loaded = check_dataset(data, tokenizer), door in ("file", "stream", "part")
+        expected = (severity, 21, []) if loaded and severity == "info" else (severity, 1, [0])
+        assert unused(report) == {(place, name): expected}, door
+        finding = next(f for f in report.findings if f.code == f"unused_{place}")
+        assert len(finding.fix) > 20 and report.ok == (severity != "error")
+        assert data_fingerprint(load_sft_dataset(rows)) == data_fingerprint(load_sft_dataset([TALK, *good(20)]))
+
+
+def test_the_calls_decide_about_the_tools(tokenizer):
+    calls = {**keyed("assistant", tool_calls=CALL), "tools": CALL}
+    asks = {"messages": [*PAIR, {"role": "tool", "content": "5"}, PAIR[1]], "tools": CALL}
+    for row in (calls, asks):
+        assert unused(check_dataset([*good(), row], tokenizer))["column", "tools"] == ("error", 1, [20])
+        assert unused(check_dataset([{**TALK, "tools": CALL}, row], tokenizer))["column", "tools"][:2] == ("error", 2)
+
+
+@pytest.mark.parametrize("kind", ["image_url", "image", "tool_use", None])
+def test_parts_that_are_no_text(kind, tokenizer):
+    part = {"image_url": {"url": "a.png"}, **({"type": kind} if kind else {})}
+    row = talk([{"type": "text", "text": "What is it?"}, part], "A cat.")
+    for data in ([*good(), row], load_sft_dataset([*good(), row])):
+        report = check_dataset(data, tokenizer)
+        assert unused(report) == {("part", kind or "unknown"): ("error", 1, [20])}
+        assert codes(report)["non_string_content"][:2] == ("error", 1)
+    plain = talk([{"type": "text", "text": "What is it?"}], "A cat.")
+    assert check_dataset(load_sft_dataset([*good(), plain]), tokenizer).findings == []
+
+
+def test_what_says_nothing_is_passed_over(tokenizer, tmp_path, capsys):
+    nothing = {
+        "tool_calls": None,
+        "name": "",
+        "function_call": {"name": None, "arguments": None},
+        "images": [],
+        "x": [{}],
+    }
+    row = {
+        "messages": [{**turn, **nothing} for turn in PAIR],
+        "tools": "[]",
+        "history": [],
+        "label": None,
+        "id": float("nan"),
+    }
+    more = [keyed("assistant", weight=1), keyed("assistant", train=True), keyed("user", weight=0, train=False)]
+    shared = [{"role": turn["role"], "content": turn["content"], "value": turn["content"]} for turn in PAIR]
+    rows = [row, *more, {"messages": shared}, *good(20)]
+    data = load_sft_dataset(rows)
+    assert data.column_names == ["messages"] and "not used" not in capsys.readouterr().err
+    assert unused(check_dataset(rows, tokenizer)) == unused(check_dataset(data, tokenizer)) == {}
+
+
+def test_late_rows_are_looked_at(tokenizer, tmp_path):
+    "A key that no early row has: in a file, in a stream whose columns are settled by then, in a list."
+    rows = [*good(1100), keyed("assistant", tool_calls=CALL)]
+    expected = {("key", "tool_calls"): ("error", 1, [1100])}
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    data, stream = load_sft_dataset(path), load_sft_dataset(path, streaming=True)
+    assert data.column_names == ["messages", "unused"] and stream.column_names == ["messages"]
+    assert data["unused"][:] == [None] * 1100 + [["error key tool_calls"]]
+    assert [unused(check_dataset(each, tokenizer)) for each in (data, stream, rows)] == [expected] * 3
+    early = load_sft_dataset(jsonl(path, rows[::-1]), streaming=True)
+    assert early.column_names == ["messages", "unused"] and next(iter(early.take(1)))["unused"] == [
+        "error key tool_calls"
+    ]
+    assert unused(check_dataset(early.take(5), tokenizer)) == {("key", "tool_calls"): ("error", 1, [0])}
+
+
+def test_what_is_not_used_travels_with_its_rows(tokenizer, tmp_path):
+    import datasets
+
+    rows = [{**row, "id": i, **({"label": False} if i % 3 == 0 else {})} for i, row in enumerate(good(30))]
+    data = load_sft_dataset(rows)
+    data.save_to_disk(tmp_path / "saved")
+    both = data.train_test_split(test_size=10, seed=1)
+    for part in (data, both["train"], both["test"], data.select(range(5, 25)), load_sft_dataset(tmp_path / "saved")):
+        marked = [i for i, marks in enumerate(part["unused"]) if marks]
+        report = check_dataset(part, tokenizer, min_rows=1)
+        assert unused(report)["column", "label"] == ("error", len(marked), marked[:5])
+        with pytest.raises(
+            UserError, match="unused_column in .* rows have the column 'label', which training doesn't use"
+        ):
+            report.raise_for_errors()
+    assert unused(check_dataset(data, tokenizer))["column", None][0] == "info"
+    kept = data.filter(lambda marks: not marks, input_columns="unused")
+    assert isinstance(kept, datasets.Dataset) and check_dataset(kept, tokenizer).ok and len(kept) == 20
+    encoded, dropped = encode_dataset(data, tokenizer)
+    assert encoded.column_names == ["input_ids", "labels"] and dropped == []
+
+
+def test_what_is_not_used_is_said_on_loading(capsys, tmp_path):
+    rows = [{**keyed("user", name="Kim"), "id": 1, "split": "a"}, *good(3)]
+    load_sft_dataset(rows)
+    assert capsys.readouterr().err.endswith("; not used: name (1 row); columns not used: id, split\n")
+    load_sft_dataset(parquet(tmp_path / "a.parquet", [{"question": "2+2?", "answer": "4", "tools": [], "id": 1}]))
+    assert capsys.readouterr().err.endswith("answer → response); columns not used: id\n")
+    load_sft_dataset(jsonl(tmp_path / "a.jsonl", rows), streaming=True)
+    assert "; of the first 4 rows: not used: name (1 row); columns" in capsys.readouterr().err
+
+
+def test_names_without_end_are_cut_short(tokenizer, capsys):
+    rows = [{**keyed("user", **{f"key {i}": 1}), f"column {i}": 1} for i in range(150)]
+    for data in (rows, load_sft_dataset(rows)):
+        report = check_dataset(data, tokenizer)
+        assert len(report.findings) < 120 and unused(report)["key", "key 0"] == ("warning", 1, [0])
+        assert sum(count for (place, _), (_, count, _) in unused(report).items() if place == "key") == 150
+    assert len(capsys.readouterr().err) < 3000
+
+
+def test_columns_that_find_no_place(tokenizer):
+    "What is read, and yet has no place in a row: an input that is no text, a second system text."
+    rows = [{"instruction": f"Add {i}", "input": "", "output": "4", "system": ""} for i in range(20)]
+    for row, expected in [
+        ({**rows[0], "input": [2, 2]}, {("column", "input"): ("error", 1, [20])}),
+        ({**rows[0], "instruction": PAIR[:1], "input": "2 2"}, {("column", "input"): ("error", 1, [20])}),
+        ({**rows[0], "input": "2 2", "system": "Be brief."}, {}),
+        ({**rows[0], "instruction": talk("a", "b", "One")["messages"][:2], "system": "Two"},
+         {("column", "system"): ("warning", 1, [20])}),
+    ]:  # fmt: skip
+        assert unused(check_dataset(load_sft_dataset([*rows, row]), tokenizer)) == expected
+
+
+def test_pairs_of_preferences(tokenizer):
+    rows = [{"prompt": f"{i}+1?", "chosen": str(i + 1), "rejected": "no"} for i in range(20)]
+    with pytest.raises(UserError, match="chosen, rejected are preference pairs, .* columns="):
+        load_sft_dataset(rows)
+    data = load_sft_dataset(rows, columns={"prompt": "prompt", "response": "chosen"})
+    report = check_dataset(data, tokenizer)
+    assert report.ok and unused(report) == {("column", None): ("info", 20, [])}, "the better reply was named by you"
+    judged = [{"prompt": row["prompt"], "completion": row["chosen"], "rejected": "no"} for row in rows]
+    assert unused(check_dataset(load_sft_dataset(judged), tokenizer))["column", "rejected"] == (
+        "error",
+        20,
+        [0, 1, 2, 3, 4],
+    )
+
+
+@pytest.mark.parametrize("kind", ["Image", "List"])
+def test_pictures_are_not_opened(kind, tokenizer):
+    import datasets
+
+    one = datasets.Image() if kind == "Image" else datasets.List(datasets.Image())
+    picture = {"bytes": b"not a picture", "path": None}
+    text = datasets.Value("string")
+    features = datasets.Features({"question": text, "answer": text, "images": one})
+    row = {"question": "2+2?", "answer": "4", "images": picture if kind == "Image" else [picture]}
+    bare = {**row, "images": None if kind == "Image" else []}
+    data = load_sft_dataset(datasets.Dataset.from_list([row, bare], features=features))
+    assert unused(check_dataset(data, tokenizer))["column", "images"] == ("error", 1, [0])
+
+
+# --- the system text ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_system_text(streaming, tmp_path, capsys):
+    rows = [talk("2+2?", THINK), talk("3+3?", "6"), talk("4+4?", THINK, "Mine")]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+
+    def loaded(**settings):
+        data = [*load_sft_dataset(path, streaming=streaming, **settings)]
+        first = [row["messages"][0]["content"] if row["messages"][0]["role"] == "system" else None for row in data]
+        return first, capsys.readouterr().err
+
+    first, said = loaded()
+    assert first == [SYSTEM_PROMPT, None, "Mine"]
+    assert "was put before 1 row: leave it out with system=False (--no-system)" in said
+    first, said = loaded(system=False)
+    assert first == [None, None, "Mine"] and "put before" not in said
+    first, said = loaded(system="Be brief.")
+    assert first == ["Be brief.", "Be brief.", "Mine"] and "the system text was put before 2 rows" in said
+    with_column = load_sft_dataset([{"question": "a", "answer": THINK, "system": "Own"}], system="Be brief.")
+    assert turns(with_column)[0] == ("system", "Own")
+
+
+def test_system_text_of_the_embedded_set(capsys):
+    assert turns(load_sft_dataset(system=False, limit=1))[0][0] == "user"
+    assert turns(load_sft_dataset(system="Be brief.", limit=1))[0] == ("system", "Be brief.")
+    assert capsys.readouterr().err == ""
+    for system in (True, " ", 3, ["Be brief."]):
+        with pytest.raises(UserError, match="system is .*: give a text, False for none"):
+            load_sft_dataset(system=system)
+
+
+# --- other layouts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["USER ASSISTANT", "Human Gpt", "prompter ai", "user MODEL", " User  Assistant "])
+def test_roles_in_any_case(names):
+    asks, replies = names.split()
+    assert (
+        turns(load_sft_dataset([{"conversations": [{"from": asks, "value": "2+2?"}, {"from": replies, "value": "4"}]}]))
+        == PLAIN
+    )
+    assert (
+        turns(
+            load_sft_dataset([{"conversation": [{"role": asks, "content": "2+2?"}, {"role": replies, "content": "4"}]}])
+        )
+        == PLAIN
+    )
+
+
+def test_a_role_that_is_not_known_keeps_its_name(tokenizer):
+    data = load_sft_dataset([{"messages": [{"role": "Robot", "content": "2+2?"}, PAIR[1]]}])
+    assert "'Robot'" in next(f.cause for f in check_dataset(data, tokenizer).findings if f.code == "bad_roles")
+
+
+@pytest.mark.parametrize(
+    "value, count",
+    [
+        ({"question": ["2+2?"] * 3, "answer": ["4"] * 3}, 3),
+        ({"question": {"0": "2+2?", "1": "2+2?"}, "answer": {"0": "4", "1": "4"}}, 2),
+        ({"messages": [PAIR, PAIR]}, 2),
+        ({"messages": PAIR}, 1),
+        ({"prompt": PAIR[:1], "completion": PAIR[1:]}, 1),
+        ({"question": "2+2?", "answer": "4"}, 1),
+    ],
+)
+def test_json_by_columns(value, count, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    data = load_sft_dataset(tmp_path / "a.json")
+    assert len(data) == count and {tuple(turns(data, i)) for i in range(count)} == {tuple(PLAIN)}
+
+
+def test_json_columns_of_other_lengths_are_named(tmp_path, tokenizer):
+    (tmp_path / "a.json").write_text(json.dumps({"question": ["2+2?"] * 3, "answer": ["4"] * 2}))
+    assert codes(check_dataset(load_sft_dataset(tmp_path / "a.json"), tokenizer))["non_string_content"][0] == "error"
+
+
+@pytest.mark.parametrize("first", ["sep=;", "SEP=;\r", '"sep=;"', "\ufeffsep=;\r", "sep=\t", "sep=|"])
+def test_csv_whose_first_line_names_the_separator(first, tmp_path):
+    mark = first.strip('"\r')[-1]
+    text = f'{first}\nquestion{mark}answer\n2+2?{mark}"4"\n'
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8", newline="")
+    assert simple(load_sft_dataset(tmp_path / "a.csv"))
+
+
+def test_a_clone_from_the_hub(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("---\nconfigs: []\n---\n")
+    for i in range(2):
+        parquet(tmp_path / f"data/train-0000{i}-of-00002.parquet", good(3, start=3 * i))
+    parquet(tmp_path / "data/test-00000-of-00001.parquet", good(2))
+    assert load_sft_dataset(tmp_path).to_list() == good(6) and len(load_sft_dataset(tmp_path, split="test")) == 2
+    with pytest.raises(UserError, match="no split 'valid' .found test-00000-of-00001.parquet, train-"):
+        load_sft_dataset(tmp_path, split="valid")
+    (tmp_path / "data/train-00000-of-00002.parquet").unlink()
+    with pytest.raises(UserError, match="holds 1 of the 2 files train-…-of-00002: copy the missing ones"):
+        load_sft_dataset(tmp_path)
+
+
+# --- turns that are left out, replies that aren't learned, counts ----------------------------------------------------
+
+TURN = "{{ m.role + '\n' + m.content | trim + '<|eot_id|>' }}"
+TURN = "{% for m in messages %}{% if m.role in ROLES %}" + TURN + "{% endif %}{% endfor %}"
+DEAF = "{{ bos_token }}" + TURN + "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+
+
+def test_turns_that_the_template_leaves_out(tokenizer):
+    def found(rows, *roles):
+        report = check_dataset(rows, tokenizer, template=DEAF.replace("ROLES", str([*roles, "user", "assistant"])))
+        return {f.cause.split()[6]: (f.severity, f.count, f.rows) for f in report.findings if f.code == "turn_left_out"}
+
+    developer = [{"messages": [{"role": "developer", "content": "a"}, *row["messages"]]} for row in good(3)]
+    tool = {"messages": [*PAIR, {"role": "tool", "content": "2+2?"}, {"role": "assistant", "content": "5"}]}
+    rows = [*good(17), *developer, talk("Hm?", "So.", "Be brief."), tool]
+    assert found(rows) == {
+        "developer": ("error", 3, [17, 18, 19]),
+        "system": ("error", 1, [20]),
+        "tool": ("error", 1, [21]),
+    }
+    assert found(rows, "system", "tool") == {"developer": ("error", 3, [17, 18, 19])}
+    assert found(rows, "system", "tool", "developer") == {} == found(good())
+
+
+def test_replies_that_are_not_learned(tokenizer):
+    def dialogue(i, pairs):
+        return {"messages": [m for j in range(pairs) for m in talk(f"{i} and {j}?", f"{i} {j}.")["messages"]]}
+
+    rows = [*good(20), *(dialogue(i, 3) for i in range(10))]
+    finding = next(f for f in check_dataset(rows, tokenizer).findings if f.code == "earlier_replies")
+    assert (finding.severity, finding.count, finding.rows) == ("warning", 10, [20, 21, 22, 23, 24])
+    assert "20 of 50 replies (40 %) are not" in finding.cause and "a row of each reply" in finding.fix
+    assert check_dataset(good(), tokenizer).findings == []
+
+
+def odd_rows(draw, count):
+    "Rows of all kinds, sound ones among them."
+    texts = [
+        "2+2?",
+        "",
+        " ",
+        None,
+        4,
+        "caf\u00c3\u00a9",
+        f"a{EOT}",
+        "x " * 200,
+        "<think>",
+        THINK,
+        [{"type": "image"}],
+        "\ud800",
+    ]
+    keys = [{}, {}, {"tool_calls": CALL}, {"weight": 0}, {"name": "Kim"}, {"reasoning": "so"}]
+    columns = [{}, {}, {"label": False}, {"tools": CALL}, {"id": 7}, {"history": [["a", "b"]]}]
+
+    def row():
+        roles = draw.choice(
+            [["user", "assistant"], ["system", "user", "assistant"], ["user", "assistant"] * 3, ["user"], ["robot"], []]
+        )
+        turns_ = [{"role": role, "content": draw.choice(texts), **draw.choice(keys)} for role in roles]
+        return {"messages": draw.choice([turns_, turns_, turns_, None, "Hi"]), **draw.choice(columns)}
+
+    return [row() if draw.random() < 0.8 else good(1, start=draw.randrange(9))[0] for _ in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_finding_counts_more_rows_than_there_are(seed, tokenizer):
+    draw = random.Random(seed)
+    rows = odd_rows(draw, draw.choice([1, 7, 40]))
+    text = [{"text": draw.choice(["", " ", None, f"a{EOT}", "a\ufffd", "x " * 200, "a"])} for _ in rows]
+    ids = [
+        {"input_ids": draw.choice([[757, 757, 5], [5], [], [999], [757] * 90]), "labels": draw.choice([[5], [], None])}
+        for _ in rows
+    ]
+    sources = [(rows, "drop"), (rows, "cut_prompt"), (load_sft_dataset(rows), "drop"), (text, "drop"), (ids, "drop")]
+    reports = [
+        check_dataset(data, tokenizer, 64, eval_data=good(5), max_steps=9, truncation=cut) for data, cut in sources
+    ]
+    for report in reports:
+        assert report.findings and report.summary["rows"] == len(rows)
+        for f in report.findings:
+            assert 0 <= f.count <= len(rows) and len(f.rows) <= min(5, f.count), f
+            assert len({*f.rows}) == len(f.rows) and all(0 <= i < len(rows) for i in f.rows), f
+            assert f.rows == sorted(f.rows) or f.code == "length_outlier", f
+            assert f.cause and f.fix, f
+
+
+def test_a_row_counts_once_for_a_code(tokenizer):
+    "Empty questions with empty replies, and a fault in between: 20 rows, not 35."
+    rows = [talk(" ", " ", f"Be {i}.") for i in range(20)]
+    assert codes(check_dataset(rows, tokenizer))["empty_content"] == ("error", 20, [0, 1, 2, 3, 4])
 
 
 # --- ids and labels -------------------------------------------------------------------------------------------------

@@ -265,9 +265,9 @@ ODD = {  # a file's name and rows, the code, the row
         "non_string_content",
         20,
     ),
-    "columns as lists": (
+    "columns as lists of two lengths": (
         "a.json",
-        json.dumps({"question": ["a", "b"], "answer": ["c", "d"]}).encode(),
+        json.dumps({"question": ["a", "b"], "answer": ["c"]}).encode(),
         "non_string_content",
         0,
     ),
@@ -303,7 +303,21 @@ ODD = {  # a file's name and rows, the code, the row
         20,
     ),
     "unknown roles": ("a.jsonl", lines([*TALKS, messages(("customer", "a"), ("agent", "b"))]), "bad_roles", 20),
-    "roles in capitals": ("a.jsonl", lines([*TALKS, messages(("User", "a"), ("Assistant", "b"))]), "bad_roles", 20),
+    "roles of nobody": ("a.jsonl", lines([*TALKS, messages(("Boss", "a"), ("Clerk", "b"))]), "bad_roles", 20),
+    "a key of a turn": (
+        "a.jsonl",
+        lines([*TALKS, {"messages": [{**turn, "weight": 0} for turn in talk()["messages"]]}]),
+        "unused_key",
+        20,
+    ),
+    "a verdict on the reply": ("a.jsonl", lines([{**pair(i), "label": i != 3} for i in range(20)]), "unused_column", 3),
+    "a picture": ("a.jsonl", lines([*TALKS, talk([{"type": "image_url", "image_url": "a.png"}])]), "unused_part", 20),
+    "a dialogue": (
+        "a.jsonl",
+        lines([*TALKS, {"messages": [*talk()["messages"], *talk("3+3?", "6")["messages"]]}]),
+        "earlier_replies",
+        20,
+    ),
     "a number as role": ("a.jsonl", lines([*TALKS, messages((1, "a"), (2, "b"))]), "bad_roles", 20),
     "two turns of one role": (
         "a.jsonl",
@@ -482,6 +496,10 @@ TEMPLATES = {
     "a template that shortens": (
         "{{ bos_token }}" + TURNS.replace("m.content", "m.content[-4:]") + ASK,
         "content_changed",
+    ),
+    "a template that leaves out questions": (
+        "{{ bos_token }}" + TURNS.replace("in messages", "in messages if m.role != 'user'") + ASK,
+        "turn_left_out",
     ),
     "a template with a clock": ("{{ bos_token + strftime_now('%d %b') }}" + TURNS + ASK, "date_in_template"),
 }

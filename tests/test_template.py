@@ -251,6 +251,63 @@ def test_reasoning_that_a_template_drops(tokenizer):
     assert encode_batch(both, tokenizer, template=older, train_on="all")[0].code == "prompt_not_prefix"
 
 
+def test_an_empty_reasoning_before_a_reply_is_no_change(tokenizer):
+    "As Qwen3's template says that a reply doesn't reason; Qwen3.5's prompt begins the reasoning."
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role + '\\n' + (CONTENT) + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
+    )
+    says = template.replace("CONTENT", "('<think>\\n\\n</think>\\n\\n' if m.role == 'assistant' else '') + m.content")
+    opens = template.replace("CONTENT", "m.content").replace("{{ 'assistant\\n' }}", "{{ 'assistant\\n<think>\\n' }}")
+    reasons = "<think>\nHm.\n</think>\n\n4"
+    for text, reply, changed in [
+        (says, "4", False),
+        (opens, reasons, False),
+        (says.replace("m.content", "'No'"), "4", True),
+    ]:
+        row = encode_batch([chat("2+2?", reply)], tokenizer, template=text)[0]
+        assert (row.changed, row.code) == (changed, None)
+
+
+# As Qwen's templates pass over `developer`, Phi's over `tool` too; Llama's quotes what tools return.
+SOME_ROLES = """{{ bos_token }}{% for m in messages %}
+{%- if m.role in ['system', 'user', 'assistant'] %}{{ m.role + '\\n' + m.content | trim + '<|eot_id|>' }}
+{%- elif m.role == 'ipython' %}{{ 'tool\\n' + m.content | tojson + '<|eot_id|>' }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("text", ["a", "Be brief.", "assistant", "2+2?"])
+def test_turns_that_a_template_leaves_out(tokenizer, text):
+    "Also a text that stands elsewhere: what counts is whether the template writes the turn."
+    rows = [[{"role": role, "content": text}, *chat(" 2+2?\n", "4")] for role in ("developer", "system")]
+    rows.append([*chat("2+2?", "I'll look."), {"role": "tool", "content": text}, *chat("Well?", "4")[1:]])
+    found = encode_batch(rows, tokenizer, template=SOME_ROLES)
+    assert [row.left_out for row in found] == [("developer",), (), ("tool",)]
+    assert [row.code for row in found] == [None] * 3 and not any(row.altered or row.changed for row in found)
+
+
+def test_quoted_turns_are_not_altered(tokenizer):
+    rows = [[*chat("2+2?", "I'll look."), {"role": "ipython", "content": '{"is": "é 4"}\n'}, *chat("Well?", "4")[1:]]]
+    row = encode_batch(rows, tokenizer, template=SOME_ROLES)[0]
+    assert (row.left_out, row.altered, row.code) == ((), (), None)
+
+
+def test_turns_that_a_template_alters(tokenizer):
+    shouts = SOME_ROLES.replace("m.content | trim", "(m.content | upper if m.role == 'user' else m.content)")
+    row = encode_batch([chat("What?", "So.", "Why?", "It is.")], tokenizer, template=shouts)[0]
+    assert (row.left_out, row.altered, row.changed) == ((), ("user", "user"), False)
+    drops = SOME_ROLES.replace("m.content | trim", "m.content.split('</think>')[-1] | trim")
+    row = encode_batch([chat("What?", "<think>\nHm.\n</think>\n\nSo.", "Why?", "It is.")], tokenizer, template=drops)[0]
+    assert (row.left_out, row.altered, row.changed) == ((), ("assistant",), False)
+
+
+@pytest.mark.parametrize("template", [None, "llama-3.1", "chatml", "embedded"])
+def test_our_templates_leave_nothing_out(tokenizer, chatml, template):
+    rows = [chat(" a\n\nb ", "c", 'd "e"', " f\n", system=" s\n"), chat("a", "<think>\n1\n</think>\n\n2")]
+    for row in encode_batch(rows, chatml if template == "chatml" else tokenizer, template=template):
+        assert (row.left_out, row.altered, row.changed, row.code) == ((), (), False, None)
+
+
 def test_a_reply_that_melts_with_the_header_is_found(chatml):
     "ChatML without trimming: the header's newline and the reply's become one token."
     template = TEMPLATES["chatml"].replace(" | trim", "")
