@@ -188,8 +188,8 @@ class Evaluation:
     base_losses: list[tuple[float, int]] = field(default_factory=list, repr=False)  # nats and tokens of the base's rows
 
     def __repr__(self) -> str:
-        measured = {name: value for name, value in self.summary().items() if value is not None}
-        return f"Evaluation({len(self.rows)} rows, " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()) + ")"
+        measured = [f"{name} {value:.4g}" for name, value in self.summary().items() if value is not None]
+        return f"Evaluation({', '.join([f'{len(self.rows)} rows', *measured])})"
 
     def summary(self) -> dict:
         "What goes into `summary.json`."
@@ -262,6 +262,11 @@ def _leave_out(rows: list[dict]) -> list[dict]:
     few = [name for name in ("exact", "form") if sum(row[name] is not None for row in rows) < JUDGED * len(rows)]
     return [{**row, **dict.fromkeys(few)} for row in rows]
 
+
+def _ratio(pairs: list[tuple[float, float]]) -> float | None:
+    "Sum of the first over the sum of the second; None for none."
+    return math.fsum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None
+
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-13
 def evaluate(
     model: torch.nn.Module,  # base or peft model; it is not changed
@@ -293,11 +298,6 @@ def evaluate(
     )
     found.seconds = time.perf_counter() - start
     return found
-
-
-def _ratio(pairs: list[tuple[float, float]]) -> float | None:
-    "Sum of the first over the sum of the second; None for none."
-    return math.fsum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None
 
 # %% ../nbs/14_evaluation.ipynb #71583a8d
 def before_and_after(
