@@ -857,7 +857,7 @@ def read_json(path: Path, kinds: tuple[type, ...] = (dict,), most: int = 20_000_
         if not isinstance(value, kinds):
             raise ValueError(f"a {type(value).__name__} where a {kinds[0].__name__} was expected")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({error}): make it again") from error
+        raise UserError(f"{path} can't be read ({error}): it is damaged, make it again") from error
     return value
 
 
@@ -866,7 +866,7 @@ def read_objects(path: Path) -> list[dict]:
     try:
         rows = read_jsonl(path) if path.exists() else []
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({error}): make it again") from error
+        raise UserError(f"{path} can't be read ({error}): it is damaged, make it again") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}, holds a {type(row).__name__} where an object was expected: remove the line")
@@ -1428,7 +1428,7 @@ def trained_adapter(model) -> str | None:
 
     if not any(bool(p.detach().any()) for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name):
         return None
-    weights = {name: p.detach().cpu().contiguous() for name, p in get_peft_model_state_dict(model).items()}
+    weights = {name: p.detach().cpu().contiguous() for name, p in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     return fingerprint(save(weights, metadata={"format": "pt"}))
 
 # %% ../nbs/15_training.ipynb #5c1e7b15
