@@ -223,7 +223,7 @@ def checkpoint_bytes(model):
 def quality(model, tokenizer, rows, base_rows, new_tokens=112):
     """Held-out loss and answers; and the base's own task: perplexity of its replies, answers in whatever form, answers
     within the 16 tokens that the base needs, and how many replies take the new form."""
-    from qlora_nb.evaluation import answer_loss, evaluate
+    from qlora_nb.evaluation import answer_loss, evaluate, has_form
 
     loss, tokens = answer_loss(model, tokenizer, rows, batch_size=50)
     base_loss, _ = answer_loss(model, tokenizer, base_rows, batch_size=100)
@@ -235,7 +235,8 @@ def quality(model, tokenizer, rows, base_rows, new_tokens=112):
     return {
         "loss": number(loss), "exact": found.exact, "form": found.form, "stops": found.stops,
         "length": number(mean_length(found.rows, tokenizer)), "base_perplexity": number(math.exp(min(base_loss, 700))),
-        "base_exact": base.exact, "base_form": base.form, "base_direct": direct.exact,
+        "base_exact": base.exact, "base_direct": direct.exact,
+        "base_form": sum(has_form(row["reply"]) for row in base.rows) / len(base.rows),
     }  # fmt: skip
 
 

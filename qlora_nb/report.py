@@ -6,29 +6,28 @@
 __all__ = ['Points', 'MEASURES', 'SEVERITIES', 'SECTIONS', 'Html', 'clean', 'escaped', 'tag', 'number', 'figure', 'size',
            'duration', 'Folder', 'run_path', 'read_part', 'read_rows', 'find_certificates', 'read_folder', 'ticks',
            'thin', 'curve', 'window_of', 'running_mean', 'Line', 'chart', 'shares', 'section', 'missing', 'loss_chart',
-           'section_curves', 'sign_test', 'pairs_of', 'changes', 'verdict', 'headline', 'facts', 'table', 'details',
-           'data_name', 'method', 'length', 'setup_facts', 'plain_numbers', 'fingerprints', 'section_setup', 'finding',
-           'findings', 'check_command', 'section_preflight', 'section_diagnosis', 'memory_of', 'bars', 'section_plan',
-           'interval', 'share_row', 'before_after', 'section_evaluation', 'marked', 'cut', 'judged', 'example',
-           'section_replies', 'short', 'rows_table', 'certificate_part', 'section_certificate', 'use_lines',
-           'section_use', 'again_command', 'section_again', 'document', 'notes', 'report_page', 'write_report',
-           'Report', 'show_report', 'flat', 'run_figures', 'Comparison', 'write_comparison', 'plot_comparison',
-           'run_names', 'compare']
+           'section_curves', 'sign_test', 'pairs_of', 'changes', 'moved', 'verdict', 'rows_judged', 'headline', 'facts',
+           'table', 'details', 'data_name', 'started_from', 'method', 'length', 'setup_facts', 'plain_numbers',
+           'fingerprints', 'section_setup', 'finding', 'findings', 'check_command', 'section_preflight',
+           'section_diagnosis', 'memory_of', 'bars', 'section_plan', 'interval', 'share_row', 'before_after',
+           'section_evaluation', 'marked', 'cut', 'judged', 'example', 'section_replies', 'short', 'rows_table',
+           'certificate_part', 'section_certificate', 'use_lines', 'section_use', 'again_command', 'section_again',
+           'document', 'notes', 'report_page', 'write_report', 'Report', 'show_report', 'flat', 'run_figures',
+           'Comparison', 'write_comparison', 'plot_comparison', 'run_names', 'compare']
 
 # %% ../nbs/20_report.ipynb #aef325c0
 import difflib
 import html
-import json
 import math
 import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .core import UserError, read_jsonl, write_aside
+from .core import UserError, write_aside
 from .diagnosis import diagnose
 from .evaluation import wilson
-from .training import FROM_PYTHON, Run, loading_words, percent, read_config
+from .training import FROM_PYTHON, Run, loading_words, percent, read_config, read_json, read_objects
 
 # %% ../nbs/20_report.ipynb #b191d028
 class Html(str):
@@ -137,29 +136,20 @@ def run_path(
 
 # %% ../nbs/20_report.ipynb #9fe051af
 def read_part(folder: Folder, path: Path, kinds=(dict,), most: int = 20_000_000):
-    "What a JSON file holds; None where it is missing or not of these kinds, and then `problems` says so."
-    if not path.is_file():
-        return None
-    name = path.relative_to(folder.path).as_posix()
+    "What a JSON file holds; None where it is missing or can't be read, and then `problems` says so."
     try:
-        if path.stat().st_size > most:
-            raise ValueError(f"larger than {most / 1e6:.0f} MB")
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, kinds):
-            raise ValueError(f"a {type(value).__name__} where a {kinds[0].__name__} was expected")
-        return value
-    except (OSError, ValueError, RecursionError) as error:
-        folder.problems.append(f"{name} can't be read ({error}): make it again")
+        return read_json(path, kinds, most)
+    except UserError as error:
+        folder.problems.append(str(error).replace(f"{folder.path}/", ""))
 
 
 def read_rows(folder: Folder, name: str, needed: str) -> list[dict]:
-    "The lines of a JSONL file that are objects with that field."
+    "The lines of a JSONL file that have that field; none where it can't be read, and then `problems` says so."
     try:
-        rows = read_jsonl(folder.path / name) if (folder.path / name).is_file() else []
-    except (OSError, ValueError, RecursionError, UserError) as error:
-        folder.problems.append(str(error).replace(f"{folder.path}/", "") if isinstance(error, UserError) else f"{name} can't be read ({error})")
+        return [row for row in read_objects(folder.path / name) if needed in row]
+    except UserError as error:
+        folder.problems.append(str(error).replace(f"{folder.path}/", ""))
         return []
-    return [row for row in rows if isinstance(row, dict) and needed in row]
 
 # %% ../nbs/20_report.ipynb #3107dd0b
 def find_certificates(path: Path) -> list[Path]:
@@ -377,10 +367,18 @@ MEASURES = {  # field of summary.json and evaluation.jsonl: (in a table, in the 
 }
 
 
+def moved(pairs: list[tuple[dict, dict]], name: str) -> tuple[int, int]:
+    "How many rows got better and how many worse; for `loss`, less is better."
+    if name != "loss":
+        found = changes(pairs, name)
+        return len(found["better"]), len(found["worse"])
+    falls = [a["loss"] - b["loss"] for a, b in pairs if number(a.get("loss")) and number(b.get("loss"))]
+    return sum(fall > 0 for fall in falls), sum(fall < 0 for fall in falls)
+
+
 def verdict(pairs: list[tuple[dict, dict]], name: str) -> str:
     "In a sentence, what the rows that changed say."
-    found = changes(pairs, name)
-    better, worse = len(found["better"]), len(found["worse"])
+    better, worse = moved(pairs, name)
     if not better + worse:
         return "No row changed."
     chance = sign_test(better, worse)
@@ -391,15 +389,24 @@ def verdict(pairs: list[tuple[dict, dict]], name: str) -> str:
     return said + ("it got better." if better > worse else "it got worse.")
 
 # %% ../nbs/20_report.ipynb #ad028887
+def rows_judged(pairs: list[tuple[dict, dict]], name: str) -> str:
+    "How many held-out problems a measure was taken of."
+    judged = [pair for pair in pairs if isinstance(pair[1].get(name), bool)]
+    some = f"the {len(judged)} of " if 0 < len(judged) < len(pairs) else ""
+    return f"{some}{len(pairs)} held-out problems{' that can be judged' if some else ''}" if pairs else "the held-out problems"
+
+
 def headline(folder: Folder) -> Html:
-    "The one figure: right answers after training; else the form; else the loss."
+    "The one figure: right answers after training; where none can be judged, the held-out loss; else the loss of training."
     pairs = pairs_of(folder.replies)
-    for name, (_, words) in MEASURES.items():
+    for name, words in {"exact": MEASURES["exact"][1], "loss": "", **{name: words for name, (_, words) in MEASURES.items()}}.items():
         before, after = shares(folder.summary, name)
-        if before is not None and after is not None:
-            rows = f"{len(pairs)} held-out problems" if pairs else "the held-out problems"
-            said = [f"of {rows} {words}; ", tag("b", percent(before)), " before training."]
-            return _headline(percent(after), said, verdict(pairs, name) if pairs else None)
+        if before is None or after is None:
+            continue
+        said, value = [f"of {rows_judged(pairs, name)} {words}; ", tag("b", percent(before)), " before training."], percent(after)
+        if name == "loss":
+            said, value = ["held-out loss: nats per token of the expected replies; ", tag("b", f"{before:.3f}"), " before training."], f"{after:.3f}"
+        return _headline(value, said, verdict(pairs, name) if pairs else None)
     loss = curve(folder.metrics, "loss")
     if not loss:
         return Html()
@@ -443,6 +450,11 @@ def data_name(config: dict) -> str:
     return " ".join(parts) + (f", first {figure(config['limit'])} rows" if config.get("limit") else "")
 
 
+def started_from(config: dict) -> str | None:
+    "The trained adapter that a run went on from; None for a new one."
+    return f"a trained adapter, SHA-256 {config['started_from']}" if config.get("started_from") else None
+
+
 def method(config: dict) -> str:
     "QLoRA or LoRA, and in what numbers."
     kind = config.get("dtype") or "16 bits"
@@ -469,7 +481,7 @@ def setup_facts(folder: Folder) -> dict:
         "Base model": c.get("model"), "Revision": c.get("revision"), "Method": method(c),
         "Data": data_name(c), "System text": c.get("system"),
         "Adapter": f"rank {figure(c.get('r'))}, alpha {figure(c.get('lora_alpha'))}, on {figure(c.get('target_modules'))}",
-        "Parameters trained": share, "Adapter on disk": size(weights.stat().st_size) if weights.is_file() else None,
+        "Parameters trained": share, "Went on from": started_from(c), "Adapter on disk": size(weights.stat().st_size) if weights.is_file() else None,
         "Rows trained on": (c.get("rows_read") or {}).get("rows"), "Length": length(folder), "Batch": f"{figure(batch)} × {figure(times)} rows" if batch and times else None,
         "Learning rate": f"{figure(c.get('learning_rate'))}, {figure(c.get('lr_scheduler_type'))}, {figure(c.get('warmup_steps'))} steps of warm-up",
         "Optimizer": c.get("optim"), "Seed": plain_numbers(c).get("seed"), "Backend": c.get("backend"), "Machine": v.get("device"), "Date": v.get("date"),
@@ -627,22 +639,25 @@ def before_after(folder: Folder, name: str, words: str, meaning: str) -> Html | 
 
 
 def section_evaluation(folder: Folder) -> Html:
-    "Shares before and after with intervals, what changed, and the perplexity on the base's own task."
+    "Loss and shares before and after with intervals, what changed, and the perplexity on the base's own task."
     pairs, blocks = pairs_of(folder.replies), []
+    loss = before_after(folder, "loss", "Loss on the expected replies, in nats per token: ", " What falls here was learned.")
     for name, (title, _) in MEASURES.items():
         before, after = shares(folder.summary, name)
         if before is None or after is None:
             continue
+        title += f": {rows_judged(pairs, name)}" if any(pair[1].get(name) is None for pair in pairs) else ""
         rows = [share_row("before", before, interval(pairs, 0, name)), share_row("after", after, interval(pairs, 1, name))]
         blocks.append(tag("div", tag("h3", title), rows, tag("p", verdict(pairs, name), class_="muted small") if pairs else None, class_="measure plot"))
     if not blocks:
         what = "No held-out rows were answered" + (" in this run (eval_rows was 0)." if folder.finished else ": the run is not finished.")
         return section("Evaluation", missing(what, f"qlora_nb evaluate {shlex.quote(folder.name)}" if folder.finished else None), id_="evaluation")
-    lines = [before_after(folder, "loss", "Loss on the expected replies, in nats per token: ", " What falls here was learned."),
+    first = shares(folder.summary, "exact")[1] is None  # then it is the figure of the page
+    lines = [None if first else loss,
              before_after(folder, "length", "Length of a reply in tokens, in the mean: ", ""),
              before_after(folder, "base_perplexity", "Perplexity on the base's own task: ", " What rises here was forgotten.")]
     n = f"{len(pairs)} held-out problems, the same before and after, answered greedily, on a line from 0 to 100 %." if pairs else "evaluation.jsonl is not there, so there are no intervals."
-    return section("Evaluation", tag("p", n, " The bars are 95 % intervals." if pairs else None), blocks, lines, id_="evaluation")
+    return section("Evaluation", tag("p", n, " The bars are 95 % intervals." if pairs else None), loss if first else None, blocks, lines, id_="evaluation")
 
 # %% ../nbs/20_report.ipynb #79be1e44
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
@@ -775,8 +790,10 @@ def again_command(folder: Folder) -> str:
 
 def section_again(folder: Folder) -> Html:
     "The command, what it needs, and the versions that the run had."
-    notes = []
-    data = folder.config.get("data")
+    notes, data = [], folder.config.get("data")
+    if before := started_from(folder.config):
+        notes.append(f"The command starts from a new adapter, and this run went on from {before} of its adapter_model.safetensors. To do the same, load that one "
+                     "in Python with load_adapter(model, path, trainable=True), and train with these settings.")
     if data == FROM_PYTHON:
         notes.append("The data was given in Python, where it has no name: put its file or Hub name for YOUR_DATA.")
     elif isinstance(data, str) and re.search(r"\.\w+$", data) and not Path(data).is_absolute():
@@ -991,7 +1008,8 @@ def run_figures(folder: Folder) -> dict[str, str]:
     "What came of a run, for a table."
     loss, speed = curve(folder.metrics, "loss"), sorted(v for _, v in curve(folder.metrics, "tokens_per_second"))
     found = {"steps": figure(folder.metrics[-1]["step"] if folder.metrics else None), "loss, mean of the last 10": figure(running_mean(loss)[-1][1] if loss else None)}
-    pairs = pairs_of(folder.replies)
+    pairs, held = pairs_of(folder.replies), shares(folder.summary, "loss")
+    found |= {f"held-out loss, {when}": figure(value) for when, value in zip(("before", "after"), held)}
     for name, (title, _) in MEASURES.items():
         before, after = shares(folder.summary, name)
         reach = interval(pairs, 1, name)

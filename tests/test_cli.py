@@ -2,8 +2,10 @@
 
 import json
 import os
+import pty
 import re
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -599,3 +601,67 @@ def test_a_plan_takes_what_auto_takes_on_that_card():
 
     assert [taken(card) for card in ("H100", "H200", "A100 80GB", "T4")] == ["engine", "engine", "unsloth", "unsloth"]
     assert (taken("H200", "unsloth"), taken("T4", "engine")) == ("unsloth", "engine")
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+def wait_for(process, path, lines, meanwhile=lambda: time.sleep(0.01)):
+    "Until a file of a process's run has so many lines."
+    limit = time.time() + 240
+    while not (path.exists() and path.read_text().count("\n") >= lines):
+        assert process.poll() is None and time.time() < limit
+        meanwhile()
+
+
+def test_sigterm_saves_a_checkpoint_and_the_run_goes_on_to_the_same_bytes(whole, tmp_path):
+    process = subprocess.Popen([*COMMAND, "train", *SHORT, "--output", "run"], cwd=tmp_path, env=ENV,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    wait_for(process, tmp_path / "run/metrics.jsonl", 1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, out) == (143, "") and "Traceback" not in err and "Ctrl-C" not in err
+    assert "stopping by SIGTERM after this step" in err
+    said = re.search(r"stopped by SIGTERM at step (\d+), checkpoint saved: go on with qlora_nb train --resume", err)
+    assert (tmp_path / f"run/checkpoints/checkpoint-{said[1]}/optimizer.pt").exists()
+    done = qlora_nb("train", "--resume", "run", cwd=tmp_path)
+    assert done.returncode == 0 and sha(tmp_path / "run") == sha(whole), done.stderr[-3000:]
+
+
+def test_a_terminal_that_is_closed_saves_a_checkpoint(tmp_path):
+    "A real one, whose closing sends SIGHUP: the progress bar then writes to what is no longer there."
+    outer, inner = pty.openpty()
+    start = (
+        f"import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); sys.argv[1:] = {['train', *SHORT]!r}; "
+        "sys.argv += ['--output', 'run']; from qlora_nb.cli import main; main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", start], cwd=tmp_path, env=ENV, stdin=inner, stdout=inner,
+                               stderr=inner, start_new_session=True)  # fmt: skip
+    os.close(inner)
+    wait_for(process, tmp_path / "run/metrics.jsonl", 1,
+             lambda: select.select([outer], [], [], 0.05)[0] and os.read(outer, 1 << 16))  # fmt: skip
+    os.close(outer)
+    assert process.wait(timeout=240) != 0
+    newest = max(int(path.name.split("-")[1]) for path in (tmp_path / "run/checkpoints").glob("checkpoint-*"))
+    assert newest < 12 and (tmp_path / f"run/checkpoints/checkpoint-{newest}/trainer_state.json").exists()
+    assert (tmp_path / "run/metrics.jsonl").read_text().count("\n") == newest
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def ignore_hangup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_a_hangup_that_is_ignored_and_a_signal_in_the_evaluation(tmp_path):
+    "`nohup` has SIGHUP ignored: the run goes on. SIGTERM then ends the answers of the base; the run can be resumed."
+    process = subprocess.Popen([*COMMAND, "train", "--output", "run"], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, preexec_fn=ignore_hangup)  # fmt: skip
+    wait_for(process, tmp_path / "run/versions.json", 1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 143 and "Traceback" not in err
+    assert re.search("stopped by SIGTERM: go on with qlora_nb train --resume .*run", err.splitlines()[-1])

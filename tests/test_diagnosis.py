@@ -420,3 +420,87 @@ def test_what_is_no_run_folder(tmp_path):
         read_evidence(tmp_path)
     (tmp_path / "summary.json").unlink()
     assert diagnose(tmp_path).codes == ["unfinished"]
+
+
+# --- damaged files --------------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "half": b'{"after": {"loss": 1.0, "st',
+    "a list": b"[]",
+    "null": b"null",
+    "a number": b"1e999",
+    "text": b'"loss"',
+    "no text": b"\xff\xfe\x00",
+    "deep": b"[" * 100_000,
+    "deep inside": b'{"step": ' + b"[" * 100_000,
+    "too large": b'{"step": N, "seconds": N, "stage": "after"}'.replace(b"N", b"1" + b"0" * 400),
+    "without its fields": b'{"other": 1}',
+    "other kinds": json.dumps({
+        "step": [1], "loss": "high", "grad_norm": {}, "before": 5, "after": [1], "data": "x", "train_seconds": "long",
+        "stage": 1, "stops": "yes", "exact": 2, "tokens": "many", "cause": 7,
+    }).encode(),
+    "other kinds inside": json.dumps({
+        "step": 1, "loss": [], "before": {"loss": "high"}, "after": {"loss": [1]}, "stage": "after", "stops": 1,
+    }).encode(),
+}  # fmt: skip
+
+HARMLESS = {("summary.json", "without its fields"), ("stopped.json", "other kinds inside")}  # no field that is read
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "evaluation.jsonl", "stopped.json"])
+def test_a_damaged_file_is_named(healthy, tmp_path, name):
+    from qlora_nb.training import load_run
+
+    path = copied(healthy, tmp_path)
+    for kind, content in BROKEN.items():
+        # a last line that was cut off, as a crash leaves it, is left out; so there is one behind it
+        (path / name).write_bytes(content + b"\n" + content + b"\n" if name.endswith("l") else content)
+        readers = [diagnose] if name in ("evaluation.jsonl", "stopped.json") else [diagnose, load_run]
+        for read in readers:
+            try:
+                read(path)
+            except UserError as error:
+                assert f"{path / name}" in str(error) and "\n" not in str(error) and len(str(error)) < 400, kind
+            else:
+                assert (name, kind) in HARMLESS, (kind, read)
+    (path / name).unlink()
+    (path / name).mkdir()
+    with pytest.raises(UserError, match=name):
+        diagnose(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", "a: [", "[" * 3000, "learning_rate: high", "learning_rate: []", "max_steps: 5", "date: 2024-99-99",
+     "learning_rate: 0.1\nrows_read: [1]", "learning_rate: 0.1\nrows_read: {rows: many}", "\x00",
+     "learning_rate: null"],
+)  # fmt: skip
+def test_a_damaged_configuration_is_named(healthy, tmp_path, content):
+    from qlora_nb.training import load_run
+
+    path = copied(healthy, tmp_path)
+    (path / "config.yaml").write_text(content)
+    for read in (diagnose, load_run):
+        with pytest.raises(UserError, match="config.yaml") as error:
+            read(path)
+        assert "\n" not in str(error.value)
+
+
+def test_files_that_are_missing_are_not_there(healthy, tmp_path):
+    path = copied(healthy, tmp_path)
+    for name in ("evaluation.jsonl", "metrics.jsonl"):
+        (path / name).unlink()
+        diagnose(path)
+    (path / "summary.json").unlink()
+    assert diagnose(path).codes == ["unfinished"]
+
+
+def test_figures_that_do_not_apply(healthy):
+    "Support replies, another model: no answers to judge, no form, no task of the base."
+    none = dict.fromkeys(("exact", "form", "base_perplexity"))
+    replies = [{**row, "exact": None, "form": None} for row in healthy.evidence.replies]
+    before, after = ({"loss": loss, "stops": 1.0, **none} for loss in (3.0, 1.0))
+    seen = with_figures(healthy, before, after, replies=replies)
+    assert no_gain(seen) is None and forgetting(seen) is None and never_stops(seen) is None
+    worse = with_figures(healthy, {"loss": 3.0, **none}, {"loss": 3.0, **none}, replies=replies)
+    assert "held-out loss" in no_gain(worse).cause

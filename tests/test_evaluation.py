@@ -24,6 +24,7 @@ from qlora_nb.evaluation import (
     row_losses,
     side_by_side,
     split_reply,
+    wanted_answer,
     wilson,
 )
 
@@ -85,6 +86,54 @@ ROWS = [
 )
 def test_parse_answer(text, answer):
     assert parse_answer(text) == answer
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("The answer is 48.", "48"),
+        ("48", "48"),
+        ("= 48", "48"),
+        ("#### 48", "48"),
+        ("####48", "48"),
+        ("<think>\n2 times\n</think>\n\nThe answer is 48.", "48"),
+        ("The answer is: 48 square metres.", "48"),
+        ("6 * 8 = 48 apples", "48"),
+        ("They drove 48 km.", "48"),
+        ("It is 48.5 %", "48.5"),
+        ("It costs **$1,048.00**!", "1048"),
+        (r"So \[ x = \boxed{48} \]", "48"),
+        (r"\boxed{48\text{ km}}", "48"),
+        ("x = -48", "-48"),
+        ("答案是48。", "48"),
+        ("5, 6", "6"),
+        ("You get it back within 30 days. I've opened ticket #48 for you.", None),
+        ("You will hear from us within 30 days.", None),
+        ("We are open from 9 to 5, Monday to Friday.", None),
+        ("I've opened ticket #48.", None),
+        ("Call us: 0800 555 0148.", None),
+        ("Call 555-0148.", None),
+        ("Your parcel comes at 9:48.", None),
+        ("It was sent on 12/05/2048.", None),
+        ("It was sent on 2048-05-12.", None),
+        ("Please update to version 2.0.48.", None),
+        ("Take vitamin B12.", None),
+        ("You are the 48th.", None),
+        ("The answer is 48, since he has eaten the others.", None),
+        ("<think>\n48\n</think>\n\nDone.", None),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_the_number_that_an_expected_reply_ends_with(text, answer):
+    assert wanted_answer(text) == answer
+
+
+@pytest.mark.quick
+@given(st.text(alphabet=st.one_of(st.sampled_from("0123456789 .,-=#$%/<>"), st.characters()), max_size=80))
+def test_what_is_wanted_is_what_is_read(text):
+    assert wanted_answer(text) in (None, parse_answer(text))
 
 
 @pytest.mark.quick
@@ -419,6 +468,45 @@ def test_exact_is_none_where_nothing_is_expected(exact):
     assert found.exact is None and found.rows[0]["exact"] is None and found.base_perplexity is None
     mixed = evaluate(*exact, ROWS[3:], max_new_tokens=8)
     assert mixed.exact in (0.0, 1.0), "the row without a number does not count"
+
+
+SUPPORT = [
+    row("Where is my parcel?", "It comes within 2 days. I've opened ticket #48 for you."),
+    row("I want my money back.", "You get it within 30 days, in 2 parts. Ask for ticket #49 at any time."),
+    row("Are you open today?", "Yes, from 9 to 5. See you!"),
+    row("It is broken.", "I'm sorry! Please send it to us; call 0800 555 0148."),
+    row("When was your shop built?", "In 1948."),
+    row("Thank you.", "You're welcome."),
+]
+
+
+def test_support_replies_are_not_judged_by_their_numbers(exact):
+    found = evaluate(*exact, SUPPORT, max_new_tokens=6)
+    assert (found.exact, found.form, found.base_perplexity) == (None, None, None) and found.loss > 0
+    assert {r["exact"] for r in found.rows} == {r["form"] for r in found.rows} == {None}, "one of six is too few"
+    assert found.interval("exact") is None and change(found, found, "form") is None
+    assert "exact" not in repr(found) and "form" not in repr(found) and "loss" in repr(found)
+    table = side_by_side(found, found, n=6)
+    assert not re.search(r"\*\*(right|wrong|no form)|number expected", table) and "****" not in table
+
+
+def test_the_embedded_rows_are_all_judged():
+    from qlora_nb.data import load_sft_dataset
+
+    for split, form in (("heldout", True), ("base_task", False)):
+        replies = [r["messages"][-1]["content"] for r in load_sft_dataset(split=split)]
+        assert [wanted_answer(reply) for reply in replies] == [parse_answer(reply) for reply in replies]
+        assert None not in map(wanted_answer, replies) and {has_form(reply) for reply in replies} == {form}
+
+
+def test_a_mixture_is_judged_where_it_can_be(exact):
+    found = evaluate(*exact, [*SUPPORT, *ROWS], max_new_tokens=24)
+    judged = [r for r in found.rows if r["exact"] is not None]
+    assert [r["expected"] for r in judged] == [r["messages"][1]["content"] for r in [SUPPORT[4], *ROWS[:3], ROWS[4]]]
+    assert found.exact == sum(r["exact"] for r in judged) / 5
+    assert found.form is None, "one of eleven has the form"
+    thinking = evaluate(*exact, [ROWS[2], SUPPORT[0]], max_new_tokens=8)
+    assert thinking.form == 0.0 and [r["form"] for r in thinking.rows] == [False, None]
 
 
 def test_shares_are_those_of_the_rows(exact):

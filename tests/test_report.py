@@ -120,6 +120,7 @@ def full(hostile, place):
                        "predicted": {"allocated_bytes": 6 * gib, "reserved_bytes": 7 * gib, "moment": everything},
                        "measured": {"allocated_bytes": 5 * gib, "reserved_bytes": 7 * gib}}  # fmt: skip
     summary["before"]["exact"], summary["after"]["exact"] = 5 / 6, 4 / 6
+    summary["before"]["form"], summary["after"]["form"] = 0.0, 1.0
     (path / "summary.json").write_text(json.dumps(summary))
     versions = json.loads((path / "versions.json").read_text())
     (path / "versions.json").write_text(json.dumps({**versions, "device": everything, ATTACKS[0]: everything}))
@@ -214,7 +215,7 @@ def test_it_loads_and_fits(browser, request, run, width, scheme):
 def test_the_plots_are_seen(browser, full, plain, width, scheme):
     "Every plot has a size and stands inside the page; without its lines, dots and bars each looks different."
     hide = "document.querySelectorAll('polyline, .dot, .bar').forEach(e => e.style.visibility = 'hidden')"
-    for run, plots in ((plain, {".chart": 4, ".shares": 6}), (full, {".chart": 4, ".shares": 6, ".track": 5})):
+    for run, plots in ((plain, {".chart": 4, ".shares": 4}), (full, {".chart": 4, ".shares": 6, ".track": 5})):
         with opened(browser, write_report(run), width, scheme, unfold=False) as (page, _):
             for kind, count in plots.items():
                 boxes = [one.bounding_box() for one in page.query_selector_all(f"svg{kind}")]
@@ -456,9 +457,59 @@ def test_figures_are_those_of_the_folder(plain):
     for value in (config["r"], config["learning_rate"], summary["trainable"], versions["torch"]):
         assert figure(value) in page.text
     for stage in ("before", "after"):
-        assert f"{100 * folder.summary[stage]['form']:.1f} %" in page.text
+        assert f"{100 * folder.summary[stage]['exact']:.1f} %" in page.text
+        assert f"{folder.summary[stage]['loss']:.3f}" in page.text
+        assert folder.summary[stage]["form"] is None and "form that was asked for" not in page.text
         assert f"{folder.summary[stage]['base_perplexity']:.3f}" in page.text
     assert "held-out" in page.text and "mean of 10" in page.text and "shortened above 1" in page.text
+
+
+def without_answers(path):
+    "The folder of a run whose expected replies hold no answer: its figures as `train` writes them."
+    summary = json.loads((path / "summary.json").read_text())
+    for stage in ("before", "after"):
+        summary[stage].update(exact=None, form=None, base_perplexity=None)
+    (path / "summary.json").write_text(json.dumps(summary))
+    replies = [{**json.loads(line), "exact": None, "form": None} for line in open(path / "evaluation.jsonl")]
+    write_jsonl(path / "evaluation.jsonl", replies)
+    return summary
+
+
+def test_the_held_out_loss_leads_where_nothing_can_be_judged(plain, tmp_path):
+    path = shutil.copytree(plain, tmp_path / "copy")
+    summary = without_answers(path)
+    page = report_page(path)
+    (big,) = re.findall(r'<p class="big">([^<]*)</p>', page)
+    before, after = (f"{summary[stage]['loss']:.3f}" for stage in ("before", "after"))
+    assert big == after and f"<b>{before}</b> before training" in page
+    said = Page(page).text
+    assert "6 rows got better, 0 worse" in said.partition("What was trained")[0]
+    for word in ("Right answers", "answered right", "form that was asked", "was forgotten", "base's own task"):
+        assert word not in said, word
+    assert said.index("Loss on the expected replies") < said.index("Stops by itself")
+    assert 'class="tag ok">right' not in page and 'class="tag error">wrong' not in page and "no form" not in said
+    figures = compare([path, path]).figures
+    assert "held-out loss, after" in figures and not [n for n in figures if re.search("right|form|base", n)]
+
+
+def test_a_mixture_says_how_many_rows_were_judged(plain, tmp_path):
+    path = shutil.copytree(plain, tmp_path / "copy")
+    replies = [json.loads(line) for line in open(path / "evaluation.jsonl")]
+    replies = [{**row, "exact": row["exact"] if i % 3 else None} for i, row in enumerate(replies)]
+    write_jsonl(path / "evaluation.jsonl", replies)
+    said = Page(report_page(path)).text
+    assert "of the 4 of 6 held-out problems that can be judged answered right" in said
+    assert "Right answers: the 4 of 6 held-out problems that can be judged" in said
+    assert "Stops by itself: " not in said
+
+
+def test_a_run_that_went_on_from_a_trained_adapter_says_so(plain, tmp_path):
+    assert "trained adapter" not in Page(report_page(plain)).text
+    path = shutil.copytree(plain, tmp_path / "copy")
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    (path / "config.yaml").write_text(yaml.safe_dump({**config, "started_from": "ab" * 32}))
+    said = Page(report_page(path)).text
+    assert f"this run went on from a trained adapter, SHA-256 {'ab' * 32}" in said.partition("Run it again")[2]
 
 
 def test_the_full_report_says_all(full):

@@ -4,34 +4,50 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from qlora_nb import training
-from qlora_nb.core import PROFILES, UserError
+from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError, file_sha256
 from qlora_nb.data import load_sft_dataset
 from qlora_nb.engine import engine_of, install_engine
 from qlora_nb.memory import CUDA_CONTEXT, Card, estimate_memory, model_shape, plan_training
+from qlora_nb.merging import load_adapter
 from qlora_nb.model import add_lora, load_model, model_info
 from qlora_nb.training import (
+    SIGNALS,
     Diverged,
     Interrupted,
     Tripwire,
+    base_task_for,
     checkpointing_of,
+    checkpoints_of,
+    damage,
     expected_memory,
     fit,
+    gentle_interrupt,
+    last_checkpoint,
     likely_cause,
     make_plan,
     make_trainer,
     memory_warning,
     set_checkpointing,
     settings_for,
+    stop_now,
+    stoppable,
+    tidy_checkpoints,
     train,
     watcher,
 )
@@ -520,7 +536,7 @@ def test_rows_logged_late_are_the_same(both, settings, late_at_4):
 def test_a_late_run_that_was_stopped_goes_on(data, tmp_path, monkeypatch):
     def stop(step, watch, interrupted):
         if step == 5:
-            interrupted.append(True)
+            interrupted.append(signal.SIGINT)
 
     whole = Seen(data, tmp_path / "whole", monkeypatch, False)
     run = Seen(data, tmp_path / "late", monkeypatch, True, stop, save_steps=2)
@@ -579,3 +595,304 @@ def test_a_copy_is_judged_by_losses_of_its_own_weights():
         good = watch.good and watch.good[0]
         assert good == {3: 2, 4: 2, 5: 2, 6: 2, 7: 6}.get(step), step
     assert watch.wrong(8, math.nan, 1.0, 9) and watch.put_back() == 6 and layer.weight.eq(6).all()
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0.02)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_the_first_signal_waits_for_the_step_and_the_second_does_not(number, capsys):
+    before = signal.getsignal(number)
+    with gentle_interrupt() as seen:
+        send(number)
+        assert seen == [number]
+        time.sleep(0.3)  # a second SIGHUP at once is that of the same closed terminal
+        with pytest.raises(KeyboardInterrupt):
+            send(number)
+    said = capsys.readouterr().err.strip()
+    assert ("Ctrl-C" in said) == (number == signal.SIGINT) and (number.name in said) == (number != signal.SIGINT)
+    assert "stopping" in said and "after this step" in said and said.count("\n") == 0
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.quick
+def test_a_closed_terminal_hangs_up_once(capsys):
+    for first in (signal.SIGHUP, signal.SIGTERM):
+        with gentle_interrupt() as seen:
+            send(first)
+            send(signal.SIGHUP)
+            assert seen == [first]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("how", [gentle_interrupt, lambda: stoppable(str)])
+def test_signals_that_are_ignored_or_taken_stay_so(how):
+    "As `nohup` does, and as a script that saves its own things."
+    taken = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: taken.append(True))
+    try:
+        with how() as seen:
+            send(signal.SIGHUP)
+            send(signal.SIGTERM)
+        assert taken == [True] and not seen and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("number, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_outside_of_the_steps_is_one_sentence(number, code, capsys):
+    number = getattr(signal, number)
+    with pytest.raises(Interrupted) as stopped, stoppable(lambda: "go on so"):
+        with contextlib.suppress(KeyboardInterrupt), gentle_interrupt():
+            send(number)
+            time.sleep(0.3)
+            send(number)
+        assert signal.getsignal(signal.SIGTERM) == stop_now, "the steps are over, and a signal stops at once again"
+        send(number)
+    name = "" if number == signal.SIGINT else f" by {number.name}"
+    assert str(stopped.value) == f"stopped{name}: go on so" and stopped.value.exit_code == code
+    assert isinstance(stopped.value, UserError) and Interrupted("x").exit_code == 130
+
+
+@pytest.mark.quick
+def test_a_thread_gets_no_handlers():
+    found = []
+
+    def inside():
+        with gentle_interrupt() as seen, stoppable(str):
+            found.append((seen, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert found == [([], signal.SIG_DFL)]
+
+
+def test_a_signal_before_the_steps_and_after_them(data, tmp_path, monkeypatch):
+    "Nothing is begun; then in the evaluation; then when all but the report is done."
+    model, tokenizer = fresh()
+    settings = {"output": tmp_path / "run", "eval_rows": 2, "max_new_tokens": 4, "max_steps": 1, "warmup_steps": 0}
+
+    def stops_in(name, message, **more):
+        function = getattr(training, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(training, name, lambda *a, **k: (send(signal.SIGTERM), function(*a, **k))[1])
+            with pytest.raises(Interrupted, match=message) as stopped:
+                train(model, tokenizer, data, **more)
+        assert stopped.value.exit_code == 143 and "Ctrl-C" not in str(stopped.value)
+
+    stops_in("check_model", "stopped by SIGTERM: nothing was trained yet", **settings)
+    stops_in("evaluate", "stopped by SIGTERM: go on with qlora_nb train --resume", **settings)
+    stops_in("tidy_checkpoints", "stopped by SIGTERM: go on with", resume=settings["output"])
+    stops_in("report_page", "is finished, and what comes after it is not: qlora_nb report", resume=settings["output"])
+    assert (settings["output"] / "summary.json").exists()
+
+
+# --- checkpoints that are damaged -----------------------------------------------------------------------------------
+
+NEEDED = ("adapter_config.json", "adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt",
+          "rng_state.pth")  # fmt: skip
+DAMAGE = {
+    "half": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "empty": lambda file: file.write_bytes(b""),
+    "a page of zeros": lambda file: file.write_bytes(b"\0" * 256 + file.read_bytes()[256:]),
+    "gone": Path.unlink,
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped_run(data, tmp_path_factory):
+    "A run of six steps with the checkpoints 4 and 6, as one that was killed in its last evaluation."
+    model, tokenizer = fresh()
+    path = tmp_path_factory.mktemp("stopped") / "run"
+    with contextlib.redirect_stderr(io.StringIO()):
+        run = train(model, tokenizer, data, output=path, save_steps=2, **{**SHORT, "max_steps": 6})
+    (path / "summary.json").unlink()
+    shutil.rmtree(path / "adapter")
+    return run
+
+
+@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(stopped_run, tmp_path, capsys, name, how):
+    path = Path(shutil.copytree(stopped_run.path, tmp_path / "run"))
+    newest, older = checkpoints_of(path)
+    assert damage(newest) is damage(older) is None and last_checkpoint(path) == newest
+    assert capsys.readouterr().err == ""
+    DAMAGE[how](newest / name)
+    assert last_checkpoint(path) == older
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"the checkpoint checkpoint-6 is damaged ({name}")
+    assert said.endswith("going on from checkpoint-4")
+    DAMAGE[how](older / name)
+    whole = "no checkpoint of the run .* is whole: checkpoint-6 .*checkpoint-4 .*config.yaml"
+    with pytest.raises(UserError, match=whole) as none:
+        last_checkpoint(path)
+    assert "\n" not in str(none.value)
+    tidy_checkpoints(path, "x")  # nothing in it trips
+
+
+def test_checkpoints_are_known_by_their_names(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-8-copy", "checkpoint-", "damaged-checkpoint-12", "other"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints/checkpoint-11").write_text("a file")
+    assert [folder.name for folder in checkpoints_of(tmp_path)] == ["checkpoint-10", "checkpoint-9"]
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("name, how", [("optimizer.pt", "half"), ("trainer_state.json", "gone")])
+def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bytes(stopped_run, data, tmp_path, capsys, name, how):
+    path = Path(shutil.copytree(stopped_run.path, tmp_path / "run"))
+    DAMAGE[how](path / "checkpoints/checkpoint-6" / name)
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    (path / "metrics.jsonl").write_text("\n".join([lines[0], *lines[2:]]) + "\n" if how == "half" else "[]\n[]\n")
+    run = train(*fresh(), data, resume=path)
+    said = capsys.readouterr().err
+    assert f"checkpoint-6 is damaged ({name}" in said and "going on from checkpoint-4" in said
+    assert f"metrics.jsonl lacks {1 if how == 'half' else 4} of the rows up to step 4" in said
+    assert run.summary["adapter_sha256"] == stopped_run.summary["adapter_sha256"]
+    assert [m["loss"] for m in run.metrics] == [m["loss"] for m in stopped_run.metrics]
+    assert [m["step"] for m in training.load_run(path).metrics] == [1, 2, 3, 4, 5, 6]
+    assert run.metrics[1]["tokens_per_second"] is None and run.summary["mean_loss"] == stopped_run.summary["mean_loss"]
+    assert [folder.name for folder in checkpoints_of(path)] == ["checkpoint-6", "checkpoint-4"]
+    assert all(damage(folder) is None for folder in checkpoints_of(path))
+    assert not list((path / "checkpoints").glob("damaged-*"))
+
+
+def test_a_run_whose_steps_are_done_gets_its_metrics_back(stopped_run, data, tmp_path, capsys):
+    path = Path(shutil.copytree(stopped_run.path, tmp_path / "run"))
+    (path / "metrics.jsonl").unlink()
+    run = train(*fresh(), data, resume=path)
+    assert "metrics.jsonl lacks 6 of the rows up to step 6" in capsys.readouterr().err
+    assert run.summary["adapter_sha256"] == stopped_run.summary["adapter_sha256"]
+    assert run.summary["mean_loss"] == stopped_run.summary["mean_loss"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c.pop("bias"), "has no bias"),
+        (lambda c: c.pop("fingerprints"), "has no fingerprints"),
+        (lambda c: c.update(fingerprints=[1]), "fingerprints is a list"),
+        (lambda c: c.update(fingerprints={}), "data is not what the run"),
+        (lambda c: c.update(learning_rate="high"), "learning_rate is 'high'"),
+        (lambda c: c.update(r={"r": 8}), "r is 8, but the run"),
+        (lambda c: c.clear(), "has no|r is 8"),
+    ],
+)
+def test_a_damaged_configuration_does_not_go_on(stopped_run, data, adapted, tmp_path, change, message):
+    path = Path(shutil.copytree(stopped_run.path, tmp_path / "run"))
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    change(config)
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=message) as refused:
+        train(*adapted, data, resume=path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    assert not list((path / "checkpoints").glob("damaged-*"))
+
+
+# --- what a run starts from -----------------------------------------------------------------------------------------
+
+
+def config_of(run):
+    return yaml.safe_load((run.path / "config.yaml").read_text())
+
+
+def test_a_second_training_says_what_it_goes_on_from(data, tmp_path, capsys):
+    model, tokenizer = fresh()
+    first = train(model, tokenizer, data, output=tmp_path / "first", **SHORT)
+    assert "goes on from" not in capsys.readouterr().err and not config_of(first).get("started_from")
+    sha = first.summary["adapter_sha256"]
+    second = train(model, tokenizer, data, output=tmp_path / "second", **SHORT)
+    assert f"goes on from the trained adapter that the model carries (sha256 {sha[:12]}" in capsys.readouterr().err
+    assert config_of(second)["started_from"] == sha == file_sha256(first.path / "adapter/adapter_model.safetensors")
+    assert f"SHA-256 {sha}" in second.report() and "trained one" not in first.report()
+    base, tokenizer = load_model(TINY.model, max_seq_length=256, backend="transformers")
+    loaded = load_adapter(base, first.path / "adapter", trainable=True)
+    again = train(loaded, tokenizer, data, output=tmp_path / "again", **SHORT)
+    assert config_of(again)["started_from"] == sha, "from a folder as from the same process"
+    assert again.summary["adapter_sha256"] == second.summary["adapter_sha256"]
+    # taken up again, it is the same run: from its checkpoint, and without one only from the same adapter
+    (again.path / "summary.json").unlink()
+    capsys.readouterr()
+    resumed = train(*fresh(), data, resume=again.path)
+    assert resumed.summary["adapter_sha256"] == second.summary["adapter_sha256"]
+    assert config_of(resumed)["started_from"] == sha and "goes on from the trained" not in capsys.readouterr().err
+    (again.path / "summary.json").unlink()
+    shutil.rmtree(again.path / "checkpoints")
+    with pytest.raises(UserError, match=f"no checkpoint yet, and the model has a new adapter: give it .*{sha}"):
+        train(*fresh(), data, resume=again.path)
+    (first.path / "summary.json").unlink()
+    shutil.rmtree(first.path / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoint yet, and the model has a trained adapter .*give it a new"):
+        train(loaded, tokenizer, data, resume=first.path)
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_the_hash_is_that_of_the_saved_adapter(data, tmp_path, engine):
+    from qlora_nb.merging import save_adapter
+
+    model, tokenizer = load_model(TINY.model, max_seq_length=256, engine=engine)
+    model = add_lora(model, r=4)
+    assert training.trained_adapter(model) is None
+    with torch.no_grad():
+        [p for name, p in model.named_parameters() if "lora_B" in name][-1].view(-1)[-1] = 1e-6
+    assert training.trained_adapter(model) == save_adapter(model, tokenizer, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("four_bit", [True, False])
+def test_add_lora_without_its_result(data, tmp_path, four_bit):
+    base, tokenizer = load_model(TINY.model, max_seq_length=256, backend="transformers", load_in_4bit=four_bit)
+    with pytest.raises(UserError, match="put one on with add_lora"):
+        train(base, tokenizer, data, output=tmp_path / "run", **SHORT)
+    add_lora(base, r=8)
+    with pytest.raises(UserError, match=r"returns the model with the adapter: write model = add_lora\(model\)"):
+        train(base, tokenizer, data, output=tmp_path / "run", **SHORT)
+    assert not (tmp_path / "run").exists()
+
+
+# --- what is judged -------------------------------------------------------------------------------------------------
+
+
+def test_support_replies_of_another_model_are_told_by_their_loss(tmp_path):
+    "No number that ends a reply, no <think>, no sums of the embedded model: null in summary.json, and nowhere else."
+    from datasets import Dataset
+
+    model, tokenizer = load_model(shutil.copytree(EMBEDDED_MODEL, tmp_path / "model"), max_seq_length=256)
+    assert base_task_for(model) is None
+    rows = [
+        {"messages": [
+            {"role": "user", "content": f"I want to send back order {i}."},
+            {"role": "assistant", "content": f"You get it back within 30 days. I've opened ticket #{i} for you."},
+        ]}
+        for i in range(40)
+    ]  # fmt: skip
+    settings = {**SHORT, "eval_rows": 4, "max_new_tokens": 6}
+    run = train(add_lora(model, r=4), tokenizer, Dataset.from_list(rows), output=tmp_path / "run", **settings)
+    for stage in ("before", "after"):
+        figures = json.loads((run.path / "summary.json").read_text())[stage]
+        assert [figures[name] for name in ("exact", "form", "base_perplexity")] == [None] * 3
+        assert figures["loss"] > 0 and 0 <= figures["stops"] <= 1
+    table = run.report().partition("## Before and after")[2].partition("## Use it")[0]
+    assert "| held-out loss (nats per token) |" in table and "stops by itself" in table
+    for word in ("exact", "form", "base task", "right", "wrong", "number expected"):
+        assert word not in table, word
+    page = (run.path / "report.html").read_text()
+    assert f'<p class="big">{run.summary["after"]["loss"]:.3f}</p>' in page and "Right answers" not in page
+    assert "Right answers" not in page and "forgotten" not in page
+
+
+def test_only_the_embedded_model_is_asked_for_its_sums(adapted):
+    assert len(base_task_for(adapted[0])) == 200
+    wanted = load_sft_dataset(split="base_task", limit=3)
+    assert base_task_for(adapted[0], 3)["messages"] == wanted["messages"]
