@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'MODEL_FLAGS', 'TRAIN_FLAGS', 'BASE', 'BITS', 'given', 'pick', 'system_of', 'data_of', 'lora_arguments',
            'configuration', 'compare_data', 'plan_of', 'loading_arguments', 'trained_by', 'foresee', 'check_exportable',
-           'train_run', 'process_start', 'quantizations', 'embedded', 'served', 'with_flags', 'train', 'quiet_stdout',
-           'opened', 'run_of', 'chat', 'evaluate', 'plans', 'usual_backend', 'cards_table', 'plan', 'tokenizer_of',
-           'checked', 'check', 'export', 'modelfile', 'gguf_files', 'certify', 'report', 'compare', 'doctor',
-           'recommend', 'diagnose', 'info', 'one_process', 'main']
+           'train_run', 'process_start', 'quantizations', 'embedded', 'served', 'ends_in_a_sentence', 'with_flags',
+           'train', 'quiet_stdout', 'opened', 'run_of', 'chat', 'evaluate', 'plans', 'usual_backend', 'cards_table',
+           'plan', 'tokenizer_of', 'checked', 'check', 'export', 'modelfile', 'gguf_files', 'certify', 'report',
+           'compare', 'doctor', 'recommend', 'diagnose', 'info', 'one_process', 'main']
 
 # %% ../nbs/21_cli.ipynb #826fda92
 import contextlib
@@ -320,6 +320,13 @@ def served(run, names: list[str], model_rows: int = 40) -> bool:
     write_json(run.path / "summary.json", run.summary)
     return found.passed
 
+# %% ../nbs/21_cli.ipynb #a11e0060
+def ends_in_a_sentence(how):  # a function that returns how to go on, asked when it is needed
+    "A context in which Ctrl-C, SIGTERM and SIGHUP end with `Interrupted`, which says so."
+    from qlora_nb.training import stoppable
+
+    return stoppable(how)
+
 # %% ../nbs/21_cli.ipynb #826fda92-12
 def with_flags(function):
     "Give `function(**flags)` the flags of both tables, each None when it is not given."
@@ -339,12 +346,12 @@ def with_flags(function):
 def train(**flags):
     "Fine-tune a model; with no argument, the embedded one on the embedded data."
     settings, formats = given(**{name: flags.pop(name) for name in TRAIN_FLAGS}), flags.pop("export")
-    with quiet_stdout():
+    with quiet_stdout(), ends_in_a_sentence(lambda: "nothing was trained yet, so start again"):
         names = quantizations(formats)
         result = train_run(flags, settings, names)
         print(result.report().partition("\n| problem")[0], file=sys.stderr)
     print(result.path, flush=True)  # whatever comes of the export, the run is there
-    with quiet_stdout():
+    with quiet_stdout(), ends_in_a_sentence(lambda: f"the run is finished; go on with qlora_nb export {result.path}"):
         passed = not names or served(result, names)
     if not passed:
         raise typer.Exit(1)
@@ -441,14 +448,14 @@ def evaluate(
     with quiet_stdout():
         from qlora_nb.data import load_sft_dataset
         from qlora_nb.evaluation import evaluate as measure
+        from qlora_nb.training import base_task_for
 
         loaded, tokenizer, config = opened(run, model, adapter, backend)
         if data is None and config.get("data") is not None:
             raise UserError(f"the run {run} was trained on {config['data']}: name the rows to answer with --data")
         limit_ = config.get("max_new_tokens", 512) if max_new_tokens is None else max_new_tokens
         rows = load_sft_dataset(data, data_name, split="train" if data else "heldout", limit=limit, system=config.get("add_system"))
-        base = load_sft_dataset(split="base_task", limit=200)
-        found = measure(loaded, tokenizer, rows, max_new_tokens=limit_, base_data=base)
+        found = measure(loaded, tokenizer, rows, max_new_tokens=limit_, base_data=base_task_for(loaded))
     print(json.dumps({"n": len(found.rows), **found.summary()}))
 
 # %% ../nbs/21_cli.ipynb #0d25fe2b
@@ -577,7 +584,7 @@ def export(
     load_in_4bit: BITS = None,
 ):
     "Write GGUF files; an adapter is merged into the base it was trained on. The paths go to stdout."
-    with quiet_stdout():
+    with quiet_stdout(), ends_in_a_sentence(lambda: "no file was written, so start again"):
         from qlora_nb.gguf_export import export_gguf
         from qlora_nb.model import load_model
 
@@ -634,7 +641,7 @@ def certify(
     load_in_4bit: BITS = None,
 ):
     "Prove that GGUF and Modelfile serve what was trained; exit code 1 where they don't. The last line is the JSON's path."
-    with quiet_stdout():
+    with quiet_stdout(), ends_in_a_sentence(lambda: "no certificate was written, so start again"):
         from qlora_nb.certificate import certify as compare
         from qlora_nb.data import load_sft_dataset
         from qlora_nb.training import report_page
@@ -767,10 +774,11 @@ def one_process() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    "What the command `qlora_nb` runs. Exit codes: 0; 1 for bad news (`check`, `plan`, `certify`, `doctor`, `diagnose`, `train --export`); 2 for a user's mistake; 130 for Ctrl-C."
+    "What the command `qlora_nb` runs. Exit codes: 0; 1 for bad news (`check`, `plan`, `certify`, `doctor`, `diagnose`, `train --export`); 2 for a user's mistake; 130, 143 and 129 for Ctrl-C, SIGTERM and SIGHUP."
     try:
         one_process()
         app(arguments)
     except UserError as error:
-        print(f"qlora_nb: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            print(f"qlora_nb: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

@@ -48,6 +48,8 @@ def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _active_adapter(model: torch.nn.Module) -> str:
     "The name of the one active adapter. Raises `UserError` where there is none, or more than one."
     active = model.active_adapters if hasattr(model, "get_base_model") else None
+    if not active and any(hasattr(layer, "lora_A") for layer in model.modules()):
+        raise UserError("this is the base inside a model with an adapter: add_lora returns that model, so write model = add_lora(model)")
     if not active:
         raise UserError("this model has no adapter: put one on it with add_lora or load_adapter first")
     if len(active) > 1:
