@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-DIRECTIVE = re.compile(r"^#\s*\|\s*([\w-]+)\s*:\s*(.*?)\s*$")
+DIRECTIVE = re.compile(r"^#\s*\| ?(.*)$")
 KINDS = {"fig": "Figure", "eq": "Equation", "tbl": "Table", "sec": "Section"}
 CROSS = re.compile(r"(?<![\w@/.`\[])@((fig|eq|tbl|sec)-[\w-]+)")
 LABELLED_MATH = re.compile(r"(\$\$[^$]+\$\$)\s*\{#(eq-[\w-]+)\}")
@@ -38,11 +38,15 @@ def fence(text, kind=""):
 
 
 def read_directives(source):
-    "The options at the head of a cell, and the code below them."
-    lines, options = source.splitlines(), {}
+    "The options at the head of a cell, as Quarto reads them (all lines are one YAML mapping), and the code below them."
+    lines, head = source.splitlines(), []
     while lines and (match := DIRECTIVE.match(lines[0])):
-        options[match[1]] = yaml.safe_load(match[2])
+        head.append(match[1])
         lines.pop(0)
+    options = yaml.safe_load("\n".join(head)) or {}
+    # An option a line: one that is there twice Quarto refuses, and PyYAML does not.
+    if not isinstance(options, dict) or len(options) != len(head):
+        raise ValueError(f"not one option a line: {head}")
     return options, "\n".join(lines).strip("\n")
 
 
