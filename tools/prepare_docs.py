@@ -105,8 +105,8 @@ LINK = r"!?\[(?:[^\[\]\n]|\n(?!\n)|!?\[[^\]]*\](?:\([^)]*\))?)*\](?:\([^)]*\)|\[
 NOT_PROSE = re.compile(
     rf"{FENCE}|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|{LINK}|<[^>\n]+>|^#+ [^\n]*$|https?://\S+|\{{[^}}\n]*\}}", re.M | re.S
 )
-# Where a name in backticks is no link: fences and indented code, links and pictures, formulas, raw links.
-NOT_LINKED = re.compile(rf"{FENCE}|^    [^\n]*$|{LINK}|\$\$.*?\$\$|<a\b.*?</a>", re.M | re.S)
+# Where a name in backticks is no link: fences and other code, links and pictures, formulas, raw links.
+NOT_LINKED = re.compile(rf"{FENCE}|^    [^\n]*$|``.*?``|{LINK}|\$\$.*?\$\$|<a\b.*?</a>", re.M | re.S)
 NAME = re.compile(r"`([^`\s]+?)(\(\))?`")
 BADGE = re.compile(r"^(\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\))[ \t]*$", re.M)
 
