@@ -166,15 +166,16 @@ BESIDE = re.compile(r"(results|images|nbs|qlora_nb|benchmarks|tests|tools|runs|s
 
 
 def places_beside(source):
-    "The places near the notebook that a cell's code takes for granted: `../x`, and what it opens by a relative path."
+    "What a cell takes for granted near the notebook: `../x`, files that are there, what it opens by such a path."
     tree, found = parse(source), []
     for node in ast.walk(tree) if tree else ():
         called = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
         opened = ast.walk(node.args[0]) if called in ("Path", "open") and node.args else ()
         texts = [n.value for n in opened if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         found += [text for text in texts if BESIDE.match(text)]
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"(^|/)\.\.(/|$)", node.value):
-            found.append(node.value)
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        named = re.fullmatch(r"[\w./-]+\.\w+", text) and (NBS / text).is_file()
+        found += [text] * bool(named or re.search(r"(^|/)\.\.(/|$)", text))
     return found if ".exists()" not in source else []
 
 
@@ -191,6 +192,7 @@ def test_a_place_beside_a_notebook_is_seen():
         'subprocess.run(["python", "../benchmarks/study.py"])',
         'Path("results").glob("*.json")',
         'open("images/a.png")',
+        'read_code("index.ipynb")',
         'Path(f"{name}.ipynb").read_text()',
     ):
         assert places_beside(source), source
