@@ -1,7 +1,8 @@
 """The prepared pages as plain HTML, by pandoc and our stylesheet alone: python tools/plain_pages.py _proc OUT
 
-Not the site: Quarto's theme, navigation and search are missing. It is what the tests look at, and what one can read
-where Quarto is not installed. Directives, cross-references and links are resolved as Quarto does.
+Not the site: Quarto's navigation, search and theme are missing, but for the theme's rule that makes code wide. It is
+what the tests look at, and what one can read where Quarto is not installed. Directives, cross-references and links are
+resolved as Quarto does.
 """
 
 import base64
@@ -153,7 +154,7 @@ TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$pagetitle$</title><meta name="description" content="$description$"><style>$highlighting-css$</style>
 <style>:root { color-scheme: light dark; } body { max-width: 52rem; margin: 2rem auto; padding: 0 1rem;
-font: 17px/1.55 "Source Sans Pro", "DejaVu Sans", sans-serif; }
+font: 17px/1.55 "Source Sans Pro", "DejaVu Sans", sans-serif; } code { white-space: pre; }
 @media (prefers-color-scheme: dark) { body { background: #222; color: #eee; } a { color: #00bc8c; } }</style>
 <link rel="stylesheet" href="styles.css"></head>
 <body><main><h1 class="title">$title$</h1><p class="description">$description$</p>
