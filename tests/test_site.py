@@ -515,7 +515,7 @@ def test_a_fault_of_the_finished_site_is_seen(tmp_path):
 
 @pytest.mark.skipif(names_of("check_site")["CHROMIUM"] is None, reason="no Chromium here")
 def test_what_is_too_wide_or_too_faint_is_seen(tmp_path):
-    "And our sheet mends what Quarto's themes do: code that doesn't wrap, on a white box; faint captions."
+    "And our stylesheet fixes what Quarto's themes do: code that doesn't wrap, on a white box; faint captions."
     theme = "body { background: #fff; color: #343a40 } a { color: inherit } code { white-space: pre }"
     theme += "p code { background-color: #f8f9fa }"
     dark = "@media (prefers-color-scheme: dark) { body { background: #222; color: #fff } code { color: #00bc8c } }"

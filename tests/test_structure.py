@@ -142,7 +142,7 @@ def test_heads_are_yaml(notebook):
         except (ValueError, yaml.YAMLError) as error:
             pytest.fail(f"{notebook.name} cell {cell}: {error}", pytrace=False)
         for name in options.keys() & {"label", "fig-cap", "fig-alt", "code-summary"}:
-            assert isinstance(options[name], str), f"{notebook.name} cell {cell}: {name} is no text: quote it"
+            assert isinstance(options[name], str), f"{notebook.name} cell {cell}: {name} is not a string: quote it"
             # A blank and a # begin a comment.
             said = re.search(rf"^#\s*\|\s*{name}:\s*(.*?)\s*$", source, re.M)[1]
             assert said[0] in "\"'" or said == options[name], f"{notebook.name} cell {cell}: quote {name}"

@@ -1,7 +1,7 @@
-"""Looks at the finished site as its readers do; ends with 1 where something is wrong: python tools/check_site.py _docs
+"""Check the finished site as its readers see it; exit code 1 if anything is wrong: python tools/check_site.py _docs
 
-Links and pictures lead to something that is there, and no Markdown is left in the text. Where a Chromium is installed:
-no page is wider than a phone, and text stands out from its ground (WCAG AA, 4.5), in light and in dark.
+Links and pictures lead somewhere, and no raw Markdown is left in the text. Where Chromium is installed: no page is
+wider than a phone's screen, and all text has the contrast that WCAG AA asks for (4.5:1), in light and in dark mode.
 """
 
 import os
@@ -16,7 +16,7 @@ from urllib.parse import unquote
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHONE = 390  # pixels
-# Markdown that nobody has read.
+# Markdown that was not rendered.
 RAW = re.compile(r"\[`?[\w.()]+`?\]\((?:https?://|[\w./-]+\.(?:html|ipynb|md))|^:::", re.M)
 
 
@@ -49,7 +49,7 @@ def own_address():
 
 
 def check_texts(folder):
-    "What is wrong with links, pictures and text: one line each."
+    "List what is wrong with links, pictures and text, one line each."
     folder, found, own = Path(folder), [], own_address()
     pages = {path.name: Page(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.html"))}
     for name, page in pages.items():
@@ -66,21 +66,21 @@ def check_texts(folder):
     return found
 
 
-# Texts of less than 4.5 to 1, as {element and ratio: how many}.
+# Texts with a contrast below 4.5:1, as {element and contrast: how many}.
 FAINT = """() => {
   const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
                        return 0.2126 * r + 0.7152 * g + 0.0722 * b };
   const rgba = text => { const c = text.match(/[\\d.]+/g).map(Number); return c.length < 4 ? [...c, 1] : c };
-  const over = (top, ground, alpha) => ground.map((v, i) => v * (1 - alpha) + top[i] * alpha);
+  const over = (top, below, alpha) => below.map((v, i) => v * (1 - alpha) + top[i] * alpha);
   const up = function* (e) { for (; e; e = e.parentElement) yield getComputedStyle(e) };
   const found = {}, walk = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
     const e = walk.currentNode.parentElement;
     if (!walk.currentNode.data.trim() || !e.checkVisibility() || e.closest("svg, style, script, button")) continue;
-    const grounds = [...up(e)].map(style => rgba(style.backgroundColor)).reverse();
-    const ground = grounds.reduce((below, c) => over(c, below, c[3]), [255, 255, 255]);
+    const backgrounds = [...up(e)].map(style => rgba(style.backgroundColor)).reverse();
+    const background = backgrounds.reduce((below, c) => over(c, below, c[3]), [255, 255, 255]);
     const ink = rgba(getComputedStyle(e).color), opacity = [...up(e)].reduce((o, style) => o * style.opacity, ink[3]);
-    const [low, high] = [light(ground), light(over(ink, ground, opacity))].sort((a, b) => a - b);
+    const [low, high] = [light(background), light(over(ink, background, opacity))].sort((a, b) => a - b);
     const ratio = (high + 0.05) / (low + 0.05), name = `${e.tagName.toLowerCase()}.${e.className} ${ratio.toFixed(2)}`;
     if (ratio < 4.5) found[name] = (found[name] || 0) + 1;
   }
@@ -89,7 +89,7 @@ GO_DARK = "() => window.quartoToggleColorScheme && !document.body.matches('.quar
 
 
 def check_looks(folder, names=None):
-    "What a browser shows that is too wide for a phone, or too faint: one line each."
+    "List what a browser shows too wide for a phone or too faint, one line each."
     from playwright.sync_api import sync_playwright
 
     names, found = names or sorted(path.name for path in Path(folder).glob("*.html")), []
@@ -117,7 +117,7 @@ def main(folder):
     if CHROMIUM:
         found += check_looks(folder)
     else:
-        print("no Chromium here: widths and contrast were not looked at", file=sys.stderr)
+        print("Chromium is not installed: page widths and contrast were not checked", file=sys.stderr)
     print(*found, sep="\n", end="\n" * bool(found), file=sys.stderr)
     sys.exit(bool(found))
 

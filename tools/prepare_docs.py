@@ -165,8 +165,8 @@ class LinkTerms:
 def link_names(text, find):
     """The text with the names in its backticks linked to where `find(name)` says that they are documented, if it does.
 
-    In prose alone: nbdev also links names inside links, and inside the signatures of the reference. A plain word is
-    mostly an option or an English word, and stays one: it is linked if it is in the public API, or written as a call.
+    Only in prose: nbdev also links names inside links, and inside the signatures of the reference. A plain word is
+    mostly an option or an English word: it is linked only if it is in the public API, or written as a call.
     """
     public = importlib.import_module(get_config().lib_name).__all__
 
@@ -215,8 +215,8 @@ class KeepInstall:
 class Lookup(NbdevLookup):
     """Where a name is documented, as an address within the site.
 
-    One that stands in several modules is the page's own, then the public one, and the command's last of all; where two
-    are left, nobody knows which is meant.
+    One that several modules define is the page's own, then the public one, and the command line's last of all; where
+    two are left, it is not linked: nobody knows which is meant.
     """
 
     own = None  # the module of the page that is being made
