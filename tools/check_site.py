@@ -86,6 +86,7 @@ FAINT = """() => {
   }
   return found }"""
 GO_DARK = "() => window.quartoToggleColorScheme && !document.body.matches('.quarto-dark') && quartoToggleColorScheme()"
+STYLED = "() => [...document.querySelectorAll('link[rel~=stylesheet]')].every(l => l.sheet || !/^file:/.test(l.href))"
 
 
 def check_looks(folder, names=None):
@@ -104,6 +105,7 @@ def check_looks(folder, names=None):
                 page.goto((Path(folder) / name).resolve().as_uri())
                 if scheme == "dark":
                     page.evaluate(GO_DARK)
+                    page.wait_for_function(STYLED)  # the dark sheets are loaded only now
                     page.evaluate("document.getAnimations().forEach(one => one.finish())")
                 width = page.evaluate("document.scrollingElement.scrollWidth")
                 found += [f"{name}, {scheme}: {width} pixels wide on a screen of {PHONE}"] * (width > PHONE)
