@@ -77,8 +77,10 @@ docs: $(STAMP)
 	$(BIN)/python tools/prepare_docs.py
 	@command -v quarto >/dev/null || { $(BIN)/python tools/plain_pages.py _proc _proc/plain; \
 		echo "The pages are prepared in _proc, and plain ones to read in _proc/plain; for the site install Quarto (https://quarto.org/docs/get-started) and repeat." >&2; exit 1; }
-	cd _proc && quarto render --no-cache
+	cd _proc && set -o pipefail && quarto render --no-cache 2>&1 | tee quarto.log
+	@! grep WARN _proc/quarto.log
 	rm -rf _docs && mv _proc/_docs _docs
+	$(BIN)/python tools/check_site.py _docs
 
 export: $(STAMP)
 	$(BIN)/python tools/notebook_heads.py

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import yaml
 
+import qlora_nb
+
 # %% ../nbs/00_core.ipynb #8278cb14-2
 class UserError(Exception):
     "A mistake that the user can mend. The message says what was found, where, and what to do."
@@ -33,7 +35,7 @@ class UserError(Exception):
     exit_code = 2  # of the command line
 
 # %% ../nbs/00_core.ipynb #8278cb14-3
-EMBEDDED = Path(__file__).parent / "embedded" if "__file__" in globals() else Path("../qlora_nb/embedded").resolve()
+EMBEDDED = Path(qlora_nb.__file__).parent / "embedded"
 EMBEDDED_MODEL = EMBEDDED / "model"
 EMBEDDED_DATA = EMBEDDED / "data"
 

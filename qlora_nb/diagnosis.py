@@ -14,7 +14,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .evaluation import wilson
-from .training import Run, check_fields, plot_loss, read_json, read_metrics, read_objects, read_summary, run_settings
+from qlora_nb.training import (
+    Run,
+    check_fields,
+    plot_loss,
+    read_json,
+    read_metrics,
+    read_objects,
+    read_summary,
+    run_settings,
+)
 
 # %% ../nbs/19_diagnose.ipynb #f4237bcb
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Every notebook runs from top to bottom, in a process of its own, under a time limit, and leaves nothing behind."""
+"""Every notebook runs from top to bottom, in a process of its own, under a time limit.
+
+It leaves nothing behind but the run that the quick start is about; and it needs nothing beside it.
+"""
 
 import json
 import os
@@ -7,14 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
-from repository import NBS, NOTEBOOKS, ROOT
+from repository import NBS, NOTEBOOKS, ROOT, read, tool
 
 NBDEV_TEST = str(Path(sys.executable).with_name("nbdev_test"))
 TIME_LIMIT = 300
-LEFT_OUT = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "unsloth_compiled_cache")
+LEFT_OUT = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "unsloth_compiled_cache", "runs")
 
 
 def run_group(command, cwd, env, limit):
@@ -72,7 +76,45 @@ def test_notebook(notebook, tmp_path):
     workspace(tmp_path)
     before = listing(tmp_path)
     run_notebook(notebook.name, tmp_path)
-    assert listing(tmp_path) == before, "the notebook leaves files in the repository"
+    left = listing(tmp_path) - before
+    if notebook.stem == "30_quickstart":
+        check_the_run(tmp_path / "nbs/runs")
+        left = {path for path in left if path.parts[:2] != ("nbs", "runs")}
+    assert not left and before <= listing(tmp_path), "the notebook leaves files in the repository"
+
+
+def check_the_run(folder):
+    "What the quick start leaves to its reader: the run, its adapter packed, and the export that its last cell names."
+    from qlora_nb import load_run
+
+    (path,) = folder.iterdir()
+    with zipfile.ZipFile(path / "adapter.zip") as packed:
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= set(packed.namelist())
+    made = load_run(path).export("q8_0")
+    assert made.parent == path and made.stat().st_size > 1e6 and (path / "Modelfile").is_file()
+
+
+@pytest.mark.parametrize("name", ["00_core", "index"])
+def test_a_notebook_that_is_opened_alone(name, tmp_path):
+    "In an empty folder, with the package as a wheel installs it; test_structure.py reads the others for places beside."
+    installed, alone = tmp_path / "installed/qlora_nb", tmp_path / "alone"
+    alone.mkdir()
+    installed.mkdir(parents=True)
+    for path in (ROOT / "qlora_nb").glob("[!_]*"):
+        (installed / path.name).symlink_to(path)
+    (installed / "__init__.py").symlink_to(ROOT / "qlora_nb/__init__.py")
+    (installed / "results").symlink_to(NBS / "results")
+    notebook = read(NBS / f"{name}.ipynb")
+    ask = "import qlora_nb.core\nqlora_nb.core.RESULTS"
+    notebook["cells"].append(tool("notebook_heads")["new_cell"]("code", ask, name, "where"))
+    (alone / f"{name}.ipynb").write_text(json.dumps(notebook))
+    env = {**os.environ, "PYTHONPATH": str(installed.parent)}
+    command = [sys.executable, str(ROOT / "tools/execute.py"), f"{name}.ipynb"]
+    code, _, out = run_group(command, alone, env, TIME_LIMIT)
+    assert code == 0, out[-8000:]
+    (answer,) = read(alone / f"{name}.ipynb")["cells"][-1]["outputs"]
+    assert str(installed / "results") in "".join(answer["data"]["text/plain"])
+    assert [path.name for path in alone.iterdir()] == [f"{name}.ipynb"], "the notebook leaves files behind"
 
 
 @pytest.mark.quick

@@ -49,7 +49,7 @@ def build(place):
     "Copies what the site is made of, prepares it as `make docs` does, and turns each page into HTML."
     for name in ("settings.ini", "_quarto.yml"):
         shutil.copy(ROOT / name, place)
-    shutil.copytree(NBS, place / "nbs", symlinks=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(NBS, place / "nbs", symlinks=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs"))
     shutil.copytree(ROOT / "tools", place / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     (place / "qlora_nb").symlink_to(ROOT / "qlora_nb")
     env = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
@@ -182,6 +182,95 @@ def broken_links(site, page):
 @each_page
 def test_links_lead_somewhere(site, page):
     assert broken_links(site, page) == []
+
+
+def prepared(site, page):
+    "The texts of a prepared page that Quarto reads as Markdown: cells, and what other cells put out as such."
+    path = site / "_proc" / page.name
+    if path.suffix != ".ipynb":
+        return [path.read_text(encoding="utf-8")]
+    made = read(path)["cells"]
+    outputs = [output.get("data", {}).get("text/markdown", "") for cell in made for output in cell.get("outputs", [])]
+    return ["".join(cell["source"]) for cell in made if cell["cell_type"] == "markdown"] + ["".join(o) for o in outputs]
+
+
+FENCED = re.compile(r"^ *(```+|~~~+).*?^ *\1\s*$", re.M | re.S)
+
+
+@each_page
+def test_links_stand_in_prose_alone(site, page):
+    "None in a signature or other code, none in a link, and those within the site lead on in a preview or a fork, too."
+    cfg = settings()
+    for text in prepared(site, page):
+        for fenced in FENCED.finditer(text):
+            assert not re.search(r"\]\((?:https?:|[\w.-]+\.(?:html|ipynb))", fenced.group()), fenced.group()[:400]
+        prose = FENCED.sub("", text)
+        assert not re.search(r"\[[^\[\]]*(?<!!)\[[^\[\]]*\]\([^)]*\)[^\[\]]*\]\(", prose), prose[:400]
+        assert f"{cfg['doc_host']}{cfg['doc_baseurl']}/" not in prose, prose[:400]
+    visible = "".join(parsed(site, page).prose)
+    assert not re.search(r"\[<?`?\w+`?>?\]\(", visible), "a link is shown as Markdown"
+
+
+@each_page
+def test_plain_words_are_no_links(site, page):
+    "`flat`, `run` and `method` are options and words, whatever functions of that name there are."
+    public = set(importlib.import_module("qlora_nb").__all__)
+    linked = re.compile(r"(?<!\!)\[`([a-z]+)`\]\(([\w./-]+)#")
+    found = {name for text in prepared(site, page) for name, place in linked.findall(FENCED.sub("", text))}
+    assert found <= public
+
+
+@pytest.mark.quick
+def test_names_are_linked():
+    places = {"train": "training.html#train", "add_lora": "model.html#add_lora", "flat": "d.html#flat"}
+    places["UserError"] = "c.html#u"
+    link = functools.partial(names_of("prepare_docs")["link_names"], find=places.get)
+    assert link("`train`, `add_lora()`: `UserError`.") == (
+        "[`train`](training.html#train), [`add_lora()`](model.html#add_lora): [`UserError`](c.html#u)."
+    )
+    assert link("`flat` and `flat()`") == "`flat` and [`flat()`](d.html#flat)"
+    for text in (
+        "[`train`](15_training.ipynb)",
+        "[see `train` and `add_lora`](x.md)",
+        "[![`train`](a.png)](b.html)",
+        "[`train`][ref]",
+        "```python\ndef f(\n    model,  # from `add_lora`\n)\n```",
+        "- a list\n\n  ```python\n  f(model)  # from `add_lora`\n  ```",
+        "~~~~\n```\n~~~\n`train`\n~~~~",
+        "    x  # `train`",
+        "$$ `train` $$",
+        '<a href="x.html">`train`</a>',
+        "`unknown`, `a b`, ``train`` and `` `train` ``",
+    ):
+        assert link(text) == text
+    assert link("```\n`train`\n```\n\n`train` [`train`](x)\n`train`") == (
+        "```\n`train`\n```\n\n[`train`](training.html#train) [`train`](x)\n[`train`](training.html#train)"
+    )
+
+
+@pytest.mark.quick
+def test_a_name_in_several_modules_is_linked_where_it_is_meant():
+    "On its own page, else the public one, else the one that is no command; else nowhere: which `Plan` is meant?"
+    from nbdev.config import get_config
+
+    assert get_config().lib_name == "qlora_nb"
+    lookup = (names := names_of("prepare_docs"))["Lookup"]()
+    known = importlib.import_module("qlora_nb._modidx").d["syms"]
+    assert {f"qlora_nb.{module}.Plan" for module in ("memory", "gguf_export")} <= {n for d in known.values() for n in d}
+    assert lookup.doc("Plan") is None
+    assert lookup.doc("train") == "training.html#train" and lookup.doc("diagnose") == "diagnose.html#diagnose"
+    names["Lookup"].own = "memory"
+    assert lookup.doc("Plan") == "memory.html#plan"
+    names["Lookup"].own = "cli"
+    assert lookup.doc("train") == "cli.html#train"
+    assert lookup.doc("numpy") is None
+
+
+@each_notebook
+def test_badge_stands_in_a_line_of_text(site, notebook):
+    "Alone in its paragraph Quarto makes a figure of it, with a caption."
+    (line,) = [line for text in prepared(site, notebook) for line in text.splitlines() if "colab-badge.svg" in line]
+    assert line.endswith(".ipynb)\\ ")
 
 
 @each_page
@@ -400,6 +489,54 @@ def test_quarto_settings():
     (quarto,) = [step for step in steps if "quarto" in step.get("uses", "")]
     assert re.fullmatch(r"\d+\.\d+\.\d+", quarto["with"]["version"])
     assert any(step.get("run") == "make docs" for step in steps)
+
+
+@pytest.mark.quick
+def test_the_site_is_built_before_a_merge_and_deployed_after():
+    flow = yaml.load((ROOT / ".github/workflows/docs.yml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    assert {"push", "pull_request"} <= flow["on"].keys()
+    assert flow["jobs"]["deploy"]["if"] == "github.event_name != 'pull_request'" and "if" not in flow["jobs"]["build"]
+    # A build for a pull request stops none for main.
+    assert "github.ref" in flow["concurrency"]["group"]
+
+
+@pytest.mark.quick
+def test_a_fault_of_the_finished_site_is_seen(tmp_path):
+    good = '<main id="top"><a href="./b.html#x">b</a> <a href="#top">up</a> <code>[`x`]</code></main>'
+    (tmp_path / "a.html").write_text(good)
+    (tmp_path / "b.html").write_text('<p id="x"></p><script>"[`x`](y.html)"</script>')
+    check = names_of("check_site")["check_texts"]
+    assert check(tmp_path) == []
+    bad = '<a href="c.html">c</a><a href="b.html#y">y</a><img src="i.png"><code>f(x) # [`g`](https://a.b/g.html)</code>'
+    (tmp_path / "a.html").write_text(bad)
+    found = check(tmp_path)
+    assert len(found) == 4 and all(line.startswith("a.html: ") for line in found), found
+
+
+@pytest.mark.skipif(names_of("check_site")["CHROMIUM"] is None, reason="no Chromium here")
+def test_what_is_too_wide_or_too_faint_is_seen(tmp_path):
+    "And our stylesheet fixes what Quarto's themes do: code that doesn't wrap, on a white box; faint captions."
+    theme = "body { background: #fff; color: #343a40 } a { color: inherit } code { white-space: pre }"
+    theme += "p code { background-color: #f8f9fa }"
+    dark = "@media (prefers-color-scheme: dark) { body { background: #222; color: #fff } code { color: #00bc8c } }"
+    text = f"<p><code>{'a long line of code, ' * 9}</code> and <a href='x'>{'long' * 30}</a></p>"
+    text += "<figure><figcaption style='color: #959ea7'>A caption.</figcaption></figure>"
+    page = "<meta name=viewport content='width=device-width'><style>{}</style>{}<main>{}</main>"
+    look = names_of("check_site")["check_looks"]
+    (tmp_path / "a.html").write_text(page.format(theme + dark, "", text))
+    found = look(tmp_path)
+    assert any("pixels wide" in line for line in found)
+    assert any("dark: code" in line for line in found) and any("light: figcaption" in line for line in found)
+    (tmp_path / "a.html").write_text(page.format(theme + dark, "<link rel=stylesheet href=styles.css>", text))
+    shutil.copy(NBS / "styles.css", tmp_path)
+    assert look(tmp_path) == []
+
+
+@pytest.mark.skipif(names_of("check_site")["CHROMIUM"] is None, reason="no Chromium here")
+def test_no_page_is_wider_than_a_phone(site):
+    "The plain pages; `make docs` looks at Quarto's."
+    pages = ["limits.html", "training.html", "full_lora_qlora.html", "engine.html"]
+    assert [line for line in names_of("check_site")["check_looks"](site / "html", pages) if "wide" in line] == []
 
 
 @pytest.mark.quick

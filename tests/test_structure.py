@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from repository import (
     MODULES,
     NBS,
@@ -126,6 +127,77 @@ def test_names_are_flat_numbered_and_unique():
         assert path.stem == "index" or re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem), path.name
     pages = [re.sub(r"^\d\d_", "", path.stem) for path in NOTEBOOKS]
     assert len(pages) == len(set(pages)), "the site drops the numbers: two pages would have one name"
+
+
+NBDEV = re.compile(r"#\s*\|\s*(hide|exports?|exporti|cuda|slow|default_exp \w+)\s*$")  # nbdev takes these lines out
+
+
+@each_notebook
+def test_heads_are_yaml(notebook):
+    "What Quarto finds at the head of a cell is one YAML mapping: one caption with a bare colon, and there is no site."
+    read_directives = tool("plain_pages")["read_directives"]
+    for cell, source in cells(notebook, "code"):
+        try:
+            options, _ = read_directives("\n".join(line for line in source.splitlines() if not NBDEV.match(line)))
+        except (ValueError, yaml.YAMLError) as error:
+            pytest.fail(f"{notebook.name} cell {cell}: {error}", pytrace=False)
+        for name in options.keys() & {"label", "fig-cap", "fig-alt", "code-summary"}:
+            assert isinstance(options[name], str), f"{notebook.name} cell {cell}: {name} is not a string: quote it"
+            # A blank and a # begin a comment.
+            said = re.search(rf"^#\s*\|\s*{name}:\s*(.*?)\s*$", source, re.M)[1]
+            assert said[0] in "\"'" or said == options[name], f"{notebook.name} cell {cell}: quote {name}"
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["#| fig-cap: Its bits. Orange: K-quants", "#| echo: true\n#| echo: false", "#| hide\n#| echo: false", "#| a:b"],
+)
+def test_a_head_that_is_no_mapping_is_seen(head):
+    read_directives = tool("plain_pages")["read_directives"]
+    with pytest.raises((ValueError, yaml.YAMLError)):
+        read_directives(f"{head}\n1 + 1")
+    assert read_directives('#| fig-cap: "Orange: K-quants"\n#| echo: false\n\nx') == (
+        {"fig-cap": "Orange: K-quants", "echo": False}, "x",
+    )  # fmt: skip
+
+
+# Folders of the repository, and what else a notebook that is opened alone doesn't have beside it.
+BESIDE = re.compile(r"(results|images|nbs|qlora_nb|benchmarks|tests|tools|runs|settings\.ini)(/|$)|.*\.ipynb$")
+
+
+def places_beside(source):
+    "What a cell takes for granted near the notebook: `../x`, files that are there, what it opens by such a path."
+    tree, found = parse(source), []
+    for node in ast.walk(tree) if tree else ():
+        called = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
+        opened = ast.walk(node.args[0]) if called in ("Path", "open") and node.args else ()
+        texts = [n.value for n in opened if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        found += [text for text in texts if BESIDE.match(text)]
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        named = re.fullmatch(r"[\w./-]+\.\w+", text) and (NBS / text).is_file()
+        found += [text] * bool(named or re.search(r"(^|/)\.\.(/|$)", text))
+    return found if ".exists()" not in source else []
+
+
+@each_notebook
+def test_notebooks_need_no_place_beside_them(notebook):
+    "Colab opens a notebook alone. A cell may look whether it stands in a checkout (`.exists()`), and do without."
+    for cell, source in cells(notebook, "code"):
+        assert places_beside(source) == [], f"{notebook.name} cell {cell}: take it from the package, or ask .exists()"
+
+
+def test_a_place_beside_a_notebook_is_seen():
+    for source in (
+        'Path("../qlora_nb/embedded").resolve()',
+        'subprocess.run(["python", "../benchmarks/study.py"])',
+        'Path("results").glob("*.json")',
+        'open("images/a.png")',
+        'read_code("index.ipynb")',
+        'Path(f"{name}.ipynb").read_text()',
+    ):
+        assert places_beside(source), source
+    for source in ('Path("a.csv")', 'RESULTS / "x.json"', 'other = Path("../x.ini")\nif other.exists():\n    1'):
+        assert not places_beside(source), source
 
 
 @each_notebook

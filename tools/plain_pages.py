@@ -1,7 +1,8 @@
 """The prepared pages as plain HTML, by pandoc and our stylesheet alone: python tools/plain_pages.py _proc OUT
 
-Not the site: Quarto's theme, navigation and search are missing. It is what the tests look at, and what one can read
-where Quarto is not installed. Directives, cross-references and links are resolved as Quarto does.
+Not the site: Quarto's navigation, search and theme are missing, but for the theme's rule that makes code wide. It is
+what the tests look at, and what one can read where Quarto is not installed. Directives, cross-references and links are
+resolved as Quarto does.
 """
 
 import base64
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-DIRECTIVE = re.compile(r"^#\s*\|\s*([\w-]+)\s*:\s*(.*?)\s*$")
+DIRECTIVE = re.compile(r"^#\s*\| ?(.*)$")
 KINDS = {"fig": "Figure", "eq": "Equation", "tbl": "Table", "sec": "Section"}
 CROSS = re.compile(r"(?<![\w@/.`\[])@((fig|eq|tbl|sec)-[\w-]+)")
 LABELLED_MATH = re.compile(r"(\$\$[^$]+\$\$)\s*\{#(eq-[\w-]+)\}")
@@ -38,11 +39,15 @@ def fence(text, kind=""):
 
 
 def read_directives(source):
-    "The options at the head of a cell, and the code below them."
-    lines, options = source.splitlines(), {}
+    "The options at the head of a cell, as Quarto reads them (all lines are one YAML mapping), and the code below them."
+    lines, head = source.splitlines(), []
     while lines and (match := DIRECTIVE.match(lines[0])):
-        options[match[1]] = yaml.safe_load(match[2])
+        head.append(match[1])
         lines.pop(0)
+    options = yaml.safe_load("\n".join(head)) or {}
+    # An option a line: one that is there twice Quarto refuses, and PyYAML does not.
+    if not isinstance(options, dict) or len(options) != len(head):
+        raise ValueError(f"not one option a line: {head}")
     return options, "\n".join(lines).strip("\n")
 
 
@@ -149,7 +154,7 @@ TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$pagetitle$</title><meta name="description" content="$description$"><style>$highlighting-css$</style>
 <style>:root { color-scheme: light dark; } body { max-width: 52rem; margin: 2rem auto; padding: 0 1rem;
-font: 17px/1.55 "Source Sans Pro", "DejaVu Sans", sans-serif; }
+font: 17px/1.55 "Source Sans Pro", "DejaVu Sans", sans-serif; } code { white-space: pre; }
 @media (prefers-color-scheme: dark) { body { background: #222; color: #eee; } a { color: #00bc8c; } }</style>
 <link rel="stylesheet" href="styles.css"></head>
 <body><main><h1 class="title">$title$</h1><p class="description">$description$</p>

@@ -1,8 +1,8 @@
 """Makes _proc, the pages that Quarto renders. nbdev's own command would fetch Quarto first.
 
 To nbdev's processors come: a sidebar in sections, the install line kept, the first use of a glossary term linked, names
-that stand in two modules linked to the right one, no cell run that isn't needed for the reference, the pictures beside
-the pages, and llms.txt.
+linked in prose alone and within the site, names that stand in two modules linked to the right one, no cell run that
+isn't needed for the reference, the pictures beside the pages, and llms.txt.
 """
 
 import ast
@@ -17,7 +17,7 @@ import yaml
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.frontmatter import _fm2dict, _md2dict
-from nbdev.processors import FilterDefaults, _do_eval, exec_show_docs
+from nbdev.processors import FilterDefaults, _do_eval, add_links, exec_show_docs
 from nbdev.quarto import refresh_quarto_yml
 
 FRONT = ("index", "quickstart", "takeaways")
@@ -99,12 +99,16 @@ def llms_txt(folder, site, title, description):
 # --- processors -------------------------------------------------------------------------------------------------------
 
 TERM = re.compile(r"^## (.+?)(?:\s*\{#([\w-]+)\})?\s*$", re.M)
+FENCE = r"^ *(?P<fence>```+|~~~+).*?^ *(?P=fence)\s*$"
+LINK = r"!?\[(?:[^\[\]\n]|\n(?!\n)|!?\[[^\]]*\](?:\([^)]*\))?)*\](?:\([^)]*\)|\[[^\]]*\])"  # a picture may be its text
 # What is not prose: fences, code, formulas, links and pictures, raw HTML, headings, addresses.
 NOT_PROSE = re.compile(
-    r"^(?:```|~~~).*?^(?:```|~~~)\s*$|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]]*\](?:\([^)]*\)|\[[^\]]*\])"
-    r"|<[^>\n]+>|^#+ [^\n]*$|https?://\S+|\{[^}\n]*\}",
-    re.M | re.S,
+    rf"{FENCE}|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|{LINK}|<[^>\n]+>|^#+ [^\n]*$|https?://\S+|\{{[^}}\n]*\}}", re.M | re.S
 )
+# Where a name in backticks is no link: fences and other code, links and pictures, formulas, raw links.
+NOT_LINKED = re.compile(rf"{FENCE}|^    [^\n]*$|``.*?``|{LINK}|\$\$.*?\$\$|<a\b.*?</a>", re.M | re.S)
+NAME = re.compile(r"`([^`\s]+?)(\(\))?`")
+BADGE = re.compile(r"^(\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\))[ \t]*$", re.M)
 
 
 def glossary_terms(text):
@@ -114,6 +118,15 @@ def glossary_terms(text):
         anchor = name or re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
         found |= {term.strip(): anchor for term in heading.split(",")}
     return found
+
+
+def outside(pattern, text, change):
+    "The text, changed wherever the pattern does not match."
+    out, at = [], 0
+    for kept in pattern.finditer(text):
+        out += [change(text[at : kept.start()]), kept.group()]
+        at = kept.end()
+    return "".join([*out, change(text[at:])])
 
 
 def link_first(text, terms, page="glossary.md"):
@@ -134,11 +147,7 @@ def link_first(text, terms, page="glossary.md"):
             del left[term]
         return f"[{match.group()}]({page}#{anchor})"
 
-    out, at = [], 0
-    for skipped in NOT_PROSE.finditer(text):
-        out += [pattern.sub(link, text[at : skipped.start()]), skipped.group()]
-        at = skipped.end()
-    return "".join([*out, pattern.sub(link, text[at:])]), left
+    return outside(NOT_PROSE, text, lambda prose: pattern.sub(link, prose)), left
 
 
 class LinkTerms:
@@ -151,6 +160,44 @@ class LinkTerms:
     def __call__(self, cell):
         if cell.cell_type == "markdown" and cell.source:
             cell.source, self.terms = link_first(cell.source, self.terms)
+
+
+def link_names(text, find):
+    """The text with the names in its backticks linked to where `find(name)` says that they are documented, if it does.
+
+    Only in prose: nbdev also links names inside links, and inside the signatures of the reference. A plain word is
+    mostly an option or an English word: it is linked only if it is in the public API, or written as a call.
+    """
+    public = importlib.import_module(get_config().lib_name).__all__
+
+    def link(match):
+        name, call = match.groups()
+        plain = re.fullmatch(r"[a-z]+", name) and name not in public and not call
+        place = None if plain else find(name)
+        return f"[{match.group()}]({place})" if place else match.group()
+
+    return outside(NOT_LINKED, text, lambda prose: NAME.sub(link, prose))
+
+
+class LinkNames:
+    "Names in backticks become links: in texts, and in what cells put out as Markdown."
+
+    def __init__(self, nb):
+        self.lookup = Lookup()
+
+    def __call__(self, cell):
+        if cell.cell_type == "markdown" and cell.source:
+            cell.source = link_names(cell.source, self.lookup.doc)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "text/markdown" in data:
+                data["text/markdown"] = link_names("".join(data["text/markdown"]), self.lookup.doc)
+
+
+def keep_badge(cell):
+    "A blank after the badge: alone in its paragraph it would be a figure, with its alt text as the caption."
+    if cell.cell_type == "markdown" and cell.source:
+        cell.source = BADGE.sub(r"\1\\ ", cell.source)
 
 
 class KeepInstall:
@@ -166,18 +213,32 @@ class KeepInstall:
 
 
 class Lookup(NbdevLookup):
-    "Where a name is documented. One that stands in several modules is the page's own, and the command's last of all."
+    """Where a name is documented, as an address within the site.
+
+    One that several modules define is the page's own, then the public one, and the command line's last of all; where
+    two are left, it is not linked: nobody knows which is meant.
+    """
 
     own = None  # the module of the page that is being made
 
     def __getitem__(self, name):
-        package = get_config().lib_name
-        known = importlib.import_module(f"{package}._modidx").d["syms"]
+        package = importlib.import_module(get_config().lib_name)
+        known = importlib.import_module(f"{package.__name__}._modidx").d["syms"]
         places = [module for module, names in known.items() if f"{module}.{name}" in names]
-        if places:
-            best = min(places, key=lambda module: (module != f"{package}.{self.own}", module.endswith(".cli"), module))
-            name = f"{best}.{name}"
+        thing = getattr(package, name, None) if name in package.__all__ else None
+        kinds = (f"{package.__name__}.{self.own}", getattr(thing, "__module__", None))
+        first = next((kind for kind in kinds if kind in places), None)
+        others = [module for module in places if not module.endswith(".cli")] or places
+        if first or len(others) == 1:
+            name = f"{first or others[0]}.{name}"
+        elif places:
+            return None
         return super().__getitem__(name)
+
+    def doc(self, name):
+        config = get_config()
+        place = super().doc(name)
+        return place and place.removeprefix(f"{config.doc_host}{config.doc_baseurl}/")
 
 
 def needed(cell):
@@ -213,9 +274,10 @@ class Pages(FilterDefaults):
     "nbdev's processors and ours."
 
     def base_procs(self):
-        procs = [RunNeeded if proc is exec_show_docs else proc for proc in super().base_procs()]
+        ours = {exec_show_docs: RunNeeded, add_links: LinkNames}
+        procs = [ours.get(proc, proc) for proc in super().base_procs()]
         at = next(i for i, proc in enumerate(procs) if proc.__name__ == "clean_magics")
-        return [*procs[:at], KeepInstall, LinkTerms, *procs[at:]]
+        return [*procs[:at], KeepInstall, LinkTerms, keep_badge, *procs[at:]]
 
 
 def main():
