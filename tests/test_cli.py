@@ -665,3 +665,50 @@ def test_a_hangup_that_is_ignored_and_a_signal_in_the_evaluation(tmp_path):
     _, err = process.communicate(timeout=240)
     assert process.returncode == 143 and "Traceback" not in err
     assert re.search("stopped by SIGTERM: go on with qlora_nb train --resume .*run", err.splitlines()[-1])
+
+
+DROPS_SYSTEM = """{{- bos_token }}
+{%- for message in messages if message['role'] != 'system' %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}
+"""
+
+
+def test_a_modelfile_that_cant_be_derived_is_said_before_the_training(tmp_path):
+    import shutil
+
+    from qlora_nb.core import EMBEDDED_MODEL
+
+    shutil.copytree(EMBEDDED_MODEL, tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").write_text(DROPS_SYSTEM)
+    rows = (json.dumps({"prompt": f"{i} + 1?", "response": f"{i + 1}"}) for i in range(40))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    done = qlora_nb("train", "--model", "base", "--data", "rows.jsonl", "--max-steps", "2", "--eval-rows", "0",
+                    "--max-seq-length", "128", "--export", "f16", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = "no TEMPLATE for Ollama can be derived"
+    assert 0 < done.stderr.index(said) < done.stderr.index("step/s"), done.stderr
+    run = Path(done.stdout.splitlines()[-1])
+    assert list(run.glob("*.gguf")) and "TEMPLATE" not in (run / "Modelfile").read_text()
+
+
+def test_a_system_text_is_left_out_or_put_in(tmp_path):
+    rows = [{"prompt": f"{i} + 1?", "response": f"<think>one more</think>{i + 1}"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = ("--data", "rows.jsonl", "--max-steps", "2", "--eval-rows", "0")
+    found = {}
+    for name, flags in (("a", ()), ("b", ("--no-system",)), ("c", ("--system", "Be brief."))):
+        done = qlora_nb("train", *short, *flags, "--output", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("was put before 40 rows" in done.stderr) == (name != "b")
+        assert ("leave it out with system=False (--no-system)" in done.stderr) == (name == "a")
+        found[name] = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+    assert found["a"]["system"].startswith("Reflect") and found["a"]["add_system"] is None
+    assert (found["b"]["system"], found["b"]["add_system"]) == (None, False)
+    assert (found["c"]["system"], found["c"]["add_system"]) == ("Be brief.", "Be brief.")
+    done = qlora_nb("train", "--config", "b/config.yaml", "--output", "again", cwd=tmp_path)
+    assert done.returncode == 0 and "note: data is not" not in done.stderr
+    assert sha(tmp_path / "again") == sha(tmp_path / "b")
+    both = qlora_nb("check", *short[:2], "--system", "x", "--no-system", cwd=tmp_path)
+    assert both.returncode == 2 and "--system and --no-system are both given" in both.stderr

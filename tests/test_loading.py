@@ -1,5 +1,6 @@
 """What is loaded is whole, and is what its files say: weights, tokenizers, adapters with template and precision."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -17,11 +18,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_nb.cli import main
+from qlora_nb.certificate import certify, chat_server
+from qlora_nb.cli import main, opened
 from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
+from qlora_nb.data import load_sft_dataset
 from qlora_nb.gguf_export import export_gguf
 from qlora_nb.merging import load_adapter, merge_adapter, save_adapter, save_merged
 from qlora_nb.model import add_lora, load_model, load_tokenizer, trained_in_4bit
+from qlora_nb.template import render
+from qlora_nb.training import train
 
 WEIGHTS = load_file(EMBEDDED_MODEL / "model.safetensors")
 MLP, NORM, QUERY = (f"model.layers.1.{name}.weight" for name in ("mlp.up_proj", "input_layernorm", "self_attn.q_proj"))
@@ -465,6 +470,35 @@ def test_an_adapter_is_asked_in_its_own_template(files, tmp_path, capfd):
     written = GGUFReader(export_gguf(folder, None, tmp_path / "x.gguf")).fields["tokenizer.chat_template"].contents()
     assert written == OTHER
     assert load_model("qlora_nb:embedded")[1].chat_template != OTHER
+
+
+def test_a_run_is_asked_and_served_in_its_own_template(tmp_path, command):
+    model, tokenizer = load_model("qlora_nb:embedded")
+    tokenizer.chat_template = OTHER
+    rows = load_sft_dataset(limit=60)
+    run = train(add_lora(model, r=2), tokenizer, rows, max_steps=2, eval_rows=0, output=tmp_path / "run")
+    asked = render(rows[0]["messages"][:-1], tokenizer, add_generation_prompt=True)
+    assert asked.endswith("<|end_header_id|>\n")
+    served = opened(str(run.path), None, None, None)[1]
+    assert render(rows[0]["messages"][:-1], served, add_generation_prompt=True) == asked
+    run.export("f32")
+    certificate = certify(run.path, gguf=run.path / "run-F32.gguf", modelfile=run.path / "Modelfile", rows=10,
+                          model_rows=2, max_new_tokens=0)  # fmt: skip
+    assert certificate.passed, certificate.failures
+    (check,) = [check for check in certificate.checks if check.paths]
+    assert len(check.paths) == 3
+    with gguf_chat_text(run.path / "run-F32.gguf") as text:
+        assert text(rows[0]["messages"][:-1]) == asked.removeprefix(tokenizer.bos_token)  # which the file adds
+    held_out = EMBEDDED_DATA / "heldout.parquet"
+    done = command("evaluate", run.path, "--data", held_out, "--limit", "2", "--max-new-tokens", "2")
+    assert done.code == 0 and "has a chat template of its own" in done.err
+
+
+@contextlib.contextmanager
+def gguf_chat_text(file):
+    "What llama.cpp's server renders of messages with a file's own template."
+    with chat_server(file, 1024) as ask:
+        yield lambda messages: ask("/apply-template", {"messages": messages})["prompt"]
 
 
 def test_an_adapter_with_more_tokens_than_the_base(tmp_path):
