@@ -770,7 +770,7 @@ def one_process() -> None:
         time.sleep(10)  # the launcher ends all with the first that ends, which is to be the one that speaks
         raise SystemExit(2)
     if count > 1:
-        raise UserError(f"this was started as {count} processes (WORLD_SIZE), which are not supported yet: start it once, without torchrun or accelerate launch")
+        raise UserError(f"several processes are not supported yet, and {count} were started (WORLD_SIZE): start one, without torchrun or accelerate launch")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -395,13 +395,13 @@ def own_tokenizer(tokenizer, name: str, revision: str | None = None):
     file = model_file(name, "tokenizer.json", revision)
     if file is None:
         return tokenizer  # there is nothing to compare it with
-    difference = tokenizer_difference(tokenizer, file) if tokenizer is not None else "it can't be made"
+    difference = tokenizer_difference(tokenizer, file) if tokenizer is not None else "it can't be built"
     if difference is None:
         return tokenizer
     own = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
     if again := tokenizer_difference(own, file):
         raise UserError(f"the tokenizer of {name} doesn't do what its tokenizer.json says ({again}): save it again from the original model")
-    print(f"tokenizer: the class that {name} names departs from its tokenizer.json ({difference}), so the file's own tokenizer is used", file=sys.stderr)
+    print(f"tokenizer: the class that {name} names doesn't do what its tokenizer.json says ({difference}), so the file's own tokenizer is used", file=sys.stderr)
     return own
 
 # %% ../nbs/10_model.ipynb #a11e0014
@@ -498,7 +498,7 @@ def _with_adapter(loaded: torch.nn.Module, tokenizer, adapter: str | Path, name:
     from qlora_nb.merging import load_adapter
 
     if model_info(loaded)["load_in_4bit"] and not trained_in_4bit(adapter, name)[0]:
-        print(f"precision: nothing says that the adapter {adapter} was trained on a 4-bit base; load_in_4bit=False puts it on the 16-bit one", file=sys.stderr)
+        print(f"precision: the adapter {adapter} is put on the base in 4 bits, and nothing says that it was trained on it so; load_in_4bit=False takes the 16-bit base", file=sys.stderr)
     loaded = load_adapter(loaded, adapter)
     return loaded, adapter_tokenizer(adapter, tokenizer, loaded.get_input_embeddings().weight.shape[0])
 
@@ -575,7 +575,7 @@ def adapter_bits(adapter: str | Path, base: str | Path | None = None, asked: boo
     "Whether to load an adapter's base in 4 bits: as was `asked`, else as it was trained. What is taken, and why, is said on stderr."
     found, why = trained_in_4bit(adapter, base)
     bits, why = (found, why) if asked is None or asked == found else (asked, f"that was asked for, although {why}")
-    print(f"precision: the base of {adapter} is taken in {'4 bits' if bits else '16 bits or more'}: {why}", file=sys.stderr)
+    print(f"precision: the base of {adapter} is loaded in {'4 bits' if bits else '16 bits or more'}: {why}", file=sys.stderr)
     return bits
 
 # %% ../nbs/10_model.ipynb #a11e0023
@@ -597,7 +597,7 @@ def adapter_tokenizer(adapter: str | Path, tokenizer, rows: int | None = None):
             found = copy.deepcopy(tokenizer)
             found.chat_template = text
     if before is not None and found.chat_template != before:
-        print(f"template: {folder} has a chat template of its own, which is used; the base's is another", file=sys.stderr)
+        print(f"template: the chat template in {folder} is used; it differs from the base model's", file=sys.stderr)
     return found
 
 # %% ../nbs/10_model.ipynb #fca80c77-15
