@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['OPENERS', 'READERS', 'PACKED_BADLY', 'KNOWN', 'COMMON', 'ROLES', 'CALLS', 'TOOLS', 'WEIGHTS', 'LABELS', 'PAIRS',
-           'HISTORY', 'MEDIA', 'REASONING', 'RULES', 'BAD', 'CALLERS', 'NOTED', 'MARK', 'PLAIN', 'LICENCES', 'CODES',
-           'KNOWN_ROLES', 'ODD', 'MOJIBAKE', 'LETTERS', 'CONTROLS', 'REMEMBERED', 'DROPPED', 'SIGNS', 'EXCLAIMED',
-           'LEFT_OUT', 'read_rows', 'Schema', 'recognise', 'to_messages', 'unused_marks', 'load_sft_dataset',
-           'data_fingerprint', 'Finding', 'DatasetReport', 'plot_lengths', 'role_problem', 'odd_characters',
-           'content_problems', 'token_problems', 'asking_ids', 'prompt_is_labelled', 'Seen', 'plain', 'question_hash',
-           'Answers', 'keeps', 'Figures', 'writes_clock', 'embedding_rows', 'check_dataset', 'encode_dataset']
+           'HISTORY', 'MEDIA', 'REASONING', 'ASKED', 'RULES', 'BAD', 'GOOD', 'CLASSES', 'CALLERS', 'NOTED', 'MARK',
+           'PLAIN', 'LICENCES', 'CODES', 'KNOWN_ROLES', 'ODD', 'MOJIBAKE', 'LETTERS', 'CONTROLS', 'REMEMBERED',
+           'DROPPED', 'SIGNS', 'EXCLAIMED', 'LEFT_OUT', 'read_rows', 'Schema', 'recognise', 'to_messages',
+           'unused_marks', 'load_sft_dataset', 'data_fingerprint', 'Finding', 'DatasetReport', 'plot_lengths',
+           'role_problem', 'odd_characters', 'content_problems', 'token_problems', 'asking_ids', 'prompt_is_labelled',
+           'Seen', 'plain', 'question_hash', 'Answers', 'keeps', 'Figures', 'writes_clock', 'embedding_rows',
+           'check_dataset', 'encode_dataset']
 
 # %% ../nbs/12_data.ipynb #7742c7f4
 import bz2
@@ -444,20 +445,23 @@ CALLS = _Rule("tool_calls tool_call function_call", "error", "turns would be lea
               "write each call into its turn's content, in the form of your model's template, or leave these rows out")
 TOOLS = _Rule("tools functions", "error", "replies would be learned without the tools that they could call",
               "write the tools into the system text, as your model's template does, or leave these rows out")
-WEIGHTS = _Rule("weight loss_weight sample_weight loss train trainable learn", "error",
+WEIGHTS = _Rule("weight loss_weight sample_weight loss train trainable training train_on_turn learn", "error",
                 "the last reply of every row is learned in full, and no other, whatever is written there",
                 "leave out rows whose last reply should not count, end the others with the reply that should, and take the weights away")
-LABELS = _Rule("label kto_tag desirable is_desirable", "error", "replies marked as bad (false, 0) would be learned like the good ones",
+LABELS = _Rule("label kto_tag desirable is_desirable is_correct correct accepted is_accepted is_good", "error", "replies marked as bad (false, 0) would be learned like the good ones",
                "leave these rows out, or rename the column where it doesn't judge the reply")
-PAIRS = _Rule("chosen rejected chosen_response rejected_response response_rejected", "error",
+PAIRS = _Rule("chosen rejected chosen_response rejected_response rejected_answer response_rejected", "error",
               "training learns one reply, and nothing from the comparison with another",
               "write the chosen replies into rows of their own, and take these columns away")
 HISTORY = _Rule("history", "error", "replies would be learned without the turns before them", "write the earlier turns into messages")
 MEDIA = _Rule("image images image_url input_image audio audios input_audio video videos video_url", "error",
               "replies would be learned without what they are about: training takes text alone", "leave these rows out, or describe in words what is seen or heard")
-REASONING = _Rule("reasoning reasoning_content reasoning_text thinking thinking_content thought thoughts", "warning",
+REASONING = _Rule("reasoning reasoning_content reasoning_text thinking thinking_content thought thoughts cot chain_of_thought rationale explanation", "warning",
                   "the model would learn to answer without this reasoning",
                   "put it before the answer, between <think> and </think>, where the model should reason")
+ASKED = _Rule("context contexts passage passages document documents options choices system_prompt system input", "warning",
+              "replies would be learned without what the question is about",
+              'put it into the prompt, or name it in Python, e.g. columns={"prompt": "question", "input": "context", "response": "answer"}')
 
 # %% ../nbs/12_data.ipynb #a0f6b7c4
 def _bare(name: str) -> str:
@@ -465,8 +469,10 @@ def _bare(name: str) -> str:
     return re.sub("[-_ ]", "", str(name)).lower()
 
 
-RULES = {_bare(name): rule for rule in (CALLS, TOOLS, WEIGHTS, LABELS, PAIRS, HISTORY, MEDIA, REASONING) for name in rule.names.split()}
-BAD = {"false", "0", "0.0", "no", "bad", "rejected", "undesirable"}
+RULES = {_bare(name): rule for rule in (CALLS, TOOLS, WEIGHTS, LABELS, PAIRS, HISTORY, MEDIA, REASONING, ASKED) for name in rule.names.split()}
+BAD = {"false", "0", "0.0", "-1", "-1.0", "f", "n", "no", "bad", "negative", "rejected", "undesirable"}
+GOOD = {"true", "1", "1.0", "t", "y", "yes", "good", "positive", "chosen", "desirable"}
+CLASSES = " (several values)"  # behind the name of a label that is a class, and doesn't judge the reply
 CALLERS = {"tool", "ipython", "function", "function_call", "observation"}
 
 
@@ -488,8 +494,8 @@ def _severity(name: str, value, role: str | None = None) -> str | None:
         return None if role != "assistant" or word in ("1", "1.0", "true") else "error"
     if rule is WEIGHTS:
         return "error" if "weight" in name.lower() and word not in ("1", "1.0") else other
-    if rule is LABELS:
-        return "error" if word in BAD else other
+    if rule is LABELS:  # the usual names may hold numbers and words, the others must say false
+        return "error" if word in (BAD if _bare(name) in ("label", "ktotag", "desirable", "isdesirable") else ("false",)) else other
     return rule.severity if rule else other
 
 # %% ../nbs/12_data.ipynb #a0f6b7c6
@@ -500,7 +506,8 @@ def _turn_marks(turn) -> Iterator[str]:
     used = "content" if "content" in turn else "value"
     if isinstance(turn.get(used), (list, tuple)):
         for part in turn[used]:
-            if isinstance(part, dict) and not isinstance(part.get("text"), str) and part.get("type") != "text":
+            other = isinstance(part, dict) and part.get("type", "text") not in ("text", "input_text", "output_text")
+            if other or isinstance(part, dict) and not isinstance(part.get("text"), str):
                 yield f"error part {part.get('type', 'unknown')}"
     if len(turn) > 2:
         for name, value in turn.items():
@@ -523,21 +530,33 @@ def unused_marks(
     if len(row) > 1:
         calls = any(RULES.get(_bare(mark.split(" ", 2)[2])) is CALLS for mark in marks) or any(
             isinstance(turn, dict) and _role(turn) in CALLERS for turn in turns)
-        read = schema.reads(row)
+        read, calls = schema.reads(row), None if _are_told(row, turns) else calls
         marks += [mark for name in row if name not in read for mark in _column_marks(name, row[name], schema, calls)]
+        if schema.messages and row.get("chosen") and [*map(_turn, _listed(row["chosen"]))] == [*map(_turn, turns)]:  # the messages are the chosen ones
+            marks = ["info " + mark.split(" ", 1)[1] if RULES.get(_bare(mark.split(" ", 2)[2])) is PAIRS else mark for mark in marks]
         marks += _unread(row, schema, turns)
     return list(dict.fromkeys(marks))
 
 # %% ../nbs/12_data.ipynb #a0f6b7c8
-def _column_marks(name: str, value, schema: Schema, calls: bool) -> list[str]:
-    "The mark of a column that isn't read; the marks that loading has made, where it is their column. `calls`: whether the row calls tools."
+def _are_told(row: dict, turns: list) -> bool:
+    "Whether a turn tells of all the tools that a row's column lists, by their names."
+    listed = next((row[name] for name in row if RULES.get(_bare(name)) is TOOLS and row[name]), None)
+    names = re.findall(r'"name": *"([^"]+)"', listed if isinstance(listed, str) else json.dumps(listed, default=str))
+    told = " ".join(_turn(turn)["content"] or "" for turn in turns if isinstance(turn, dict) and _role(turn) in ("system", "developer", "user"))
+    return bool(names) and all(name in told for name in names)
+
+
+def _column_marks(name: str, value, schema: Schema, calls: bool | None) -> list[str]:
+    "The mark of a column that isn't read; the marks that loading has made, where it is their column. `calls`: whether the row calls tools; None: they are told."
     if name == NOTED and isinstance(value, list) and all(isinstance(m, str) and MARK.fullmatch(m) for m in value):
         return value
     severity, rule = _severity(name, value), RULES.get(_bare(name))
     if severity == "error" and rule is TOOLS and not calls:
-        severity = "warning"
+        severity = "info" if calls is None else "warning"
     if severity and rule is PAIRS and any(RULES.get(_bare(read)) is PAIRS for read in schema.columns):
         severity = "info"  # you named the one to learn
+    if severity and rule is LABELS and str(value).strip().lower() not in BAD | GOOD:
+        name = f"{name}{CLASSES}"
     return [f"{severity} column {name}"] if severity else []
 
 
@@ -1540,6 +1559,9 @@ def _check_named(look: _Looker, data, rows: int) -> None:
     "Findings that name something of all rows: columns that say nothing about the replies, and the share of replies that isn't learned."
     described = str(getattr(getattr(data, "info", None), "description", None) or "")
     loaded = described.removeprefix(PLAIN).split(", ") if described.startswith(PLAIN) else []
+    for name in [*loaded, *look.plain]:
+        if str(name).endswith(CLASSES):  # some rows have another value than good or bad
+            look.found.found.pop(f"unused_column {name.removesuffix(CLASSES)}", None)
     met = look.found.found.pop("unused_column", None)
     if names := [name for name in dict.fromkeys([*loaded, *look.plain]) if f"unused_column {name}" not in look.found.found]:
         count, first = (rows, []) if loaded or not met else (met.count, met.rows)

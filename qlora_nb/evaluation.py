@@ -217,7 +217,7 @@ _UNIT = r"(?:km/h|m/s|mph|[kcm]?m|[km]?g|ml|l|h|min|s|[CF])[²³]?|\\text\{[^{}]
 _END = re.compile(rf"[\W_]*(?:{_UNIT})?[\W_]*")
 _WORDS = re.compile(r"[\W_]*(?:[^\W\d_]+ ?){0,2}[\W_]*")
 _CUE = re.compile(r"(?:=|####|\banswer(?: is|:))\W*$", re.IGNORECASE)
-_PART = re.compile(r"(?:[A-Za-z0-9/]|(?<!#)#|[0-9][-–.:,' ])$")
+_PART = re.compile(r"""(?:[A-Za-z0-9/]|(?<!#)#|[0-9][-–.:,' ]|[A-Za-z][-–]|[<>^_]\s*|(?<!boxed)\{\s*|["']:\s*|\b(?:LIMIT|OFFSET|return)\s+)$""")
 
 
 def wanted_answer(

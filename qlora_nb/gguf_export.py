@@ -762,7 +762,11 @@ def find_run(
     adapter = next((place for place in (folder / "adapter", folder) if (place / "adapter_config.json").exists()), None)
     places = [folder, *([folder.parent] if (folder.parent / "adapter").is_dir() else [])]
     file = next((place / "config.yaml" for place in places if (place / "config.yaml").exists()), None)
-    return adapter, read_config(file) if file else {}
+    config = read_config(file) if file else {}
+    ours = file is not None and (file.parent / "adapter").is_dir()
+    if ours and (lacks := [name for name in ("model", "load_in_4bit", "max_seq_length") if name not in config]):
+        raise UserError(f"{file} has no {lacks[0]}: it is damaged; restore it, or name the adapter's folder copied out of the run")
+    return adapter, config
 
 
 def load_settings(

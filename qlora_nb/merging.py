@@ -13,6 +13,7 @@ import copy
 import json
 import math
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 
 from .core import EMBEDDED_MODEL, UserError, file_sha256, write_aside
 from qlora_nb.model import (
-    check_finite_files,
+    check_numbers,
     check_untied,
     choose_dtype,
     install_where_possible,
@@ -207,6 +208,23 @@ def _check_folder(path: Path) -> None:
     if not (path / "adapter_model.safetensors").exists():
         raise UserError(f"{path} holds no adapter_model.safetensors (other formats are not read): copy the adapter again")
 
+# %% ../nbs/16_merge.ipynb #a11e0070
+def _check_tensors(loaded: torch.nn.Module, header: dict[str, dict], path: Path) -> None:
+    "Raises `UserError` where a file lacks a tensor of its adapter, or holds one that nothing in this model takes. A copy of the base's own embedding is none."
+    from safetensors import safe_open
+
+    wanted, known = set(_adapter_tensors(loaded)), {name for name, _ in loaded.named_parameters(remove_duplicate=False)}
+    if missing := sorted(wanted - set(header)):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(f"the adapter {path} lacks {missing[0]}{more}, which its adapter_config.json asks for: it is damaged, copy it again")
+    table = loaded.get_input_embeddings().weight
+    with safe_open(path / "adapter_model.safetensors", "pt") as tensors:
+        copies = {name for name in set(header) - wanted - known if header[name]["shape"] == list(table.shape) and torch.equal(
+            tensors.get_tensor(name).to(table.device, table.dtype), table)}
+    if unused := sorted(set(header) - wanted - known - copies):
+        more = f" and {len(unused) - 1} more tensors" if unused[1:] else ""
+        raise UserError(f"the adapter {path} holds {unused[0]}{more}, which nothing in this model takes: load its own base, or train without them")
+
 # %% ../nbs/16_merge.ipynb #bd01c831-12
 def load_adapter(
     model: torch.nn.Module,  # the base, from load_model
@@ -221,17 +239,17 @@ def load_adapter(
     if any(hasattr(layer, "lora_A") for layer in model.modules()):
         raise UserError("the model carries an adapter already: load the base alone, then its adapter")
     header = read_header(path / "adapter_model.safetensors")
-    check_finite_files([path / "adapter_model.safetensors"])
+    check_numbers([path / "adapter_model.safetensors"], base=False)
     _check_shapes(model, header, path)
     try:
-        loaded = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is missing is said below
+            loaded = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"the adapter {path} doesn't fit this model: {str(error).strip().splitlines()[0]}") from error
-    if unused := sorted(set(header) - set(_adapter_tensors(loaded)) - {name for name, _ in loaded.named_parameters()}):
-        raise UserError(f"the adapter {path} holds {unused[0]}{f' and {len(unused) - 1} more tensors' if unused[1:] else ''}, which nothing in this model takes: "
-                        "load its own base, or train without them")
+    _check_tensors(loaded, header, path)
     types = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     kinds = {types.get(entry["dtype"]) for entry in header.values()}
     if len(kinds) == 1 and None not in kinds:

@@ -21,6 +21,7 @@ import html
 import math
 import re
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -482,7 +483,7 @@ def setup_facts(folder: Folder) -> dict:
         "Data": data_name(c), "System text": c.get("system"),
         "Adapter": f"rank {figure(c.get('r'))}, alpha {figure(c.get('lora_alpha'))}, on {figure(c.get('target_modules'))}",
         "Parameters trained": share, "Went on from": started_from(c), "Adapter on disk": size(weights.stat().st_size) if weights.is_file() else None,
-        "Rows trained on": (c.get("rows_read") or {}).get("rows"), "Length": length(folder), "Batch": f"{figure(batch)} × {figure(times)} rows" if batch and times else None,
+        "Rows trained on": (c["rows_read"] if isinstance(c.get("rows_read"), dict) else {}).get("rows"), "Length": length(folder), "Batch": f"{figure(batch)} × {figure(times)} rows" if batch and times else None,
         "Learning rate": f"{figure(c.get('learning_rate'))}, {figure(c.get('lr_scheduler_type'))}, {figure(c.get('warmup_steps'))} steps of warm-up",
         "Optimizer": c.get("optim"), "Seed": plain_numbers(c).get("seed"), "Backend": c.get("backend"), "Machine": v.get("device"), "Date": v.get("date"),
     }
@@ -967,6 +968,8 @@ def write_report(
 ) -> Path:  # of report.html
     "Write report.html into the run folder, aside and then renamed. Raises `UserError`."
     page, path = report_page(run), run_path(run) / "report.html"
+    for problem in read_folder(run).problems:
+        print(f"damaged, and left out of the report: {problem}", file=sys.stderr)
     with write_aside(path) as part:
         part.write_text(page, encoding="utf-8")
     return path
@@ -1110,7 +1113,8 @@ def compare(
     settings = {key: [config.get(key, "–") for config in configs] for key in keys}
     results = [run_figures(folder) for folder in folders]
     figures = {key: [result[key] for result in results] for key in results[0]}
-    notes = [f"{name} is not finished" for name, folder in zip(names, folders) if not folder.finished]
+    notes = [f"{name} is damaged: {problem}" for name, folder in zip(names, folders) for problem in folder.problems]
+    notes += [f"{name} is not finished" for name, folder in zip(names, folders) if not (folder.finished or folder.problems)]
     if len({config.get("eval_data fingerprint") for config in configs}) > 1:
         notes.append("the runs were not evaluated on the same rows, so their shares can't be compared")
     curves = {name: curve(folder.metrics, "loss") for name, folder in zip(names, folders)}

@@ -17,8 +17,9 @@ __all__ = ['SETTINGS', 'POSITIVE', 'ELEMENTWISE', 'SMALLEST', 'LATE_ON', 'SIGNAL
            'memory_warning', 'plan_record', 'peak_memory', 'check_space', 'split_off', 'common_system', 'run_config',
            'fit', 'how_to_go_on', 'end_again', 'say_stopped', 'profile_for', 'profile_of', 'resumed', 'same_run',
            'base_task_for', 'cut_rows', 'rows_read', 'preflight', 'print_to_stderr', 'finish', 'check_model',
-           'trained_adapter', 'start_of', 'check_settings', 'training_rows', 'planned', 'advice', 'start', 'taken_up',
-           'run', 'what_is_left', 'foresee', 'taken', 'report_page', 'steps', 'device_name', 'train']
+           'trained_adapter', 'check_given', 'start_of', 'check_settings', 'training_rows', 'planned', 'advice',
+           'start', 'taken_up', 'run', 'what_is_left', 'foresee', 'taken', 'report_page', 'steps', 'device_name',
+           'train']
 
 # %% ../nbs/15_training.ipynb #96a31b6b
 import contextlib
@@ -772,7 +773,7 @@ def damage(checkpoint: Path) -> str | None:
 
 # %% ../nbs/15_training.ipynb #5c1e7b07
 def last_checkpoint(run: str | Path) -> Path | None:
-    "The newest whole checkpoint of a run; None where none was written. Damaged ones are named on stderr. Raises `UserError` where all are damaged."
+    "The newest whole checkpoint of a run; None where there is none. Damaged ones are named on stderr."
     damaged = []
     for folder in checkpoints_of(run):
         if not (why := damage(folder)):
@@ -780,18 +781,15 @@ def last_checkpoint(run: str | Path) -> Path | None:
                 print_to_stderr(f"the checkpoint {name} is damaged ({reason}): going on from {folder.name}")
             return folder
         damaged.append((folder.name, why))
-    if damaged:
-        listed = "; ".join(f"{name} ({why})" for name, why in damaged)
-        raise UserError(
-            f"no checkpoint of the run {run} is whole: {listed}: start a new run with the settings in {Path(run, 'config.yaml')}, or delete "
-            f"{Path(run, 'checkpoints')} and resume, to begin this one again at step 1")
+    for name, reason in damaged:
+        print_to_stderr(f"the checkpoint {name} is damaged ({reason})")
     return None
 
 
-def set_aside(run: str | Path, checkpoint: Path) -> None:
-    "Rename the checkpoints after this one, which are damaged, so that they are neither gone on from nor counted."
+def set_aside(run: str | Path, checkpoint: Path | None) -> None:
+    "Rename the checkpoints after this one (None: all), which are damaged, so that they are neither gone on from nor counted."
     for folder in checkpoints_of(run):
-        if step_of(folder) > step_of(checkpoint):
+        if checkpoint is None or step_of(folder) > step_of(checkpoint):
             aside = folder.with_name(f"damaged-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
@@ -1431,6 +1429,18 @@ def trained_adapter(model) -> str | None:
     weights = {name: p.detach().cpu().contiguous() for name, p in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     return fingerprint(save(weights, metadata={"format": "pt"}))
 
+
+def check_given(model, data, eval_data) -> None:
+    "`check_model`; and raises `UserError` for rows that are not a data set with the column `messages`, as `load_sft_dataset` makes it."
+    import datasets
+
+    check_model(model)
+    for name, rows in (("data", data), ("eval_data", eval_data)):
+        if (name == "eval_data" and rows is None) or (isinstance(rows, datasets.Dataset) and "messages" in rows.column_names):
+            continue
+        found = f"a data set with the columns {', '.join(rows.column_names)}" if isinstance(rows, datasets.Dataset) else f"a {type(rows).__name__}"
+        raise UserError(f"{name} is {found}: give it to load_sft_dataset, which makes rows of messages, and pass on what that returns")
+
 # %% ../nbs/15_training.ipynb #5c1e7b15
 def start_of(model, config: dict | None, path: Path | None, checkpoint: Path | None) -> dict:
     "`started_from` for `config.yaml`: the adapter that a run went on from, said on stderr; {} for a new one. Raises `UserError` where a run would go on from another."
@@ -1499,7 +1509,7 @@ def advice(model, rows: int) -> dict:
 def start(model, tokenizer, data, eval_data: object, arguments: dict, config: dict | None, plan: object, resume: str | Path | None,
           output: str | Path | None, source: dict):
     "Settings, data, folder, configuration, plan and checkpoint of a run: all that is decided before anything is computed."
-    check_model(model)
+    check_given(model, data, eval_data)
     path, config = resumed(resume, arguments) if resume else (None, config)
     usual = replace(profile_of(model), max_seq_length=model_info(model)["max_seq_length"])
     settings, found = settings_for(arguments, config, usual, advised=advice(model, len(data))), None
@@ -1523,10 +1533,9 @@ def start(model, tokenizer, data, eval_data: object, arguments: dict, config: di
 
 def taken_up(path: Path, checkpoint: Path | None) -> None:
     "Make a run's folder ready to go on: damaged checkpoints are set aside, stopped.json goes."
-    if checkpoint:
-        set_aside(path, checkpoint)
-    else:
-        print_to_stderr("no checkpoint was written yet: the run begins again at step 1")
+    set_aside(path, checkpoint)
+    if not checkpoint:
+        print_to_stderr("there is no whole checkpoint to go on from: the run begins again at step 1")
     (path / "stopped.json").unlink(missing_ok=True)
 
 # %% ../nbs/15_training.ipynb #96a31b6b-31

@@ -83,6 +83,17 @@ def shorter(name):
     return change
 
 
+def zeroed(name):
+    def change(weights):
+        weights[name].zero_()
+
+    return change
+
+
+def other_head(weights):
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+
+
 def added(weights):
     weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(256)
 
@@ -117,6 +128,9 @@ DAMAGED = {
     "NaN in a matrix": (spoiled(QUERY, NAN), {}, rf"{QUERY} in .*model\.safetensors holds NaN or infinite"),
     "infinity in a matrix": (spoiled(QUERY, -INF), {}, rf"{QUERY} in .* holds NaN or infinite"),
     "NaN in a norm": (spoiled(NORM, NAN), {}, rf"{NORM} in .* holds NaN or infinite"),
+    "an empty matrix": (zeroed(QUERY), {}, rf"{QUERY} in .* holds nothing but zeros"),
+    "an empty embedding": (zeroed("model.embed_tokens.weight"), {}, r"embed_tokens\.weight .* nothing but zeros"),
+    "another head": (other_head, {}, r"lm_head\.weight in .* isn't model\.embed_tokens\.weight, though"),
     "infinity in the embedding": (
         spoiled("model.embed_tokens.weight", INF),
         {},
@@ -133,6 +147,27 @@ def test_a_base_that_is_not_whole(kind, load_in_4bit, tmp_path):
     with pytest.raises(UserError, match=said) as caught:
         load_model(folder, load_in_4bit=load_in_4bit)
     assert str(folder) in str(caught.value) and "download or copy" in str(caught.value)
+
+
+def test_constants_of_older_files_are_no_damage(tmp_path):
+    def buffers(weights):
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(32)
+        weights["model.layers.0.self_attn.masked_bias"] = torch.tensor(-1e4)
+
+    load_model(base(tmp_path / "base", buffers))
+
+
+def test_a_base_in_4_bits(tmp_path):
+    model, tokenizer = load_model("qlora_nb:embedded")
+    save_merged(add_lora(model, r=2), tokenizer, tmp_path / "packed", "requantized")
+    assert load_model(tmp_path / "packed")[0].model.layers[0].mlp.up_proj.weight.quant_state.nested
+    with pytest.raises(UserError, match="is stored in 4 bits: load it with load_in_4bit=True"):
+        load_model(tmp_path / "packed", load_in_4bit=False)
+    weights = load_file(tmp_path / "packed/model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight.nested_absmax"]
+    save_file(weights, tmp_path / "packed/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight\.nested_absmax is missing"):
+        load_model(tmp_path / "packed")
 
 
 @pytest.mark.parametrize("load_in_4bit", [True, False])
@@ -159,7 +194,7 @@ def test_a_whole_base_in_shards(load_in_4bit, tmp_path, capfd):
 def test_numbers_that_a_dtype_cant_hold(tmp_path):
     folder = base(tmp_path / "base", spoiled(NORM, 1e6))
     load_model(folder)
-    with pytest.raises(UserError, match=f"{NORM} is NaN or infinite in float16; load it with another dtype"):
+    with pytest.raises(UserError, match=f"{NORM} is NaN or infinite in float16; load it with dtype='float32'"):
         load_model(folder, dtype="float16")
 
 
@@ -277,6 +312,20 @@ def test_a_tokenizer_that_cant_do_what_its_file_says(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="doesn't do what its tokenizer.json says .*'Olga buys 3 boxes.'"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["null", "[]", '"x"', ""])
+def test_a_damaged_tokenizer_is_named(file, text, tmp_path):
+    folder = base(tmp_path / "base")
+    (folder / file).write_text(text)
+    with pytest.raises(UserError, match=f"{file} is not a JSON object"):
+        load_tokenizer(folder)
+
+
+def test_a_special_token_outside_the_embedding(tmp_path):
+    with pytest.raises(UserError, match=r"pad_token of .* is '\[PAD\]' with the id 768, .* has 768 rows"):
+        load_model(base(tmp_path / "base", tokenizer={"pad_token": "[PAD]"}))
 
 
 def test_every_door_takes_the_files_tokenizer(tmp_path, command):
@@ -434,6 +483,14 @@ def test_layers_that_take_no_adapter(tmp_path):
         (
             lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight": torch.zeros(4)}),
             "lora_C.weight, which nothing",
+        ),
+        (
+            lambda t: t.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
+            "lacks .*q_proj.lora_A.weight, which",
+        ),
+        (
+            lambda t: [t.pop(name) for name in [*t] if "layers.1." in name],
+            "lacks .*layers.1.self_attn.q_proj.lora_A.weight and 3 more",
         ),
         (
             lambda t: t.update({f"base_model.model.score.{i}": torch.zeros(4) for i in range(3)}),
