@@ -585,7 +585,7 @@ def test_a_broken_configuration_is_one_sentence(run, files, tmp_path):
             lambda at: modelfile_for(at, files[0], tmp_path / "M"),
             lambda at: export_gguf(at, None, tmp_path / "a.gguf"),
         ):
-            with pytest.raises(UserError, match="config.yaml is not YAML .*mend it"):
+            with pytest.raises(UserError, match="config.yaml is not YAML .*fix it"):
                 use(at)
 
 
