@@ -764,8 +764,8 @@ def find_run(
     file = next((place / "config.yaml" for place in places if (place / "config.yaml").exists()), None)
     config = read_config(file) if file else {}
     ours = file is not None and (file.parent / "adapter").is_dir()
-    if ours and (lacks := [name for name in ("model", "load_in_4bit", "max_seq_length") if name not in config]):
-        raise UserError(f"{file} has no {lacks[0]}: it is damaged; restore it, or name the adapter's folder copied out of the run")
+    if ours and not {"model", "load_in_4bit", "dtype", "max_seq_length", "system"} & set(config):
+        raise UserError(f"{file} holds no settings of a run: it is damaged; restore it, or copy the adapter's folder out of the run and name that")
     return adapter, config
 
 

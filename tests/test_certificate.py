@@ -578,15 +578,16 @@ def test_a_broken_configuration_is_one_sentence(run, files, tmp_path):
     import shutil
 
     shutil.copytree(run.path / "adapter", tmp_path / "adapter")
-    (tmp_path / "config.yaml").write_text("system: [\n")
     for at in (tmp_path, tmp_path / "adapter"):
         for use in (
             open_subject,
             lambda at: modelfile_for(at, files[0], tmp_path / "M"),
             lambda at: export_gguf(at, None, tmp_path / "a.gguf"),
         ):
-            with pytest.raises(UserError, match="config.yaml is not YAML .*fix it"):
-                use(at)
+            for text, said in (("system: [\n", "config.yaml is not YAML .*fix it"), ("{}\n", "holds no settings of a run")):
+                (tmp_path / "config.yaml").write_text(text)
+                with pytest.raises(UserError, match=said):
+                    use(at)
 
 
 def test_a_base_with_a_short_context(tmp_path):
