@@ -584,8 +584,8 @@ def test_a_broken_configuration_is_one_sentence(run, files, tmp_path):
             lambda at: modelfile_for(at, files[0], tmp_path / "M"),
             lambda at: export_gguf(at, None, tmp_path / "a.gguf"),
         ):
-            for text, said in (("system: [\n", "config.yaml is not YAML .*fix it"), ("{}\n", "holds no settings of a run")):
-                (tmp_path / "config.yaml").write_text(text)
+            for text, said in (("system: [", "config.yaml is not YAML .*fix it"), ("{}", "holds no settings of a run")):
+                (tmp_path / "config.yaml").write_text(text + "\n")
                 with pytest.raises(UserError, match=said):
                     use(at)
 
