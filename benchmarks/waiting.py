@@ -14,8 +14,9 @@ import subprocess
 import sys
 
 STEPS = """
-import sys, time, torch
+import sys, time
 from qlora_nb import add_lora, load_model, load_sft_dataset
+import torch
 from qlora_nb.data import encode_dataset
 
 model, tokenizer = load_model("qlora_nb:embedded", backend="transformers")
