@@ -713,7 +713,7 @@ def test_a_signal_before_the_steps_and_after_them(data, tmp_path, monkeypatch):
 
     stops_in("check_trainable", "stopped by SIGTERM: nothing was trained yet", **settings)
     stops_in("evaluate", "stopped by SIGTERM: resume it with qlora_nb train --resume", **settings)
-    stops_in("tidy_checkpoints", "stopped by SIGTERM: go on with", resume=settings["output"])
+    stops_in("tidy_checkpoints", "stopped by SIGTERM: resume it with", resume=settings["output"])
     stops_in("report_page", "is finished, and what comes after it is not: qlora_nb report", resume=settings["output"])
     assert (settings["output"] / "summary.json").exists()
 
