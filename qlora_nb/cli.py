@@ -367,7 +367,8 @@ def quiet_stdout():
 # %% ../nbs/21_cli.ipynb #826fda92-14
 def opened(run: str | None, model: str | None, adapter: str | None, backend: str | None, base: str | None = None):
     "(model, tokenizer, configuration) for a run's folder, or for a model with or without an adapter (an empty one). `base` stands for the one that was trained on."
-    from qlora_nb.model import adapter_base, adapter_bits, load_model
+    from qlora_nb.adapter import adapter_base, adapter_bits
+    from qlora_nb.model import load_model
     from qlora_nb.training import load_run, read_config
 
     if run is None:

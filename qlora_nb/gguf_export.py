@@ -32,11 +32,13 @@ import yaml
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-2
 import qlora_nb
+from .adapter import EMBEDDED_NAME, adapter_base, adapter_bits, base_name
 from .core import EMBEDDED_MODEL, UserError, write_aside
-from .merging import EMBEDDED_NAME, MergedTensors, TensorFolder, base_name, check_mergeable, read_tensor
-from .model import adapter_base, adapter_bits, check_shapes, load_model, load_tokenizer, model_path
+from .merging import MergedTensors, check_mergeable
+from .model import check_shapes, load_model, load_tokenizer, model_path
 from .template import DATE, control_tokens, render, template_text, turn_end
 from .training import read_config
+from .weights import TensorFolder, read_tensor
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-3
 @dataclass(frozen=True)

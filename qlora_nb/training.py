@@ -42,6 +42,7 @@ import torch
 import yaml
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2
+from .adapter import model_info
 from qlora_nb.core import (
     EMBEDDED_MODEL,
     PROFILES,
@@ -73,7 +74,7 @@ from qlora_nb.engine import (
     released_after,
 )
 from .evaluation import Evaluation, evaluate, side_by_side
-from .model import count_parameters, model_info, quiet_libraries
+from .model import count_parameters, quiet_libraries
 from .recommendation import recommend
 from .template import template_fingerprint, template_text
 
@@ -698,7 +699,7 @@ def loader_clock():
 # %% ../nbs/15_training.ipynb #0624563d
 def stopped(path: Path, watch, step: int, logs: dict, targets: int) -> Diverged:
     "What the tripwire raises: the last good adapter is put back and saved, later checkpoints are taken away, stopped.json says why."
-    from qlora_nb.merging import save_adapter
+    from qlora_nb.adapter import save_adapter
 
     loss, norm = logs["loss"], logs.get("grad_norm")
     trained = any(m["learning_rate"] > 0 for m in watch.metrics)
@@ -746,7 +747,7 @@ def _check_state(file: Path) -> None:
 # %% ../nbs/15_training.ipynb #5c1e7b06
 def _check_adapter(file: Path) -> None:
     "Raises an exception of some kind where a checkpoint's adapter or its configuration isn't whole."
-    from qlora_nb.merging import read_header
+    from qlora_nb.weights import read_header
 
     if file.suffix == ".safetensors":
         if not read_header(file):
@@ -1597,7 +1598,7 @@ def report_page(path: Path) -> None:
 # %% ../nbs/15_training.ipynb #96a31b6b-32
 def steps(model, tokenizer, rows, eval_data: object, settings: Settings, path: Path, config: dict, checkpoint: Path | None, started: float) -> Run:
     "Evaluate, train, save, evaluate, and write down what came out."
-    from qlora_nb.merging import save_adapter
+    from qlora_nb.adapter import save_adapter
 
     base_data = base_task_for(model) if eval_data is not None else None
     before = _evaluate(model, tokenizer, eval_data, base_data, settings, base=True)

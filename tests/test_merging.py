@@ -10,19 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_nb.adapter import adapter_size, load_adapter, save_adapter
 from qlora_nb.core import EMBEDDED_MODEL, UserError, file_sha256
-from qlora_nb.merging import (
-    TARGETS,
-    TensorFolder,
-    adapter_size,
-    base_weight,
-    load_adapter,
-    merge_adapter,
-    read_header,
-    read_tensor,
-    save_adapter,
-    save_merged,
-)
+from qlora_nb.merging import TARGETS, base_weight, merge_adapter, save_merged
+from qlora_nb.weights import TensorFolder, read_header, read_tensor
 
 FILES = {
     "README.md",
