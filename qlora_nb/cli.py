@@ -237,7 +237,8 @@ def quiet_stdout():
 # %% ../nbs/21_cli.ipynb #826fda92-14
 def open_for_chat(run: str | None, model: str | None, adapter: str | None, backend: str | None, base: str | None = None):
     "Return (model, tokenizer, configuration) for a run's folder, or for a model with or without an adapter. `base` replaces the trained one."
-    from qlora_nb.model import adapter_base, adapter_bits, load_model
+    from qlora_nb.adapter import adapter_base, adapter_bits
+    from qlora_nb.model import load_model
 
     if run is None:
         if model and base or (base and not adapter):

@@ -30,12 +30,14 @@ import yaml
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-2
 import qlora_nb
+from .adapter import EMBEDDED_NAME, adapter_base, adapter_bits, base_name
 from .core import EMBEDDED_MODEL, UserError, write_aside
 from .llama import import_extra, quantize_with_llama
-from .merging import EMBEDDED_NAME, MergedTensors, TensorFolder, base_name, check_mergeable, read_tensor
-from .model import adapter_base, adapter_bits, check_shapes, load_model, load_tokenizer, model_path
+from .merging import MergedTensors, check_mergeable
+from .model import check_shapes, load_model, load_tokenizer, model_path
+from .run import read_config
 from .template import DATE, control_tokens, render, template_text, turn_end
-from .training import read_config
+from .weights import TensorFolder
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-3
 @dataclass(frozen=True)
@@ -579,12 +581,12 @@ class FolderSource:
         "The tensor in pieces, permuted where `heads` says so."
         shape = self.shapes[name]
         if heads or len(shape) < 2:
-            whole = read_tensor(self.folder, name)
+            whole = self.folder.read(name)
             yield permute_rows(whole, heads) if heads else whole
             return
         step = max(1, CHUNK // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], step):
-            yield read_tensor(self.folder, name, start, start + step)
+            yield self.folder.read(name, start, start + step)
 
 
 def read_json(file: Path) -> dict:

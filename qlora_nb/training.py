@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2
+from .adapter import model_info, save_adapter
 from qlora_nb.core import (
     UserError,
     disk_full,
@@ -49,8 +50,7 @@ from qlora_nb.engine import (
     released_after,
 )
 from .evaluation import Evaluation, evaluate
-from .merging import read_header, save_adapter
-from .model import count_parameters, model_info, quiet_libraries
+from .model import count_parameters, quiet_libraries
 from .recommendation import recommend
 from qlora_nb.run import (
     DATA_FROM_PYTHON,
@@ -63,6 +63,7 @@ from qlora_nb.run import (
     settings_of_part,
 )
 from .template import template_fingerprint, template_text
+from .weights import read_header
 
 # %% ../nbs/15_training.ipynb #2d8bdb86
 from qlora_nb.memory import (

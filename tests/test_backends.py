@@ -305,6 +305,7 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
     import yaml
 
     from qlora_nb import model
+    from qlora_nb.adapter import model_info
     from qlora_nb.cli import loading_arguments
     from qlora_nb.core import EMBEDDED_MODEL, UserError
     from qlora_nb.data import load_sft_dataset
@@ -318,12 +319,12 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
         return model.add_lora(base, r=4, **lora), tokenizer
 
     fast, _ = auto()
-    assert engine_of(fast) and model.model_info(fast)["engine"]
+    assert engine_of(fast) and model_info(fast)["engine"]
     capsys.readouterr()
     plain, tokenizer = auto(lora_dropout=0.1)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("engine: left out, because its adapter has lora_dropout=0.1")
-    assert engine_of(plain) is None and model.model_info(plain)["engine"] is False
+    assert engine_of(plain) is None and model_info(plain)["engine"] is False
     run = train(plain, tokenizer, load_sft_dataset(limit=30), output=tmp_path / "run", eval_rows=0, max_steps=1)
     config = yaml.safe_load((run.path / "config.yaml").read_text())
     assert (config["backend"], config["engine"]) == ("transformers", False)

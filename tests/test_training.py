@@ -20,12 +20,12 @@ import torch
 import yaml
 
 from qlora_nb import training
+from qlora_nb.adapter import load_adapter, model_info
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError, file_sha256
 from qlora_nb.data import load_sft_dataset
 from qlora_nb.engine import engine_of, install_engine
 from qlora_nb.memory import CUDA_CONTEXT, Card, estimate_memory, model_shape, plan_training
-from qlora_nb.merging import load_adapter
-from qlora_nb.model import add_lora, load_model, model_info
+from qlora_nb.model import add_lora, load_model
 from qlora_nb.run import RunFolder, resolve_settings
 from qlora_nb.training import (
     STOP_SIGNALS,
@@ -236,7 +236,8 @@ def test_the_engines_memory_is_foretold():
 
 SWITCH = """
 import sys, torch
-from qlora_nb.model import add_lora, load_model, model_info
+from qlora_nb.adapter import model_info
+from qlora_nb.model import add_lora, load_model
 from qlora_nb.training import get_checkpointing, set_checkpointing
 model, _ = load_model("qlora_nb:embedded", backend=sys.argv[1])
 model = add_lora(model, use_gradient_checkpointing=False).train()
@@ -861,7 +862,7 @@ def test_a_second_training_says_what_it_goes_on_from(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("engine", [False, True])
 def test_the_hash_is_that_of_the_saved_adapter(data, tmp_path, engine):
-    from qlora_nb.merging import save_adapter
+    from qlora_nb.adapter import save_adapter
 
     model, tokenizer = load_model(TINY.model, max_seq_length=256, engine=engine)
     model = add_lora(model, r=4)
