@@ -282,7 +282,7 @@ def chat(
     with contextlib.ExitStack() as stack:
         with quiet_stdout():
             if run and run.lower().endswith(".gguf"):
-                from qlora_nb.certificate import gguf_chat
+                from qlora_nb.llama import gguf_chat
 
                 if model or adapter or backend or base:
                     raise UserError("a GGUF and --model, --adapter, --base or --backend are given: the file is all that llama.cpp takes")
