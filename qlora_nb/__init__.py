@@ -7,7 +7,9 @@ import sys
 __version__ = "0.1.0"
 
 _WHERE = {
+    "UserError": "core",
     "profile": "core",
+    "Settings": "run",
     "LoRALinear": "lora",
     "count_lora_parameters": "lora",
     "quantize_nf4": "nf4",
@@ -21,11 +23,13 @@ _WHERE = {
     "check_dataset": "data",
     "chat": "generation",
     "evaluate": "evaluation",
-    "train": "training",
-    "load_run": "training",
+    "train": "workflow",
+    "load_run": "workflow",
+    "Run": "workflow",
     "save_adapter": "merging",
     "load_adapter": "merging",
     "merge_adapter": "merging",
+    "save_merged": "merging",
     "export_gguf": "gguf_export",
     "write_modelfile": "ollama_export",
     "certify": "certificate",

@@ -83,10 +83,11 @@ from qlora_nb.data import encode_dataset
 model, tokenizer = load_model(backend=sys.argv[1] if len(sys.argv) > 1 else {backend!r})
 model = add_lora(model)
 from pathlib import Path
-from qlora_nb.training import make_trainer, settings_for
+from qlora_nb.run import resolve_settings
+from qlora_nb.training import make_trainer
 rows, dropped = encode_dataset(load_sft_dataset(limit=40), tokenizer, 256)
 assert not dropped and set(rows.column_names) == {{"input_ids", "labels"}}
-settings = settings_for({{"max_steps": 1}}, profile=PROFILES["tiny"])
+settings = resolve_settings({{"max_steps": 1}}, profile=PROFILES["tiny"])
 trainer = make_trainer(model, tokenizer, rows, settings, Path("c"), [])
 seen, embedded = [], []
 base = model.get_base_model()
@@ -308,7 +309,7 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
     from qlora_nb.core import EMBEDDED_MODEL, UserError
     from qlora_nb.data import load_sft_dataset
     from qlora_nb.engine import engine_of
-    from qlora_nb.training import train
+    from qlora_nb.workflow import train
 
     def auto(**lora):
         with monkeypatch.context() as m:

@@ -57,7 +57,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(place):
     "A real, short fine-tune with alpha / r = 2, as the command line leaves it."
-    from qlora_nb.training import train
+    from qlora_nb.workflow import train
 
     model, tokenizer = load_model(EMBEDDED_MODEL, backend="transformers")
     model = add_lora(model, r=8, lora_alpha=16)

@@ -186,14 +186,14 @@ def test_what_is_advised_is_taken():
     import inspect
 
     from qlora_nb.model import add_lora, load_model
-    from qlora_nb.training import SETTINGS, settings_for
+    from qlora_nb.run import resolve_settings, settings_of_part
 
     for device in ("cpu", "T4"):
         found = recommend(LLAMA_3B, 1000, device).settings
         assert set(found["add_lora"]) <= set(inspect.signature(add_lora).parameters)
         assert set(found["load_model"]) <= set(inspect.signature(load_model).parameters)
-        assert set(found["train"]) <= set(SETTINGS)
-        taken = dataclasses.asdict(settings_for(found["train"]))
+        assert set(found["train"]) <= set(settings_of_part("trainer"))
+        taken = dataclasses.asdict(resolve_settings(found["train"]))
         assert {name: taken[name] for name in found["train"]} == found["train"]
     assert set(ARGUMENTS) == {"load_model", "add_lora", "train"}
 
@@ -269,7 +269,7 @@ def test_advice_trains(tokenizer, tmp_path):
     "A short run with all that is recommended, on the embedded model."
     from qlora_nb.data import load_sft_dataset
     from qlora_nb.model import add_lora, load_model
-    from qlora_nb.training import train
+    from qlora_nb.workflow import train
 
     data = load_sft_dataset(split="train").select(range(24))
     model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", max_seq_length=256)

@@ -29,7 +29,7 @@ def one(way, steps):
     from qlora_nb.core import EMBEDDED_MODEL
     from qlora_nb.data import load_sft_dataset
     from qlora_nb.model import add_lora, load_model, model_info
-    from qlora_nb.training import train
+    from qlora_nb.workflow import train
 
     model, tokenizer = load_model(str(EMBEDDED_MODEL), dtype="float32", max_seq_length=512, **WAYS[way])
     model = add_lora(model, use_gradient_checkpointing=False)
