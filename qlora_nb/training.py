@@ -144,7 +144,7 @@ def trainable_parameters(model) -> dict:
 class _Here(threading.local):
     "Whether this thread trains tensors that bitsandbytes needn't wait for."
 
-    without_waiting = False
+    unpaged = False
 
 
 _here = _Here()
