@@ -53,7 +53,7 @@ def system_of(system: str | None, no_system: bool | None, config: dict | None = 
 
 def data_of(model: str, data: str | None, data_name: str | None, limit: int | None, system: str | bool | None = None):
     "(training rows, held-out rows or None, where they came from)"
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
     from qlora_nb.training import FROM_PYTHON, profile_for
 
     default = profile_for(model)
@@ -195,8 +195,8 @@ def check_exportable(model, tokenizer, template: str | None = None) -> None:
 # %% ../nbs/21_cli.ipynb #826fda92-8
 def train_run(flags: dict, settings: dict, formats: list[str]):
     "Load, attach, train: what `qlora_nb train` does; returns the `Run`. `formats` are what it is to be exported in."
-    from qlora_nb.data import load_sft_dataset
     from qlora_nb.model import add_lora, check_checkpointing, choose_backend, load_model, model_path
+    from qlora_nb.rows import load_sft_dataset
     from qlora_nb.training import read_config, run, settings_for
 
     config = configuration(flags["config"], flags["resume"], flags["output"])
@@ -446,8 +446,8 @@ def evaluate(
 ):
     "Answer held-out rows and say how many are exact, in form, and end by themselves; the last line is JSON."
     with quiet_stdout():
-        from qlora_nb.data import load_sft_dataset
         from qlora_nb.evaluation import evaluate as measure
+        from qlora_nb.rows import load_sft_dataset
         from qlora_nb.training import base_task_for
 
         loaded, tokenizer, config = opened(run, model, adapter, backend)
@@ -463,8 +463,8 @@ def plans(model: str, gpu: str | None, data: str | None, data_name: str | None, 
     "A `Plan` for the card, for this machine's, or for each of the usual ones."
     import torch
 
-    from qlora_nb.data import load_sft_dataset
     from qlora_nb.memory import CARDS, find_card, model_shape, plan_training, row_lengths
+    from qlora_nb.rows import load_sft_dataset
 
     shape, lengths = model_shape(model), None
     if data is not None or data_name is not None:
@@ -534,7 +534,8 @@ def tokenizer_of(model: str, revision: str | None):
 def checked(model: str, revision: str | None, data: str | None, data_name: str | None, eval_data: str | None, limit: int | None,
             max_length: int, system: str | bool | None = None, **settings):
     "Load what is named and look at it; returns the `DatasetReport`."
-    from qlora_nb.data import check_dataset, load_sft_dataset
+    from qlora_nb.preflight import check_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     tokenizer, config = tokenizer_of(model, revision)
     if data is None:
@@ -643,7 +644,7 @@ def certify(
     "Prove that GGUF and Modelfile serve what was trained; exit code 1 where they don't. The last line is the JSON's path."
     with quiet_stdout(), ends_in_a_sentence(lambda: "no certificate was written, so start again"):
         from qlora_nb.certificate import certify as compare
-        from qlora_nb.data import load_sft_dataset
+        from qlora_nb.rows import load_sft_dataset
         from qlora_nb.training import report_page
 
         beside = Path((gguf := gguf_files(run, gguf))[0]).expanduser().absolute().parent / "Modelfile"

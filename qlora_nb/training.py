@@ -59,7 +59,8 @@ from qlora_nb.core import (
     write_jsonl,
     write_yaml,
 )
-from .data import check_dataset, data_fingerprint, encode_dataset, load_sft_dataset, question_hash
+from .preflight import check_dataset, encode_dataset
+from .rows import data_fingerprint, load_sft_dataset, question_hash
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2e
 from qlora_nb.engine import (

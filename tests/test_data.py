@@ -14,19 +14,17 @@ import zipfile
 import pytest
 
 from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
-from qlora_nb.data import (
+from qlora_nb.preflight import (
     CODES,
     Answers,
     DatasetReport,
     Finding,
     Seen,
     check_dataset,
-    data_fingerprint,
     encode_dataset,
-    load_sft_dataset,
-    recognise,
     role_problem,
 )
+from qlora_nb.rows import data_fingerprint, load_sft_dataset, recognise
 from qlora_nb.template import SYSTEM_PROMPT, encode
 
 pytestmark = pytest.mark.quick
@@ -86,7 +84,7 @@ def test_embedded_has_no_such_split():
 
 
 def test_a_missing_embedded_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr("qlora_nb.data.EMBEDDED_DATA", tmp_path / "gone")
+    monkeypatch.setattr("qlora_nb.rows.EMBEDDED_DATA", tmp_path / "gone")
     with pytest.raises(UserError, match="there is no file or folder"):
         load_sft_dataset()
 
@@ -737,7 +735,7 @@ def test_memory_for_rows_is_bounded():
 
 
 def test_a_set_with_more_rows_than_are_remembered(monkeypatch, tokenizer):
-    monkeypatch.setattr("qlora_nb.data.REMEMBERED", 16)
+    monkeypatch.setattr("qlora_nb.preflight.REMEMBERED", 16)
     report = check_dataset([*good(40), good(1)[0], good(1, start=39)[0]], tokenizer)
     assert codes(report)["duplicate"] == ("warning", 1, [40]), "the last row repeats one that was not remembered"
     assert "among the first 16 different ones" in report.summary["note"] and "among the first 16" in str(report)

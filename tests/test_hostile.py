@@ -19,7 +19,8 @@ import zipfile
 import pytest
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.data import CODES, check_dataset, load_sft_dataset
+from qlora_nb.preflight import CODES, check_dataset
+from qlora_nb.rows import load_sft_dataset
 
 EOT = "<|eot_id|>"
 SETTINGS = {"pad_is_eos", "date_in_template", "tokenizer_too_large", "too_few_rows", "row_dropped", "length_outlier",

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_nb.certificate import certify, chat_server
 from qlora_nb.cli import main, opened
 from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
-from qlora_nb.data import load_sft_dataset
 from qlora_nb.gguf_export import export_gguf
 from qlora_nb.merging import load_adapter, merge_adapter, save_adapter, save_merged
 from qlora_nb.model import add_lora, load_model, load_tokenizer, trained_in_4bit
+from qlora_nb.rows import load_sft_dataset
 from qlora_nb.template import render
 from qlora_nb.training import train
 
