@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from .core import UserError, file_sha256, library_versions, write_json
-from .data import load_sft_dataset
 from .evaluation import parse_answer
 from .generation import Reply, as_conversation, generate_replies, inference, to_reply
 from .gguf_export import find_run, load_adapted, load_settings
@@ -31,6 +30,7 @@ from .llama import LlamaFile, chat_server
 from .merging import base_weight, merge_adapter
 from .model import load_model
 from .ollama_export import Modelfile, ollama_data, ollama_messages, ollama_reads, parse_modelfile, render_go
+from .rows import load_sft_dataset
 from .template import DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
 
 # %% ../nbs/22_certificate.ipynb #3c0492b5

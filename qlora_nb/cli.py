@@ -54,7 +54,7 @@ def choose_system(system: str | None, no_system: bool | None) -> str | bool | No
 
 def load_rows(settings: Settings) -> tuple:  # (training rows, held-out rows or None, where they came from)
     "Load the rows that the settings name, or the embedded ones."
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     if settings.data == DATA_FROM_PYTHON:
         raise UserError("that run got its data in Python, where it has no name: name it with --data")
@@ -313,8 +313,8 @@ def evaluate(
 ):
     "Answer held-out rows and say how many are exact, in form, and end by themselves; the last line is JSON."
     with quiet_stdout():
-        from qlora_nb.data import load_sft_dataset
         from qlora_nb.evaluation import evaluate as measure
+        from qlora_nb.rows import load_sft_dataset
         from qlora_nb.training import load_base_task
 
         loaded, tokenizer, config = open_for_chat(run, model, adapter, backend)
@@ -330,8 +330,8 @@ def make_plans(model: str, gpu: str | None, data: str | None, data_name: str | N
     "Return a `Plan` for the card, for this machine's, or for each of the usual ones."
     import torch
 
-    from qlora_nb.data import load_sft_dataset
     from qlora_nb.memory import CARDS, find_card, model_shape, plan_training, row_lengths
+    from qlora_nb.rows import load_sft_dataset
 
     shape, lengths = model_shape(model), None
     if data is not None or data_name is not None:
@@ -401,7 +401,8 @@ def load_tokenizer_and_config(model: str, revision: str | None):
 def check_named_data(model: str, revision: str | None, data: str | None, data_name: str | None, eval_data: str | None, limit: int | None,
                      max_length: int, system: str | bool | None = None, **settings):
     "Load what is named and check it; return the `DatasetReport`. Rows of a file are streamed."
-    from qlora_nb.data import check_dataset, load_sft_dataset
+    from qlora_nb.preflight import check_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     tokenizer, config = load_tokenizer_and_config(model, revision)
     named = {"model": model, "data_name": data_name, "eval_data": eval_data, "limit": limit, "add_system": system}
@@ -510,7 +511,7 @@ def certify(
     "Prove that GGUF and Modelfile serve what was trained; exit code 1 where they don't. The last line is the JSON's path."
     with quiet_stdout(), explain_stop(lambda: "no certificate was written, so start again"):
         from qlora_nb.certificate import certify as compare
-        from qlora_nb.data import load_sft_dataset
+        from qlora_nb.rows import load_sft_dataset
         from qlora_nb.workflow import write_reports
 
         beside = Path((gguf := find_gguf_files(run, gguf))[0]).expanduser().absolute().parent / "Modelfile"

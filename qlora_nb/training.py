@@ -36,7 +36,8 @@ from qlora_nb.core import (
     library_versions,
     write_json,
 )
-from .data import check_dataset, data_fingerprint, encode_dataset, load_sft_dataset, question_hash
+from .preflight import check_dataset, encode_dataset
+from .rows import data_fingerprint, load_sft_dataset, question_hash
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2e
 from qlora_nb.engine import (

@@ -79,7 +79,7 @@ CAPTURE = """
 import json, sys, torch
 from qlora_nb import add_lora, load_model, load_sft_dataset
 from qlora_nb.core import PROFILES
-from qlora_nb.data import encode_dataset
+from qlora_nb.preflight import encode_dataset
 model, tokenizer = load_model(backend=sys.argv[1] if len(sys.argv) > 1 else {backend!r})
 model = add_lora(model)
 from pathlib import Path
@@ -308,8 +308,8 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
     from qlora_nb.adapter import model_info
     from qlora_nb.cli import loading_arguments
     from qlora_nb.core import EMBEDDED_MODEL, UserError
-    from qlora_nb.data import load_sft_dataset
     from qlora_nb.engine import engine_of
+    from qlora_nb.rows import load_sft_dataset
     from qlora_nb.workflow import train
 
     def auto(**lora):

@@ -280,7 +280,7 @@ def test_check_flags_are_the_settings_names():
     import inspect
 
     from qlora_nb.cli import MODEL_FLAGS, TRAIN_FLAGS, check
-    from qlora_nb.data import check_dataset
+    from qlora_nb.preflight import check_dataset
 
     known = {*MODEL_FLAGS, *TRAIN_FLAGS, *inspect.signature(check_dataset).parameters}
     assert set(inspect.signature(check).parameters) - known == {"as_json"}
@@ -562,8 +562,8 @@ def test_train_warns_before_it_loads_a_model_that_does_not_fit(tmp_path):
 
     from qlora_nb.cli import foresee
     from qlora_nb.core import EMBEDDED_MODEL
-    from qlora_nb.data import load_sft_dataset
     from qlora_nb.memory import CUDA_CONTEXT, Card
+    from qlora_nb.rows import load_sft_dataset
 
     place = tmp_path / "model"
     place.mkdir()

@@ -22,10 +22,10 @@ import yaml
 from qlora_nb import training
 from qlora_nb.adapter import load_adapter, model_info
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError, file_sha256
-from qlora_nb.data import load_sft_dataset
 from qlora_nb.engine import engine_of, install_engine
 from qlora_nb.memory import CUDA_CONTEXT, Card, estimate_memory, model_shape, plan_training
 from qlora_nb.model import add_lora, load_model
+from qlora_nb.rows import load_sft_dataset
 from qlora_nb.run import RunFolder, resolve_settings
 from qlora_nb.training import (
     STOP_SIGNALS,
@@ -57,7 +57,7 @@ SHORT = {"eval_rows": 0, "max_steps": 2, "warmup_steps": 1}
 
 
 def lengths_of(data, tokenizer):
-    from qlora_nb.data import encode_dataset
+    from qlora_nb.preflight import encode_dataset
 
     return training.count_row_tokens(encode_dataset(data, tokenizer, 2048)[0])
 
@@ -494,7 +494,7 @@ class Seen:
     def __init__(self, data, path, monkeypatch, late, act=lambda *_: None, resume=None, **settings):
         from transformers import TrainerCallback
 
-        from qlora_nb.data import encode_dataset
+        from qlora_nb.preflight import encode_dataset
 
         monkeypatch.setattr(training, "LATE_LOGGING_DEVICES", ("cpu",) if late else ())
         model, tokenizer = load_model(TINY.model, max_seq_length=256, engine=True)
