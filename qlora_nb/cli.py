@@ -117,7 +117,7 @@ def compare_data(old: dict, new: dict) -> None:
 # %% ../nbs/21_cli.ipynb #eb15a274
 def plan_of(flags: dict, config: dict):
     "What `--plan` or the configuration asks for; None where a run's own configuration tells of a plan that it followed."
-    from qlora_nb.memory import find_card
+    from qlora_nb.plan import find_card
 
     if flags["resume"] and flags["plan"]:
         raise UserError("--plan and --resume are both given: a run that goes on keeps its settings")
@@ -149,8 +149,9 @@ def foresee(name: str, data, settings: dict, config: dict, lora: dict, how: dict
     "A warning where this run should need more memory than `card` (None: this machine's) has; None where it fits or nobody can tell."
     import torch
 
-    from qlora_nb.memory import Rows, estimate_for_rows, find_card, model_shape, row_lengths
     from qlora_nb.model import quiet_libraries
+    from qlora_nb.plan import Rows, estimate_for_rows, find_card, row_lengths
+    from qlora_nb.shapes import model_shape
     from qlora_nb.training import memory_warning, profile_for, settings_for
 
     if card is None and not torch.cuda.is_available():
@@ -464,7 +465,8 @@ def plans(model: str, gpu: str | None, data: str | None, data_name: str | None, 
     import torch
 
     from qlora_nb.data import load_sft_dataset
-    from qlora_nb.memory import CARDS, find_card, model_shape, plan_training, row_lengths
+    from qlora_nb.plan import CARDS, find_card, plan_training, row_lengths
+    from qlora_nb.shapes import model_shape
 
     shape, lengths = model_shape(model), None
     if data is not None or data_name is not None:
@@ -483,7 +485,7 @@ def usual_backend(shape, card) -> str:
 
 def cards_table(found: list) -> str:
     "A line for each card: what it has, what to take, what that takes."
-    from qlora_nb.memory import gib
+    from qlora_nb.plan import gib
 
     rows = [(p.card.name, gib(p.card.bytes), gib(p.choice.estimate.total_bytes) if p.fits else "–", str(p.choice or "nothing fits"))
             for p in found]

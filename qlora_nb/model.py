@@ -33,7 +33,7 @@ import yaml
 from .core import EMBEDDED_MODEL, UserError, profile, quiet_environment
 from .engine import check_engine, config_refusal, install_where_asked
 from .lora import TARGET_MODULES, check_settings, check_targets
-from .memory import config_dict
+from .shapes import config_dict
 
 # %% ../nbs/10_model.ipynb #d1040002
 ENGINE_GAINS = {9: 2.2}  # compute capability before the point: how much faster than Unsloth the engine was measured there
