@@ -15,7 +15,7 @@ _WHERE = {
     "quantize_nf4": "nf4",
     "QLoRALinear": "qlora",
     "estimate_memory": "memory",
-    "plan_training": "memory",
+    "plan_training": "plan",
     "explain_old_code": "doctor",
     "load_model": "model",
     "add_lora": "model",

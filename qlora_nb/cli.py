@@ -97,7 +97,7 @@ def compare_fingerprints(old: dict, new: dict) -> None:
 # %% ../nbs/21_cli.ipynb #eb15a274
 def choose_plan(flag: str | None, resume: str | None, config: dict):
     "Return what `--plan` or the configuration asks for; None where a run's own configuration records a plan that it followed."
-    from qlora_nb.memory import find_card
+    from qlora_nb.plan import find_card
 
     if resume and flag:
         raise UserError("--plan and --resume are both given: a resumed run keeps its settings")
@@ -330,7 +330,8 @@ def make_plans(model: str, gpu: str | None, data: str | None, data_name: str | N
     "Return a `Plan` for the card, for this machine's, or for each of the usual ones."
     import torch
 
-    from qlora_nb.memory import CARDS, find_card, model_shape, plan_training, row_lengths
+    from qlora_nb.plan import CARDS, find_card, plan_training, row_lengths
+    from qlora_nb.shapes import model_shape
     from qlora_nb.rows import load_sft_dataset
 
     shape, lengths = model_shape(model), None
@@ -350,7 +351,7 @@ def backend_on_card(shape, card) -> str:
 
 def format_cards(found: list) -> str:
     "Return a table with a line for each card: what it has, what to choose, what that takes."
-    from qlora_nb.memory import gib
+    from qlora_nb.plan import gib
 
     rows = [(p.card.name, gib(p.card.bytes), gib(p.choice.estimate.total_bytes) if p.fits else "–", str(p.choice or "nothing fits"))
             for p in found]

@@ -67,18 +67,9 @@ from .template import template_fingerprint, template_text
 from .weights import read_header
 
 # %% ../nbs/15_training.ipynb #2d8bdb86
-from qlora_nb.memory import (
-    Card,
-    MemoryEstimate,
-    Plan,
-    Rows,
-    choose_length,
-    estimate_for_rows,
-    find_card,
-    gib,
-    model_shape,
-    plan_training,
-)
+from .memory import MemoryEstimate
+from .plan import Card, Plan, Rows, choose_length, estimate_for_rows, find_card, gib, plan_training
+from .shapes import model_shape
 
 # %% ../nbs/15_training.ipynb #96a31b6b-6
 def check_choices(settings: Settings) -> None:

@@ -245,8 +245,7 @@ def test_the_configuration_alone_says_what_the_model_does():
     "By the files that transformers writes, and with its defaults: what the engine says of the loaded configuration."
     from transformers import AutoConfig
 
-    from qlora_nb.engine import ARCHITECTURES
-    from qlora_nb.model import config_refusal
+    from qlora_nb.engine import ARCHITECTURES, config_refusal
 
     for family in ARCHITECTURES:
         config = AutoConfig.for_model(family)

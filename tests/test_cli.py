@@ -497,7 +497,7 @@ def test_plan_says_it_to_people_and_to_machines(command):
 def test_plan_without_a_card_looks_at_all_the_usual_ones(command):
     import torch
 
-    from qlora_nb.memory import CARDS
+    from qlora_nb.plan import CARDS
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a card")
@@ -562,7 +562,8 @@ def test_train_warns_before_it_loads_a_model_that_does_not_fit(tmp_path):
 
     from qlora_nb.cli import foresee
     from qlora_nb.core import EMBEDDED_MODEL
-    from qlora_nb.memory import CUDA_CONTEXT, Card
+    from qlora_nb.memory import CUDA_CONTEXT
+    from qlora_nb.plan import Card
     from qlora_nb.rows import load_sft_dataset
 
     place = tmp_path / "model"

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_nb.core import UserError
-from qlora_nb.memory import CARDS, estimate_memory, model_shape, parameter_count
+from qlora_nb.memory import estimate_memory
+from qlora_nb.plan import CARDS
 from qlora_nb.recommendation import (
     ARGUMENTS,
     SOURCES,
@@ -24,6 +25,7 @@ from qlora_nb.recommendation import (
     steps_of,
     width_rule,
 )
+from qlora_nb.shapes import model_shape, parameter_count
 
 LLAMA_3B = {
     "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,

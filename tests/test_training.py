@@ -23,10 +23,12 @@ from qlora_nb import training
 from qlora_nb.adapter import load_adapter, model_info
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError, file_sha256
 from qlora_nb.engine import engine_of, install_engine
-from qlora_nb.memory import CUDA_CONTEXT, Card, estimate_memory, model_shape, plan_training
+from qlora_nb.memory import CUDA_CONTEXT, estimate_memory
 from qlora_nb.model import add_lora, load_model
+from qlora_nb.plan import Card, plan_training
 from qlora_nb.rows import load_sft_dataset
 from qlora_nb.run import RunFolder, resolve_settings
+from qlora_nb.shapes import model_shape
 from qlora_nb.training import (
     STOP_SIGNALS,
     TrainingDiverged,
