@@ -6,7 +6,6 @@
 __all__ = ['SYSTEM_PROMPT', 'TEMPLATES', 'render', 'stop_tokens', 'encode_batch', 'encode', 'prompt_ids', 'template_fingerprint']
 
 # %% ../nbs/11_template.ipynb #25d0ccb5
-import contextlib
 import functools
 import itertools
 import json
@@ -58,14 +57,14 @@ CHATML = r"""{%- for message in messages %}
 # %% ../nbs/11_template.ipynb #25d0ccb6
 TEMPLATES = {"llama-3.1": LLAMA_3_1, "chatml": CHATML, "embedded": EMBEDDED}
 
-# %% ../nbs/11_template.ipynb #25d0ccb5-6
-@contextlib.contextmanager
-def _unpadded_backend(tokenizer):
-    "Yield the tokenizer's Rust backend with padding and truncation off, then restore both; None for one written in Python."
+# %% ../nbs/11_template.ipynb #25d0ccb7
+def tokenize_texts(texts: list[str], tokenizer, add_special_tokens: bool = False) -> list[list[int]]:
+    """Return the ids of each text, without padding or truncation; what the tokenizer has set of these stays as it was.
+
+    `add_special_tokens`: also what the tokenizer adds by itself, such as a BOS (templates write their own)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not hasattr(backend, "encode_batch_fast"):
-        yield None
-        return
+    if not hasattr(backend, "encode_batch_fast"):  # a tokenizer written in Python
+        return tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
     padding = backend.padding
     truncation = backend.truncation
     splits_special = backend.encode_special_tokens
@@ -73,25 +72,13 @@ def _unpadded_backend(tokenizer):
     backend.no_truncation()
     backend.encode_special_tokens = False
     try:
-        yield backend
+        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
     finally:
         backend.encode_special_tokens = splits_special
         if padding:
             backend.enable_padding(**padding)
         if truncation:
             backend.enable_truncation(**truncation)
-
-# %% ../nbs/11_template.ipynb #25d0ccb7
-def tokenize_texts(
-    texts: list[str],
-    tokenizer,  # a transformers tokenizer; its own padding and truncation are left as they are
-    add_special_tokens: bool = False,  # what the tokenizer adds by itself, such as a BOS; templates write their own
-) -> list[list[int]]:
-    "Return the ids of each text, neither padded nor truncated."
-    with _unpadded_backend(tokenizer) as backend:
-        if backend is None:
-            return tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
-        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
 
 def adds_bos(tokenizer) -> bool:
@@ -100,11 +87,10 @@ def adds_bos(tokenizer) -> bool:
     return bos is not None and tokenize_texts([""], tokenizer, add_special_tokens=True)[0][:1] == [bos]
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-7
-def template_text(
-    tokenizer,  # a transformers tokenizer
-    template: str | None = None,  # None: its own; a name in `TEMPLATES`; or a template as Jinja text
-) -> str:
-    "Return the Jinja text of a template. Raises `UserError` where there is none, or the tokenizer lacks its tokens."
+def template_text(tokenizer, template: str | None = None) -> str:
+    """Return the Jinja text of a template: the tokenizer's own (None), a name in `TEMPLATES`, or Jinja text as it is.
+
+    Raises `UserError` where there is none, or the tokenizer lacks its tokens."""
     names = ", ".join(TEMPLATES)
     if template is None:
         if not tokenizer.chat_template:
@@ -166,11 +152,10 @@ def render(
 PROBE_MESSAGES = ({"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "It is so."})
 
 
-def probe_template(
-    tokenizer,  # a transformers tokenizer
-    template: str | None = None,  # None: the tokenizer's own; a name in `TEMPLATES`; or Jinja text
-) -> tuple[str, str, str] | None:  # the question; the question with the reply asked for; question and reply
-    "Return how the template writes a small conversation; None where there is no template, or it refuses."
+def probe_template(tokenizer, template: str | None = None) -> tuple[str, str, str] | None:
+    """Return how the template writes a question, the question with the reply asked for, and question and reply.
+
+    None where there is no template, or it refuses. `template` is as for `template_text`."""
     try:
         text = template_text(tokenizer, template)
         question = _render([*PROBE_MESSAGES[:1]], tokenizer, text)
@@ -186,10 +171,7 @@ def control_tokens(tokenizer) -> dict[int, str]:
     return marked | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
 
 
-def turn_end(
-    tokenizer,  # a transformers tokenizer
-    template: str | None = None,  # None: the tokenizer's own; a name in `TEMPLATES`; or Jinja text
-) -> int | None:
+def turn_end(tokenizer, template: str | None = None) -> int | None:
     "Return the control token that the template writes after a reply; None where there is none."
     if (probe := probe_template(tokenizer, template)) is None:
         return None
@@ -234,16 +216,6 @@ class Encoded:
     learned: int = 0  # tokens with a label
     left_out: tuple[str, ...] = ()  # roles of turns that the template doesn't write at all
     altered: tuple[str, ...] = ()  # roles of turns before the reply that it writes differently
-
-# %% ../nbs/11_template.ipynb #25d0ccb5-13
-def _find_turn_problem(messages: list[dict]) -> tuple[str, str] | None:
-    "Return a code and what is wrong where messages don't end in a reply, or begin with one; None where they can be learned."
-    last = messages[-1]["role"]
-    if last != "assistant":
-        return "bad_roles", f"the last turn is the {last}'s, not the assistant's: there is no reply to learn"
-    if messages[0]["role"] == "assistant":
-        return "bad_roles", "there is nothing before the assistant's first turn: there is no prompt to answer"
-    return None
 
 # %% ../nbs/11_template.ipynb #56a28472
 _NOT_PREFIX = "the template writes the turns before the reply differently once the reply follows"
@@ -307,10 +279,17 @@ class Encoder:
 
     def _find_spans(self, messages, max_length: int | None) -> list[tuple[int, str, str]] | Encoded:
         "Return, for each reply to learn, its turn, the text before it and the text to its end; or why there are none."
-        if problem := find_content_problem(messages) or _find_turn_problem(messages):
+        if problem := find_content_problem(messages):
             return Encoded(None, None, *problem)
+        roles = [message["role"] for message in messages]
+        if roles[-1] != "assistant":
+            why = f"the last turn is the {roles[-1]}'s, not the assistant's: there is no reply to learn"
+            return Encoded(code="bad_roles", why=why)
+        if roles[0] == "assistant":
+            why = "there is nothing before the assistant's first turn: there is no prompt to answer"
+            return Encoded(code="bad_roles", why=why)
         last = len(messages) - 1
-        turns = [last] if self.train_on == "last" else [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        turns = [i for i, role in enumerate(roles) if role == "assistant" and (i == last or self.train_on == "all")]
         try:
             spans = [(i, self._render(messages[:i], ask=True), self._render(messages[: i + 1])) for i in turns]
             for i, prompt, done in spans:
@@ -426,13 +405,10 @@ def encode(
     return row and {"input_ids": row.input_ids, "labels": row.labels}
 
 # %% ../nbs/11_template.ipynb #f2b4e674
-def fit_row(
-    row: Encoded,  # from `encode_batch`
-    tokenizer,  # a transformers tokenizer
-    max_length: int,  # tokens
-    truncation: str = "drop",  # or "cut_prompt"
-) -> Encoded | None:
-    "Return the row where it fits; with a shorter prompt where that is asked for and enough; else None."
+def fit_row(row: Encoded, tokenizer, max_length: int, truncation: str = "drop") -> Encoded | None:
+    """Return the row where it has at most `max_length` tokens; else None.
+
+    With `truncation="cut_prompt"` a longer row gets a shorter prompt, where that is enough."""
     if truncation not in ("drop", "cut_prompt"):
         raise UserError(f"truncation is {truncation!r}: choose 'drop' or 'cut_prompt'")
     if row.input_ids is None or len(row.input_ids) <= max_length:

@@ -12,6 +12,7 @@ from qlora_nb.template import (
     SYSTEM_PROMPT,
     TEMPLATES,
     Encoder,
+    adds_bos,
     encode,
     encode_batch,
     prompt_ids,
@@ -371,6 +372,25 @@ def test_the_end_of_turn_is_what_the_template_writes(tokenizer, chatml):
     assert turn_end(tokenizer, TEMPLATES["embedded"].replace("<|eot_id|>", "\n")) is None
     other.chat_template = None
     assert turn_end(other) is None
+
+
+def test_the_callers_tokenizer_is_not_changed(tokenizer):
+    "What a caller has set of padding, truncation and special tokens matters to no id, and stays set."
+    other = copy.deepcopy(tokenizer)
+    backend = other.backend_tokenizer
+    backend.enable_padding(length=40, pad_id=other.pad_token_id, pad_token=other.pad_token, direction="left")
+    backend.enable_truncation(max_length=5, stride=1)
+    backend.encode_special_tokens = True
+    before = backend.to_str(), dict(vars(other)), other.chat_template
+    found = []
+    for tok in (tokenizer, other):
+        rows = encode_batch([chat("What?", "That."), chat("a" * 300, "word " * 40)], tok)
+        cut = encode(chat("word " * 80, "Yes."), tok, max_length=60, truncation="cut_prompt")
+        asked = prompt_ids(chat("Hi"), tok), prompt_ids(chat("Hi"), tok, "llama-3.1")
+        ends = stop_tokens(tok), turn_end(tok), adds_bos(tok), template_fingerprint(tok)
+        found.append((rows, cut, asked, ends, tokenize_texts(["Hi<|eot_id|>"], tok, add_special_tokens=True)))
+    assert found[0] == found[1]
+    assert (backend.to_str(), dict(vars(other)), other.chat_template) == before and backend.encode_special_tokens
 
 
 def test_an_unknown_token_does_not_stop(tokenizer):
