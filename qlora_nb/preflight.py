@@ -33,9 +33,9 @@ from qlora_nb.rows import (
 
 # %% ../nbs/52_preflight.ipynb #52f1a008
 from qlora_nb.template import (
-    DATE,
     HUGE_TEXT,
     PROBE_MESSAGES,
+    TEMPLATE_DATE,
     Encoded,
     Encoder,
     adds_bos,
@@ -661,10 +661,10 @@ class _Checker:
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in self.stops:
             pad = tokenizer.pad_token
             note("pad_is_eos", f"the padding token {pad} also ends a turn: a collator that masks padding masks both")
-        if not ready and writes_clock(tokenizer, self.template, date_string=DATE):
+        if not ready and writes_clock(tokenizer, self.template, date_string=TEMPLATE_DATE):
             note("date_in_template", "the template writes today's date, and accepts no date_string")
         elif not ready and writes_clock(tokenizer, self.template):
-            note("date_in_template", f"the template writes today's date unless it is given one; here it is always given {DATE}",
+            note("date_in_template", f"the template writes today's date unless it is given one; here it is always given {TEMPLATE_DATE}",
                  severity="info", fix="give the same date_string when you serve the model")
         embedding = model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else None
         rows = getattr(model, "vocab_size", None) if embedding is None else len(embedding)

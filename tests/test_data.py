@@ -1383,7 +1383,8 @@ def test_a_row_is_rendered_twice_and_tokenized_once(tokenizer, monkeypatch):
     counted = lambda texts, *args, **more: tokenized.extend(texts) or tokenize(texts, *args, **more)  # noqa: E731
     monkeypatch.setattr(template, "tokenize_texts", counted)
     rows = load_sft_dataset(good(1000))
-    for encode_rows in (check_and_encode, encode_dataset, lambda data, tok: template.encode_batch(data["messages"][:], tok)):
+    by_batch = lambda data, tok: template.encode_batch(data["messages"][:], tok)  # noqa: E731
+    for encode_rows in (check_and_encode, encode_dataset, by_batch):
         encode_rows(rows, tokenizer)
         assert 2000 <= len(rendered) <= 2020 and 1000 <= len(tokenized) <= 1020
         rendered.clear()

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.template import (
-    DATE,
+    CHAT_TEMPLATES,
     SYSTEM_PROMPT,
-    TEMPLATES,
+    TEMPLATE_DATE,
     Encoder,
     adds_bos,
     encode,
@@ -76,7 +76,7 @@ def test_random_conversations(tokenizer, chatml, template, messages):
     end = "<|im_end|>" if template == "chatml" else "<|eot_id|>"
     text = template_text(tok, template)
     row = encode(messages, tok, template=template, max_length=10**6)
-    own = tok.apply_chat_template(messages, chat_template=text, date_string=DATE)["input_ids"]
+    own = tok.apply_chat_template(messages, chat_template=text, date_string=TEMPLATE_DATE)["input_ids"]
     assert row["input_ids"] == own
     assert own.count(tok.bos_token_id) == 1 and own[0] == tok.bos_token_id
     assert tok.decode(own) == render(messages, tok, template)
@@ -316,16 +316,16 @@ def test_our_templates_leave_nothing_out(tokenizer, chatml, template):
 
 def test_a_reply_that_melts_with_the_header_is_found(chatml):
     "ChatML without trimming: the header's newline and the reply's become one token."
-    template = TEMPLATES["chatml"].replace(" | trim", "")
+    template = CHAT_TEMPLATES["chatml"].replace(" | trim", "")
     assert encode_batch([chat("Hi", "\nHo")], chatml, template=template)[0].code == "prompt_not_prefix"
     assert encode_batch([chat("Hi", "\nHo")], chatml, template="chatml")[0].code is None
 
 
 def test_the_date_does_not_move(tokenizer):
     dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
-    assert render(chat("Hi"), tokenizer, dated) == DATE
+    assert render(chat("Hi"), tokenizer, dated) == TEMPLATE_DATE
     text = render(chat("Hi", system=" Be brief. "), tokenizer, "llama-3.1")
-    assert f"Today Date: {DATE}\n\nBe brief.<|eot_id|>" in text
+    assert f"Today Date: {TEMPLATE_DATE}\n\nBe brief.<|eot_id|>" in text
 
 
 def test_llama_template_to_the_letter(tokenizer):
@@ -369,7 +369,7 @@ def test_the_end_of_turn_is_what_the_template_writes(tokenizer, chatml):
     other.chat_template = tokenizer.chat_template.replace("<|eot_id|>", "<|no one knows this|>")
     row = encode(chat("Hi", "Ho"), other)
     assert other.decode(learned(row)) == "Ho<|no one knows this|>" and turn_end(other) in stop_tokens(other)
-    assert turn_end(tokenizer, TEMPLATES["embedded"].replace("<|eot_id|>", "\n")) is None
+    assert turn_end(tokenizer, CHAT_TEMPLATES["embedded"].replace("<|eot_id|>", "\n")) is None
     other.chat_template = None
     assert turn_end(other) is None
 
