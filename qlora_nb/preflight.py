@@ -65,16 +65,13 @@ class DatasetFinding(Finding):
 
 # %% ../nbs/52_preflight.ipynb #7742c7f4-21
 class DatasetReport(Findings):
-    "What `check_dataset` found. `ok` is True where there is no error."
+    """What `check_dataset` found: `findings`, `summary` (figures of all rows), `lengths`. `ok` is True where there is no error.
+
+    `lengths` maps the tokens of a row to (rows of that length, their learned tokens)."""
 
     harmless = ("warning", "info")
 
-    def __init__(
-        self,
-        findings: list[DatasetFinding],
-        summary: dict,  # figures of all rows
-        lengths: dict | None = None,  # {tokens of a row: (rows, learned tokens in these rows)}
-    ):
+    def __init__(self, findings: list[DatasetFinding], summary: dict, lengths: dict | None = None):
         super().__init__(findings, summary)
         self.lengths = lengths or {}
 
@@ -421,7 +418,7 @@ class EncodedRows:
         import datasets
         import pyarrow as pa
 
-        return datasets.Dataset(pa.concat_tables(self.tables).combine_chunks())
+        return datasets.Dataset(pa.concat_tables(self.tables))
 
 # %% ../nbs/52_preflight.ipynb #7742c7f4-28
 _LEFT_OUT = {  # what to do about turns that a template doesn't write
@@ -449,8 +446,7 @@ class _Checker:
         self.template = template
         self.max_length = max_length
         self.truncation = truncation
-        content_tokens = {"<think>", "</think>"}
-        names = sorted({*control_tokens(tokenizer).values()} - content_tokens)
+        names = sorted({*control_tokens(tokenizer).values()} - {"<think>", "</think>"})  # those two are content
         self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self.stops = set(stop_tokens(tokenizer, template=template))
         self.adds_bos = adds_bos(tokenizer)
@@ -625,8 +621,8 @@ class _Checker:
         note = self.collector.note
         total = sum(found.rows for found in self.stats.lengths.values())
         dropped, rows = self.stats.rows_longer_than(self.max_length)
-        rows.sort()
         if dropped:
+            rows.sort()
             longest = max(self.stats.lengths)
             note("too_long", f"rows are longer than max_length={self.max_length} (the longest has {longest} tokens)", dropped, rows)
             if ready:

@@ -279,7 +279,8 @@ def find_schema(columns: list[str], override: dict | None = None) -> Schema:
     `override` are names of the user's own, e.g. {"prompt": "frage", "response": "antwort"}."""
     if override:
         return _overridden_schema(columns, override)
-    fits = [s for s in KNOWN_SCHEMAS if {*s.columns} <= {*columns}][:1] or [s for s in COMMON_SCHEMAS if {*s.columns} <= {*columns}]
+    known, fits = ([s for s in table if {*s.columns} <= {*columns}] for table in (KNOWN_SCHEMAS, COMMON_SCHEMAS))
+    fits = known[:1] or fits
     found = ", ".join(columns) or "none"
     if not fits and {"chosen", "rejected"} <= {*columns}:
         raise UserError(f"the columns {found} are preference pairs, and training learns one reply to each prompt: write the chosen replies "
@@ -391,26 +392,28 @@ class UnusedRule:
 
 # %% ../nbs/12_data.ipynb #a0f6b7c3
 _CALLS = UnusedRule("tool_calls tool_call function_call", "error", "turns would be learned without the calls that they make",
-              "write each call into its turn's content, in the form of your model's template, or leave these rows out")
+                    "write each call into its turn's content, in the form of your model's template, or leave these rows out")
 _TOOLS = UnusedRule("tools functions", "error", "replies would be learned without the tools that they could call",
-              "write the tools into the system text, as your model's template does, or leave these rows out")
+                    "write the tools into the system text, as your model's template does, or leave these rows out")
 _WEIGHTS = UnusedRule("weight loss_weight sample_weight loss train trainable training train_on_turn learn", "error",
-                "the last reply of every row is learned in full, and no other, whatever the weights are",
-                "leave out rows whose last reply should not count, end the others with the reply that should, and remove the weights")
-_LABELS = UnusedRule("label kto_tag desirable is_desirable is_correct correct accepted is_accepted is_good", "error", "replies marked as bad (false, 0) would be learned like the good ones",
-               "leave these rows out, or rename the column where it doesn't judge the reply")
+                      "the last reply of every row is learned in full, and no other, whatever the weights are",
+                      "leave out rows whose last reply should not count, end the others with the reply that should, and remove the weights")
+_LABELS = UnusedRule("label kto_tag desirable is_desirable is_correct correct accepted is_accepted is_good", "error",
+                     "replies marked as bad (false, 0) would be learned like the good ones",
+                     "leave these rows out, or rename the column where it doesn't judge the reply")
 _PAIRS = UnusedRule("chosen rejected chosen_response rejected_response rejected_answer response_rejected", "error",
-              "training learns one reply, and nothing from the comparison with another",
-              "write the chosen replies into rows of their own, and remove these columns")
+                    "training learns one reply, and nothing from the comparison with another",
+                    "write the chosen replies into rows of their own, and remove these columns")
 _HISTORY = UnusedRule("history", "error", "replies would be learned without the turns before them", "write the earlier turns into messages")
 _MEDIA = UnusedRule("image images image_url input_image audio audios input_audio video videos video_url", "error",
-              "replies would be learned without what they are about: training takes text alone", "leave these rows out, or describe in words what is seen or heard")
-_REASONING = UnusedRule("reasoning reasoning_content reasoning_text thinking thinking_content thought thoughts cot chain_of_thought rationale explanation", "warning",
-                  "the model would learn to answer without this reasoning",
-                  "put it before the answer, between <think> and </think>, where the model should reason")
+                    "replies would be learned without what they are about: training takes text alone",
+                    "leave these rows out, or describe in words what is seen or heard")
+_REASONING = UnusedRule("reasoning reasoning_content reasoning_text thinking thinking_content thought thoughts cot chain_of_thought "
+                        "rationale explanation", "warning", "the model would learn to answer without this reasoning",
+                        "put it before the answer, between <think> and </think>, where the model should reason")
 _ASKED = UnusedRule("context contexts passage passages document documents options choices system_prompt system input", "warning",
-              "replies would be learned without what the question is about",
-              'put it into the prompt, or name it in Python, e.g. columns={"prompt": "question", "input": "context", "response": "answer"}')
+                    "replies would be learned without what the question is about",
+                    'put it into the prompt, or name it in Python, e.g. columns={"prompt": "question", "input": "context", "response": "answer"}')
 
 # %% ../nbs/12_data.ipynb #a0f6b7c4
 def bare_name(name: str) -> str:
@@ -545,9 +548,9 @@ def _unplaced_marks(row: dict, schema: Schema, turns: list) -> list[str]:
     return marks
 
 # %% ../nbs/12_data.ipynb #98a25367
-def format_count(number: int, what: str = "row") -> str:
-    "Return a number with its noun: 1 row, 2 rows."
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def format_count(rows: int) -> str:
+    "Return a number of rows with its noun: 1 row, 2 rows."
+    return f"{rows} row{'' if rows == 1 else 's'}"
 
 # %% ../nbs/12_data.ipynb #31536acf
 class _RowReader:
@@ -560,6 +563,7 @@ class _RowReader:
         self.schema = None  # found in the first rows
         self.rows = 0
         self.put_in = 0  # rows that got a system text
+        self.missing = 0  # contents that are not text
         self.unused = Counter()  # by mark
         self.plain = {}  # columns that say nothing about the replies
 
@@ -596,6 +600,7 @@ class _RowReader:
         messages = _with_system(turns, self.system)
         self.rows += 1
         self.put_in += len(messages) > len(turns)
+        self.missing += sum(turn["content"] is None for turn in turns)
         plain = [mark for mark in marks if mark.startswith("info column ")]
         if plain and len(self.plain) < 100:
             self.plain.update(dict.fromkeys(mark.removeprefix("info column ") for mark in plain))
@@ -628,6 +633,8 @@ class _RowReader:
             notes.append(f"{rows}not used: {', '.join(names)}")
         if names := self.plain_names():
             notes.append(f"columns not used: {names}")
+        if self.missing:
+            notes.append(f"{rows}contents that are not text: {self.missing}")
         return notes
 
 # %% ../nbs/12_data.ipynb #7742c7f4-13
@@ -809,9 +816,7 @@ def load_sft_dataset(
         count = format_count(len(data))
         looked = ""
     if source is not None:
-        missing = sum(m["content"] is None for batch in data.iter(1000) for row in batch["messages"] for m in row) if not looked else 0
-        notes = [f"{what}: {count}, read as {reader.schema}", *reader.notes(looked), _LICENCES.get(what),
-                 f"contents that are not text: {missing}" if missing else None]
+        notes = [f"{what}: {count}, read as {reader.schema}", *reader.notes(looked), _LICENCES.get(what)]
         print("; ".join(filter(None, notes)), file=sys.stderr)
     return data
 
