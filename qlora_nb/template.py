@@ -366,8 +366,7 @@ class Encoder:
         written = self.written_turns(tuple(m["role"] for m in messages))
         for i, message in enumerate(messages[:-1]):
             content = message["content"].strip()
-            quoted = json.dumps(content, ensure_ascii=False)[1:-1]  # templates quote what tools return
-            present = content in whole or quoted in whole
+            present = content in whole or json.dumps(content, ensure_ascii=False)[1:-1] in whole  # templates quote tools' results
             if content and not (present if written is None else i in written):
                 left_out.append(message["role"])
             elif not present:
