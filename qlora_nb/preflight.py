@@ -394,7 +394,7 @@ def writes_clock(tokenizer, template: str | None = None, **settings) -> bool:
     return mark in text
 
 # %% ../nbs/52_preflight.ipynb #7742c7f4-36
-class EncodedRows:
+class _EncodedRows:
     "The ids and labels of rows that fit, in Arrow's memory, and the numbers of those that don't."
 
     def __init__(self):
@@ -453,7 +453,7 @@ class _Checker:
         self.asking = asking_ids(tokenizer, template)
         self.collector = _Collector()
         self.stats = RowStatistics()
-        self.encoded = EncodedRows() if keep_rows else None
+        self.encoded = _EncodedRows() if keep_rows else None
         self.rows = 0
         self.plain = {}  # columns that say nothing about the replies
         self.replies = 0
@@ -739,7 +739,7 @@ def encode_dataset(
 ) -> tuple:  # (datasets.Dataset with input_ids and labels, indices of the rows left out)
     "Return ids and labels of all rows that fit, in their order, in memory. Raises `UserError` where a row can't be used, or none fits."
     encoder = Encoder(tokenizer, template)
-    encoded = EncodedRows()
+    encoded = _EncodedRows()
     lengths = []
     for batch in iterate_messages(data):
         found = encoder.encode(batch, max_length)
