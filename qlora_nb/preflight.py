@@ -113,20 +113,20 @@ DATASET_CODES = {
     "turn_left_out": ("error", "choose a template that writes these turns, or put their text into a user turn"),
     "unused_key": ("warning", "write it into the content where the model should read it; else remove the key"),
     "unused_column": ("info", "write it into the messages where the model should read it; else there is nothing to do"),
-    "unused_part": ("error", "leave these rows out: training takes text alone"),
+    "unused_part": ("error", "leave these rows out: training uses text only"),
     "earlier_replies": ("warning", "make a row of each reply that should be learned, with the turns before it"),
     "odd_characters": ("error", "read the source again as UTF-8, or leave these rows out"),
     "template_refused": ("error", "fix these messages, or choose a template that takes them"),
-    "prompt_not_prefix": ("error", "choose a template that writes earlier turns the same whatever follows, or strip the blanks from the reply"),
+    "prompt_not_prefix": ("error", "choose a template that renders earlier turns the same regardless of what follows, or strip the blanks from the reply"),
     "generation_prompt_mismatch": ("error", "choose a template whose generation prompt is how its own replies begin"),
     "no_end_of_turn": ("error", "choose a template that ends each turn with a token the tokenizer knows"),
     "no_bos": ("error", "choose a template that begins with the BOS token"),
     "double_bos": ("error", "give messages, not rendered text: template and tokenizer each add a BOS"),
-    "all_masked": ("error", "leave these rows out, or make labels for the reply"),
-    "bad_ids": ("error", "encode ids and labels again with this tokenizer, or give messages"),
+    "all_masked": ("error", "leave these rows out, or label the reply"),
+    "bad_ids": ("error", "encode the rows again with this tokenizer, or give messages"),
     "end_cut": ("error", "raise max_length or leave these rows out: their end would be cut away"),
     "leakage": ("error", "remove these rows from the training data"),
-    "prompt_labelled": ("warning", "give messages: their labels are on the replies alone"),
+    "prompt_labelled": ("warning", "give messages: then only the replies are labelled"),
     "too_long": ("warning", "raise max_length where memory allows, or accept that they are left out"),
     "content_changed": ("warning", "look at render(messages, tokenizer): choose another template if the reasoning is gone"),
     "unbalanced_think": ("warning", "fix the tags, or leave these rows out: the reasoning has no end"),
@@ -135,7 +135,7 @@ DATASET_CODES = {
     "special_token_in_content": ("error", "fix the content, or leave these rows out"),
     "empty_content": ("error", "fix the content, or leave these rows out"),
     "row_dropped": ("warning", "raise max_length, or accept that they are left out"),
-    "length_outlier": ("info", "look at them: two rows in one, a log, or a whole document?"),
+    "length_outlier": ("info", "look at them: are they two rows in one, a log, or a whole document?"),
     "pad_is_eos": ("warning", "set a padding token of its own, e.g. <|finetune_right_pad_id|>"),
     "date_in_template": ("warning", "remove the date from the template"),
     "tokenizer_too_large": ("error", "use the tokenizer that belongs to the model, or resize the embedding"),
@@ -509,7 +509,7 @@ class _Checker:
             cut = None if fits or found.code else fit_row(found, self.tokenizer, self.max_length, self.truncation)
             if cut:
                 lost = found.length - cut.length
-                self.collector.add("prompt_cut", row, f"a prompt loses {lost} tokens of its middle")
+                self.collector.add("prompt_cut", row, f"a prompt loses {lost} tokens from its middle")
                 found = cut
             if found.code is None:
                 self.check_tokens(row, found.input_ids, found.labels, found.learned)
@@ -536,7 +536,7 @@ class _Checker:
         if same:
             self.collector.add("duplicate", row, "the row is the same as an earlier one")
         elif nearly:
-            self.collector.add("near_duplicate", row, "the row is an earlier one but for case, spacing or punctuation")
+            self.collector.add("near_duplicate", row, "the row differs from an earlier one only in case, spacing or punctuation")
 
     def check_turns(self, row: int, messages: list[dict], found: Encoded):
         "Check for turns of one encoded row that are left out, altered or not learned."
@@ -648,7 +648,7 @@ class _Checker:
         if count >= 3 and others and unended == count == lengths[longest].unended and "end_cut" not in self.collector.found:
             cause = f"{count} rows have {longest} tokens, no row has more, and only these don't end: they were cut to that length"
             rows = self.collector.found["no_end_of_turn"].rows
-            self.collector.note("end_cut", cause, count, rows, fix="make the rows again, and leave out those that don't fit")
+            self.collector.note("end_cut", cause, count, rows, fix="encode the rows again, and leave out those that don't fit")
 
     def note_settings(self, model, ready: bool):
         "Note what belongs to tokenizer, template and model, not to rows."
@@ -660,7 +660,7 @@ class _Checker:
         if not ready and writes_clock(tokenizer, self.template, date_string=TEMPLATE_DATE):
             note("date_in_template", "the template writes today's date, and accepts no date_string")
         elif not ready and writes_clock(tokenizer, self.template):
-            note("date_in_template", f"the template writes today's date unless it is given one; here it is always given {TEMPLATE_DATE}",
+            note("date_in_template", f"the template writes today's date unless it is given one; here it always gets {TEMPLATE_DATE}",
                  severity="info", fix="give the same date_string when you serve the model")
         embedding = model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else None
         rows = getattr(model, "vocab_size", None) if embedding is None else len(embedding)

@@ -101,22 +101,6 @@ def _broken_row(text: str) -> int | None:
             return row
     return row + 1 if row else None
 
-# %% ../nbs/12_data.ipynb #dcc049af
-def _read_json(path: Path) -> Iterator[dict]:
-    "Yield the objects of a JSON file: a list of them, one under `data`, `train` or `rows`, columns, or one a line after all."
-    with _open(path) as file:
-        text = file.read()
-    lines = text.strip().splitlines()
-    if len(lines) > 1 and lines[0].startswith(b"{") and lines[0].rstrip().endswith(b"}"):
-        yield from _read_jsonl(path)
-        return
-    try:
-        value = _parse_json(text, str(path)) if lines else []
-    except UserError as error:
-        row = _broken_row(text.decode("utf-8-sig", "replace"))
-        raise UserError(f"{error} (row {row})" if row else str(error)) from error
-    yield from _rows_of_json(value, path)
-
 # %% ../nbs/12_data.ipynb #3b90d1f4
 def _rows_of_columns(value: dict) -> list[dict] | None:
     "Return the rows of an object that holds columns: lists of one length, or objects with the same numbers as keys (pandas)."
@@ -128,9 +112,20 @@ def _rows_of_columns(value: dict) -> list[dict] | None:
         return None
     return [dict(zip(value, row)) for row in zip(*cells)]
 
-# %% ../nbs/12_data.ipynb #662b487f
-def _rows_of_json(value, path: Path) -> Iterator[dict]:
-    "Yield the rows of a JSON value that was read from `path`."
+# %% ../nbs/12_data.ipynb #dcc049af
+def _read_json(path: Path) -> Iterator[dict]:
+    "Yield the objects of a JSON file: a list (also under `data`, `train` or `rows`), columns, or one object a line."
+    with _open(path) as file:
+        text = file.read()
+    lines = text.strip().splitlines()
+    if len(lines) > 1 and lines[0].startswith(b"{") and lines[0].rstrip().endswith(b"}"):
+        yield from _read_jsonl(path)
+        return
+    try:
+        value = _parse_json(text, str(path)) if lines else []
+    except UserError as error:
+        row = _broken_row(text.decode("utf-8-sig", "replace"))
+        raise UserError(f"{error} (row {row})" if row else str(error)) from error
     if isinstance(value, dict):
         lists = [value[key] for key in ("data", "train", "rows") if isinstance(value.get(key), list)]
         value = lists[0] if lists else _rows_of_columns(value) or [value]
@@ -396,7 +391,7 @@ _CALLS = UnusedRule("tool_calls tool_call function_call", "error", "turns would 
 _TOOLS = UnusedRule("tools functions", "error", "replies would be learned without the tools that they could call",
                     "write the tools into the system text, as your model's template does, or leave these rows out")
 _WEIGHTS = UnusedRule("weight loss_weight sample_weight loss train trainable training train_on_turn learn", "error",
-                      "the last reply of every row is learned in full, and no other, whatever the weights are",
+                      "only the last reply of every row is learned, and in full, regardless of the weights",
                       "leave out rows whose last reply should not count, end the others with the reply that should, and remove the weights")
 _LABELS = UnusedRule("label kto_tag desirable is_desirable is_correct correct accepted is_accepted is_good", "error",
                      "replies marked as bad (false, 0) would be learned like the good ones",
@@ -406,8 +401,8 @@ _PAIRS = UnusedRule("chosen rejected chosen_response rejected_response rejected_
                     "write the chosen replies into rows of their own, and remove these columns")
 _HISTORY = UnusedRule("history", "error", "replies would be learned without the turns before them", "write the earlier turns into messages")
 _MEDIA = UnusedRule("image images image_url input_image audio audios input_audio video videos video_url", "error",
-                    "replies would be learned without what they are about: training takes text alone",
-                    "leave these rows out, or describe in words what is seen or heard")
+                    "replies would be learned without what they are about: training uses text only",
+                    "leave these rows out, or describe what is seen or heard in words")
 _REASONING = UnusedRule("reasoning reasoning_content reasoning_text thinking thinking_content thought thoughts cot chain_of_thought "
                         "rationale explanation", "warning", "the model would learn to answer without this reasoning",
                         "put it before the answer, between <think> and </think>, where the model should reason")
@@ -624,10 +619,10 @@ class _RowReader:
         "Return what to tell the user; `rows` says which were looked at."
         notes = []
         if self.put_in and self.system is None:
-            notes.append(f"{rows}a system text that asks to think in <think> was put before {format_count(self.put_in)}: "
+            notes.append(f"{rows}a system prompt that asks for reasoning in <think> was added to {format_count(self.put_in)}: "
                          "leave it out with system=False (--no-system)")
         elif self.put_in:
-            notes.append(f"{rows}the system text was put before {format_count(self.put_in)}")
+            notes.append(f"{rows}the system text was added to {format_count(self.put_in)}")
         if self.unused:
             names = [f"{mark.split(' ', 2)[2]} ({format_count(count)})" for mark, count in islice(self.unused.items(), 50)]
             notes.append(f"{rows}not used: {', '.join(names)}")

@@ -227,7 +227,7 @@ _NO_END = "the template ends the reply with no end-of-turn token that the tokeni
 
 # %% ../nbs/11_template.ipynb #5293ea93
 def _is_altered(content: str, prompt: str, written: str) -> bool:
-    "Return True where a reply is not written as it is. Some templates put an empty reasoning before it: no change."
+    "Return True where the template changes a reply. An empty reasoning block before it, as some templates write, is no change."
     reply = content.strip()
     if prompt.rstrip().endswith("<think>"):  # the prompt begins the reasoning
         reply = reply.removeprefix("<think>").lstrip()

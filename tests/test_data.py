@@ -156,7 +156,7 @@ def test_what_was_recognised_is_said(capsys):
     load_sft_dataset([V0])
     assert capsys.readouterr().err == (
         "the data: 1 row, read as R1-Distill-SFT v0 (problem → prompt, reannotated_assistant_content → response); "
-        "a system text that asks to think in <think> was put before 1 row: "
+        "a system prompt that asks for reasoning in <think> was added to 1 row: "
         "leave it out with system=False (--no-system)\n"
     )
 
@@ -1148,11 +1148,11 @@ def test_system_text(streaming, tmp_path, capsys):
 
     first, said = loaded()
     assert first == [SYSTEM_PROMPT, None, "Mine"]
-    assert "was put before 1 row: leave it out with system=False (--no-system)" in said
+    assert "was added to 1 row: leave it out with system=False (--no-system)" in said
     first, said = loaded(system=False)
-    assert first == [None, None, "Mine"] and "put before" not in said
+    assert first == [None, None, "Mine"] and "added to" not in said
     first, said = loaded(system="Be brief.")
-    assert first == ["Be brief.", "Be brief.", "Mine"] and "the system text was put before 2 rows" in said
+    assert first == ["Be brief.", "Be brief.", "Mine"] and "the system text was added to 2 rows" in said
     with_column = load_sft_dataset([{"question": "a", "answer": THINK, "system": "Own"}], system="Be brief.")
     assert turns(with_column)[0] == ("system", "Own")
 
