@@ -31,7 +31,7 @@ from .merging import base_weight, merge_adapter
 from .model import load_model
 from .ollama_export import Modelfile, ollama_data, ollama_messages, ollama_reads, parse_modelfile, render_go
 from .rows import load_sft_dataset
-from .template import DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
+from .template import TEMPLATE_DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
 
 # %% ../nbs/22_certificate.ipynb #3c0492b5
 KINDS = ("held out", "other system turn", "several turns", "white space", "unicode", "look-alikes")
@@ -107,7 +107,7 @@ def tokenizer_ids(messages: list[dict], tokenizer, template: str | None = None) 
     "The second path: `apply_chat_template`."
     def ids(turns, ask):
         return tokenizer.apply_chat_template(
-            turns, chat_template=template_text(tokenizer, template), add_generation_prompt=ask, date_string=DATE, return_dict=True
+            turns, chat_template=template_text(tokenizer, template), add_generation_prompt=ask, date_string=TEMPLATE_DATE, return_dict=True
         )["input_ids"]
 
     return Ids(ids(messages[:-1], True), ids(messages, False))
