@@ -478,9 +478,9 @@ def plans(model: str, gpu: str | None, data: str | None, data_name: str | None, 
 
 def usual_backend(shape, card) -> str:
     "What `auto` trains such a model with on that card, where everything is installed."
-    from qlora_nb.memory import ENGINE_FAMILIES
+    from qlora_nb.shapes import list_architectures
 
-    return "engine" if card.hopper and shape.family in ENGINE_FAMILIES else "unsloth"
+    return "engine" if card.hopper and shape.family in list_architectures("engine") else "unsloth"
 
 
 def cards_table(found: list) -> str:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'CODEBOOKS', 'OPTIMIZERS', 'SMALL_CARD', 'WORKSPACE', 'SLACK', 'CUDA_CONTEXT', 'COMPONENTS', 'METHODS',
-           'BACKENDS', 'KINDS', 'ENGINE_FAMILIES', 'COLOURS', 'weight_bytes', 'adapter_tensors', 'optimizer_bytes',
-           'layer_bytes', 'loss_bytes', 'backward_bytes', 'MemoryEstimate', 'estimate_memory', 'plot_estimates',
-           'engine_layer_bytes', 'engine_loss_bytes']
+           'BACKENDS', 'KINDS', 'COLOURS', 'weight_bytes', 'optimizer_bytes', 'layer_bytes', 'loss_bytes',
+           'backward_bytes', 'MemoryEstimate', 'estimate_memory', 'plot_estimates', 'engine_layer_bytes',
+           'engine_loss_bytes']
 
 # %% ../nbs/04_memory.ipynb #2be823dd
 import math
@@ -14,8 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .core import UserError
-from .lora import TARGET_MODULES
-from .shapes import Shape, matrices, model_shape, parameter_count
+from .lora import TARGET_MODULES, adapter_matrix_sizes
+from qlora_nb.shapes import (
+    Shape,
+    count_parameters,
+    list_architectures,
+    model_shape,
+    projection_shapes,
+)
 
 # %% ../nbs/04_memory.ipynb #177a2a7d
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes
@@ -28,7 +34,7 @@ def weight_bytes(
     dtype: str = "bf16",  # of what isn't quantized
 ) -> dict[str, float]:
     "Bytes of the frozen or full weights: `base_weights`, `quant_constants`, `embeddings_head`."
-    count, size = parameter_count(shape), DTYPES[dtype]
+    count, size = count_parameters(shape), DTYPES[dtype]
     quantized = method == "qlora"
     constants = count["linear"] * (1 / 64 + 4 / (64 * 256)) + shape.layers * 7 * CODEBOOKS
     return {
@@ -36,16 +42,6 @@ def weight_bytes(
         "quant_constants": constants if quantized else 0,
         "embeddings_head": count["embeddings"] * size,
     }
-
-# %% ../nbs/04_memory.ipynb #7468b710
-def adapter_tensors(
-    shape: Shape,
-    r: int,
-    target_modules: Sequence[str] = TARGET_MODULES,
-) -> list[int]:
-    "Elements of each adapter matrix of one layer: A (r × in) and B (out × r) of each target."
-    found = matrices(shape)
-    return [r * size for name in target_modules for size in found[name]]
 
 # %% ../nbs/04_memory.ipynb #f8240f77
 OPTIMIZERS = {  # name: (kind, bytes of temporaries for each byte of a parameter)
@@ -91,7 +87,7 @@ def layer_bytes(
         normed = 4 if shape.wide_norms else DTYPES[dtype]
         kept += 4 * h + 2 * m + normed * (shape.norms * h + (q + kv if shape.qk_norm else 0))
     elif method == "lora":
-        kept += sum(2 * matrices(shape)[name][0] + 2 * r for name in chosen)
+        kept += sum(2 * projection_shapes(shape)[name][0] + 2 * r for name in chosen)
     else:
         kept += 2 * h * (bool(chosen & {"q_proj", "k_proj", "v_proj"}) + bool(chosen & {"gate_proj", "up_proj"}))
         kept += 2 * m * ("down_proj" in chosen) + 2 * r * len(chosen)
@@ -144,7 +140,7 @@ def backward_bytes(
 ) -> tuple[float, float]:  # for each token, and the unpacked weight
     "What the way back holds inside one layer, beside what was kept: gradients of the widest tensors, a weight in 16 bits."
     h, m = shape.hidden, shape.intermediate
-    unpacked = 2 * max(a * b for a, b in matrices(shape).values()) if method == "qlora" else 0
+    unpacked = 2 * max(a * b for a, b in projection_shapes(shape).values()) if method == "qlora" else 0
     if backend == "unsloth":
         return 2 * m + 6 * h, unpacked
     return {"lora": 6 * m, "qlora": 2 * m, "full": 2 * m}[method] + 2 * h, unpacked
@@ -293,7 +289,7 @@ def _check(shape: Shape, s: dict) -> None:
         raise UserError("target_modules is empty: name at least one layer")
     if s["seq_length"] > shape.context:
         raise UserError(f"seq_length is {s['seq_length']}, but the model has a context of {shape.context} tokens: choose a shorter one")
-    widths = [min(matrices(shape)[name]) for name in s["target_modules"]]
+    widths = [min(projection_shapes(shape)[name]) for name in s["target_modules"]]
     if s["method"] != "full" and s["r"] > min(widths):
         raise UserError(f"r is {s['r']}, but the narrowest target has {min(widths)} rows or columns: choose a smaller rank")
     if s["packing"] and s["backend"] == "transformers":
@@ -301,9 +297,6 @@ def _check(shape: Shape, s: dict) -> None:
     _check_engine(shape, s)
 
 # %% ../nbs/04_memory.ipynb #7f89bf01
-ENGINE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # those that the engine trains
-
-
 def _kind(gradient_checkpointing: bool | str) -> bool | str:
     "True, False or selective: Unsloth's kind is plain checkpointing, as far as memory goes."
     return "selective" if gradient_checkpointing == "selective" else bool(gradient_checkpointing)
@@ -314,8 +307,8 @@ def _check_engine(shape: Shape, s: dict) -> None:
     engine = s["backend"] == "engine" and s["method"] != "full"
     if s["gradient_checkpointing"] == "selective" and not engine:
         raise UserError("gradient_checkpointing is 'selective', which is the engine's, for adapters: take backend='engine', or True or False")
-    if engine and shape.family not in ENGINE_FAMILIES:
-        raise UserError(f"the engine doesn't train {shape.family}, only {', '.join(ENGINE_FAMILIES)}: take backend='unsloth'")
+    if engine and shape.family not in (known := list_architectures("engine")):
+        raise UserError(f"the engine doesn't train {shape.family}, only {', '.join(known)}: take backend='unsloth'")
 
 # %% ../nbs/04_memory.ipynb #639f033d
 def estimate_memory(
@@ -350,14 +343,14 @@ def estimate_memory(
 # %% ../nbs/04_memory.ipynb #761b2f1b
 def _estimate(shape: Shape, s: dict) -> MemoryEstimate:
     "`estimate_memory` after its checks."
-    full, count = s["method"] == "full", parameter_count(shape)
+    full, count = s["method"] == "full", count_parameters(shape)
     size = DTYPES[s["dtype"]] if full else s["adapter_bytes"]
     if full:
-        trained = [a * b for a, b in matrices(shape).values()] * shape.layers + [shape.hidden] * (shape.norms * shape.layers + 1)
+        trained = [a * b for a, b in projection_shapes(shape).values()] * shape.layers + [shape.hidden] * (shape.norms * shape.layers + 1)
         embeddings = [shape.vocabulary * shape.hidden]
         trained += [] if shape.tied else embeddings
     else:
-        trained, embeddings = adapter_tensors(shape, s["r"], s["target_modules"]) * shape.layers, []
+        trained, embeddings = adapter_matrix_sizes(projection_shapes(shape), s["r"], s["target_modules"]) * shape.layers, []
     gradients = (count["total"] if full else sum(trained)) * size
     stays, temporaries = (_engine_stays if s["backend"] == "engine" else _stays)(shape, s, trained, embeddings, size)
     moments = (_engine_moments if s["backend"] == "engine" else _moments)(shape, s, gradients, temporaries)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from .core import UserError
+from .lora import adapter_matrix_sizes
 from qlora_nb.plan import (
     CARDS,
     Rows,
@@ -23,7 +24,7 @@ from qlora_nb.plan import (
     plan_training,
     row_lengths,
 )
-from .shapes import Shape, matrices, model_shape, parameter_count
+from .shapes import Shape, count_parameters, model_shape, projection_shapes
 
 # %% ../nbs/05_recommend.ipynb #077634bc
 SOURCES = {
@@ -129,14 +130,15 @@ FEW = 500  # rows
 
 def adapter_parameters(shape: Shape, r: int) -> int:
     "Parameters of adapters of rank `r` on the seven projections of every layer."
-    return r * shape.layers * sum(a + b for a, b in matrices(shape).values())
+    shapes = projection_shapes(shape)
+    return shape.layers * sum(adapter_matrix_sizes(shapes, r, tuple(shapes)))
 
 
 def rank(facts: Facts) -> list[Advice]:
     "Rank and scale."
     tokens, shape = facts.learned_tokens, facts.shape
     first = 8 if facts.rows is not None and facts.rows < FEW else 16
-    fits = [r for r in RANKS if first <= r <= min(min(pair) for pair in matrices(shape).values())] or [8]
+    fits = [r for r in RANKS if first <= r <= min(min(pair) for pair in projection_shapes(shape).values())] or [8]
     enough = [r for r in fits if tokens is None or adapter_parameters(shape, r) >= tokens]
     r = enough[0] if enough else fits[-1]
     count = f"{adapter_parameters(shape, r):,} adapter parameters"
@@ -200,7 +202,7 @@ def dropout(facts: Facts) -> Advice:
 
 def targets(facts: Facts) -> Advice:
     "Which layers get adapters."
-    names = tuple(matrices(facts.shape))
+    names = tuple(projection_shapes(facts.shape))
     return Advice("target_modules", names, "all seven: attention alone learned less elsewhere; in our study only q and v alone did", f"{SOURCES['qlora']}; {SOURCES['regret']}; {SOURCES['study']}")
 
 # %% ../nbs/05_recommend.ipynb #7372140b
@@ -345,7 +347,7 @@ def recommend(
     data = data if data is None or isinstance(data, int) or hasattr(data, "__len__") else list(data)
     device = _this_machine() if device is None else device if device == "cpu" else find_card(device)
     shape = model_shape(getattr(model, "config", model))
-    facts = Facts(shape, parameter_count(shape)["total"], method, *count_data(data, tokenizer), device)
+    facts = Facts(shape, count_parameters(shape)["total"], method, *count_data(data, tokenizer), device)
     batch = effective_batch(facts)
     own = "every weight is trained there: this package's `train` is for adapters, and its study shows the loop for all weights"
     trainer = Advice("trainer", "trl.SFTTrainer", own, "benchmarks/study.py")

@@ -521,7 +521,7 @@ def test_plan_counts_the_rows_of_the_data(command, tmp_path):
     "arguments, message",
     [
         (["--gpu", "T5"], "there is no card 'T5': choose one of T4"),
-        (["--gpu", "T4", "--model", "./none"], "there is no model folder ./none"),
+        (["--gpu", "T4", "--model", "./none"], "there is no folder ./none"),
         (["--gpu", "T4", "--method", "full"], "method is 'full'"),
         (["--gpu", "T4", "--backend", "mlx"], "backend is 'mlx'"),
         (["--gpu", "T4", "--r", "0"], "r is 0"),

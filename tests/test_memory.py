@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.memory import COMPONENTS, ENGINE_FAMILIES, engine_layer_bytes, estimate_memory
+from qlora_nb.memory import COMPONENTS, engine_layer_bytes, estimate_memory
 from qlora_nb.plan import CARDS, Card, Rows, choose_length, find_card, known_card, plan_training, row_lengths
-from qlora_nb.shapes import FAMILIES, model_shape, parameter_count
+from qlora_nb.shapes import count_parameters, list_architectures, model_shape
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
@@ -28,7 +28,7 @@ GiB = 2**30
 # --- configurations -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", list_architectures("memory"))
 def test_a_configuration_object_takes_under_50_ms_and_loads_nothing(family):
     from transformers import AutoConfig
 
@@ -92,14 +92,14 @@ def test_places_without_a_configuration(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     for model, message in [
-        (tmp_path / "nowhere", "there is no model folder"),
-        ("./nowhere", "there is no model folder"),
+        (tmp_path / "nowhere", "there is no folder"),
+        ("./nowhere", "there is no folder"),
         (tmp_path / "empty", "holds no config.json"),
-        (tmp_path / "broken", "can't be read as JSON"),
-        (tmp_path / "latin", "can't be read as JSON"),
+        (tmp_path / "broken", "is not valid JSON"),
+        (tmp_path / "latin", "is not valid JSON"),
         (tmp_path / "list", "holds a JSON list"),
         (7, "model is a int"),
-        ("nobody/nothing", "config.json of nobody/nothing can't be had"),
+        ("nobody/nothing", "can't fetch config.json of nobody/nothing"),
     ]:
         with pytest.raises(UserError, match=message) as refused:
             estimate_memory(model)
@@ -122,7 +122,7 @@ def test_a_model_that_also_sees():
     text = {**LLAMA, "model_type": "gemma3_text"}
     both = estimate_memory({"model_type": "gemma3", "text_config": text, "vision_config": seen})
     alone = estimate_memory(text)
-    tower = parameter_count(both.shape)["vision"]
+    tower = count_parameters(both.shape)["vision"]
     assert 0.40e9 < tower < 0.45e9
     assert both.by_component["base_weights"] - alone.by_component["base_weights"] == 2 * tower
     assert both.by_component["activations"] == alone.by_component["activations"]
@@ -216,9 +216,7 @@ def test_the_engine_keeps_more_where_the_mlp_is_not_one_function():
 
 
 def test_the_engine_is_planned_for_what_it_trains():
-    from qlora_nb.engine import ARCHITECTURES
-
-    assert set(ENGINE_FAMILIES) == set(ARCHITECTURES) <= set(FAMILIES)
+    assert set(list_architectures("engine")) <= set(list_architectures("memory"))
     with pytest.raises(UserError, match="the engine doesn't train gemma"):
         plan_training({**LLAMA, "model_type": "gemma"}, "H200", backend="engine")
     wished = plan_training(LLAMA, "H200", backend="engine", gradient_checkpointing="selective")

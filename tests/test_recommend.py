@@ -25,7 +25,7 @@ from qlora_nb.recommendation import (
     steps_of,
     width_rule,
 )
-from qlora_nb.shapes import model_shape, parameter_count
+from qlora_nb.shapes import count_parameters, model_shape
 
 LLAMA_3B = {
     "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
@@ -41,7 +41,7 @@ ROWS = st.one_of(st.none(), st.integers(1, 10**7))
 
 def facts(rows=None, tokens=None, method="qlora", config=LLAMA_3B, parameters=None):
     shape = model_shape(config)
-    return Facts(shape, parameters or parameter_count(shape)["total"], method, rows, tokens, "cpu")
+    return Facts(shape, parameters or count_parameters(shape)["total"], method, rows, tokens, "cpu")
 
 
 # --- the rules ------------------------------------------------------------------------------------------------------
