@@ -105,7 +105,8 @@ def engine_trainer(model, tok, s, clock):
     from qlora_nb import engine
     from qlora_nb.core import PROFILES
     from qlora_nb.engine import Engine, attention_kernel, engine_of, install_engine
-    from qlora_nb.training import make_trainer, settings_for
+    from qlora_nb.run import resolve_settings
+    from qlora_nb.training import make_trainer
 
     known = vars(engine).setdefault("ALL_KERNELS", engine.KERNELS)
     engine.KERNELS = {s["attention"]: known[s["attention"]]} if s["attention"] else known
@@ -113,7 +114,7 @@ def engine_trainer(model, tok, s, clock):
     install_engine(model, Engine(**dict.fromkeys(s["off"], False), **dict.fromkeys(s["on"], True)))
     if s["attention"] and attention_kernel(model) != s["attention"]:
         raise RuntimeError(f"{s['attention']} is not there; attention is by {attention_kernel(model)}")
-    settings = settings_for({
+    settings = resolve_settings({
         "per_device_train_batch_size": s["batch"], "gradient_accumulation_steps": s["accumulation"],
         "packing": s["packing"] and engine_of(model).attention, "max_steps": s["steps"], "save_steps": 10_000,
         "max_seq_length": ROWS[s["rows"]][1], "optim": "adamw_8bit",

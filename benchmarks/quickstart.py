@@ -138,7 +138,7 @@ def ours(a, path):
     model = add_lora(model, r=16, lora_alpha=16)
     from datasets import Dataset
 
-    from qlora_nb.training import train
+    from qlora_nb.workflow import train
 
     run = train(
         model, tok, Dataset.from_list(conversations()), output=Path(tempfile.mkdtemp()) / "run", eval_rows=0,

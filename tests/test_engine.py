@@ -857,8 +857,8 @@ def test_packs_hold_every_row_once():
 
 def test_what_the_model_is_said_to_be(tmp_path, capsys):
     "`model_info` follows the engine, and an adapter that is loaded to be trained gets it."
-    from qlora_nb.merging import load_adapter
-    from qlora_nb.model import add_lora, load_model, model_info
+    from qlora_nb.adapter import load_adapter, model_info
+    from qlora_nb.model import add_lora, load_model
 
     model = add_lora(load_model(backend="transformers")[0])
     assert not model_info(model)["engine"]
@@ -1295,7 +1295,8 @@ def small_run(folder, engine, optim="adamw_torch", steps=3, prepare=None, resume
 
     from qlora_nb.core import PROFILES
     from qlora_nb.model import add_lora, load_model
-    from qlora_nb.training import make_trainer, settings_for
+    from qlora_nb.run import resolve_settings
+    from qlora_nb.training import make_trainer
 
     model, tokenizer = load_model(backend="transformers")
     model = add_lora(model)
@@ -1303,7 +1304,7 @@ def small_run(folder, engine, optim="adamw_torch", steps=3, prepare=None, resume
     (prepare or (lambda model: None))(model)
     settings = {"max_steps": 4, "max_seq_length": 128, "save_steps": 2, "optim": optim, "weight_decay": 0.5}
     rows = Dataset.from_list(some_rows((9, 30, 64, 17) * 8))
-    trainer = make_trainer(model, tokenizer, rows, settings_for(settings, profile=PROFILES["tiny"]), folder, [])
+    trainer = make_trainer(model, tokenizer, rows, resolve_settings(settings, profile=PROFILES["tiny"]), folder, [])
     trainer.args.max_steps = steps
     trainer.train(resume_from_checkpoint=resume)
     return trainer, [p.detach() for p in trained_of(model)]
@@ -1329,12 +1330,12 @@ def test_nobody_waits_for_bitsandbytes(tmp_path, monkeypatch):
     trainer, _ = small_run(tmp_path / "run", Engine(), "adamw_8bit")
     tensors = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(asked) == 3 * len(tensors) and set(asked) == {(id(p), True) for p in tensors}
-    with pytest.raises(ZeroDivisionError), training.unpaged():
-        assert optimizer.sync_gpu is training.only_out_of_turn
+    with pytest.raises(ZeroDivisionError), training.without_waiting():
+        assert optimizer.sync_gpu is training.wait_unless_queued
         raise ZeroDivisionError
     assert optimizer.sync_gpu is before and not training._here.unpaged
     monkeypatch.delattr(optimizer, "sync_gpu")  # as in a version that doesn't wait
-    with training.unpaged():
+    with training.without_waiting():
         assert not hasattr(optimizer, "sync_gpu")
     monkeypatch.setattr(optimizer, "sync_gpu", before, raising=False)
     asked.clear()
@@ -1356,9 +1357,9 @@ def test_work_in_another_stream_or_thread_is_waited_for(monkeypatch, stream, her
     monkeypatch.setattr(utils, "sync_gpu", asked.append)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
-    with training.unpaged() if here else contextlib.nullcontext():
-        training.only_out_of_turn(SimpleNamespace(is_cuda=True, device="cuda:0"))
-        training.only_out_of_turn(torch.zeros(1))  # of another kind of device: as bitsandbytes does
+    with training.without_waiting() if here else contextlib.nullcontext():
+        training.wait_unless_queued(SimpleNamespace(is_cuda=True, device="cuda:0"))
+        training.wait_unless_queued(torch.zeros(1))  # of another kind of device: as bitsandbytes does
     assert len(asked) == 1 + waits
 
 
@@ -1440,11 +1441,12 @@ import torch
 from qlora_nb.core import PROFILES
 from qlora_nb.engine import engine_of
 from qlora_nb.model import add_lora, load_model
-from qlora_nb.training import settings_for, trainer_arguments
+from qlora_nb.run import resolve_settings
+from qlora_nb.training import trainer_arguments
 model = load_model(engine=True)[0]
 model = add_lora(model, use_gradient_checkpointing=True)
 assert engine_of(model).checkpoint
-settings = settings_for({}, profile=PROFILES["tiny"])
+settings = resolve_settings({}, profile=PROFILES["tiny"])
 arguments = trainer_arguments(settings, "/tmp", torch.float32, False, engine_of(model))
 torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
 unused = arguments.ddp_find_unused_parameters

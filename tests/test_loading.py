@@ -18,15 +18,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_nb.certificate import certify, chat_server
-from qlora_nb.cli import main, opened
+from qlora_nb.adapter import load_adapter, save_adapter, trained_in_4bit
+from qlora_nb.certificate import certify
+from qlora_nb.cli import main, open_for_chat
 from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
-from qlora_nb.data import load_sft_dataset
 from qlora_nb.gguf_export import export_gguf
-from qlora_nb.merging import load_adapter, merge_adapter, save_adapter, save_merged
-from qlora_nb.model import add_lora, load_model, load_tokenizer, trained_in_4bit
+from qlora_nb.llama import chat_server
+from qlora_nb.merging import merge_adapter, save_merged
+from qlora_nb.model import add_lora, load_model, load_tokenizer
+from qlora_nb.rows import load_sft_dataset
 from qlora_nb.template import render
-from qlora_nb.training import train
+from qlora_nb.workflow import train
 
 WEIGHTS = load_file(EMBEDDED_MODEL / "model.safetensors")
 MLP, NORM, QUERY = (f"model.layers.1.{name}.weight" for name in ("mlp.up_proj", "input_layernorm", "self_attn.q_proj"))
@@ -158,8 +160,8 @@ def test_constants_of_older_files_are_no_damage(tmp_path):
 
 
 def test_a_base_in_4_bits(tmp_path):
-    model, tokenizer = load_model("qlora_nb:embedded")
-    save_merged(add_lora(model, r=2), tokenizer, tmp_path / "packed", "requantized")
+    for part in load_model("qlora_nb:embedded"):
+        part.save_pretrained(tmp_path / "packed")
     assert load_model(tmp_path / "packed")[0].model.layers[0].mlp.up_proj.weight.quant_state.nested
     with pytest.raises(UserError, match="is stored in 4 bits: load it with load_in_4bit=True"):
         load_model(tmp_path / "packed", load_in_4bit=False)
@@ -536,7 +538,7 @@ def test_a_run_is_asked_and_served_in_its_own_template(tmp_path, command):
     run = train(add_lora(model, r=2), tokenizer, rows, max_steps=2, eval_rows=0, output=tmp_path / "run")
     asked = render(rows[0]["messages"][:-1], tokenizer, add_generation_prompt=True)
     assert asked.endswith("<|end_header_id|>\n")
-    served = opened(str(run.path), None, None, None)[1]
+    served = open_for_chat(str(run.path), None, None, None)[1]
     assert render(rows[0]["messages"][:-1], served, add_generation_prompt=True) == asked
     run.export("f32")
     certificate = certify(run.path, gguf=run.path / "run-F32.gguf", modelfile=run.path / "Modelfile", rows=10,

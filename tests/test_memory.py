@@ -368,7 +368,8 @@ def test_a_wish_that_cannot_be(change, message):
 def test_lengths_are_those_of_the_trainer():
     from transformers import AutoTokenizer
 
-    from qlora_nb.data import encode_dataset, load_sft_dataset
+    from qlora_nb.preflight import encode_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     tokenizer, data = AutoTokenizer.from_pretrained(EMBEDDED_MODEL), load_sft_dataset(limit=250)
     rows, dropped = encode_dataset(data, tokenizer, 2048)

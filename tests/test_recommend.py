@@ -140,7 +140,7 @@ def test_learned_tokens_are_those_of_the_replies(tokenizer):
 
 
 def test_many_rows_are_estimated(tokenizer):
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     data = list(load_sft_dataset(split="train"))
     exact = count_data(data, tokenizer)[1]
@@ -188,14 +188,14 @@ def test_what_is_advised_is_taken():
     import inspect
 
     from qlora_nb.model import add_lora, load_model
-    from qlora_nb.training import SETTINGS, settings_for
+    from qlora_nb.run import resolve_settings, settings_of_part
 
     for device in ("cpu", "T4"):
         found = recommend(LLAMA_3B, 1000, device).settings
         assert set(found["add_lora"]) <= set(inspect.signature(add_lora).parameters)
         assert set(found["load_model"]) <= set(inspect.signature(load_model).parameters)
-        assert set(found["train"]) <= set(SETTINGS)
-        taken = dataclasses.asdict(settings_for(found["train"]))
+        assert set(found["train"]) <= set(settings_of_part("trainer"))
+        taken = dataclasses.asdict(resolve_settings(found["train"]))
         assert {name: taken[name] for name in found["train"]} == found["train"]
     assert set(ARGUMENTS) == {"load_model", "add_lora", "train"}
 
@@ -244,7 +244,7 @@ def test_full_fine_tuning_takes_the_largest_batch_that_fits(card):
 @pytest.mark.quick
 def test_full_fine_tuning_looks_at_the_rows(tokenizer):
     "Short rows leave room for more of them than full ones of 2,048 tokens do."
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     data = load_sft_dataset(split="train")
     full, short = (
@@ -269,9 +269,9 @@ def test_text_and_html():
 
 def test_advice_trains(tokenizer, tmp_path):
     "A short run with all that is recommended, on the embedded model."
-    from qlora_nb.data import load_sft_dataset
     from qlora_nb.model import add_lora, load_model
-    from qlora_nb.training import train
+    from qlora_nb.rows import load_sft_dataset
+    from qlora_nb.workflow import train
 
     data = load_sft_dataset(split="train").select(range(24))
     model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", max_seq_length=256)

@@ -20,42 +20,48 @@ import torch
 import yaml
 
 from qlora_nb import training
+from qlora_nb.adapter import load_adapter, model_info
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError, file_sha256
-from qlora_nb.data import load_sft_dataset
 from qlora_nb.engine import engine_of, install_engine
 from qlora_nb.memory import CUDA_CONTEXT, estimate_memory
-from qlora_nb.merging import load_adapter
-from qlora_nb.model import add_lora, load_model, model_info
+from qlora_nb.model import add_lora, load_model
 from qlora_nb.plan import Card, plan_training
+from qlora_nb.rows import load_sft_dataset
+from qlora_nb.run import RunFolder, resolve_settings
 from qlora_nb.shapes import model_shape
 from qlora_nb.training import (
-    SIGNALS,
-    Diverged,
-    Interrupted,
+    STOP_SIGNALS,
+    TrainingDiverged,
+    TrainingInterrupted,
     Tripwire,
-    base_task_for,
-    checkpointing_of,
-    checkpoints_of,
-    damage,
-    expected_memory,
-    fit,
+    estimate_run_memory,
+    explain_interrupts,
+    find_damage,
     gentle_interrupt,
+    get_checkpointing,
     last_checkpoint,
     likely_cause,
+    list_checkpoints,
+    load_base_task,
     make_plan,
     make_trainer,
-    memory_warning,
+    make_watch,
+    raise_stop_signal,
+    run_trainer,
     set_checkpointing,
-    settings_for,
-    stop_now,
-    stoppable,
     tidy_checkpoints,
-    train,
-    watcher,
+    warn_of_memory,
 )
+from qlora_nb.workflow import load_run, train
 
 TINY = PROFILES["tiny"]
 SHORT = {"eval_rows": 0, "max_steps": 2, "warmup_steps": 1}
+
+
+def lengths_of(data, tokenizer):
+    from qlora_nb.preflight import encode_dataset
+
+    return training.count_row_tokens(encode_dataset(data, tokenizer, 2048)[0])
 
 
 def fresh(**more):
@@ -93,7 +99,7 @@ def test_a_plan_is_followed_and_written_down(data, tmp_path, capsys):
     assert config["optim"] == "adamw_8bit" and config["packing"] is False
     assert (
         ("no checkpointing" in config["plan"]["choice"])
-        != checkpointing_of(model)
+        != get_checkpointing(model)
         == config["use_gradient_checkpointing"]
     )
     assert run.summary["plan"] == {**config["plan"], "measured": None}
@@ -103,23 +109,30 @@ def test_a_plan_is_followed_and_written_down(data, tmp_path, capsys):
 
 def test_arguments_win_over_the_plan_and_the_file_over_it_too(data, adapted):
     model, tokenizer = adapted
-    settings = settings_for({}, profile=TINY)
+    settings = resolve_settings({}, profile=TINY)
     for fixed, batch, steps in [
         ({"per_device_train_batch_size": 2}, 2, 4),
         ({"gradient_accumulation_steps": 4}, 2, 4),
         ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}, 3, 5),
         ({}, 8, 1),
     ]:
-        c = make_plan(model, tokenizer, data, "L4", settings, fixed).choice
+        c = make_plan(model, lengths_of(data, tokenizer), "L4", settings, fixed).choice
         assert (c.batch, c.accumulation, c.method, c.packing) == (batch, steps, "qlora", False)
-    c = make_plan(model, tokenizer, data, "L4", settings, {"max_seq_length": 200, "optim": "adamw_torch"}).choice
+    c = make_plan(
+        model, lengths_of(data, tokenizer), "L4", settings, {"max_seq_length": 200, "optim": "adamw_torch"}
+    ).choice
     assert (c.seq_length, c.optimizer) == (200, "adamw_torch")
-    assert settings_for({"optim": "sgd"}, {"packing": True}, TINY, {"optim": "x", "packing": False}).packing is True
+    assert (
+        resolve_settings(
+            {"optim": "sgd"}, {"packing": True}, profile=TINY, plan={"optim": "x", "packing": False}
+        ).packing
+        is True
+    )
 
 
 def test_the_rank_is_that_of_the_model_and_the_rows_are_those_of_the_data(data, adapted):
     model, tokenizer = adapted
-    plan = make_plan(model, tokenizer, data, "L4", settings_for({}, profile=TINY), {})
+    plan = make_plan(model, lengths_of(data, tokenizer), "L4", resolve_settings({}, profile=TINY), {})
     assert plan.r == 8 and plan.shape == model_shape("qlora_nb:embedded") and len(plan.rows.lengths) == len(data)
     assert plan.choice.seq_length <= model_info(model)["max_seq_length"]
 
@@ -183,7 +196,7 @@ def test_a_planned_run_goes_on_as_it_was_planned(data, tmp_path):
     assert again.summary["plan"] == whole.summary["plan"]
     assert again.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
     (whole.path / "summary.json").unlink()
-    with pytest.raises(UserError, match="a run that goes on keeps its settings"):
+    with pytest.raises(UserError, match="a resumed run keeps its settings"):
         go(resume=whole.path, plan="auto")
 
 
@@ -197,7 +210,7 @@ def test_a_plan_for_the_engine_is_followed(data, tmp_path, mib, wanted):
         gradient_checkpointing=wanted)  # fmt: skip
     run = train(model, tokenizer, data, output=tmp_path / "run", plan=plan, max_steps=2, eval_rows=0)
     config = yaml.safe_load((run.path / "config.yaml").read_text())
-    kind, said = checkpointing_of(model), config["plan"]["choice"]
+    kind, said = get_checkpointing(model), config["plan"]["choice"]
     assert config["engine"] is True and config["use_gradient_checkpointing"] == kind
     assert kind == wanted if wanted is not None else kind is not False
     words = {True: " checkpointing", "selective": "selective checkpointing", False: "no checkpointing"}
@@ -215,18 +228,19 @@ def test_plans_of_the_engine_and_of_plain_transformers_are_not_mixed_up(data, ad
 
 def test_the_engines_memory_is_foretold():
     model = add_lora(load_model("qlora_nb:embedded", engine=True)[0], r=8, use_gradient_checkpointing="selective")
-    settings = settings_for({"optim": "adamw_8bit"}, profile=TINY)
-    expected = expected_memory(model, settings, [200, 100, 50] * 10, tight(500))
+    settings = resolve_settings({"optim": "adamw_8bit"}, profile=TINY)
+    expected = estimate_run_memory(model, settings, [200, 100, 50] * 10, tight(500))
     assert expected.settings["backend"] == "engine" and expected.settings["gradient_checkpointing"] == "selective"
     assert expected.settings["seq_length"] == 200 and not expected.settings["padded"]
     install_engine(model, replace(engine_of(model), dense=True))
-    assert expected_memory(model, settings, [200], tight(500)) is None
+    assert estimate_run_memory(model, settings, [200], tight(500)) is None
 
 
 SWITCH = """
 import sys, torch
-from qlora_nb.model import add_lora, load_model, model_info
-from qlora_nb.training import checkpointing_of, set_checkpointing
+from qlora_nb.adapter import model_info
+from qlora_nb.model import add_lora, load_model
+from qlora_nb.training import get_checkpointing, set_checkpointing
 model, _ = load_model("qlora_nb:embedded", backend=sys.argv[1])
 model = add_lora(model, use_gradient_checkpointing=False).train()
 own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
@@ -246,7 +260,7 @@ first = kept()
 found = []
 for on in (True, False):
     set_checkpointing(model, on)
-    assert checkpointing_of(model) == on == bool(model_info(model)["use_gradient_checkpointing"])
+    assert get_checkpointing(model) == on == bool(model_info(model)["use_gradient_checkpointing"])
     found.append(kept())
 print(first, *found)
 assert found[1][0] == first[0], "switched off, it is what it was"
@@ -266,17 +280,17 @@ def test_checkpointing_is_switched_on_and_off(backend):
 
 def test_a_warning_where_the_card_is_too_small(adapted):
     model, _ = adapted
-    settings = settings_for({"optim": "adamw_8bit"}, profile=TINY)
-    expected = expected_memory(model, settings, [200, 100, 50] * 10, tight(500))
+    settings = resolve_settings({"optim": "adamw_8bit"}, profile=TINY)
+    expected = estimate_run_memory(model, settings, [200, 100, 50] * 10, tight(500))
     same = estimate_memory("qlora_nb:embedded", r=8, batch_size=8, seq_length=200, gradient_checkpointing=False,
                            padded=True,
                            backend="transformers", card=tight(500).bytes, hopper=False, max_seq_length=256)  # fmt: skip
     assert expected.by_component == same.by_component
-    assert memory_warning(expected, tight(500)) is None
-    said = memory_warning(expected, tight(1))
+    assert warn_of_memory(expected, tight(500)) is None
+    said = warn_of_memory(expected, tight(1))
     assert re.search(r"should need \d+ MiB at its fullest, and 1 MiB has 768 MiB for it: take --plan auto", said), said
-    assert memory_warning(None, tight(1)) is None
-    assert expected_memory(model, settings_for({"optim": "adafactor"}, profile=TINY), [200], tight(500)) is None
+    assert warn_of_memory(None, tight(1)) is None
+    assert estimate_run_memory(model, resolve_settings({"optim": "adafactor"}, profile=TINY), [200], tight(500)) is None
 
 
 # --- rows that are too long -----------------------------------------------------------------------------------------
@@ -326,7 +340,7 @@ def test_an_unknown_truncation(adapted, data, tmp_path):
 def test_a_learning_rate_of_ten_thousand_is_stopped(data, tmp_path):
     model, tokenizer = fresh()
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    with pytest.raises(Diverged, match="lower the learning rate") as stopped:
+    with pytest.raises(TrainingDiverged, match="lower the learning rate") as stopped:
         train(
             model,
             tokenizer,
@@ -373,16 +387,19 @@ def rows_with(labels):
 def test_rows_whose_labels_are_all_masked(tmp_path):
     model, tokenizer = fresh()
     with pytest.raises(UserError, match="no row has a token with a label"):
-        make_trainer(model, tokenizer, rows_with([-100] * 30), settings_for(SHORT, profile=TINY), tmp_path, [])
+        make_trainer(model, tokenizer, rows_with([-100] * 30), resolve_settings(SHORT, profile=TINY), tmp_path, [])
 
 
 def test_batches_without_a_target_are_stopped_and_named(tmp_path):
     "The one label stands where nothing is predicted: at the first token. The mean over no tokens is NaN."
     model, tokenizer = fresh()
-    watch, settings = watcher(tmp_path, Silent(), []), settings_for({**SHORT, "max_steps": 9}, profile=TINY)
+    watch, settings = (
+        make_watch(RunFolder(tmp_path), Silent(), []),
+        resolve_settings({**SHORT, "max_steps": 9}, profile=TINY),
+    )
     rows = rows_with([10] + [-100] * 29)
     watch.trainer = trainer = make_trainer(model, tokenizer, rows, settings, tmp_path / "checkpoints", [watch])
-    with pytest.raises(Diverged, match="at step 1, where the loss is nan: no token of its rows has a label"):
+    with pytest.raises(TrainingDiverged, match="at step 1, where the loss is nan: no token of its rows has a label"):
         trainer.train()
     found = json.loads((tmp_path / "stopped.json").read_text())
     assert (found["loss"], found["last_good"]) == ("nan", None)
@@ -456,7 +473,7 @@ def test_a_gpu_that_is_full_is_one_sentence(data, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
 
     model.get_base_model().model.layers[0].register_forward_hook(full)
-    with pytest.raises(UserError, match="memory was used up at step 1: take plan='auto', a smaller batch") as refused:
+    with pytest.raises(UserError, match="ran out of memory at step 1: use plan='auto', a smaller batch") as refused:
         with contextlib.redirect_stderr(io.StringIO()):
             train(model, tokenizer, data, output=tmp_path / "run", **SHORT)
     assert "\n" not in str(refused.value)
@@ -464,7 +481,7 @@ def test_a_gpu_that_is_full_is_one_sentence(data, tmp_path):
 
 def test_set_checkpointing_is_noted(adapted):
     model, _ = adapted
-    before = checkpointing_of(model)
+    before = get_checkpointing(model)
     set_checkpointing(model, True)
     assert model_info(model)["use_gradient_checkpointing"] is True
     set_checkpointing(model, before)
@@ -479,27 +496,31 @@ class Seen:
     def __init__(self, data, path, monkeypatch, late, act=lambda *_: None, resume=None, **settings):
         from transformers import TrainerCallback
 
-        from qlora_nb.data import encode_dataset
+        from qlora_nb.preflight import encode_dataset
 
-        monkeypatch.setattr(training, "LATE_ON", ("cpu",) if late else ())
+        monkeypatch.setattr(training, "LATE_LOGGING_DEVICES", ("cpu",) if late else ())
         model, tokenizer = load_model(TINY.model, max_seq_length=256, engine=True)
-        settings = settings_for({**SHORT, "max_steps": 7, "per_device_train_batch_size": 2, **settings}, profile=TINY)
+        settings = resolve_settings(
+            {**SHORT, "max_steps": 7, "per_device_train_batch_size": 2, **settings}, profile=TINY
+        )
         rows, interrupted = encode_dataset(data.select(range(8)), tokenizer, 256, None)[0], []
         self.path, self.written, self.weights, self.error = path, {}, {}, None
         path.mkdir(exist_ok=True)
-        self.watch = watcher(path, Silent(), interrupted)
+        self.watch = make_watch(RunFolder(path), Silent(), interrupted)
 
         class Step(TrainerCallback):
             def on_step_end(_, args, state, control, **kwargs):
-                self.weights[state.global_step] = {n: p.detach().clone() for n, p in self.watch.wire.trained().items()}
+                self.weights[state.global_step] = {
+                    n: p.detach().clone() for n, p in training.trainable_parameters(self.watch.trainer.model).items()
+                }
                 self.written[state.global_step] = [m["step"] for m in self.watch.metrics]
                 act(state.global_step, self.watch, interrupted)
 
         model = add_lora(model, r=8)
         self.trainer = make_trainer(model, tokenizer, rows, settings, path / "checkpoints", [Step(), self.watch])
         try:
-            fit(self.trainer, self.watch, Silent(), path, interrupted, resume)
-        except (Diverged, Interrupted, KeyboardInterrupt) as error:
+            run_trainer(self.trainer, self.watch, Silent(), RunFolder(path), interrupted, resume)
+        except (TrainingDiverged, TrainingInterrupted, KeyboardInterrupt) as error:
             self.error = error
 
     def rows(self):
@@ -542,7 +563,7 @@ def test_a_late_run_that_was_stopped_goes_on(data, tmp_path, monkeypatch):
 
     whole = Seen(data, tmp_path / "whole", monkeypatch, False)
     run = Seen(data, tmp_path / "late", monkeypatch, True, stop, save_steps=2)
-    assert isinstance(run.error, Interrupted) and [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5]
+    assert isinstance(run.error, TrainingInterrupted) and [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5]
     for checkpoint in run.path.glob("checkpoints/checkpoint-*"):
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         assert [row["step"] for row in state["log_history"]] == [1, 2, 3, 4, 5][: state["global_step"]]
@@ -573,7 +594,7 @@ def test_what_is_queued_is_written_before_the_sum_of_a_run_that_ends_without_a_c
 def test_the_tripwire_names_the_right_step_where_rows_are_late(both, bad, good, good_late):
     def ruin(step, watch, _):
         if step == bad - 1:
-            next(iter(watch.wire.trained().values())).data.fill_(math.nan)
+            next(iter(training.trainable_parameters(watch.trainer.model).values())).data.fill_(math.nan)
 
     now, late = both(act=ruin)
     found = [json.loads((run.path / "stopped.json").read_text()) for run in (now, late)]
@@ -583,7 +604,7 @@ def test_the_tripwire_names_the_right_step_where_rows_are_late(both, bad, good, 
     assert f"stopped at step {bad}, where the loss is nan" in str(late.error)
     if good_late:
         assert (late.path / f"adapter-step-{good_late}").exists()
-        for name, weight in late.watch.wire.trained().items():
+        for name, weight in training.trainable_parameters(late.watch.trainer.model).items():
             assert torch.equal(weight, late.weights[good_late][name]), name
 
 
@@ -608,7 +629,7 @@ def send(number):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_the_first_signal_waits_for_the_step_and_the_second_does_not(number, capsys):
     before = signal.getsignal(number)
     with gentle_interrupt() as seen:
@@ -633,7 +654,7 @@ def test_a_closed_terminal_hangs_up_once(capsys):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("how", [gentle_interrupt, lambda: stoppable(str)])
+@pytest.mark.parametrize("how", [gentle_interrupt, lambda: explain_interrupts(str)])
 def test_signals_that_are_ignored_or_taken_stay_so(how):
     "As `nohup` does, and as a script that saves its own things."
     taken = []
@@ -652,16 +673,18 @@ def test_signals_that_are_ignored_or_taken_stay_so(how):
 @pytest.mark.parametrize("number, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_outside_of_the_steps_is_one_sentence(number, code, capsys):
     number = getattr(signal, number)
-    with pytest.raises(Interrupted) as stopped, stoppable(lambda: "go on so"):
+    with pytest.raises(TrainingInterrupted) as stopped, explain_interrupts(lambda: "go on so"):
         with contextlib.suppress(KeyboardInterrupt), gentle_interrupt():
             send(number)
             time.sleep(0.3)
             send(number)
-        assert signal.getsignal(signal.SIGTERM) == stop_now, "the steps are over, and a signal stops at once again"
+        assert signal.getsignal(signal.SIGTERM) == raise_stop_signal, (
+            "the steps are over, and a signal stops at once again"
+        )
         send(number)
     name = "" if number == signal.SIGINT else f" by {number.name}"
     assert str(stopped.value) == f"stopped{name}: go on so" and stopped.value.exit_code == code
-    assert isinstance(stopped.value, UserError) and Interrupted("x").exit_code == 130
+    assert isinstance(stopped.value, UserError) and TrainingInterrupted("x").exit_code == 130
 
 
 @pytest.mark.quick
@@ -669,7 +692,7 @@ def test_a_thread_gets_no_handlers():
     found = []
 
     def inside():
-        with gentle_interrupt() as seen, stoppable(str):
+        with gentle_interrupt() as seen, explain_interrupts(str):
             found.append((seen, signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=inside)
@@ -687,13 +710,13 @@ def test_a_signal_before_the_steps_and_after_them(data, tmp_path, monkeypatch):
         function = getattr(training, name)
         with monkeypatch.context() as patch:
             patch.setattr(training, name, lambda *a, **k: (send(signal.SIGTERM), function(*a, **k))[1])
-            with pytest.raises(Interrupted, match=message) as stopped:
+            with pytest.raises(TrainingInterrupted, match=message) as stopped:
                 train(model, tokenizer, data, **more)
         assert stopped.value.exit_code == 143 and "Ctrl-C" not in str(stopped.value)
 
-    stops_in("check_model", "stopped by SIGTERM: nothing was trained yet", **settings)
-    stops_in("evaluate", "stopped by SIGTERM: go on with qlora_nb train --resume", **settings)
-    stops_in("tidy_checkpoints", "stopped by SIGTERM: go on with", resume=settings["output"])
+    stops_in("check_trainable", "stopped by SIGTERM: nothing was trained yet", **settings)
+    stops_in("evaluate", "stopped by SIGTERM: resume it with qlora_nb train --resume", **settings)
+    stops_in("tidy_checkpoints", "stopped by SIGTERM: resume it with", resume=settings["output"])
     stops_in("report_page", "is finished, and what comes after it is not: qlora_nb report", resume=settings["output"])
     assert (settings["output"] / "summary.json").exists()
 
@@ -728,27 +751,27 @@ def stopped_run(data, tmp_path_factory):
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over(stopped_run, tmp_path, capsys, name, how):
     path = Path(shutil.copytree(stopped_run.path, tmp_path / "run"))
-    newest, older = checkpoints_of(path)
-    assert damage(newest) is damage(older) is None and last_checkpoint(path) == newest
+    newest, older = list_checkpoints(RunFolder(path))
+    assert find_damage(newest) is find_damage(older) is None and last_checkpoint(RunFolder(path)) == newest
     assert capsys.readouterr().err == ""
     DAMAGE[how](newest / name)
-    assert last_checkpoint(path) == older
+    assert last_checkpoint(RunFolder(path)) == older
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"the checkpoint checkpoint-6 is damaged ({name}")
-    assert said.endswith("going on from checkpoint-4")
+    assert said.endswith("resuming from checkpoint-4")
     DAMAGE[how](older / name)
-    assert last_checkpoint(path) is None  # the run begins again, and both are named
+    assert last_checkpoint(RunFolder(path)) is None  # the run begins again, and both are named
     said = capsys.readouterr().err.splitlines()
     assert [line.split(" is damaged")[0] for line in said] == [f"the checkpoint checkpoint-{step}" for step in (6, 4)]
-    tidy_checkpoints(path, "x")  # nothing in it trips
+    tidy_checkpoints(RunFolder(path), "x")  # nothing in it trips
 
 
 def test_checkpoints_are_known_by_their_names(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-8-copy", "checkpoint-", "damaged-checkpoint-12", "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints/checkpoint-11").write_text("a file")
-    assert [folder.name for folder in checkpoints_of(tmp_path)] == ["checkpoint-10", "checkpoint-9"]
-    assert last_checkpoint(tmp_path / "nothing") is None
+    assert [folder.name for folder in list_checkpoints(RunFolder(tmp_path))] == ["checkpoint-10", "checkpoint-9"]
+    assert last_checkpoint(RunFolder(tmp_path / "nothing")) is None
 
 
 @pytest.mark.parametrize("name, how", [("optimizer.pt", "half"), ("trainer_state.json", "gone")])
@@ -759,14 +782,14 @@ def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bytes(stopped_run,
     (path / "metrics.jsonl").write_text("\n".join([lines[0], *lines[2:]]) + "\n" if how == "half" else "[]\n[]\n")
     run = train(*fresh(), data, resume=path)
     said = capsys.readouterr().err
-    assert f"checkpoint-6 is damaged ({name}" in said and "going on from checkpoint-4" in said
+    assert f"checkpoint-6 is damaged ({name}" in said and "resuming from checkpoint-4" in said
     assert f"metrics.jsonl lacks {1 if how == 'half' else 4} of the rows up to step 4" in said
     assert run.summary["adapter_sha256"] == stopped_run.summary["adapter_sha256"]
     assert [m["loss"] for m in run.metrics] == [m["loss"] for m in stopped_run.metrics]
-    assert [m["step"] for m in training.load_run(path).metrics] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in load_run(path).metrics] == [1, 2, 3, 4, 5, 6]
     assert run.metrics[1]["tokens_per_second"] is None and run.summary["mean_loss"] == stopped_run.summary["mean_loss"]
-    assert [folder.name for folder in checkpoints_of(path)] == ["checkpoint-6", "checkpoint-4"]
-    assert all(damage(folder) is None for folder in checkpoints_of(path))
+    assert [folder.name for folder in list_checkpoints(RunFolder(path))] == ["checkpoint-6", "checkpoint-4"]
+    assert all(find_damage(folder) is None for folder in list_checkpoints(RunFolder(path)))
     assert not list((path / "checkpoints").glob("damaged-*"))
 
 
@@ -787,8 +810,8 @@ def test_a_run_whose_steps_are_done_gets_its_metrics_back(stopped_run, data, tmp
         (lambda c: c.update(fingerprints=[1]), "fingerprints is a list"),
         (lambda c: c.update(fingerprints={}), "data is not what the run"),
         (lambda c: c.update(learning_rate="high"), "learning_rate is 'high'"),
-        (lambda c: c.update(r={"r": 8}), "r is 8, but the run"),
-        (lambda c: c.clear(), "has no|r is 8"),
+        (lambda c: c.update(r={"r": 8}), "config.yaml: r is"),
+        (lambda c: c.clear(), "holds no settings of a run"),
     ],
 )
 def test_a_damaged_configuration_does_not_go_on(stopped_run, data, adapted, tmp_path, change, message):
@@ -812,10 +835,10 @@ def config_of(run):
 def test_a_second_training_says_what_it_goes_on_from(data, tmp_path, capsys):
     model, tokenizer = fresh()
     first = train(model, tokenizer, data, output=tmp_path / "first", **SHORT)
-    assert "goes on from" not in capsys.readouterr().err and not config_of(first).get("started_from")
+    assert "continues from" not in capsys.readouterr().err and not config_of(first).get("started_from")
     sha = first.summary["adapter_sha256"]
     second = train(model, tokenizer, data, output=tmp_path / "second", **SHORT)
-    assert f"goes on from the trained adapter that the model carries (sha256 {sha[:12]}" in capsys.readouterr().err
+    assert f"continues from the trained adapter that the model carries (sha256 {sha[:12]}" in capsys.readouterr().err
     assert config_of(second)["started_from"] == sha == file_sha256(first.path / "adapter/adapter_model.safetensors")
     assert f"SHA-256 {sha}" in second.report() and "trained one" not in first.report()
     base, tokenizer = load_model(TINY.model, max_seq_length=256, backend="transformers")
@@ -828,7 +851,7 @@ def test_a_second_training_says_what_it_goes_on_from(data, tmp_path, capsys):
     capsys.readouterr()
     resumed = train(*fresh(), data, resume=again.path)
     assert resumed.summary["adapter_sha256"] == second.summary["adapter_sha256"]
-    assert config_of(resumed)["started_from"] == sha and "goes on from the trained" not in capsys.readouterr().err
+    assert config_of(resumed)["started_from"] == sha and "continues from the trained" not in capsys.readouterr().err
     (again.path / "summary.json").unlink()
     shutil.rmtree(again.path / "checkpoints")
     with pytest.raises(UserError, match=f"no checkpoint yet, and the model has a new adapter: give it .*{sha}"):
@@ -841,14 +864,14 @@ def test_a_second_training_says_what_it_goes_on_from(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("engine", [False, True])
 def test_the_hash_is_that_of_the_saved_adapter(data, tmp_path, engine):
-    from qlora_nb.merging import save_adapter
+    from qlora_nb.adapter import save_adapter
 
     model, tokenizer = load_model(TINY.model, max_seq_length=256, engine=engine)
     model = add_lora(model, r=4)
-    assert training.trained_adapter(model) is None
+    assert training.hash_trained_adapter(model) is None
     with torch.no_grad():
         [p for name, p in model.named_parameters() if "lora_B" in name][-1].view(-1)[-1] = 1e-6
-    assert training.trained_adapter(model) == save_adapter(model, tokenizer, tmp_path / "adapter")
+    assert training.hash_trained_adapter(model) == save_adapter(model, tokenizer, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("four_bit", [True, False])
@@ -870,7 +893,7 @@ def test_support_replies_of_another_model_are_told_by_their_loss(tmp_path):
     from datasets import Dataset
 
     model, tokenizer = load_model(shutil.copytree(EMBEDDED_MODEL, tmp_path / "model"), max_seq_length=256)
-    assert base_task_for(model) is None
+    assert load_base_task(model) is None
     rows = [
         {"messages": [
             {"role": "user", "content": f"I want to send back order {i}."},
@@ -894,6 +917,6 @@ def test_support_replies_of_another_model_are_told_by_their_loss(tmp_path):
 
 
 def test_only_the_embedded_model_is_asked_for_its_sums(adapted):
-    assert len(base_task_for(adapted[0])) == 200
+    assert len(load_base_task(adapted[0])) == 200
     wanted = load_sft_dataset(split="base_task", limit=3)
-    assert base_task_for(adapted[0], 3)["messages"] == wanted["messages"]
+    assert load_base_task(adapted[0], 3)["messages"] == wanted["messages"]

@@ -98,7 +98,7 @@ def with_adapters(s, path):
     from datasets import Dataset
 
     from qlora_nb.model import add_lora, load_model
-    from qlora_nb.training import train
+    from qlora_nb.workflow import train
 
     model, tok = load_model(
         path, backend=s["stack"], load_in_4bit=s["method"] == "qlora", max_seq_length=s["seq_length"]

@@ -101,7 +101,7 @@ def one(s, lock=None):
     from transformers.trainer_callback import DefaultFlowCallback
 
     from qlora_nb.model import add_lora, load_model
-    from qlora_nb.training import train
+    from qlora_nb.workflow import train
 
     if lock:
         held = open(lock, "w")
