@@ -7,10 +7,9 @@ __all__ = ['ROUND', 'FUSED_ON', 'CHUNK_BYTES', 'CHUNKS', 'GROUPS', 'PLAIN', 'LAR
            'end_to_end', 'packed_attention', 'bounded_forward', 'cross_entropy_', 'LabelledCrossEntropy', 'loss_chunk',
            'labelled_loss', 'labelled_forward', 'Term', 'fused_forward', 'GroupedQLoRAFunction', 'add_norm',
            'norm_back', 'NormFunction', 'layer_forward', 'swiglu', 'swiglu_back', 'Passes', 'MLPFunction',
-           'mlp_forward', 'Parked', 'take_back', 'CheckpointFunction', 'checkpointed', 'Replay', 'release_recordings',
-           'released_after', 'FlatAdapters', 'looked_up_once', 'Engine', 'config_refusal', 'engine_refusal',
-           'check_engine', 'install_engine', 'engine_of', 'attention_kernel', 'remove_engine', 'install_where_asked',
-           'pack_rows']
+           'mlp_forward', 'Parked', 'CheckpointFunction', 'checkpointed', 'FlatAdapters', 'looked_up_once', 'Engine',
+           'config_refusal', 'engine_refusal', 'check_engine', 'install_engine', 'engine_of', 'attention_kernel',
+           'remove_engine', 'install_where_asked', 'pack_rows']
 
 # %% ../nbs/06_engine.ipynb #0092e4c0
 import collections
@@ -35,7 +34,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .core import UserError
+from .core import ModuleNotes, UserError, annotate_module, unwrap_base
 from .qlora import QLoRAFunction, dequantizer
 from .shapes import list_architectures
 
@@ -99,7 +98,7 @@ def packed_attention(
 # %% ../nbs/06_engine.ipynb #30052b99
 def _usual(module: torch.nn.Module):
     "The `forward` that a module had before the engine's."
-    before = module.qlora_nb_usual
+    before = module.qlora_nb.usual
     return types.MethodType(type(module).forward, module) if before is None else before
 
 # %% ../nbs/06_engine.ipynb #8919e46d
@@ -205,7 +204,7 @@ def labelled_forward(model: torch.nn.Module, *args, **kwargs):
     labels, num_items = given.pop("labels"), given.pop("num_items_in_batch", None)
     inner = {name: value for name, value in given.items() if name not in ("logits_to_keep", "return_dict")}
     hidden = model.get_decoder()(**inner).last_hidden_state
-    passes = _passes(hidden.device, hidden.dtype) if model.qlora_nb_engine.compiled else PLAIN
+    passes = _passes(hidden.device, hidden.dtype) if model.qlora_nb.engine.compiled else PLAIN
     return CausalLMOutputWithPast(loss=labelled_loss(hidden, head, labels, num_items, cross_entropy_=passes.cross_entropy_, learned=learned))
 
 # %% ../nbs/06_engine.ipynb #d0ed4cdd
@@ -226,6 +225,12 @@ class _Twice(threading.local):
 
 
 _Again = _Twice()
+_NOTHING = ModuleNotes()
+
+
+def _notes(module) -> ModuleNotes:
+    "Return the notes on a module, and empty ones for a module without."
+    return getattr(module, "qlora_nb", _NOTHING)
 
 
 def _trained(weight: torch.Tensor | None) -> bool:
@@ -234,7 +239,8 @@ def _trained(weight: torch.Tensor | None) -> bool:
 
 def _term(layer: torch.nn.Module) -> Term | None:
     "Of a peft layer, the adapter as it is trained; None where peft would do something else."
-    if not hasattr(layer, "qlora_nb_dense"):  # not a layer that the engine knows: its adapter was merged and is gone
+    notes = vars(layer).get("qlora_nb")
+    if notes is None:  # not a layer that the engine knows: its adapter was merged and is gone
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(names) != 1 or not (torch.is_grad_enabled() or _Again.later):
@@ -245,7 +251,7 @@ def _term(layer: torch.nn.Module) -> Term | None:
     lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
     if base.weight.requires_grad or lora_A.bias is not None or lora_B.bias is not None or _trained(base.bias):
         return None
-    quantized, dense = layer.qlora_nb_dense or (None, None)  # a weight that is another one by now was merged
+    quantized, dense = notes.dense or (None, None)  # a weight that is another one by now was merged
     weight = dense if quantized is base.weight and dense.device == base.weight.device else base.weight
     return Term(dequantizer(weight), base.bias, lora_A.weight, lora_B.weight, layer.scaling[name])
 
@@ -267,7 +273,7 @@ def fused_forward(
     term = None if args or kwargs else _term(layer)
     if term is None:
         return _usual(layer)(x, *args, **kwargs)
-    if (group := layer.qlora_nb_group) is not None:
+    if (group := layer.qlora_nb.group) is not None:
         return group(layer, x, dtype)
     return _alone(x, term, dtype)
 
@@ -681,7 +687,7 @@ def mlp_forward(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:  # (…,
     terms = [_term(layer) for layer in layers]
     if None in terms or any(_hooked(inner) for inner in (*layers, mlp.act_fn)):
         return _usual(mlp)(x)
-    parts, rank = mlp.qlora_nb_parts, max(16, *(2 ** (len(term.lora_A) - 1).bit_length() for term in terms))
+    parts, rank = mlp.qlora_nb.parts, max(16, *(2 ** (len(term.lora_A) - 1).bit_length() for term in terms))
     passes = _passes(x.device, dtype, rank) if parts.compiled and rank <= LARGEST_RANK else PLAIN
     return MLPFunction.apply(x.to(dtype), parts.selective, passes, *_flat(terms))
 
@@ -787,12 +793,13 @@ def _liger(base: torch.nn.Module) -> None:
     names, old_code = ("forward", "extra_repr", "_get_name"), dict(vars(code))
     old = [(module, name, vars(module).get(name)) for module in base.modules() for name in names]
     apply(model=base, rope=True, rms_norm=True, swiglu=True, **dict.fromkeys(losses, False))
-    base.qlora_nb_before += [(module, name, was) for module, name, was in old if vars(module).get(name) is not was]
+    undo = base.qlora_nb.undo
+    undo += [(module, name, was) for module, name, was in old if vars(module).get(name) is not was]
     for name, was in old_code.items():
         if vars(code)[name] is not was and isinstance(was, type):
             setattr(code, name, was)
         elif vars(code)[name] is not was:
-            base.qlora_nb_before.append((code.__name__, name, was))
+            undo.append((code.__name__, name, was))
 
 # %% ../nbs/06_engine.ipynb #0f1a7c01
 @functools.cache
@@ -829,31 +836,31 @@ class Parked:
         with torch.cuda.stream(self.side):
             self.back.copy_(self.host, non_blocking=True)
 
+    def take_back(self, for_good: bool = True) -> torch.Tensor:
+        "Return the tensor, and fetch the one parked before it, which is wanted next. `for_good` gives up the place in main memory."
+        if self.host is None:
+            raise RuntimeError("a layer's input was taken back already: call the first backward with retain_graph=True")
+        if self.back is None:
+            self.fetch()
+        torch.cuda.current_stream(self.device).wait_stream(self.side)  # those that were leaving are there, too
+        Parked.leaving[self.device].clear()
+        x, self.back = self.back, None
+        before, self.before = self.before(), lambda: None
+        if for_good:
+            self.host = None
+        if before is not None and before.back is None and before.host is not None:
+            before.fetch()
+        return x
+
 # %% ../nbs/06_engine.ipynb #0f1a7f01
-def take_back(parked: Parked, for_good: bool = True) -> torch.Tensor:
-    "The tensor; and the one parked before it, which is wanted next, is fetched. `for_good` gives up the place in main memory."
-    if parked.host is None:
-        raise RuntimeError("a layer's input was taken back already: call the first backward with retain_graph=True")
-    if parked.back is None:
-        parked.fetch()
-    torch.cuda.current_stream(parked.device).wait_stream(parked.side)  # those that were leaving are there, too
-    Parked.leaving[parked.device].clear()
-    (x, parked.back), before, parked.before = (parked.back, None), parked.before(), lambda: None
-    if for_good:
-        parked.host = None
-    if before is not None and before.back is None and before.host is not None:
-        before.fetch()
-    return x
-
-
-def _park(layer: dict, x: torch.Tensor) -> Parked | None:
-    "Where the layer's inputs are to wait in main memory and there is some."
-    if not layer.get("qlora_nb_offload"):
+def _park(notes: ModuleNotes, x: torch.Tensor) -> Parked | None:
+    "Park a layer's input, where it is to wait in main memory and there is some."
+    if not notes.offload:
         return None
     try:
         return Parked(x)
     except RuntimeError as error:  # no memory that can be pinned
-        layer["qlora_nb_offload"] = None
+        notes.offload = False
         print(f"engine: a layer's input stays on the GPU: {_first_line(error)}", file=sys.stderr)
         return None
 
@@ -863,12 +870,12 @@ class CheckpointFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run, x):
-        kind, layer = x.device.type, vars(getattr(getattr(run, "func", None), "__self__", _Again))
+        kind, notes = x.device.type, _notes(getattr(getattr(run, "func", None), "__self__", None))
         ctx.run, ctx.autocast = run, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        ctx.parked = _park(layer, x)
+        ctx.parked = _park(notes, x)
         if ctx.parked is None:
             ctx.save_for_backward(x)
-        ctx.replay, before, _Again.later = layer.get("qlora_nb_replay"), _Again.later, True
+        ctx.replay, before, _Again.later = notes.replay, _Again.later, True
         try:  # autograd is off in here, and the layers go through the engine all the same: what is made again must be what was there
             y = ctx.replay and ctx.replay.forward(run, x)
             return run(x) if y is None else y
@@ -881,7 +888,7 @@ class CheckpointFunction(torch.autograd.Function):
         if not torch.autograd._is_checkpoint_valid():  # as torch's own says it
             raise RuntimeError("the engine's checkpointed layers need backward() without inputs=, and not autograd.grad: load the model with engine=False")
         again = torch._C._autograd._get_current_graph_task_keep_graph()
-        x = take_back(ctx.parked, not again) if ctx.parked else ctx.saved_tensors[0]
+        x = ctx.parked.take_back(not again) if ctx.parked else ctx.saved_tensors[0]
         with torch.autocast(*ctx.autocast):
             dx = ctx.replay and ctx.replay.backward(ctx.run, x, dy)
             if dx is not None:
@@ -918,7 +925,7 @@ def _rounded_length(length: int) -> int:
 
 def _rounded(decoder, args, given):
     "(its length, the arguments with the line filled up) where the decoder's layers are replayed; else (None, the arguments as they were)."
-    replayed = "qlora_nb_rounds" in vars(decoder) and decoder.training and torch.is_grad_enabled()
+    replayed = decoder.qlora_nb.rounds and decoder.training and torch.is_grad_enabled()
     if not replayed or args or given.get("output_hidden_states") or any(given.get(name) is None for name in ("input_ids", "cu_seq_lens_q", "position_ids")):
         return None, given
     length, bounds = given["input_ids"].shape[1], given["cu_seq_lens_q"]
@@ -1054,6 +1061,18 @@ class _Copy:
         x.copy_(dx)
         torch._foreach_copy_(self.grads, grads)
 
+    def add_gradients(self, weights: list) -> None:
+        "Add the gradients of the last run back to those of a layer's weights."
+        missing = [w.grad is None for w in weights]
+        if all(missing):
+            for weight, grad in zip(weights, self.views(self.flat.clone())):
+                weight.grad = grad
+        elif not any(missing):
+            torch._foreach_add_([w.grad for w in weights], self.grads)
+        else:
+            for weight, grad in zip(weights, self.grads):
+                weight.grad = grad.clone() if weight.grad is None else weight.grad.add_(grad)
+
 # %% ../nbs/06_engine.ipynb #0f1a7c0c
 #| code-fold: true
 #| code-summary: "Code: what a recording is for, and its arguments in buffers"
@@ -1086,7 +1105,7 @@ def _in_buffers(copied: _Copy, given):
 
 # %% ../nbs/06_engine.ipynb #0f1a7c0d
 class Replay:
-    "Checkpointed layers, all alike, by recordings of one copy; `run` is as in `checkpointed`, with (1, T, width) for x and y."
+    "Checkpointed layers, all alike, by recordings of one copy; `run` is as in `run_checkpointed`, with (1, T, width) for x and y."
 
     def __init__(self, layers: list[torch.nn.Module]):
         self.layers, self.copied, self.weights, self.broken = layers, None, {}, False
@@ -1095,107 +1114,88 @@ class Replay:
         return {"layers": self.layers, "copied": None, "weights": {}, "broken": False}
 
     def forward(self, run: Callable, x: torch.Tensor) -> torch.Tensor | None:
-        "y; None where no recording is for it."
+        "Return y; None where no recording is for it."
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            recorded = _recording(self, "run", run, x)
+            recorded = self._recording("run", run, x)
             if recorded is None:
                 return None
             recorded()
             return self.copied.buffer("y", x).clone()
 
     def backward(self, run: Callable, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor | None:
-        "The gradient of x, and the weights' added to theirs; None where no recording is for it."
+        "Return the gradient of x, and add the weights' to theirs; None where no recording is for it."
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            recorded = _recording(self, "run_back", run, x, dy)
+            recorded = self._recording("run_back", run, x, dy)
             if recorded is None:
                 return None
             recorded()
-            _add_gradients(self.weights[id(run.func.__self__)].trained(), self.copied)
+            self.copied.add_gradients(self.weights[id(run.func.__self__)].trained())
             return self.copied.buffer("x", x).clone()
+
+    def release(self) -> None:
+        "Drop copy and recordings, and give back their memory."
+        cuda = self.copied is not None and self.copied.stream
+        self.copied, self.weights = None, {}
+        gc.collect()  # a copied layer holds itself, by the forwards in it
+        if cuda:
+            torch.cuda.empty_cache()
+
+    def _recording(self, name, run, x, dy=None):
+        "Return the recording with this layer's weights and these inputs in place; None where there can't be one."
+        try:
+            several = torch.distributed.is_available() and torch.distributed.is_initialized()  # they wait for hooks on gradients
+            return None if self.broken or several else self._ready(name, run, x, dy)
+        except Exception as error:  # whatever can't be recorded
+            self.broken = True
+            print(f"engine: layers can't be replayed, they run as before: {_first_line(error)}", file=sys.stderr)
+        self.release()
+        return None
+
+    def _ready(self, name, run, x, dy):
+        "Copy weights and inputs into their places, and return the recording, made where there is none yet."
+        key, layer = _key(run.keywords, x), run.func.__self__
+        if id(layer) not in self.weights:
+            self.weights[id(layer)] = _Weights(layer)
+        weights = self.weights[id(layer)]
+        if key is None or weights.hooked():
+            return None
+        if self.copied is None or x.shape[1] > self.copied.length:
+            self.release()
+            self.weights, self.copied = {id(layer): weights}, _Copy(layer, self, x.shape[1], x.device)
+        copied = self.copied
+        given, inputs = _in_buffers(copied, run.keywords), (copied.buffer("x", x), copied.buffer("y", x))
+        if weights.seen is not copied.filled:
+            weights.fits = weights.like(copied.filled) == copied.like
+        if weights.state() != copied.state or not weights.fits:
+            return None
+        _copy_all([*(w.data for w in copied.trained), *copied.frozen], [*(w.data for w in weights.trained()), *weights.frozen(copied.filled)])
+        if (name, key) not in copied.made:
+            with torch.autocast(*key[-3:], cache_enabled=False):
+                copied.made[name, key] = _recorded(functools.partial(getattr(copied, name), *inputs, given), copied.stream, copied.pool)
+        for buffer, tensor in zip(inputs, (x, dy)):
+            if tensor is not None:
+                buffer.copy_(tensor)
+        return copied.made[name, key]
 
 # %% ../nbs/06_engine.ipynb #0f1a7f04
 #| code-fold: true
 #| code-summary: "Code: letting go"
-def _release(replay: Replay) -> None:
-    "Forget copy and recordings, and give back their memory."
-    cuda, replay.copied, replay.weights = replay.copied is not None and replay.copied.stream, None, {}
-    gc.collect()  # a copied layer holds itself, by the forwards in it
-    if cuda:
-        torch.cuda.empty_cache()
-
-
-def _recording(replay: Replay, name, run, x, dy=None):
-    "The recording with this layer's weights and these inputs in place; None where there can't be one."
-    try:
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()  # they wait for hooks on gradients
-        return None if replay.broken or several else _ready(replay, name, run, x, dy)
-    except Exception as error:  # whatever can't be recorded
-        replay.broken = True
-        print(f"engine: layers can't be replayed, they run as before: {_first_line(error)}", file=sys.stderr)
-    _release(replay)
-    return None
-
-
 def release_recordings(model: torch.nn.Module) -> None:
-    "Forget what checkpointed layers were replayed from, and give back its memory: after training."
-    replays = [vars(m).get("qlora_nb_replay") for m in _base_of(model).modules()]
+    "Drop what checkpointed layers were replayed from, and give back its memory: after training."
+    replays = [_notes(m).replay for m in unwrap_base(model).modules()]
     for replay in {id(r): r for r in replays if r}.values():
-        _release(replay)
+        replay.release()
         replay.broken = False
     Parked.leaving.clear()
 
 
 @contextlib.contextmanager
 def released_after(model: torch.nn.Module):
-    "`release_recordings` at the end, however it comes."
+    "Call `release_recordings` at the end of the block, however it ends."
     try:
         yield
     finally:
         release_recordings(model)
-
-# %% ../nbs/06_engine.ipynb #0f1a7c0e
-#| code-fold: true
-#| code-summary: "Code: getting ready"
-def _ready(replay: Replay, name, run, x, dy):
-    "What `_recording` gives."
-    key, layer = _key(run.keywords, x), run.func.__self__
-    if id(layer) not in replay.weights:
-        replay.weights[id(layer)] = _Weights(layer)
-    weights = replay.weights[id(layer)]
-    if key is None or weights.hooked():
-        return None
-    if replay.copied is None or x.shape[1] > replay.copied.length:
-        _release(replay)
-        replay.weights, replay.copied = {id(layer): weights}, _Copy(layer, replay, x.shape[1], x.device)
-    copied = replay.copied
-    given, inputs = _in_buffers(copied, run.keywords), (copied.buffer("x", x), copied.buffer("y", x))
-    if weights.seen is not copied.filled:
-        weights.fits = weights.like(copied.filled) == copied.like
-    if weights.state() != copied.state or not weights.fits:
-        return None
-    _copy_all([*(w.data for w in copied.trained), *copied.frozen], [*(w.data for w in weights.trained()), *weights.frozen(copied.filled)])
-    if (name, key) not in copied.made:
-        with torch.autocast(*key[-3:], cache_enabled=False):
-            copied.made[name, key] = _recorded(functools.partial(getattr(copied, name), *inputs, given), copied.stream, copied.pool)
-    for buffer, tensor in zip(inputs, (x, dy)):
-        if tensor is not None:
-            buffer.copy_(tensor)
-    return copied.made[name, key]
-
-# %% ../nbs/06_engine.ipynb #0f1a7c1f
-#| code-fold: true
-#| code-summary: "Code: adding gradients"
-def _add_gradients(weights, copied: _Copy) -> None:
-    "Those of the copy to a layer's."
-    missing = [w.grad is None for w in weights]
-    if all(missing):
-        for weight, grad in zip(weights, copied.views(copied.flat.clone())):
-            weight.grad = grad
-    elif not any(missing):
-        torch._foreach_add_([w.grad for w in weights], copied.grads)
-    else:
-        for weight, grad in zip(weights, copied.grads):
-            weight.grad = grad.clone() if weight.grad is None else weight.grad.add_(grad)
 
 # %% ../nbs/06_engine.ipynb #0f1a7b32
 class FlatAdapters:
@@ -1381,8 +1381,9 @@ def _replace_forward(base: torch.nn.Module, module: torch.nn.Module, function) -
     def forward(self, *args, **kwargs):
         return function(self, *args, **kwargs)
 
-    base.qlora_nb_before += [(module, "forward", before), (module, "qlora_nb_usual", None)]
-    module.qlora_nb_usual, module.forward = before, types.MethodType(forward, module)
+    base.qlora_nb.undo.append((module, "forward", before))
+    annotate_module(module).usual = before
+    module.forward = types.MethodType(forward, module)
 
 
 def _replace_adapters(base: torch.nn.Module, engine: "Engine", mlps: list) -> None:
@@ -1392,15 +1393,13 @@ def _replace_adapters(base: torch.nn.Module, engine: "Engine", mlps: list) -> No
     groups = {id(layer): group for group in _groups(base) for layer in group.layers} if engine.grouped else {}
     for layer in [m for m in base.modules() if isinstance(m, LoraLayer)]:
         _replace_forward(base, layer, fused_forward)
-        state = getattr(layer.get_base_layer().weight, "quant_state", None)
-        base.qlora_nb_before += [(layer, "qlora_nb_group", None), (layer, "qlora_nb_dense", None)]
-        layer.qlora_nb_group = groups.get(id(layer)) or (_Group([layer]) if engine.grouped and _trains(layer) else None)
-        weight = layer.get_base_layer().weight
-        layer.qlora_nb_dense = (weight, dequantizer(weight)(state.dtype)) if engine.dense and state else None
+        notes, weight = layer.qlora_nb, layer.get_base_layer().weight
+        notes.group = groups.get(id(layer)) or (_Group([layer]) if engine.grouped and _trains(layer) else None)
+        state = getattr(weight, "quant_state", None)
+        notes.dense = (weight, dequantizer(weight)(state.dtype)) if engine.dense and state else None
     for mlp in mlps if engine.mlp else ():
         _replace_forward(base, mlp, mlp_forward)
-        base.qlora_nb_before.append((mlp, "qlora_nb_parts", None))
-        mlp.qlora_nb_parts = engine
+        mlp.qlora_nb.parts = engine
 
 # %% ../nbs/06_engine.ipynb #81388f7c
 #| code-fold: true
@@ -1414,7 +1413,7 @@ def _replace_attention(base: torch.nn.Module) -> None:
     AttentionMaskInterface.register("qlora_nb", sdpa_mask)
     configs = [getattr(module, "config", None) for module in base.modules()]
     for config in {id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values():
-        base.qlora_nb_before.append((config, "_attn_implementation", config._attn_implementation))
+        base.qlora_nb.undo.append((config, "_attn_implementation", config._attn_implementation))
         config._attn_implementation = "qlora_nb"
 
 # %% ../nbs/06_engine.ipynb #0f1a7f05
@@ -1444,13 +1443,13 @@ def _replace_checkpoints(base: torch.nn.Module, engine: Engine) -> None:
     layers = _again_layers(base)
     replay = Replay(layers) if engine.graphs else None
     for layer in layers:
-        put = {"_gradient_checkpointing_func": checkpointed, "qlora_nb_replay": replay, "qlora_nb_offload": engine.offload or None}
-        for name, value in put.items():
-            base.qlora_nb_before.append((layer, name, vars(layer).get(name)))
-            vars(layer)[name] = value
+        name = "_gradient_checkpointing_func"
+        base.qlora_nb.undo.append((layer, name, vars(layer).get(name)))
+        vars(layer)[name] = checkpointed
+        notes = annotate_module(layer)
+        notes.replay, notes.offload = replay, engine.offload
     if replay:
-        base.qlora_nb_before.append((base.get_decoder(), "qlora_nb_rounds", None))
-        base.get_decoder().qlora_nb_rounds = True
+        base.get_decoder().qlora_nb.rounds = True
 
 
 def _possible(engine: Engine, base: torch.nn.Module) -> Engine:
@@ -1476,7 +1475,8 @@ def install_engine(
     _refuse(engine_refusal(model))
     remove_engine(model)
     base = model.get_base_model()
-    base.qlora_nb_before, base.qlora_nb_wanted = [], engine
+    notes = annotate_module(base)
+    notes.undo, notes.wanted = [], engine
     engine, mlps, layers = _possible(engine, base), list(_mlps(base)), list(_plain_layers(base))
     if engine.kernels:
         _liger(base)
@@ -1491,34 +1491,26 @@ def install_engine(
         _replace_forward(base, base, labelled_forward)
     if engine.checkpoint:
         _replace_checkpoints(base, engine)
-    base.qlora_nb_engine = engine
-    _say(base, True)
+    notes.engine = engine
+    if notes.info:
+        notes.info = {**notes.info, "engine": True}
     return engine
 
 # %% ../nbs/06_engine.ipynb #8d0f2508
 #| code-fold: true
 #| code-summary: "Code: what is in a model"
-def _base_of(model: torch.nn.Module) -> torch.nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _say(base: torch.nn.Module, on: bool) -> None:
-    "What `model_info` tells of the engine."
-    if hasattr(base, "qlora_nb_info"):
-        base.qlora_nb_info = {**base.qlora_nb_info, "engine": on}
-
-
 def engine_of(
     model: torch.nn.Module,
     wanted: bool = False,  # as it was asked for, with parts that this model or machine can't have
 ) -> Engine | None:
     "The engine that is in a model; None where there is none."
-    return getattr(_base_of(model), "qlora_nb_wanted" if wanted else "qlora_nb_engine", None)
+    notes = _notes(unwrap_base(model))
+    return notes.wanted if wanted else notes.engine
 
 
 def attention_kernel(model: torch.nn.Module) -> str:
     "What keeps the rows of a line apart for this model on its device: a kernel's name, or that each row is a call."
-    base = _base_of(model)
+    base = unwrap_base(model)
     heads, kv_heads = base.config.num_attention_heads, base.config.num_key_value_heads
     width = getattr(base.config, "head_dim", None) or base.config.hidden_size // heads
     return _kernel(base.device, base.dtype, heads, kv_heads, width, width**-0.5)[0]
@@ -1526,23 +1518,26 @@ def attention_kernel(model: torch.nn.Module) -> str:
 # %% ../nbs/06_engine.ipynb #195cb2a5
 def remove_engine(model: torch.nn.Module) -> None:
     "Take the engine out: all is put back as it was before `install_engine`. Nothing happens where there is none."
-    base = _base_of(model)
+    base = unwrap_base(model)
     release_recordings(model)
-    vars(base).pop("qlora_nb_wanted", None)
-    for owner, name, was in reversed(vars(base).pop("qlora_nb_before", [])):
+    notes = _notes(base)
+    for owner, name, was in reversed(notes.undo or []):
         owner = sys.modules[owner] if isinstance(owner, str) else owner
         if was is None:
             vars(owner).pop(name, None)
         else:
             setattr(owner, name, was)
-    if vars(base).pop("qlora_nb_engine", None):
-        _say(base, False)
+    for module in base.modules():
+        vars(module).pop("qlora_nb", None)
+    if notes.info is not None:
+        base.qlora_nb = ModuleNotes(info={**notes.info, "engine": False} if notes.engine else notes.info)
 
 
 def install_where_asked(model: torch.nn.Module) -> torch.nn.Module:  # the same model
     "Install the engine in a peft model whose base was loaded with `engine=True`, and say on stderr what is on."
-    if getattr(_base_of(model), "qlora_nb_info", {}).get("engine"):
-        wanted = Engine(selective=_base_of(model).qlora_nb_info.get("use_gradient_checkpointing") == "selective")
+    info = _notes(unwrap_base(model)).info or {}
+    if info.get("engine"):
+        wanted = Engine(selective=info.get("use_gradient_checkpointing") == "selective")
         print(f"engine: {install_engine(model, wanted)}; attention by {attention_kernel(model)}", file=sys.stderr)
     return model
 

@@ -30,7 +30,7 @@ import yaml
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-2
 import qlora_nb
-from .adapter import EMBEDDED_NAME, adapter_base, adapter_bits, base_name
+from .adapter import EMBEDDED_NAME, adapter_base, adapter_bits, base_name, model_info
 from .core import EMBEDDED_MODEL, UserError, write_aside
 from .llama import import_extra, quantize_with_llama
 from .merging import MergedTensors, check_mergeable
@@ -593,7 +593,7 @@ class ModelSource:
         base = self.tensors.base
         self.config = {**base.config.to_dict(), "architectures": [type(base).__name__]}
         self.shapes = {name: self.tensors.shape(name) for name in self.tensors.parameters}
-        info = getattr(base, "qlora_nb_info", {})
+        info = model_info(base, required=False)
         self.dtype = getattr(torch, info["dtype"]) if "dtype" in info else base.dtype
 
     def rows(self, name: str, heads: int):
@@ -785,7 +785,7 @@ def describe(source, name: str, license: str | None) -> About:
         about.base = card["base_model"] if isinstance(card.get("base_model"), str) else ""
         return about
     base, adapter = source.tensors.base, source.tensors.adapter
-    about.base = getattr(base, "qlora_nb_info", {}).get("model") or getattr(base, "name_or_path", "")
+    about.base = model_info(base, required=False).get("model") or getattr(base, "name_or_path", "")
     if adapter:
         config = source.tensors.model.peft_config[adapter]
         about.base = base_name(source.tensors.model)

@@ -17,7 +17,7 @@ from .core import UserError
 from .lora import TARGET_MODULES, adapter_matrix_sizes
 from qlora_nb.shapes import (
     Shape,
-    count_parameters,
+    count_decoder_parameters,
     list_architectures,
     model_shape,
     projection_shapes,
@@ -34,7 +34,7 @@ def weight_bytes(
     dtype: str = "bf16",  # of what isn't quantized
 ) -> dict[str, float]:
     "Bytes of the frozen or full weights: `base_weights`, `quant_constants`, `embeddings_head`."
-    count, size = count_parameters(shape), DTYPES[dtype]
+    count, size = count_decoder_parameters(shape), DTYPES[dtype]
     quantized = method == "qlora"
     constants = count["linear"] * (1 / 64 + 4 / (64 * 256)) + shape.layers * 7 * CODEBOOKS
     return {
@@ -343,7 +343,7 @@ def estimate_memory(
 # %% ../nbs/04_memory.ipynb #761b2f1b
 def _estimate(shape: Shape, s: dict) -> MemoryEstimate:
     "`estimate_memory` after its checks."
-    full, count = s["method"] == "full", count_parameters(shape)
+    full, count = s["method"] == "full", count_decoder_parameters(shape)
     size = DTYPES[s["dtype"]] if full else s["adapter_bytes"]
     if full:
         trained = [a * b for a, b in projection_shapes(shape).values()] * shape.layers + [shape.hidden] * (shape.norms * shape.layers + 1)

@@ -26,7 +26,7 @@ from qlora_nb.memory import (
     _whole,
     estimate_memory,
 )
-from .shapes import Shape, count_parameters, model_shape, projection_shapes
+from .shapes import Shape, count_decoder_parameters, model_shape, projection_shapes
 
 # %% ../nbs/53_plan.ipynb #8c7d66d4-2
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def efficiency(
 
 def _operations(shape: Shape, kind: bool | str, engine: bool = False) -> float:
     "Operations a parameter and token with a frozen base; selective makes gate and up once more, and the engine's second run leaves `down` out."
-    one = shape.layers * shape.hidden * shape.intermediate / count_parameters(shape)["total"]  # of the MLP's three
+    one = shape.layers * shape.hidden * shape.intermediate / count_decoder_parameters(shape)["total"]  # of the MLP's three
     return {True: 6 - 2 * one * engine, False: 4, "selective": 4 + 4 * one}[kind]
 
 
@@ -132,7 +132,7 @@ def pass_seconds(
     backend: str = "unsloth",
 ) -> float:
     "Expected seconds of one forward and backward pass."
-    count, kind, engine = count_parameters(shape), _kind(gradient_checkpointing), backend == "engine"
+    count, kind, engine = count_decoder_parameters(shape), _kind(gradient_checkpointing), backend == "engine"
     work = _operations(shape, kind, engine) + (2 if method == "full" else 0)
     unpack = 7.5 * count["linear"] * (3 if kind is True else 2) / card.bandwidth if method == "qlora" else 0
     replayed = engine and kind is True
@@ -435,7 +435,7 @@ def _plan(shape: Shape, card: Card, rows: Rows, want: dict, lengths: list[int], 
         smallest = min(choices, key=lambda c: c.estimate.total_bytes)
         advice = _advice(shape, card, smallest, budget) + _otherwise(shape, card, rows, want, budget)
         advice += _shorter(shape, card, rows, want, lengths, budget)
-    weights, largest = 2 * count_parameters(shape)["total"], max(a * b for a, b in projection_shapes(shape).values())
+    weights, largest = 2 * count_decoder_parameters(shape)["total"], max(a * b for a, b in projection_shapes(shape).values())
     return Plan(card, budget, chosen, _rejected(choices, chosen, budget), tuple(advice), rows, weights + 12 * largest,
                 weights * (1 + Q4_K_M_BITS / 16), want["backend"], want["r"], shape)
 
@@ -474,7 +474,7 @@ def _advice(shape: Shape, card: Card, smallest: Choice, budget: float) -> list[s
     found = [f"the smallest way ({smallest}) needs {gib(need)}"]
     larger = sorted((c for c in CARDS.values() if c.bytes * budget / card.bytes >= need), key=lambda c: c.bytes)
     found += [f"take a larger card: {larger[0].name} is enough"] if larger else []
-    least = count_parameters(shape)["total"] * budget / need / 1e6
+    least = count_decoder_parameters(shape)["total"] * budget / need / 1e6
     return [*found, f"or a smaller model: about {f'{least / 1000:.1f}B' if least >= 1000 else f'{least:.0f}M'} parameters"]
 
 # %% ../nbs/53_plan.ipynb #3d1df6ce

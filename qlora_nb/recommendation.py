@@ -24,7 +24,7 @@ from qlora_nb.plan import (
     plan_training,
     row_lengths,
 )
-from .shapes import Shape, count_parameters, model_shape, projection_shapes
+from .shapes import Shape, count_decoder_parameters, model_shape, projection_shapes
 
 # %% ../nbs/05_recommend.ipynb #077634bc
 SOURCES = {
@@ -347,7 +347,7 @@ def recommend(
     data = data if data is None or isinstance(data, int) or hasattr(data, "__len__") else list(data)
     device = _this_machine() if device is None else device if device == "cpu" else find_card(device)
     shape = model_shape(getattr(model, "config", model))
-    facts = Facts(shape, count_parameters(shape)["total"], method, *count_data(data, tokenizer), device)
+    facts = Facts(shape, count_decoder_parameters(shape)["total"], method, *count_data(data, tokenizer), device)
     batch = effective_batch(facts)
     own = "every weight is trained there: this package's `train` is for adapters, and its study shows the loop for all weights"
     trainer = Advice("trainer", "trl.SFTTrainer", own, "benchmarks/study.py")

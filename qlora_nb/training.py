@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2
-from .adapter import model_info, save_adapter
+from .adapter import model_info, save_adapter, set_model_info
 from qlora_nb.core import (
     UserError,
     disk_full,
@@ -942,7 +942,7 @@ def set_checkpointing(model, kind: bool | str) -> None:
     if engine:
         install_engine(model, replace(engine_of(model, wanted=True), selective=selective))
     name = "unsloth" if info["backend"] == "unsloth" and on else kind if selective else on
-    model.get_base_model().qlora_nb_info = {**model_info(model), "use_gradient_checkpointing": name}
+    set_model_info(model, use_gradient_checkpointing=name)
 
 # %% ../nbs/15_training.ipynb #b38d1713
 def estimate_run_memory(model, settings: Settings, lengths: list[int], card: Card) -> MemoryEstimate | None:

@@ -440,14 +440,14 @@ def test_nothing_is_held_after_a_step():
 
     model, batch = peft_of(), end_to_end(some_rows())
     install_engine(model, Engine(mlp=False))
-    groups = {id(g): g for g in (getattr(m, "qlora_nb_group", None) for m in model.modules()) if g is not None}
+    groups = {id(g): g for g in (m.qlora_nb.group for m in model.modules() if hasattr(m, "qlora_nb")) if g is not None}
     assert len(groups) == 8 and all(isinstance(g, _Group) for g in groups.values())
     gradients(model, batch)
     assert all(g.x is None and not g.waiting for g in groups.values())
     attention = model.get_base_model().model.layers[0].self_attn
     x, y = torch.randn(1, 3, 64), torch.randn(1, 3, 64)
     attention.q_proj(x)  # and nobody asks for k and v
-    assert not copy.deepcopy(attention.q_proj).qlora_nb_group.waiting
+    assert not copy.deepcopy(attention.q_proj).qlora_nb.group.waiting
     torch.testing.assert_close(attention.v_proj(y), attention.v_proj(y.clone()))
     attention.q_proj(y)
     assert attention.k_proj(x).shape == (1, 3, 32)
@@ -580,13 +580,13 @@ def test_dense_weights_give_the_same_to_the_bit():
     assert install_engine(model, Engine(dense=True)).dense
     assert places(model) == before  # the same attributes, other values
     layer = model.get_base_model().model.layers[0].mlp.up_proj
-    kept = layer.qlora_nb_dense[1]
-    assert layer.qlora_nb_dense[0] is layer.base_layer.weight
+    kept = layer.qlora_nb.dense[1]
+    assert layer.qlora_nb.dense[0] is layer.base_layer.weight
     assert kept.shape == (128, 64) and kept.dtype == torch.float32
     found, ours = gradients(model, batch)
     assert found == loss and all(torch.equal(ours[name], g) for name, g in wanted.items())
     install_engine(model)
-    assert model.get_base_model().model.layers[0].mlp.up_proj.qlora_nb_dense is None
+    assert model.get_base_model().model.layers[0].mlp.up_proj.qlora_nb.dense is None
 
 
 # --- an ordinary model all the while --------------------------------------------------------------------------------
@@ -610,6 +610,27 @@ def test_it_goes_in_and_out():
     remove_engine(model)
     remove_engine(model)
     assert engine_of(model) is None and places(model) == before
+
+
+def test_one_attribute_is_added_to_the_modules_of_other_libraries(on_a_cpu):
+    "A model by load_model and add_lora, with every part of the engine that a CPU can have, beside a plain peft model."
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from qlora_nb.core import EMBEDDED_MODEL
+    from qlora_nb.model import add_lora, load_model, nf4_config
+
+    model = add_lora(load_model("qlora_nb:embedded", engine=True)[0], use_gradient_checkpointing=True)
+    on = engine_of(model)
+    assert on.mlp and on.attention and on.loss and on.checkpoint and on.graphs
+    plain = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, quantization_config=nf4_config(torch.float32))
+    plain.gradient_checkpointing_enable()
+    plain = get_peft_model(plain, model.peft_config["default"])
+    own = {name: set(vars(module)) for name, module in plain.named_modules()}
+    added = {name: set(vars(module)) - own[name] for name, module in model.named_modules()}
+    assert set(added) == set(own) and set().union(*added.values()) == {"qlora_nb", "forward"}
+    noted = {name for name, names in added.items() if "qlora_nb" in names}
+    assert {name for name, names in added.items() if "forward" in names} <= noted
 
 
 def test_what_was_there_before_is_put_back():
@@ -1040,7 +1061,7 @@ def replayed(engine=WHOLE):
     model = peft_of()
     model.get_base_model().gradient_checkpointing_enable()
     assert install_engine(model, engine).graphs
-    return model.train(), vars(model.get_base_model().get_decoder().layers[0])["qlora_nb_replay"]
+    return model.train(), model.get_base_model().get_decoder().layers[0].qlora_nb.replay
 
 
 @pytest.mark.parametrize(
@@ -1056,7 +1077,7 @@ def test_replayed_layers(on_a_cpu, engine):
     assert not replay.broken and {name for name, _ in replay.copied.made} == {"run", "run_back"}
     assert replay.copied.length == max(key[0] for _, key in replay.copied.made)
     remove_engine(model)
-    assert not any(name.startswith("qlora_nb_re") for m in model.modules() for name in vars(m))
+    assert not any("qlora_nb" in name for m in model.modules() for name in vars(m))
 
 
 def test_a_layer_that_changed_runs_as_before(on_a_cpu):
@@ -1139,10 +1160,11 @@ def test_a_gradient_of_the_input_alone_is_refused():
 
 
 def test_parts_that_were_switched_off_stay_off(on_a_cpu):
+    from qlora_nb.adapter import set_model_info
     from qlora_nb.training import set_checkpointing
 
     model, _ = replayed()
-    model.get_base_model().qlora_nb_info = {"backend": "transformers", "engine": True}
+    set_model_info(model, backend="transformers", engine=True)
     install_engine(model, Engine(graphs=False, offload=False))
     set_checkpointing(model, False)
     assert not engine_of(model).checkpoint and engine_of(model, wanted=True).checkpoint

@@ -15,7 +15,7 @@ import torch
 from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.memory import COMPONENTS, engine_layer_bytes, estimate_memory
 from qlora_nb.plan import CARDS, Card, Rows, choose_length, find_card, known_card, plan_training, row_lengths
-from qlora_nb.shapes import count_parameters, list_architectures, model_shape
+from qlora_nb.shapes import count_decoder_parameters, list_architectures, model_shape
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
@@ -122,7 +122,7 @@ def test_a_model_that_also_sees():
     text = {**LLAMA, "model_type": "gemma3_text"}
     both = estimate_memory({"model_type": "gemma3", "text_config": text, "vision_config": seen})
     alone = estimate_memory(text)
-    tower = count_parameters(both.shape)["vision"]
+    tower = count_decoder_parameters(both.shape)["vision"]
     assert 0.40e9 < tower < 0.45e9
     assert both.by_component["base_weights"] - alone.by_component["base_weights"] == 2 * tower
     assert both.by_component["activations"] == alone.by_component["activations"]

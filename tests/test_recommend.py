@@ -25,7 +25,7 @@ from qlora_nb.recommendation import (
     steps_of,
     width_rule,
 )
-from qlora_nb.shapes import count_parameters, model_shape
+from qlora_nb.shapes import count_decoder_parameters, model_shape
 
 LLAMA_3B = {
     "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
@@ -41,7 +41,7 @@ ROWS = st.one_of(st.none(), st.integers(1, 10**7))
 
 def facts(rows=None, tokens=None, method="qlora", config=LLAMA_3B, parameters=None):
     shape = model_shape(config)
-    return Facts(shape, parameters or count_parameters(shape)["total"], method, rows, tokens, "cpu")
+    return Facts(shape, parameters or count_decoder_parameters(shape)["total"], method, rows, tokens, "cpu")
 
 
 # --- the rules ------------------------------------------------------------------------------------------------------
@@ -90,10 +90,10 @@ def test_few_rows_get_a_smaller_rank_and_steps_enough():
 
 @pytest.mark.quick
 def test_adapter_parameters_against_peft():
-    from qlora_nb.model import add_lora, count_parameters, load_model
+    from qlora_nb.model import add_lora, count_decoder_parameters, load_model
 
     model, _ = load_model("qlora_nb:embedded", load_in_4bit=False, dtype="float32", backend="transformers")
-    counted = count_parameters(add_lora(model, r=8))["trainable"]
+    counted = count_decoder_parameters(add_lora(model, r=8))["trainable"]
     assert adapter_parameters(model_shape(model.config), 8) == counted
 
 
