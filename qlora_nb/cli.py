@@ -351,9 +351,9 @@ def backend_on_card(shape, card) -> str:
 
 def format_cards(found: list) -> str:
     "Return a table with a line for each card: what it has, what to choose, what that takes."
-    from qlora_nb.plan import gib
+    from qlora_nb.plan import format_gib
 
-    rows = [(p.card.name, gib(p.card.bytes), gib(p.choice.estimate.total_bytes) if p.fits else "–", str(p.choice or "nothing fits"))
+    rows = [(p.card.name, format_gib(p.card.bytes), format_gib(p.choice.estimate.total_bytes) if p.fits else "–", str(p.choice or "nothing fits"))
             for p in found]
     lines = [("card", "has", "takes", "choice"), *rows]
     return "\n".join(f"{name:<10} {has:>10} {takes:>10}  {choice}" for name, has, takes, choice in lines)

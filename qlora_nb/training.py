@@ -68,7 +68,7 @@ from .weights import read_header
 
 # %% ../nbs/15_training.ipynb #2d8bdb86
 from .memory import MemoryEstimate
-from .plan import Card, Plan, Rows, choose_length, estimate_for_rows, find_card, gib, plan_training
+from .plan import Card, Plan, Rows, choose_length, estimate_for_rows, find_card, format_gib, plan_training
 from .shapes import model_shape
 
 # %% ../nbs/15_training.ipynb #96a31b6b-6
@@ -759,8 +759,8 @@ def memory_lines(plan: dict | None) -> list[str]:
     "Predicted and measured memory of a planned run, for the report."
     if not plan or not plan["predicted"]:
         return []
-    said = f"Planned for {plan['card']}: {plan['choice']}; predicted {gib(plan['predicted']['allocated_bytes'])} allocated"
-    return [said + (f", measured {gib(plan['measured']['allocated_bytes'])}." if plan["measured"] else ", not measured (no GPU).")]
+    said = f"Planned for {plan['card']}: {plan['choice']}; predicted {format_gib(plan['predicted']['allocated_bytes'])} allocated"
+    return [said + (f", measured {format_gib(plan['measured']['allocated_bytes'])}." if plan["measured"] else ", not measured (no GPU).")]
 
 # %% ../nbs/15_training.ipynb #6b0d2c43
 def loading_words(config: dict) -> str:
@@ -964,7 +964,7 @@ def warn_of_memory(estimate: MemoryEstimate | None, card: Card) -> str | None:
     "Return a sentence where the estimate is more than the card has; else None."
     if estimate is None or estimate.total_bytes <= card.bytes:
         return None
-    return (f"warning: this run should need {gib(estimate.total_bytes)} at its fullest, and {card.name} has {gib(card.bytes)} for it: "
+    return (f"warning: this run should need {format_gib(estimate.total_bytes)} at its fullest, and {card.name} has {format_gib(card.bytes)} for it: "
             "take --plan auto (in Python plan='auto'), a smaller batch or a shorter max_seq_length")
 
 
@@ -1260,7 +1260,7 @@ def follow_plan(model, found: Plan, settings: Settings) -> Plan:
     found = replace(found, choice=replace(
         found.choice, batch=settings.per_device_train_batch_size, accumulation=settings.gradient_accumulation_steps, packing=settings.packing))
     set_checkpointing(model, found.choice.gradient_checkpointing)
-    expected = f"{gib(found.choice.estimate.total_bytes)} of {gib(found.card.bytes)} expected"
+    expected = f"{format_gib(found.choice.estimate.total_bytes)} of {format_gib(found.card.bytes)} expected"
     print_to_stderr(f"plan for {found.card.name}: {found.choice}, {found.choice.optimizer}; {expected}")
     print_to_stderr(f"plan: {found.why}")
     return found

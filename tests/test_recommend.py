@@ -13,17 +13,17 @@ from qlora_nb.recommendation import (
     ARGUMENTS,
     SOURCES,
     Facts,
-    adapter_parameters,
+    _adapter_parameters,
+    advise_batch,
+    advise_dropout,
+    advise_epochs,
+    advise_learning_rate,
+    advise_rank,
+    advise_schedule,
     count_data,
-    dropout,
-    effective_batch,
-    epochs,
-    learning_rate,
-    rank,
+    count_steps,
+    rate_for_width,
     recommend,
-    schedule,
-    steps_of,
-    width_rule,
 )
 from qlora_nb.shapes import count_decoder_parameters, model_shape
 
@@ -56,54 +56,54 @@ def facts(rows=None, tokens=None, method="qlora", config=LLAMA_3B, parameters=No
     ],
 )  # fmt: skip
 def test_the_papers_rates(parameters, method, rate):
-    assert learning_rate(facts(method=method, parameters=parameters)).value == pytest.approx(rate)
+    assert advise_learning_rate(facts(method=method, parameters=parameters)).value == pytest.approx(rate)
 
 
 @pytest.mark.quick
 def test_small_models_follow_the_width():
     "By hand, for a Llama of width 256: 5e-4 * (2000 / 256) ** 0.781."
-    assert width_rule(256) == pytest.approx(5e-4 * 7.8125**0.781)
-    assert width_rule(256, "full") == pytest.approx(width_rule(256) / 10)
-    assert width_rule(4096, family="qwen3") == pytest.approx(5e-4 * (2000 / 4096) ** 0.0775)
-    assert width_rule(2000) == pytest.approx(5e-4)
+    assert rate_for_width(256) == pytest.approx(5e-4 * 7.8125**0.781)
+    assert rate_for_width(256, "full") == pytest.approx(rate_for_width(256) / 10)
+    assert rate_for_width(4096, family="qwen3") == pytest.approx(5e-4 * (2000 / 4096) ** 0.0775)
+    assert rate_for_width(2000) == pytest.approx(5e-4)
 
 
 @pytest.mark.quick
 @given(st.integers(1, 10**9))
 def test_the_rank_has_room_for_the_tokens_or_says_so(tokens):
-    advice = rank(facts(10**5, tokens))[0]
+    advice = advise_rank(facts(10**5, tokens))[0]
     shape = model_shape(LLAMA_3B)
     assert advice.value in (16, 32, 64, 128)
-    if adapter_parameters(shape, advice.value) < tokens:
+    if _adapter_parameters(shape, advice.value) < tokens:
         assert advice.value == 128 and "full fine-tuning" in advice.reason
     elif advice.value > 16:
-        assert adapter_parameters(shape, advice.value // 2) < tokens, "half the rank would have had room"
+        assert _adapter_parameters(shape, advice.value // 2) < tokens, "half the rank would have had room"
 
 
 @pytest.mark.quick
 def test_few_rows_get_a_smaller_rank_and_steps_enough():
-    assert rank(facts(499))[0].value == 8 and rank(facts(500))[0].value == rank(facts())[0].value == 16
+    assert advise_rank(facts(499))[0].value == 8 and advise_rank(facts(500))[0].value == advise_rank(facts())[0].value == 16
     for rows in (10, 60, 100, 300, 700, 3000):
         found = facts(rows)
-        assert steps_of(found) >= 100 or epochs(found).value == 8, rows
+        assert count_steps(found) >= 100 or advise_epochs(found).value == 8, rows
 
 
 @pytest.mark.quick
 def test_adapter_parameters_against_peft():
-    from qlora_nb.model import add_lora, count_decoder_parameters, load_model
+    from qlora_nb.model import add_lora, count_parameters, load_model
 
     model, _ = load_model("qlora_nb:embedded", load_in_4bit=False, dtype="float32", backend="transformers")
-    counted = count_decoder_parameters(add_lora(model, r=8))["trainable"]
-    assert adapter_parameters(model_shape(model.config), 8) == counted
+    counted = count_parameters(add_lora(model, r=8))["trainable"]
+    assert _adapter_parameters(model_shape(model.config), 8) == counted
 
 
 @pytest.mark.quick
 @given(ROWS)
 def test_batch_epochs_and_warm_up_hang_together(rows):
     found = facts(rows)
-    batch, passes, steps = effective_batch(found).value, epochs(found).value, steps_of(found)
+    batch, passes, steps = advise_batch(found).value, advise_epochs(found).value, count_steps(found)
     assert 1 <= batch <= 32 and 1 <= passes <= 8
-    warm = next(a.value for a in schedule(found) if a.name == "warmup_steps")
+    warm = next(a.value for a in advise_schedule(found) if a.name == "warmup_steps")
     if rows is None:
         assert steps is None and warm == 5
     else:
@@ -116,9 +116,9 @@ def test_batch_epochs_and_warm_up_hang_together(rows):
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
 def test_more_rows_never_mean_more_passes(a, b):
     few, many = sorted((a, b))
-    assert epochs(facts(few)).value >= epochs(facts(many)).value
-    assert effective_batch(facts(few)).value <= effective_batch(facts(many)).value
-    assert dropout(facts(few)).value >= dropout(facts(many)).value
+    assert advise_epochs(facts(few)).value >= advise_epochs(facts(many)).value
+    assert advise_batch(facts(few)).value <= advise_batch(facts(many)).value
+    assert advise_dropout(facts(few)).value >= advise_dropout(facts(many)).value
 
 
 # --- the data -------------------------------------------------------------------------------------------------------
