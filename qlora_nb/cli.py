@@ -129,7 +129,7 @@ def train_from_flags(flags: dict, formats: list[str]):
     "Load, attach, train: what `qlora_nb train` does. Return the `Run`. `formats` are what it will be exported in."
     from qlora_nb.model import add_lora, check_checkpointing, choose_backend, load_model, model_path
     from qlora_nb.training import train_adapter
-    from qlora_nb.workflow import Run, write_reports
+    from qlora_nb.workflow import Run, try_to_report
 
     config = read_train_config(flags["config"], flags["resume"], flags["output"])
     given = {f.name: flags.get(f.name) for f in fields(Settings)}
@@ -151,7 +151,7 @@ def train_from_flags(flags: dict, formats: list[str]):
     folder, held_out = train_adapter(
         model, tokenizer, data, trainer, config=None if flags["resume"] else config, eval_data=held_out, output=flags["output"],
         plan=plan, resume=flags["resume"], source=source, started=process_start())
-    write_reports(folder)
+    try_to_report(folder)
     compare_fingerprints(config, folder.config)
     return Run(folder.path, folder.summary, folder.metrics, model, tokenizer, held_out)
 
@@ -513,7 +513,7 @@ def certify(
     with quiet_stdout(), explain_stop(lambda: "no certificate was written, so start again"):
         from qlora_nb.certificate import certify as compare
         from qlora_nb.rows import load_sft_dataset
-        from qlora_nb.workflow import write_reports
+        from qlora_nb.workflow import try_to_report
 
         beside = Path((gguf := find_gguf_files(run, gguf))[0]).expanduser().absolute().parent / "Modelfile"
         held_out = load_sft_dataset(data, data_name, limit=rows, system=config_around(beside).get("add_system")) if data else None
@@ -522,7 +522,7 @@ def certify(
         print(found, file=sys.stderr)
         path = found.to_json(output)
         if (folder := RunFolder.around(run)) and folder.finished:
-            write_reports(folder)
+            try_to_report(folder)
     print(path)
     if not found.passed:
         raise typer.Exit(1)
@@ -535,9 +535,9 @@ def report(
 ):
     "Write report.html into a run's folder; the last line is its path."
     with quiet_stdout():
-        from qlora_nb.report import write_report
+        from qlora_nb.report import write_reports
 
-        path = write_report(run)
+        path = write_reports(run)
         if show:
             import webbrowser
 
