@@ -17,11 +17,11 @@ from qlora_nb.plan import (
     Card,
     Rows,
     choose_length,
+    count_row_tokens,
     estimate_for_rows,
     find_card,
     format_gib,
     plan_training,
-    row_lengths,
 )
 from .shapes import Shape, count_decoder_parameters, model_shape, projection_shapes
 
@@ -331,7 +331,7 @@ def advise_memory(facts: Facts, data, tokenizer, batch: int) -> list[Advice]:
     if tokenizer is not None and hasattr(data, "__len__"):
         sample = [data[i] for i in range(0, len(data), max(1, len(data) // COUNTED_ROWS))]
     if facts.method == "full":
-        return _advise_full(facts, row_lengths(sample, tokenizer) if sample else [], batch)
+        return _advise_full(facts, count_row_tokens(sample, tokenizer) if sample else [], batch)
     plan = plan_training(facts.shape, facts.device, sample, tokenizer=tokenizer, effective_batch=batch,
                          r=advise_rank(facts)[0].value, method=facts.method)
     chosen = {name: value for part in plan.settings.values() for name, value in part.items()}

@@ -365,9 +365,9 @@ def test_the_estimate_counts_the_chunks_of_the_loss(words, labelled, rows):
     "At least 256 MiB of fp32 logits, four times as much at most, in between a sixteenth of the positions."
     from types import SimpleNamespace
 
-    from qlora_nb.memory import engine_loss_bytes
+    from qlora_nb.memory import count_engine_loss_bytes
 
-    assert engine_loss_bytes(SimpleNamespace(hidden=8, vocabulary=words), 10, labelled) == 640 + 2 * words * rows
+    assert count_engine_loss_bytes(SimpleNamespace(hidden=8, vocabulary=words), 10, labelled) == 640 + 2 * words * rows
 
 
 def test_a_long_line_has_sixteen_chunks(monkeypatch):

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.memory import COMPONENTS, engine_layer_bytes, estimate_memory
-from qlora_nb.plan import CARDS, Card, Rows, choose_length, find_card, known_card, plan_training, row_lengths
+from qlora_nb.memory import MEMORY_COMPONENTS, count_engine_layer_bytes, estimate_memory
+from qlora_nb.plan import CARDS, Card, Rows, choose_length, count_row_tokens, find_card, match_card, plan_training
 from qlora_nb.shapes import count_decoder_parameters, list_architectures, model_shape
 
 LLAMA = {
@@ -38,7 +38,7 @@ def test_a_configuration_object_takes_under_50_ms_and_loads_nothing(family):
     estimate = estimate_memory(config)
     assert time.perf_counter() - start < 0.05
     assert sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()) == before
-    assert tuple(estimate.by_component) == COMPONENTS
+    assert tuple(estimate.by_component) == MEMORY_COMPONENTS
     assert estimate.total_bytes == sum(estimate.by_component.values()) > estimate.allocated_bytes > 0
 
 
@@ -211,7 +211,7 @@ def test_the_engine_takes_less_and_less():
 
 def test_the_engine_keeps_more_where_the_mlp_is_not_one_function():
     few = ("q_proj", "v_proj", "down_proj")
-    on = {kind: engine_layer_bytes(model_shape(LLAMA), 16, few, kind)["activations"] for kind in (False, True)}
+    on = {kind: count_engine_layer_bytes(model_shape(LLAMA), 16, few, kind)["activations"] for kind in (False, True)}
     assert on[False] == on[True] == 2 * (2 * 3072 + 4) + 2 * 3072 + 6 * 8192 + 2 * 16 * 3
 
 
@@ -273,7 +273,7 @@ def test_each_card_is_found_by_its_names(name):
 
 def test_names_that_are_no_card():
     for name in ("", "RTX", "NVIDIA", "A1000", "T400", "L400", "RTX A6000"):
-        assert known_card(name) is None, name
+        assert match_card(name) is None, name
     for device in ("T5", "", "-1 GB", "0 GB", 5, -1, 10**30, None, True, [1]):
         with pytest.raises(UserError, match="there is no card|give bytes"):
             find_card(device)
@@ -373,10 +373,10 @@ def test_lengths_are_those_of_the_trainer():
 
     tokenizer, data = AutoTokenizer.from_pretrained(EMBEDDED_MODEL), load_sft_dataset(limit=250)
     rows, dropped = encode_dataset(data, tokenizer, 2048)
-    assert row_lengths(data, tokenizer) == [len(ids) for ids in rows["input_ids"]] and not dropped
-    assert row_lengths(iter(torch.arange(1, 4).numpy())) == [1, 2, 3]
+    assert count_row_tokens(data, tokenizer) == [len(ids) for ids in rows["input_ids"]] and not dropped
+    assert count_row_tokens(iter(torch.arange(1, 4).numpy())) == [1, 2, 3]
     bad = [*data, {"messages": [{"role": "user", "content": None}]}]
-    assert len(row_lengths(bad, tokenizer)) == 250
+    assert len(count_row_tokens(bad, tokenizer)) == 250
 
 
 def test_choose_length_keeps_99_percent():

@@ -158,9 +158,9 @@ def lengths_of_rows():
     from transformers import AutoTokenizer
 
     from qlora_nb.core import EMBEDDED_MODEL
-    from qlora_nb.plan import row_lengths
+    from qlora_nb.plan import count_row_tokens
 
-    return row_lengths(conversations(240), AutoTokenizer.from_pretrained(EMBEDDED_MODEL))
+    return count_row_tokens(conversations(240), AutoTokenizer.from_pretrained(EMBEDDED_MODEL))
 
 
 def choice_for(size, limit_gb, lengths):
