@@ -330,15 +330,15 @@ def make_plans(model: str, gpu: str | None, data: str | None, data_name: str | N
     "Return a `Plan` for the card, for this machine's, or for each of the usual ones."
     import torch
 
-    from qlora_nb.plan import CARDS, count_row_tokens, find_card, plan_training
+    from qlora_nb.plan import KNOWN_CARDS, find_card, measure_row_lengths, plan_training
     from qlora_nb.rows import load_sft_dataset
     from qlora_nb.shapes import model_shape
 
     shape, lengths = model_shape(model), None
     if data is not None or data_name is not None:
         rows = load_sft_dataset(data, data_name, limit=limit)
-        lengths = count_row_tokens(rows, load_tokenizer_and_config(model, None)[0])
-    cards = [gpu] if gpu else ["cuda"] if torch.cuda.is_available() else list(CARDS)
+        lengths = measure_row_lengths(rows, load_tokenizer_and_config(model, None)[0])
+    cards = [gpu] if gpu else ["cuda"] if torch.cuda.is_available() else list(KNOWN_CARDS)
     return [plan_training(shape, card, lengths, backend=backend or backend_on_card(shape, find_card(card)), **wishes) for card in cards]
 
 

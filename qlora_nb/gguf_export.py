@@ -36,7 +36,7 @@ from .llama import import_extra, quantize_with_llama
 from .merging import MergedTensors, check_mergeable
 from .model import check_shapes, load_model, load_tokenizer, model_path
 from .run import read_config
-from .shapes import ARCHITECTURES, GGUFArchitecture
+from .shapes import KNOWN_ARCHITECTURES, GGUFArchitecture
 from .template import DATE, control_tokens, render, template_text, turn_end
 from .weights import TensorFolder
 
@@ -50,7 +50,7 @@ LINEAR = {
 def architecture_of(config: dict) -> GGUFArchitecture:
     "The architecture in a model's config. Raises `UserError` for one that was not proved against llama.cpp."
     names = config.get("architectures") or [config.get("model_type", "nothing")]
-    known = {row.gguf.model_class: row.gguf for row in ARCHITECTURES.values() if row.gguf}
+    known = {row.gguf.model_class: row.gguf for row in KNOWN_ARCHITECTURES.values() if row.gguf}
     if names[0] not in known:
         raise UserError(f"the architecture {names[0]} can't be exported: known are {', '.join(known)}")
     found = known[names[0]]

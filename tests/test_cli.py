@@ -497,14 +497,14 @@ def test_plan_says_it_to_people_and_to_machines(command):
 def test_plan_without_a_card_looks_at_all_the_usual_ones(command):
     import torch
 
-    from qlora_nb.plan import CARDS
+    from qlora_nb.plan import KNOWN_CARDS
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a card")
     code, out, _ = command("plan", "--model", "8b", "--method", "lora")
     lines = out.splitlines()
-    assert code == 0 and len(lines) == 1 + len(CARDS) and "nothing fits" in lines[1] and "lora" in lines[-1]
-    assert len(json.loads(command("plan", "--model", "8b", "--json")[1])) == len(CARDS)
+    assert code == 0 and len(lines) == 1 + len(KNOWN_CARDS) and "nothing fits" in lines[1] and "lora" in lines[-1]
+    assert len(json.loads(command("plan", "--model", "8b", "--json")[1])) == len(KNOWN_CARDS)
 
 
 def test_plan_counts_the_rows_of_the_data(command, tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 
 from qlora_nb.core import UserError
 from qlora_nb.lora import LoRALayer, LoRALinear, count_lora_parameters, swap_layers
-from qlora_nb.shapes import ARCHITECTURES, projection_shapes
+from qlora_nb.shapes import KNOWN_ARCHITECTURES, projection_shapes
 
 HALVES = (torch.bfloat16, torch.float16)
 SIDES = st.integers(1, 24)
@@ -249,7 +249,7 @@ def test_a_failing_swap_leaves_the_model_alone():
         swap_layers(model, LoRALinear, ["q_proj", "k_proj"])
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", KNOWN_ARCHITECTURES)
 @pytest.mark.parametrize("targets", [None, ("k_proj", "down_proj"), "q_proj,v_proj"], ids=str)
 def test_counts_are_pefts(kind, targets):
     from peft import LoraConfig, get_peft_model

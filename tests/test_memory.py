@@ -14,7 +14,16 @@ import torch
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.memory import MEMORY_COMPONENTS, count_engine_layer_bytes, estimate_memory
-from qlora_nb.plan import CARDS, Card, Rows, choose_length, count_row_tokens, find_card, match_card, plan_training
+from qlora_nb.plan import (
+    KNOWN_CARDS,
+    Card,
+    Rows,
+    choose_length,
+    find_card,
+    match_card,
+    measure_row_lengths,
+    plan_training,
+)
 from qlora_nb.shapes import count_decoder_parameters, list_architectures, model_shape
 
 LLAMA = {
@@ -264,11 +273,11 @@ ADVERTISED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("name", KNOWN_CARDS)
 def test_each_card_is_found_by_its_names(name):
     for written in (name, name.lower(), f"NVIDIA {name}", name.replace(" ", "-")):
-        assert find_card(written) is CARDS[name]
-    assert 0.91 < CARDS[name].bytes / (ADVERTISED[name] * GiB) <= 1
+        assert find_card(written) is KNOWN_CARDS[name]
+    assert 0.91 < KNOWN_CARDS[name].bytes / (ADVERTISED[name] * GiB) <= 1
 
 
 def test_names_that_are_no_card():
@@ -373,10 +382,10 @@ def test_lengths_are_those_of_the_trainer():
 
     tokenizer, data = AutoTokenizer.from_pretrained(EMBEDDED_MODEL), load_sft_dataset(limit=250)
     rows, dropped = encode_dataset(data, tokenizer, 2048)
-    assert count_row_tokens(data, tokenizer) == [len(ids) for ids in rows["input_ids"]] and not dropped
-    assert count_row_tokens(iter(torch.arange(1, 4).numpy())) == [1, 2, 3]
+    assert measure_row_lengths(data, tokenizer) == [len(ids) for ids in rows["input_ids"]] and not dropped
+    assert measure_row_lengths(iter(torch.arange(1, 4).numpy())) == [1, 2, 3]
     bad = [*data, {"messages": [{"role": "user", "content": None}]}]
-    assert len(count_row_tokens(bad, tokenizer)) == 250
+    assert len(measure_row_lengths(bad, tokenizer)) == 250
 
 
 def test_choose_length_keeps_99_percent():

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from qlora_nb.core import UserError
 from qlora_nb.memory import estimate_memory
-from qlora_nb.plan import CARDS
+from qlora_nb.plan import KNOWN_CARDS
 from qlora_nb.recommendation import (
-    ARGUMENTS,
-    SOURCES,
-    Facts,
+    ADVICE_SOURCES,
+    ADVISED_ARGUMENTS,
+    AdviceFacts,
     _adapter_parameters,
     advise_batch,
     advise_dropout,
@@ -41,7 +41,7 @@ ROWS = st.one_of(st.none(), st.integers(1, 10**7))
 
 def facts(rows=None, tokens=None, method="qlora", config=LLAMA_3B, parameters=None):
     shape = model_shape(config)
-    return Facts(shape, parameters or count_decoder_parameters(shape)["total"], method, rows, tokens, "cpu")
+    return AdviceFacts(shape, parameters or count_decoder_parameters(shape)["total"], method, rows, tokens, "cpu")
 
 
 # --- the rules ------------------------------------------------------------------------------------------------------
@@ -159,13 +159,13 @@ def test_no_data(data, said):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("device", ["cpu", *CARDS])
+@pytest.mark.parametrize("device", ["cpu", *KNOWN_CARDS])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_every_setting_has_a_reason_and_a_source(device, method):
     found = recommend(LLAMA_3B, 1000, device, method=method)
     assert len({a.name for a in found.advice}) == len(found.advice)
     for advice in found.advice:
-        assert advice.reason and all(source in SOURCES.values() for source in known_sources(advice.source)), advice
+        assert advice.reason and all(source in ADVICE_SOURCES.values() for source in known_sources(advice.source)), advice
     batch = found["per_device_train_batch_size"] * found["gradient_accumulation_steps"]
     assert batch == found["effective_batch"]
     assert found["lora_alpha"] == found["r"]
@@ -175,7 +175,7 @@ def test_every_setting_has_a_reason_and_a_source(device, method):
 
 def known_sources(text):
     "The sources that a line names: some hold a semicolon themselves."
-    for source in SOURCES.values():
+    for source in ADVICE_SOURCES.values():
         if source in text:
             text = text.replace(source, "")
             yield source
@@ -197,7 +197,7 @@ def test_what_is_advised_is_taken():
         assert set(found["train"]) <= set(settings_of_part("trainer"))
         taken = dataclasses.asdict(resolve_settings(found["train"]))
         assert {name: taken[name] for name in found["train"]} == found["train"]
-    assert set(ARGUMENTS) == {"load_model", "add_lora", "train"}
+    assert set(ADVISED_ARGUMENTS) == {"load_model", "add_lora", "train"}
 
 
 @pytest.mark.quick
@@ -225,9 +225,9 @@ def test_full_fine_tuning_takes_the_largest_batch_that_fits(card):
     found = recommend(small, 1000, card, method="full")
     batch, accumulation = found["per_device_train_batch_size"], found["gradient_accumulation_steps"]
     assert batch * accumulation == found["effective_batch"] == 8
-    assert found["dtype"] == ("bfloat16" if CARDS[card].bf16 else "float32"), "pure fp16 weights can't be trained"
+    assert found["dtype"] == ("bfloat16" if KNOWN_CARDS[card].bf16 else "float32"), "pure fp16 weights can't be trained"
 
-    known = CARDS[card]
+    known = KNOWN_CARDS[card]
 
     def fits(rows, checkpointing):
         estimate = estimate_memory(
