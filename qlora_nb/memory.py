@@ -407,9 +407,9 @@ def count_engine_loss_bytes(
     labelled: int,  # tokens that are targets
 ) -> float:
     "Count the bytes that the final norm and the loss hold under the engine. Source: `qlora_nb.engine.labelled_loss`."
-    from qlora_nb.engine import ROUND, loss_chunk
+    from qlora_nb.engine import TILE_TOKENS, choose_loss_chunk
 
-    chunk = min(loss_chunk(labelled, shape.vocabulary), ROUND * math.ceil(labelled / ROUND))
+    chunk = min(choose_loss_chunk(labelled, shape.vocabulary), TILE_TOKENS * math.ceil(labelled / TILE_TOKENS))
     return 8 * shape.hidden * tokens + 2 * shape.vocabulary * chunk
 
 

@@ -44,12 +44,12 @@ from .diagnosis import plot_loss
 from qlora_nb.engine import (
     Engine,
     FlatAdapters,
-    end_to_end,
+    join_rows,
     engine_of,
     install_engine,
-    looked_up_once,
+    cache_parameters,
     pack_rows,
-    released_after,
+    release_after,
 )
 from .evaluation import Evaluation, evaluate
 from .model import count_parameters, quiet_libraries
@@ -192,7 +192,7 @@ def _in_one_tensor(kind):
             if resume_from_checkpoint:
                 state = torch.load(Path(resume_from_checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
                 self.one_by_one = sum(len(group["params"]) for group in state["param_groups"]) == len(trainable_parameters(self.model))
-            with looked_up_once(self.model), without_waiting():
+            with cache_parameters(self.model), without_waiting():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     return Trainer
@@ -334,7 +334,7 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
     with quiet_libraries(info["backend"]):
         trainer = make_trainer_class(bool(plain_loss), flat)(
             model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks,
-            data_collator=end_to_end if engine and engine.attention else None,
+            data_collator=join_rows if engine and engine.attention else None,
         )
     if engine and engine.attention:
         trainer.train_dataset = trainer.train_dataset.with_format("numpy")  # whole rows at a time, no Python number for each token
@@ -923,7 +923,7 @@ def run_trainer(trainer: object, watch: object, progress: Progress, folder: RunF
         raise_if_interrupted(interrupted, trainer.state.global_step, folder)
         return 0.0
     try:
-        with quiet_libraries(model_info(trainer.model)["backend"]), released_after(trainer.model):
+        with quiet_libraries(model_info(trainer.model)["backend"]), release_after(trainer.model):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:
         step = trainer.state.global_step
