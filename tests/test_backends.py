@@ -306,10 +306,10 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
 
     from qlora_nb import model
     from qlora_nb.adapter import model_info
-    from qlora_nb.cli import loading_arguments
     from qlora_nb.core import EMBEDDED_MODEL, UserError
     from qlora_nb.engine import engine_of
     from qlora_nb.rows import load_sft_dataset
+    from qlora_nb.run import resolve_settings
     from qlora_nb.workflow import train
 
     def auto(**lora):
@@ -328,8 +328,8 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
     run = train(plain, tokenizer, load_sft_dataset(limit=30), output=tmp_path / "run", eval_rows=0, max_steps=1)
     config = yaml.safe_load((run.path / "config.yaml").read_text())
     assert (config["backend"], config["engine"]) == ("transformers", False)
-    how = loading_arguments(dict.fromkeys(("dtype", "load_in_4bit", "backend", "engine", "revision")), {}, config)
-    assert model.choose_backend(how["backend"], how["engine"])[:2] == ("transformers", False)
+    settings = resolve_settings({}, config)
+    assert model.choose_backend(settings.backend, settings.engine)[:2] == ("transformers", False)
     with pytest.raises(UserError, match="lora_dropout=0.1"):
         auto(lora_dropout=0.1, use_gradient_checkpointing="selective")
     base, _ = model.load_model(EMBEDDED_MODEL, engine=True)

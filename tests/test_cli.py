@@ -279,10 +279,11 @@ def test_check_says_it_to_people_and_to_machines(capfd, monkeypatch, tmp_path):
 def test_check_flags_are_the_settings_names():
     import inspect
 
-    from qlora_nb.cli import MODEL_FLAGS, TRAIN_FLAGS, check
+    from qlora_nb.cli import TRAIN_FLAGS, check
     from qlora_nb.preflight import check_dataset
+    from qlora_nb.run import Settings
 
-    known = {*MODEL_FLAGS, *TRAIN_FLAGS, *inspect.signature(check_dataset).parameters}
+    known = {*vars(Settings()), *TRAIN_FLAGS, *inspect.signature(check_dataset).parameters}
     assert set(inspect.signature(check).parameters) - known == {"as_json"}
 
 
@@ -556,49 +557,11 @@ def test_train_follows_a_plan_and_its_configuration_is_taken_back(command, tmp_p
     assert code == 0 and "plan for" not in err and sha(tmp_path / "again") == sha(tmp_path / "run")
 
 
-def test_train_warns_before_it_loads_a_model_that_does_not_fit(tmp_path):
-    "From config.json and the tokenizer: the folder's weights are an empty file."
-    import shutil
-
-    from qlora_nb.cli import foresee
-    from qlora_nb.core import EMBEDDED_MODEL
-    from qlora_nb.memory import CUDA_CONTEXT
-    from qlora_nb.plan import Card
-    from qlora_nb.rows import load_sft_dataset
-
-    place = tmp_path / "model"
-    place.mkdir()
-    for file in EMBEDDED_MODEL.iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copy(file, place)
-    (place / "model.safetensors").touch()
-    how = {"load_in_4bit": True, "backend": "transformers", "engine": None, "revision": None, "max_seq_length": 2048}
-    lora = {"r": 16, "target_modules": ("q_proj",), "use_gradient_checkpointing": False}
-    data, settings = load_sft_dataset(limit=50), {"per_device_train_batch_size": 8}
-
-    def said(mib, **more):
-        card = Card("a card", CUDA_CONTEXT + mib * 2**20)
-        return foresee(str(place), data, {**settings, **more}, {}, lora, how, card)
-
-    assert said(2000) is None, "full rows fit"
-    assert said(150) is None, "full rows would not, the real ones do"
-    assert re.match(r"warning: this run should need \d+ MiB at its fullest, and a card has", said(20))
-    assert said(20, optim="adafactor") is None, "nobody can tell"
-    from qlora_nb.cli import trained_by
-
-    plain = how
-    how = {**how, "backend": "auto", "engine": True}
-    assert trained_by(str(place), lora, how) == ("transformers", "engine")
-    assert trained_by(str(place), {**lora, "lora_dropout": 0.1}, how) == trained_by(str(place), lora, plain)
-    assert said(5).startswith("warning: this run should need")
-    assert said(2000) is None
-
-
 def test_a_plan_takes_what_auto_takes_on_that_card():
-    from qlora_nb.cli import plans
+    from qlora_nb.cli import make_plans
 
     def taken(card, backend=None, model="qlora_nb:embedded"):
-        return plans(model, card, None, None, 10, backend=backend)[0].backend
+        return make_plans(model, card, None, None, 10, backend=backend)[0].backend
 
     assert [taken(card) for card in ("H100", "H200", "A100 80GB", "T4")] == ["engine", "engine", "unsloth", "unsloth"]
     assert (taken("H200", "unsloth"), taken("T4", "engine")) == ("unsloth", "engine")
