@@ -44,10 +44,10 @@ from .diagnosis import plot_loss
 from qlora_nb.engine import (
     Engine,
     FlatAdapters,
-    join_rows,
+    cache_parameters,
     engine_of,
     install_engine,
-    cache_parameters,
+    join_rows,
     pack_rows,
     release_after,
 )

@@ -1348,7 +1348,7 @@ def test_nobody_waits_for_bitsandbytes(tmp_path, monkeypatch):
     from qlora_nb import training
 
     before, asked = optimizer.sync_gpu, []
-    monkeypatch.setattr(training, "only_out_of_turn", lambda tensor: asked.append((id(tensor), training._here.unpaged)))
+    monkeypatch.setattr(training, "wait_unless_queued", lambda tensor: asked.append((id(tensor), training._here.unpaged)))
     trainer, _ = small_run(tmp_path / "run", Engine(), "adamw_8bit")
     tensors = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(asked) == 3 * len(tensors) and set(asked) == {(id(p), True) for p in tensors}
