@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .core import UserError
+from .adapter import model_info
+from .core import UserError, unwrap_base
 from .model import keep_4bit_layers
 from .template import prompt_ids, stop_tokens
 
@@ -46,9 +47,9 @@ def as_conversation(
 # %% ../nbs/13_generate.ipynb #568ea01c-3
 def _unsloth_for(model: torch.nn.Module):
     "Unsloth's `FastLanguageModel`, if this model came from Unsloth; None otherwise. Nothing is imported for it."
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrap_base(model)
     loaded = sys.modules.get("unsloth")
-    ours = getattr(base, "qlora_nb_info", {}).get("backend", "unsloth") == "unsloth"
+    ours = model_info(base, required=False).get("backend", "unsloth") == "unsloth"
     return getattr(loaded, "FastLanguageModel", None) if ours and hasattr(base, "max_seq_length") else None
 
 # %% ../nbs/13_generate.ipynb #568ea01c-4
@@ -57,7 +58,7 @@ def inference(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     "In the body the model is ready to generate; afterwards every layer has the mode it had before."
     from transformers import GenerationConfig
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrap_base(model)
     modes = [(module, module.training) for module in model.modules()]
     saved = [(m, m.gradient_checkpointing) for m in model.modules() if hasattr(m, "gradient_checkpointing")]
     settings, unsloth = getattr(base, "generation_config", None), _unsloth_for(model)
