@@ -13,7 +13,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .evaluation import wilson
+from .evaluation import wilson_interval
 from qlora_nb.training import (
     Run,
     check_fields,
@@ -298,7 +298,7 @@ def never_stops(seen: Evidence) -> Trouble | None:
     stops, limit = seen.of("after", "stops"), seen.config.get("max_new_tokens")
     after = [row for row in seen.replies if row.get("stage") == "after"]
     cut = [row for row in after if not row["stops"]]
-    if stops is None or not after or wilson(len(after) - len(cut), len(after))[1] > 0.95:
+    if stops is None or not after or wilson_interval(len(after) - len(cut), len(after))[1] > 0.95:
         return None
     longer = sum((row.get("tokens") or 0) > (limit or math.inf) for row in cut)
     if cut and longer > len(cut) / 2:

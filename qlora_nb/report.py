@@ -27,7 +27,7 @@ from pathlib import Path
 
 from .core import UserError, write_aside
 from .diagnosis import diagnose
-from .evaluation import wilson
+from .evaluation import wilson_interval
 from .training import FROM_PYTHON, Run, loading_words, percent, read_config, read_json, read_objects
 
 # %% ../nbs/20_report.ipynb #b191d028
@@ -615,7 +615,7 @@ def section_plan(folder: Folder) -> Html:
 def interval(pairs: list[tuple[dict, dict]], side: int, name: str) -> tuple[float, float] | None:
     "Wilson's 95 % interval of a measure, counted from the rows; None where no row has it."
     values = [pair[side][name] for pair in pairs if isinstance(pair[side].get(name), bool)]
-    return wilson(sum(values), len(values)) if values else None
+    return wilson_interval(sum(values), len(values)) if values else None
 
 
 def share_row(stage: str, share: float, reach: tuple[float, float] | None) -> Html:
