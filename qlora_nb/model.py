@@ -38,8 +38,8 @@ from qlora_nb.adapter import (
 from .core import EMBEDDED_MODEL, UserError, profile, quiet_environment
 from .engine import check_engine, config_refusal
 from .lora import TARGET_MODULES, check_settings, check_targets
-from .memory import config_dict
 from .run import RunFolder
+from .shapes import config_dict
 from .weights import TensorFolder, check_numbers, is_finite, model_file
 
 # %% ../nbs/10_model.ipynb #d1040002

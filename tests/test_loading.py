@@ -19,15 +19,16 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_nb.adapter import load_adapter, model_info, save_adapter, trained_in_4bit
-from qlora_nb.certificate import certify, chat_server
+from qlora_nb.certificate import certify
 from qlora_nb.cli import main, open_for_chat
 from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
-from qlora_nb.data import load_sft_dataset
 from qlora_nb.evaluation import evaluate
 from qlora_nb.generation import chat
 from qlora_nb.gguf_export import export_gguf
+from qlora_nb.llama import chat_server
 from qlora_nb.merging import merge_adapter, save_merged
 from qlora_nb.model import add_lora, load_model, load_tokenizer, open_run
+from qlora_nb.rows import load_sft_dataset
 from qlora_nb.template import render
 from qlora_nb.workflow import train
 

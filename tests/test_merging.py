@@ -201,7 +201,7 @@ def test_no_space_left(saved, tmp_path):
     command = [sys.executable, "-c", FULL, str(Path(__file__).parent), *limits]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    refused = "refused: no space left while writing {}: nothing there was changed; free some and repeat"
+    refused = "refused: no space left while writing {}: nothing there was changed; free some space and repeat"
     assert done.stdout.splitlines() == [refused.format(old)] * 3 + [refused.format(new), "saved"]
     assert shas(old) == before and sorted(os.listdir(tmp_path)) == ["new", "old"]
 
