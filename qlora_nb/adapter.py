@@ -80,13 +80,6 @@ def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     return get_peft_model_state_dict(model, adapter_name=find_active_adapter(model), save_embedding_layers=False)
 
-
-def adapter_size(
-    model: torch.nn.Module,  # a peft model
-) -> int:  # bytes
-    "Bytes of the active adapter's numbers, as they are saved: 4 for each in fp32, 2 in 16 bits."
-    return sum(t.numel() * t.element_size() for t in _adapter_tensors(model).values())
-
 # %% ../nbs/56_adapter.ipynb #bd01c831-4
 EMBEDDED_NAME = "qlora_nb:embedded"
 
