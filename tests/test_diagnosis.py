@@ -412,7 +412,7 @@ def test_every_consequence_is_a_finding_of_a_rule():
 def test_what_is_no_run_folder(tmp_path):
     with pytest.raises(UserError, match="no config.yaml"):
         diagnose(tmp_path)
-    (tmp_path / "config.yaml").write_text("learning_rate: 0.001\nmax_steps: 5\n")
+    (tmp_path / "config.yaml").write_text("format: 2\nlearning_rate: 0.001\nmax_steps: 5\n")
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         read_evidence(tmp_path)
@@ -477,7 +477,7 @@ def test_a_damaged_configuration_is_named(healthy, tmp_path, content):
     from qlora_nb.workflow import load_run
 
     path = copied(healthy, tmp_path)
-    (path / "config.yaml").write_text(content)
+    (path / "config.yaml").write_text(f"format: 2\n{content}" if ": " in content else content)
     for read in (diagnose, load_run):
         with pytest.raises(UserError, match="config.yaml") as error:
             read(path)
