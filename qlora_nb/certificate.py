@@ -4,24 +4,17 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PATHS', 'THRESHOLDS', 'FILE_TYPES', 'TIE', 'Case', 'make_cases', 'Ids', 'training_ids', 'tokenizer_ids',
-           'chat_server', 'LlamaFile', 'file_logits', 'greedy', 'gguf_ids', 'modelfile_ids', 'PathCheck', 'check_paths',
-           'divergence', 'Distance', 'unpack', 'Subject', 'open_subject', 'reference_logits', 'measure_distances',
-           'Bounds', 'file_kind', 'FileCheck', 'failures_of', 'CertificateFailed', 'Certificate', 'certificate_text',
-           'certificate_html', 'write_certificate', 'is_greedy', 'compare_replies', 'check_modelfile', 'certify',
-           'read_modelfile', 'in_front', 'spread', 'gguf_chat', 'chat_gguf']
+           'gguf_ids', 'modelfile_ids', 'PathCheck', 'check_paths', 'divergence', 'Distance', 'unpack', 'Subject',
+           'open_subject', 'reference_logits', 'measure_distances', 'Bounds', 'file_kind', 'FileCheck', 'failures_of',
+           'CertificateFailed', 'Certificate', 'certificate_text', 'certificate_html', 'write_certificate', 'is_greedy',
+           'compare_replies', 'check_modelfile', 'certify', 'read_modelfile', 'in_front', 'spread']
 
 # %% ../nbs/22_certificate.ipynb #2f158038
 import contextlib
-import ctypes
 import html
-import json
 import math
-import signal
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,13 +23,14 @@ import numpy as np
 import torch
 
 from .core import UserError, file_sha256, library_versions, write_json
-from .data import load_sft_dataset
 from .evaluation import parse_answer
 from .generation import Reply, as_conversation, generate_replies, inference, to_reply
-from .gguf_export import find_run, load_adapted, load_settings, quiet_llama
+from .gguf_export import find_run, load_adapted, load_settings
+from .llama import LlamaFile, chat_server
 from .merging import base_weight, merge_adapter
 from .model import load_model
 from .ollama_export import Modelfile, ollama_data, ollama_messages, ollama_reads, parse_modelfile, render_go
+from .rows import load_sft_dataset
 from .template import DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
 
 # %% ../nbs/22_certificate.ipynb #3c0492b5
@@ -117,202 +111,6 @@ def tokenizer_ids(messages: list[dict], tokenizer, template: str | None = None) 
         )["input_ids"]
 
     return Ids(ids(messages[:-1], True), ids(messages, False))
-
-# %% ../nbs/22_certificate.ipynb #29467320
-@contextlib.contextmanager
-def chat_server(
-    gguf: str | Path,
-    context: int = 256,  # tokens of a conversation; rendering a template needs few
-):  # yields ask(address, body, timeout=seconds): the server's answer
-    "llama.cpp's server with this file, in this process, its Jinja on; surely stopped at the end. Raises `UserError`."
-    try:
-        import xllamacpp
-    except ImportError as error:
-        raise UserError(f"llama.cpp's server is not installed ({error}): pip install 'qlora_nb[gguf]'") from error
-    settings = xllamacpp.CommonParams()
-    settings.model.path, settings.use_jinja, settings.prefill_assistant = str(gguf), True, False
-    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.port = context, 1, 0, 0
-    settings.warmup, settings.verbosity, settings.n_threads_http, settings.cache_ram_mib = False, -1, 1, 0
-    restore = _signals()
-    try:
-        server = xllamacpp.Server(settings)
-    except (RuntimeError, ValueError) as error:
-        restore()
-        raise UserError(f"llama.cpp's server can't open {gguf} ({error}): export it again") from error
-    address = server.listening_address
-
-    def ask(place: str, body: dict, timeout: float | None = 120) -> dict:
-        restore()
-        return _ask(address + place, body, timeout)
-
-    try:
-        yield ask
-    finally:
-        del server, settings
-        restore()
-
-# %% ../nbs/22_certificate.ipynb #70caa079
-def _signals():
-    "A function that gives Ctrl-C and SIGTERM back to those who have them now."
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    main = threading.current_thread() is threading.main_thread()
-
-    def restore() -> None:
-        for number, handler in handlers.items():
-            if main and handler is not None:
-                signal.signal(number, handler)
-
-    return restore
-
-
-def _ask(
-    address: str,
-    body: dict,
-    timeout: float | None = 120,  # seconds to wait; None waits as long as it takes
-) -> dict:
-    "POST JSON to the server. Raises `UserError` in its words."
-    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine, whatever the proxy settings say
-    try:
-        with opener.open(request, timeout=timeout) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        try:
-            why = json.load(error)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            why = error.reason
-        raise UserError(f"llama.cpp's server refuses ({why}): look at the chat template in the file") from error
-    except OSError as error:
-        raise UserError(f"llama.cpp's server doesn't answer ({error}): repeat, with less else on this machine") from error
-
-# %% ../nbs/22_certificate.ipynb #c2466dc0
-class _Quiet:
-    "llama.cpp says nothing as long as any file is open."
-
-    files, stack = 0, contextlib.ExitStack()
-
-    def __enter__(self):
-        if _Quiet.files == 0:
-            _Quiet.lib = _Quiet.stack.enter_context(quiet_llama())
-        _Quiet.files += 1
-        return _Quiet.lib
-
-    def __exit__(self, *error):
-        _Quiet.files -= 1
-        if _Quiet.files == 0:
-            _Quiet.stack.close()
-
-# %% ../nbs/22_certificate.ipynb #df1826b4
-class LlamaFile:
-    "A GGUF in llama.cpp, on the CPU: tokens, logits, greedy replies. Use it in a `with` block. Raises `UserError`."
-
-    def __init__(self, path: str | Path, context: int = 512):  # context: tokens of one conversation
-        self.path, self.context = Path(path), context
-        if not self.path.is_file():
-            raise UserError(f"there is no file {path}: export it first (export_gguf)")
-        try:
-            import llama_cpp  # noqa: F401
-        except (ImportError, RuntimeError, OSError) as error:
-            raise UserError(f"the certificate needs llama.cpp ({error}): pip install 'qlora_nb[gguf]'") from error
-
-    def __enter__(self):
-        with contextlib.ExitStack() as stack:
-            self.lib = stack.enter_context(_Quiet())
-            _open(self, stack)
-            self.closing = stack.pop_all()
-        return self
-
-    def __exit__(self, *error):
-        self.closing.close()
-
-    def meta(self, key: str) -> str | None:
-        "A value of the file's header, as text."
-        buffer = ctypes.create_string_buffer(1 << 16)
-        size = self.lib.llama_model_meta_val_str(self.model, key.encode(), buffer, len(buffer))
-        return buffer.value.decode("utf-8", "replace") if size >= 0 else None
-
-    def tokenize(self, text: str) -> list[int]:
-        "Ids of a text: control tokens are read as such, and the BOS is added where the file says so."
-        data = text.encode()
-        room = len(data) + 8
-        ids = (self.lib.llama_token * room)()
-        count = self.lib.llama_tokenize(self.vocab, data, len(data), ids, room, True, True)
-        return list(ids[:count])
-
-# %% ../nbs/22_certificate.ipynb #4e1fd3e8
-def _open(file: LlamaFile, stack: contextlib.ExitStack) -> None:
-    "Model and context of a `LlamaFile`, each with its end."
-    lib = file.lib
-    settings = lib.llama_model_default_params()
-    settings.n_gpu_layers = 0
-    file.model = lib.llama_model_load_from_file(str(file.path).encode(), settings)
-    if not file.model:
-        raise UserError(f"llama.cpp can't read {file.path}: export it again")
-    stack.callback(lib.llama_model_free, file.model)
-    file.vocab = lib.llama_model_get_vocab(file.model)
-    file.size = lib.llama_vocab_n_tokens(file.vocab)
-    file.together = 32 if lib.llama_model_n_params(file.model) < 1e8 else 4
-    settings = lib.llama_context_default_params()
-    settings.n_ctx, settings.n_seq_max = file.together * file.context, file.together
-    settings.n_batch = max(512, file.context)
-    settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
-    file.llama = lib.llama_init_from_model(file.model, settings)
-    if not file.llama:
-        raise UserError(f"llama.cpp has no room for {file.together} conversations of {file.context} tokens: free some memory")
-    stack.callback(lib.llama_free, file.llama)
-    file.batch = lib.llama_batch_init(settings.n_batch, 0, 1)
-    stack.callback(lib.llama_batch_free, file.batch)
-
-# %% ../nbs/22_certificate.ipynb #dd38f29b
-def _decode(file: LlamaFile, tokens: list[tuple[int, int, int, bool]]) -> torch.Tensor:
-    "Run (token, place, conversation, wanted) through the model; logits of the wanted ones, (n, vocabulary)."
-    batch = file.batch
-    batch.n_tokens = len(tokens)
-    for i, (token, place, row, wanted) in enumerate(tokens):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, place, 1, wanted
-        batch.seq_id[i][0] = row
-    if code := file.lib.llama_decode(file.llama, batch):
-        raise UserError(f"llama.cpp could not run {file.path.name} (code {code}): a conversation is too long, or memory is short")
-    wanted = sum(token[3] for token in tokens)
-    logits = file.lib.llama_get_logits(file.llama)
-    return torch.from_numpy(np.ctypeslib.as_array(logits, (wanted, file.size)).copy())
-
-
-def _forget(file: LlamaFile) -> None:
-    file.lib.llama_memory_clear(file.lib.llama_get_memory(file.llama), True)
-
-
-def file_logits(
-    file: LlamaFile,
-    ids: list[int],
-) -> torch.Tensor:  # (tokens, vocabulary), fp32
-    "Logits at every position."
-    _forget(file)
-    return _decode(file, [(token, place, 0, True) for place, token in enumerate(ids)])
-
-# %% ../nbs/22_certificate.ipynb #69547794
-def greedy(
-    file: LlamaFile,
-    prompts: list[list[int]],
-    limit: int,  # tokens of a reply
-    stops: set[int],
-) -> list[list[int]]:  # the new ids, the stop included
-    "Greedy replies, `file.together` conversations at a time."
-    replies = []
-    for start in range(0, len(prompts), file.together):
-        _forget(file)
-        group, rows = prompts[start : start + file.together], {}
-        for row, ids in enumerate(group):
-            last = len(ids) - 1
-            logits = _decode(file, [(token, place, row, place == last) for place, token in enumerate(ids)])
-            rows[row] = [int(logits[0].argmax())]
-        busy = list(rows)
-        while busy := [r for r in busy if rows[r][-1] not in stops and len(rows[r]) < limit and len(group[r]) + len(rows[r]) < file.context]:
-            logits = _decode(file, [(rows[r][-1], len(group[r]) + len(rows[r]) - 1, r, True) for r in busy])
-            for r, token in zip(busy, logits.argmax(-1).tolist()):
-                rows[r].append(token)
-        replies += [rows[row] for row in range(len(group))]
-    return replies
 
 # %% ../nbs/22_certificate.ipynb #cb10721a
 def gguf_ids(messages: list[dict], ask, file: LlamaFile) -> Ids:
@@ -548,7 +346,7 @@ def measure_distances(
             others = [reference_logits(reference, rows, size, base=True), reference_logits(stack.enter_context(inference(merged)), rows, size)]
         for number, logits in reference_logits(reference, rows, size):
             found = [next(other)[1] for other in others]
-            found += [file_logits(file, rows[number])[:, : logits.shape[-1]] for file in files]
+            found += [file.logits(rows[number])[:, : logits.shape[-1]] for file in files]
             for distance, served in zip(distances, found):
                 distance.note(logits, served, ids[number])
     return distances
@@ -821,7 +619,7 @@ def compare_replies(
     said = generate_replies(subject.model, tokenizer, asked, max_new_tokens=limit, template=template)
     answers = [parse_answer(case.messages[-1]["content"]) for case in cases]
     for check, file in zip(checks, files):
-        rows = greedy(file, [row.prompt for row in ids], limit, stops)
+        rows = file.reply_greedily([row.prompt for row in ids], limit, stops)
         served = [to_reply(row, tokenizer, stops) for row in rows]
         whole = [reply.stopped or reply.tokens >= limit for reply in served]  # what was cut short is another reply
         same = [a == b or (w and is_greedy(subject.model, one.prompt, row)) for a, b, w, one, row in zip(said, served, whole, ids, rows)]
@@ -997,46 +795,10 @@ def _compare(subject, paths, modelfile, cases, ids, count, limit) -> tuple[list[
 def _check_vocabulary(files: list[LlamaFile], tokens: int) -> None:
     "Raises `UserError` for a file that has fewer tokens than the model."
     for file in files:
-        if file.size < tokens:
-            raise UserError(f"{file.path} has {file.size} tokens and the model {tokens}: it is another model's file, so name the one that was exported from this one")
+        if file.vocab_size < tokens:
+            raise UserError(f"{file.path} has {file.vocab_size} tokens and the model {tokens}: it is another model's file, so name the one that was exported from this one")
 
 
 def spread(n: int, count: int) -> list[int]:
     "`count` of n places, evenly."
     return sorted({i * n // count for i in range(count)}) if count else []
-
-# %% ../nbs/22_certificate.ipynb #7de35a90
-@contextlib.contextmanager
-def gguf_chat(
-    gguf: str | Path,
-    context: int = 4096,  # tokens of prompt and reply
-):  # yields reply(message_or_messages, system, max_new_tokens, temperature, do_sample), as `chat_gguf` takes them
-    "A file that is open for any number of questions. Raises `UserError` where it can't be opened."
-
-    def reply(message_or_messages, system=None, max_new_tokens=512, temperature=0.7, do_sample=True) -> str:
-        asked = message_or_messages
-        if isinstance(asked, str):
-            asked = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": asked}]
-        body = {"messages": asked, "max_tokens": max_new_tokens, "temperature": temperature if do_sample else 0.0,
-                "reasoning_format": "none"}
-        return ask("/v1/chat/completions", body, timeout=None)["choices"][0]["message"]["content"]
-
-    if not Path(gguf).is_file():
-        raise UserError(f"there is no file {gguf}: name one that `qlora_nb export` wrote")
-    with chat_server(gguf, context) as ask:
-        yield reply
-
-
-def chat_gguf(
-    gguf: str | Path,
-    message_or_messages,  # a question, or `messages` that end with one
-    *,
-    system: str | None = None,  # system text before a question
-    max_new_tokens: int = 512,
-    temperature: float = 0.7,
-    do_sample: bool = True,  # False takes the most likely token each time
-    context: int = 4096,  # tokens of prompt and reply
-) -> str:
-    "llama.cpp's reply, alone. Raises `UserError` where the file can't be opened."
-    with gguf_chat(gguf, context) as reply:
-        return reply(message_or_messages, system, max_new_tokens, temperature, do_sample)

@@ -32,6 +32,11 @@ class UserError(Exception):
 
     exit_code = 2  # of the command line
 
+# %% ../nbs/00_core.ipynb #8278cb14-u1
+def unwrap_base(model):  # a transformers or peft model -> the transformers model
+    "The transformers model inside a peft model; any other model as it is."
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
 # %% ../nbs/00_core.ipynb #8278cb14-3
 EMBEDDED = Path(qlora_nb.__file__).parent / "embedded"
 EMBEDDED_MODEL = EMBEDDED / "model"

@@ -9,14 +9,12 @@ __all__ = ['LINEAR', 'ARCHITECTURES', 'BLOCK', 'QUANTIZATIONS', 'PACKERS', 'BITS
            'plan_tensors', 'check_shape', 'to_q8_0', 'to_q4_0', 'Quantization', 'tensor_type', 'split_steps',
            'pre_tokenizer_name', 'Vocabulary', 'pinned', 'read_vocabulary', 'write_keys', 'write_yarn',
            'write_tokenizer', 'About', 'write_about', 'FolderSource', 'read_json', 'ModelSource', 'TensorWriter',
-           'start_file', 'pour', 'quiet_llama', 'quantize_with_llama', 'check_quantizations', 'target_files',
-           'remove_leftovers', 'find_run', 'load_settings', 'load_adapted', 'open_source', 'read_card', 'describe',
-           'exact_type', 'check_space', 'writable', 'export_gguf', 'write_parts', 'adapter_tensors', 'check_adapter',
-           'export_adapter_gguf', 'write_adapter']
+           'start_file', 'pour', 'check_quantizations', 'target_files', 'remove_leftovers', 'find_run', 'load_settings',
+           'load_adapted', 'open_source', 'read_card', 'describe', 'exact_type', 'check_space', 'writable',
+           'export_gguf', 'write_parts', 'adapter_tensors', 'check_adapter', 'export_adapter_gguf', 'write_adapter']
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -32,11 +30,14 @@ import yaml
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-2
 import qlora_nb
+from .adapter import EMBEDDED_NAME, adapter_base, adapter_bits, base_name
 from .core import EMBEDDED_MODEL, UserError, write_aside
-from .merging import EMBEDDED_NAME, MergedTensors, TensorFolder, base_name, check_mergeable, read_tensor
-from .model import adapter_base, adapter_bits, check_shapes, load_model, load_tokenizer, model_path
+from .llama import import_extra, quantize_with_llama
+from .merging import MergedTensors, check_mergeable
+from .model import check_shapes, load_model, load_tokenizer, model_path
+from .run import read_config
 from .template import DATE, control_tokens, render, template_text, turn_end
-from .training import read_config
+from .weights import TensorFolder
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-3
 @dataclass(frozen=True)
@@ -580,12 +581,12 @@ class FolderSource:
         "The tensor in pieces, permuted where `heads` says so."
         shape = self.shapes[name]
         if heads or len(shape) < 2:
-            whole = read_tensor(self.folder, name)
+            whole = self.folder.read(name)
             yield permute_rows(whole, heads) if heads else whole
             return
         step = max(1, CHUNK // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], step):
-            yield read_tensor(self.folder, name, start, start + step)
+            yield self.folder.read(name, start, start + step)
 
 
 def read_json(file: Path) -> dict:
@@ -674,43 +675,6 @@ def pour(source, plans: list[Plan], writers: list[TensorWriter]) -> None:
         for writer in writers:
             writer.pad()
 
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-37
-@contextlib.contextmanager
-def quiet_llama():
-    "llama.cpp without its own messages, and without its AMX code for the files opened in here."
-    import llama_cpp
-    from llama_cpp import llama_cpp as native  # the names that Llama itself calls
-    from llama_cpp._logger import llama_log_callback
-
-    def without_amx(defaults=native.llama_model_default_params):
-        settings = defaults()
-        settings.use_extra_bufts = False
-        return settings
-
-    nothing = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    with contextlib.ExitStack() as stack:
-        stack.callback(llama_cpp.llama_log_set, llama_log_callback, ctypes.c_void_p(0))
-        llama_cpp.llama_log_set(nothing, ctypes.c_void_p(0))
-        if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
-            for module in (llama_cpp, native):
-                stack.callback(setattr, module, "llama_model_default_params", module.llama_model_default_params)
-                module.llama_model_default_params = without_amx
-        yield llama_cpp
-
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-37b
-def quantize_with_llama(source: Path, target: Path, quantization: str) -> None:
-    "Have llama.cpp make a K-quant of a 16- or 32-bit GGUF. Raises `UserError` where that fails."
-    with quiet_llama() as llama_cpp:
-        settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype = QUANTIZATIONS[quantization].file_type
-        settings.nthread = torch.get_num_threads()
-        code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings))
-    if code:
-        free = shutil.disk_usage(target.parent).free
-        why = "no space left" if free < source.stat().st_size // 4 else f"code {code}"
-        raise UserError(f"llama.cpp could not quantize to {quantization} ({why}): free some space, or export q8_0")
-
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-38
 def check_quantizations(quantization: str | list[str]) -> list[str]:
     "The formats, in lower case. Raises `UserError` for an unknown one, or one that needs a library that isn't there."
@@ -721,11 +685,8 @@ def check_quantizations(quantization: str | list[str]) -> list[str]:
     if not names:
         raise UserError(f"no quantization was named: choose from {', '.join(QUANTIZATIONS)}")
     need = ["gguf"] + (["llama_cpp"] if any(QUANTIZATIONS[name].type is None for name in names) else [])
-    for module in need:
-        try:
-            __import__(module)
-        except (ImportError, RuntimeError, OSError) as error:
-            raise UserError(f"the export needs {module} ({str(error).splitlines()[0]}): pip install 'qlora_nb[gguf]'") from error
+    for name in need:
+        import_extra(name)
     return names
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-39

@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from .adapter import adapter_base
 from .core import UserError, write_aside
 from .gguf_export import find_run, pinned
-from .model import adapter_base, adapter_tokenizer, load_tokenizer, model_path
+from .model import adapter_tokenizer, load_tokenizer, model_path
 from .template import CHATML, EMBEDDED, LLAMA_3_1, adds_bos, render, stop_tokens, template_text
 
 # %% ../nbs/18_ollama.ipynb #aa4fc3c9

@@ -176,7 +176,7 @@ def random_model(name, rows, seed=0, **more):
 
 def open_llama(path, context=256, **settings):
     "llama.cpp on one thread, quiet, its cache of keys and values in fp32."
-    from qlora_nb.gguf_export import quiet_llama
+    from qlora_nb.llama import quiet_llama
 
     with quiet_llama() as llama_cpp:
         return llama_cpp.Llama(
@@ -193,7 +193,7 @@ def open_llama(path, context=256, **settings):
 
 
 def llama_logits(llama, ids):
-    from qlora_nb.gguf_export import quiet_llama
+    from qlora_nb.llama import quiet_llama
 
     with quiet_llama():
         llama.reset()

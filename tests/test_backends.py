@@ -79,7 +79,7 @@ CAPTURE = """
 import json, sys, torch
 from qlora_nb import add_lora, load_model, load_sft_dataset
 from qlora_nb.core import PROFILES
-from qlora_nb.data import encode_dataset
+from qlora_nb.preflight import encode_dataset
 model, tokenizer = load_model(backend=sys.argv[1] if len(sys.argv) > 1 else {backend!r})
 model = add_lora(model)
 from pathlib import Path
@@ -245,8 +245,7 @@ def test_the_configuration_alone_says_what_the_model_does():
     "By the files that transformers writes, and with its defaults: what the engine says of the loaded configuration."
     from transformers import AutoConfig
 
-    from qlora_nb.engine import ARCHITECTURES
-    from qlora_nb.model import config_refusal
+    from qlora_nb.engine import ARCHITECTURES, config_refusal
 
     for family in ARCHITECTURES:
         config = AutoConfig.for_model(family)
@@ -305,10 +304,11 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
     import yaml
 
     from qlora_nb import model
+    from qlora_nb.adapter import model_info
     from qlora_nb.cli import loading_arguments
     from qlora_nb.core import EMBEDDED_MODEL, UserError
-    from qlora_nb.data import load_sft_dataset
     from qlora_nb.engine import engine_of
+    from qlora_nb.rows import load_sft_dataset
     from qlora_nb.workflow import train
 
     def auto(**lora):
@@ -318,12 +318,12 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
         return model.add_lora(base, r=4, **lora), tokenizer
 
     fast, _ = auto()
-    assert engine_of(fast) and model.model_info(fast)["engine"]
+    assert engine_of(fast) and model_info(fast)["engine"]
     capsys.readouterr()
     plain, tokenizer = auto(lora_dropout=0.1)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("engine: left out, because its adapter has lora_dropout=0.1")
-    assert engine_of(plain) is None and model.model_info(plain)["engine"] is False
+    assert engine_of(plain) is None and model_info(plain)["engine"] is False
     run = train(plain, tokenizer, load_sft_dataset(limit=30), output=tmp_path / "run", eval_rows=0, max_steps=1)
     config = yaml.safe_load((run.path / "config.yaml").read_text())
     assert (config["backend"], config["engine"]) == ("transformers", False)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from gguf_models import needed
 
-from qlora_nb import certificate, gguf_export, merging
+from qlora_nb import certificate, gguf_export, llama, merging
 from qlora_nb.certificate import (
     THRESHOLDS,
     Bounds,
@@ -23,14 +23,9 @@ from qlora_nb.certificate import (
     CertificateFailed,
     Distance,
     FileCheck,
-    LlamaFile,
     certify,
-    chat_gguf,
-    chat_server,
     divergence,
     failures_of,
-    file_logits,
-    greedy,
     is_greedy,
     make_cases,
     open_subject,
@@ -39,10 +34,11 @@ from qlora_nb.certificate import (
     training_ids,
 )
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.data import load_sft_dataset
 from qlora_nb.gguf_export import export_gguf
+from qlora_nb.llama import LlamaFile, chat_server, gguf_chat
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.ollama_export import modelfile_for, modelfile_refusal, modelfile_text, parse_modelfile, write_modelfile
+from qlora_nb.rows import load_sft_dataset
 from qlora_nb.template import SYSTEM_PROMPT, TEMPLATES
 
 for package in ("gguf", "llama_cpp", "xllamacpp"):
@@ -445,8 +441,8 @@ def test_a_reply_that_parts_at_a_tie(subject):
 def test_a_reply_that_is_cut_short_is_another_one(subject, files, monkeypatch):
     "Each of its tokens is the trained model's, and yet it is not what was trained."
     assert short(subject, files[0], max_new_tokens=40).checks[1].replies == 1
-    real = certificate.greedy
-    monkeypatch.setattr(certificate, "greedy", lambda *given: [row[:-2] for row in real(*given)])
+    real = LlamaFile.reply_greedily
+    monkeypatch.setattr(LlamaFile, "reply_greedily", lambda *given: [row[:-2] for row in real(*given)])
     assert short(subject, files[0], max_new_tokens=40).checks[1].replies < 1
 
 
@@ -492,23 +488,23 @@ def test_greedy_is_one_token_after_the_other(run, files):
     data = load_sft_dataset(split="heldout")
     prompts = [row.prompt for row in training_ids([data[i]["messages"] for i in range(40)], run.tokenizer)]
     with LlamaFile(files[0]) as file:
-        many = greedy(file, prompts, 24, {run.tokenizer.eos_token_id})
+        many = file.reply_greedily(prompts, 24, {run.tokenizer.eos_token_id})
         assert [len(row) for row in many] == [24] * 40
         for prompt, said in zip(prompts[::13], many[::13]):
-            logits = file_logits(file, prompt + said)
+            logits = file.logits(prompt + said)
             assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == said
 
 
 def test_the_server_stops_and_leaves_interrupts_alone(files):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     addresses = []
-    real = certificate._ask
+    real = llama._post
 
     def ask(address, *more):
         addresses.append(address)
         return real(address, *more)
 
-    with mock.patch.object(certificate, "_ask", ask), pytest.raises(ZeroDivisionError):
+    with mock.patch.object(llama, "_post", ask), pytest.raises(ZeroDivisionError):
         with chat_server(files[0]) as asked:
             assert asked("/apply-template", {"messages": [{"role": "user", "content": "Hi"}]})["prompt"]
             assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
@@ -558,10 +554,11 @@ def slow_server():
 
 def test_a_chat_waits_as_long_as_it_takes(slow_server, files):
     with pytest.raises(UserError, match="doesn't answer"):
-        certificate._ask(slow_server, {}, timeout=0.1)
-    assert certificate._ask(slow_server, {}, timeout=None) == {"said": 1}
-    with mock.patch.object(certificate, "_ask", wraps=certificate._ask) as asked:
-        assert chat_gguf(files[1], "2 + 3?", max_new_tokens=4)
+        llama._post(slow_server, {}, timeout=0.1)
+    assert llama._post(slow_server, {}, timeout=None) == {"said": 1}
+    with mock.patch.object(llama, "_post", wraps=llama._post) as asked:
+        with gguf_chat(files[1]) as reply:
+            assert reply("2 + 3?", max_new_tokens=4)
     assert asked.call_args.args[2] is None
 
 

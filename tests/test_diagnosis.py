@@ -39,7 +39,7 @@ USUAL = {
 
 @pytest.fixture(scope="module")
 def data():
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     return load_sft_dataset(split="train"), load_sft_dataset(split="heldout")
 

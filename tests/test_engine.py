@@ -857,8 +857,8 @@ def test_packs_hold_every_row_once():
 
 def test_what_the_model_is_said_to_be(tmp_path, capsys):
     "`model_info` follows the engine, and an adapter that is loaded to be trained gets it."
-    from qlora_nb.merging import load_adapter
-    from qlora_nb.model import add_lora, load_model, model_info
+    from qlora_nb.adapter import load_adapter, model_info
+    from qlora_nb.model import add_lora, load_model
 
     model = add_lora(load_model(backend="transformers")[0])
     assert not model_info(model)["engine"]

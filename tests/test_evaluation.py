@@ -419,7 +419,7 @@ def test_the_evaluation_holds_the_loss(exact):
 
 
 def test_replies_one_by_one_and_in_a_batch(exact):
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     data = load_sft_dataset(split="heldout").select(range(24))
     together, alone = (evaluate(*exact, data, max_new_tokens=64, batch_size=size) for size in (24, 1))
@@ -491,7 +491,7 @@ def test_support_replies_are_not_judged_by_their_numbers(exact):
 
 
 def test_the_embedded_rows_are_all_judged():
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     for split, form in (("heldout", True), ("base_task", False)):
         replies = [r["messages"][-1]["content"] for r in load_sft_dataset(split=split)]

@@ -305,7 +305,7 @@ from qlora_nb.model import add_lora, load_model
 model, tokenizer = load_model("qlora_nb:embedded", backend="unsloth", max_seq_length=512)
 from qlora_nb.evaluation import evaluate
 from qlora_nb.generation import chat, generate_replies
-from qlora_nb.merging import load_adapter, save_adapter
+from qlora_nb.adapter import load_adapter, save_adapter
 questions = json.loads(sys.argv[1])
 plain = [r.text for r in generate_replies(model, tokenizer, questions, max_new_tokens=8)]
 model = add_lora(model, r=8)
@@ -336,8 +336,8 @@ print("RESULT", json.dumps({
 @pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed")
 def test_unsloth(tmp_path):
     "A model from Unsloth: the same replies, training goes on, and its adapter is read by the other backend."
+    from qlora_nb.adapter import load_adapter
     from qlora_nb.evaluation import perplexity
-    from qlora_nb.merging import load_adapter
 
     questions = QUESTIONS[:4]
     command = [sys.executable, "-c", UNSLOTH, json.dumps(questions), str(tmp_path / "adapter")]

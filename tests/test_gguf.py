@@ -31,7 +31,9 @@ from gguf_models import (
 from qlora_nb import gguf_export
 from qlora_nb.core import EMBEDDED_MODEL, UserError, file_sha256
 from qlora_nb.gguf_export import QUANTIZATIONS, export_adapter_gguf, export_gguf, to_q4_0, to_q8_0
-from qlora_nb.merging import read_header, save_merged
+from qlora_nb.llama import quiet_llama
+from qlora_nb.merging import save_merged
+from qlora_nb.weights import read_header
 
 gguf, llama_cpp = needed("gguf"), needed("llama_cpp")
 
@@ -214,7 +216,7 @@ def test_rows_that_are_no_whole_blocks(kind, tokenizers, judge, tmp_path):
 def test_llama_without_amx(info, monkeypatch):
     monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: info)
     makers = [lambda: llama_cpp.llama_model_default_params(), lambda: llama_cpp.llama_cpp.llama_model_default_params()]
-    with gguf_export.quiet_llama():
+    with quiet_llama():
         assert [make().use_extra_bufts for make in makers] == [b"AMX" not in info] * 2
     assert [make().use_extra_bufts for make in makers] == [True] * 2
 
@@ -224,7 +226,7 @@ def test_llama_without_amx(info, monkeypatch):
 
 def differences(llama, tokenizer, texts):
     found = []
-    with gguf_export.quiet_llama():
+    with quiet_llama():
         for text, special in itertools.product(texts, (True, False)):
             wanted = tokenizer(text, add_special_tokens=special)["input_ids"]
             if llama.tokenize(text.encode(), add_bos=special, special=True) != wanted:
@@ -246,7 +248,7 @@ def test_the_same_tokens(kind, tokenizers, judge, tmp_path):
 def test_the_same_tokens_as_the_embedded_tokenizer(judge, tmp_path):
     from transformers import AutoTokenizer
 
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
     from qlora_nb.template import render
 
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
@@ -420,7 +422,7 @@ def test_alpha_of_rslora(tokenizers, tmp_path):
 
 def test_a_4_bit_model_and_its_saved_adapter(judge, tmp_path):
     "The live 4-bit model, its folder, and its merged folder: the same file, but for the provenance."
-    from qlora_nb.merging import save_adapter
+    from qlora_nb.adapter import save_adapter
     from qlora_nb.model import add_lora, load_model
 
     model, tokenizer = load_model("qlora_nb:embedded", backend="transformers")
@@ -780,8 +782,8 @@ def test_a_tied_head_that_is_stored_after_all(tokenizers, judge, tmp_path):
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_run_is_merged_into_what_it_was_trained_on(bits, judge, tmp_path):
     "config.yaml says whether the base was in 4 bits; the run's folder and its adapter's give the same file."
+    from qlora_nb.adapter import save_adapter
     from qlora_nb.core import write_yaml
-    from qlora_nb.merging import save_adapter
     from qlora_nb.model import add_lora, load_model
 
     model, tokenizer = load_model("qlora_nb:embedded", load_in_4bit=bits == 4, backend="transformers")

@@ -18,13 +18,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_nb.certificate import certify, chat_server
+from qlora_nb.adapter import load_adapter, save_adapter, trained_in_4bit
+from qlora_nb.certificate import certify
 from qlora_nb.cli import main, open_for_chat
 from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
-from qlora_nb.data import load_sft_dataset
 from qlora_nb.gguf_export import export_gguf
-from qlora_nb.merging import load_adapter, merge_adapter, save_adapter, save_merged
-from qlora_nb.model import add_lora, load_model, load_tokenizer, trained_in_4bit
+from qlora_nb.llama import chat_server
+from qlora_nb.merging import merge_adapter, save_merged
+from qlora_nb.model import add_lora, load_model, load_tokenizer
+from qlora_nb.rows import load_sft_dataset
 from qlora_nb.template import render
 from qlora_nb.workflow import train
 
@@ -158,8 +160,8 @@ def test_constants_of_older_files_are_no_damage(tmp_path):
 
 
 def test_a_base_in_4_bits(tmp_path):
-    model, tokenizer = load_model("qlora_nb:embedded")
-    save_merged(add_lora(model, r=2), tokenizer, tmp_path / "packed", "requantized")
+    for part in load_model("qlora_nb:embedded"):
+        part.save_pretrained(tmp_path / "packed")
     assert load_model(tmp_path / "packed")[0].model.layers[0].mlp.up_proj.weight.quant_state.nested
     with pytest.raises(UserError, match="is stored in 4 bits: load it with load_in_4bit=True"):
         load_model(tmp_path / "packed", load_in_4bit=False)

@@ -452,7 +452,7 @@ def test_sections_of_the_sidebar(tmp_path):
         "Mathematics": "01_lora.ipynb 05_recommend.ipynb",
         "Workflow": "09_doctor.ipynb 15_training.ipynb 21_cli.ipynb",
         "Recipes": "31_tiny_base.ipynb 34_full_lora_qlora.ipynb 41_more.ipynb",
-        "Reference": "00_core.ipynb glossary.md older_tutorial.md limits.md",
+        "Reference": "00_core.ipynb 51_shapes.ipynb glossary.md older_tutorial.md limits.md",
     }
     for name, files in expected.items():
         assert {section(path) for path in files.split()} == {name}
@@ -461,7 +461,7 @@ def test_sections_of_the_sidebar(tmp_path):
     contents = names_of("prepare_docs")["sidebar"](tmp_path)["website"]["sidebar"]["contents"]
     assert [part["section"] for part in contents] == list(expected)
     assert contents[0]["contents"] == expected["Start"].split()
-    assert contents[4]["contents"] == "glossary.md older_tutorial.md limits.md 00_core.ipynb".split()
+    assert contents[4]["contents"] == "glossary.md older_tutorial.md limits.md 00_core.ipynb 51_shapes.ipynb".split()
 
 
 def test_every_page_is_in_the_sidebar_once_and_in_llms_txt(site):
@@ -643,7 +643,7 @@ def test_badge_and_install_line(notebook):
     assert (NBS / f"{target}.ipynb").is_file()
     if notebook.stem != "index":
         address = f"git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}"
-        extras = "unsloth,gguf" if notebook.stem in ("17_gguf", "22_certificate") else "unsloth"
+        extras = "unsloth,gguf" if notebook.stem in ("17_gguf", "22_certificate", "55_llama") else "unsloth"
         line = f'%pip install -q "qlora_nb[{extras}] @ {address}"'
         assert [s for s in texts if re.match(r"#\| eval: false\n[%!]pip", s)] == [f"#| eval: false\n{line}"]
 

@@ -26,9 +26,10 @@ def one(way, steps):
     "Train, and print the loss of each step."
     if way == "unsloth":
         import unsloth  # noqa: F401  before transformers, as it asks
+    from qlora_nb.adapter import model_info
     from qlora_nb.core import EMBEDDED_MODEL
-    from qlora_nb.data import load_sft_dataset
-    from qlora_nb.model import add_lora, load_model, model_info
+    from qlora_nb.model import add_lora, load_model
+    from qlora_nb.rows import load_sft_dataset
     from qlora_nb.workflow import train
 
     model, tokenizer = load_model(str(EMBEDDED_MODEL), dtype="float32", max_seq_length=512, **WAYS[way])
