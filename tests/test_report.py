@@ -46,7 +46,7 @@ from qlora_nb.report import (
     shorten_text,
     show_report,
     sign_test,
-    write_report,
+    write_reports,
 )
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -202,7 +202,7 @@ OUTSIDE = """() => [...document.querySelectorAll('body *')].filter(e => {
 @sizes
 @schemes
 def test_it_loads_and_fits(browser, request, run, width, scheme):
-    path = write_report(request.getfixturevalue(run))
+    path = write_reports(request.getfixturevalue(run))
     with opened(browser, path, width, scheme) as (page, wrong):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(OUTSIDE) == [], "sticks out of the page"
@@ -218,7 +218,7 @@ def test_the_plots_are_seen(browser, full, plain, width, scheme):
     "Every plot has a size and stands inside the page; without its lines, dots and bars each looks different."
     hide = "document.querySelectorAll('polyline, .dot, .bar').forEach(e => e.style.visibility = 'hidden')"
     for run, plots in ((plain, {".chart": 4, ".shares": 4}), (full, {".chart": 4, ".shares": 6, ".track": 5})):
-        with opened(browser, write_report(run), width, scheme, unfold=False) as (page, _):
+        with opened(browser, write_reports(run), width, scheme, unfold=False) as (page, _):
             for kind, count in plots.items():
                 boxes = [one.bounding_box() for one in page.query_selector_all(f"svg{kind}")]
                 assert len(boxes) == count, kind
@@ -273,7 +273,7 @@ CONTRAST = """() => {
 def test_text_can_be_read(browser, full, plain, scheme, media):
     "Contrast of every piece of text with what is behind it: 4.5 (WCAG AA); of the marks of plots: 3."
     for run in (full, plain):
-        with opened(browser, write_report(run), scheme=scheme) as (page, _):
+        with opened(browser, write_reports(run), scheme=scheme) as (page, _):
             page.emulate_media(media=media, color_scheme=scheme)
             found = page.evaluate(CONTRAST)
             paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -286,7 +286,7 @@ def test_text_can_be_read(browser, full, plain, scheme, media):
 @pytest.mark.parametrize("policy", [True, False], ids=["as it is", "without its policy"])
 def test_hostile_content_is_inert(browser, full, place, policy):
     "Escaping alone must do: also without the page's own Content-Security-Policy nothing runs and nothing is asked for."
-    text = write_report(full).read_text(encoding="utf-8")
+    text = write_reports(full).read_text(encoding="utf-8")
     if not policy:
         text, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
         assert count == 1
@@ -317,7 +317,7 @@ def test_the_test_of_hostile_content_can_fail(browser, place):
 @needs_browser
 @each_run
 def test_it_prints(browser, request, run, place):
-    with opened(browser, write_report(request.getfixturevalue(run)), width=680) as (page, wrong):
+    with opened(browser, write_reports(request.getfixturevalue(run)), width=680) as (page, wrong):
         page.emulate_media(media="print")
         assert page.evaluate("document.documentElement.scrollWidth") <= 680  # A4 less its margins
         pdf = page.pdf(format="A4")
@@ -538,15 +538,27 @@ def test_held_out_loss_at_both_ends(plain, tmp_path):
 
 
 def test_the_file_replaces_the_old_one(plain):
-    path = write_report(str(plain))
+    path = write_reports(str(plain))
     assert path == plain / "report.html" and path.read_text(encoding="utf-8") == render_page(plain)
     (plain / "report.html").write_text("old")
-    assert write_report(plain).stat().st_size > 20_000
+    assert write_reports(plain).stat().st_size > 20_000
     assert [p.name for p in plain.iterdir() if p.name.startswith(".report")] == []
 
 
 def test_a_report_is_the_same_twice(full):
     assert render_page(full) == render_page(full)
+
+
+def test_markdown_of_the_same_facts(full, plain):
+    "report.md is written beside the page; texts of others leave no mark of Markdown or HTML in its tables."
+    path = write_reports(plain).with_name("report.md")
+    said = path.read_text(encoding="utf-8")
+    assert said == render_markdown(plain) and said.startswith("# Run of ") and "not finished" not in said
+    for stage in ("before", "after"):
+        assert f"{gather_facts(plain).summary[stage]['loss']:.3f}" in said.partition("## Before and after")[2]
+    (rows,) = re.findall(r"\| problem \| before \| after \|\n\|---\|---\|---\|\n(.*?)\n\n", render_markdown(full), re.S)
+    assert len(rows.split("\n")) == 3 and all(row.count("|") == 4 for row in rows.split("\n"))
+    assert not set(re.findall(r"<[^>]*>", rows)) - {"<br>"} and "`" not in rows
 
 
 # --- what is missing or broken --------------------------------------------------------------------------------------
@@ -623,7 +635,7 @@ def test_mistakes_are_one_sentence(tmp_path, plain):
         (tmp_path / "bad", "is not YAML"),
         (7, "run is a int: give a run"),
     ]:
-        for function in (write_report, show_report, lambda run: compare([run, plain])):
+        for function in (write_reports, show_report, lambda run: compare([run, plain])):
             with pytest.raises(UserError, match=said) as error:
                 function(run)
             assert "\n" not in str(error.value)
