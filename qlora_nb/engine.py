@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .core import ModuleNotes, UserError, annotate_module, unwrap_base
-from .qlora import QLoRAFunction, dequantizer
+from .qlora import QLoRAFunction, make_dequantizer
 from .shapes import list_architectures
 
 # %% ../nbs/06_engine.ipynb #ae421f93
@@ -254,7 +254,7 @@ def _term(layer: torch.nn.Module) -> LayerTerm | None:
         return None
     quantized, dense = notes.dense or (None, None)  # a weight that is another one by now was merged
     weight = dense if quantized is base.weight and dense.device == base.weight.device else base.weight
-    return LayerTerm(dequantizer(weight), base.bias, lora_A.weight, lora_B.weight, layer.scaling[name])
+    return LayerTerm(make_dequantizer(weight), base.bias, lora_A.weight, lora_B.weight, layer.scaling[name])
 
 # %% ../nbs/06_engine.ipynb #729d8de3
 def _alone(x, term, dtype):
@@ -1397,7 +1397,7 @@ def _replace_adapters(base: torch.nn.Module, engine: "Engine", mlps: list) -> No
         notes, weight = layer.qlora_nb, layer.get_base_layer().weight
         notes.group = groups.get(id(layer)) or (_Group([layer]) if engine.grouped and _trains(layer) else None)
         state = getattr(weight, "quant_state", None)
-        notes.dense = (weight, dequantizer(weight)(state.dtype)) if engine.dense and state else None
+        notes.dense = (weight, make_dequantizer(weight)(state.dtype)) if engine.dense and state else None
     for mlp in mlps if engine.mlp else ():
         _replace_forward(base, mlp, mlp_forward)
         mlp.qlora_nb.parts = engine

@@ -545,7 +545,7 @@ def test_mlps_of_other_kinds(more, mlps):
 
 
 def test_selective_keeps_less_and_gives_the_same_to_the_bit():
-    from qlora_nb.qlora import kept_bytes, saved_for_backward
+    from qlora_nb.qlora import count_kept_bytes, trace_saved_tensors
 
     model, batch = peft_of(), join_rows(some_rows((60, 60)))
     install_engine(model)
@@ -553,7 +553,7 @@ def test_selective_keeps_less_and_gives_the_same_to_the_bit():
     own = [*model.parameters(), *model.buffers()]
 
     def kept():
-        return kept_bytes(saved_for_backward(lambda: model(**batch, use_cache=False).loss, own=own)[1])
+        return count_kept_bytes(trace_saved_tensors(lambda: model(**batch, use_cache=False).loss, own=own)[1])
 
     usual = kept()
     install_engine(model, Engine(selective=True))
