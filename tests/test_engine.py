@@ -286,8 +286,8 @@ def test_the_first_kernel_that_is_right_is_taken(capsys):
     with patch.object(engine, "ATTENTION_KERNELS", kernels):
         assert engine._first_right("cpu", torch.bfloat16, *place) == ("one call a row", None)
     said = capsys.readouterr().err
-    assert "wrong is not taken on cpu: its results are wrong" in said and "missing" not in said
-    assert "no gradient is not taken on cpu: RuntimeError: The differentiated Tensor at index 2" in said
+    assert "wrong is not used on cpu: its results are wrong" in said and "missing" not in said
+    assert "no gradient is not used on cpu: RuntimeError: The differentiated Tensor at index 2" in said
     with patch.object(engine, "ATTENTION_KERNELS", {**kernels, "right": exact_attention, "never tried": None}):
         assert engine._first_right("cpu", torch.bfloat16, *place) == ("right", exact_attention)
     assert engine._kernel(torch.device("cpu"), torch.bfloat16, *place)[1] is None  # none is tried on a CPU
@@ -980,7 +980,7 @@ def test_what_the_command_line_refuses(tmp_path):
     said = cli("train", "--engine", "--backend", "unsloth", cwd=tmp_path, code=2).stderr
     assert "engine=True and backend='unsloth' are both given" in said
     said = cli("train", "--engine", "--lora-dropout", "0.1", cwd=tmp_path, code=2).stderr
-    assert "lora_dropout=0.1, and the engine does lora_dropout=0 alone" in said and "engine=False" in said
+    assert "lora_dropout=0.1, and the engine supports only lora_dropout=0" in said and "engine=False" in said
     said = cli("train", "--use-gradient-checkpointing", "selective", cwd=tmp_path, code=2).stderr
     assert "is the engine's: load the model with engine=True" in said
     said = cli("train", "--packing", "--backend", "transformers", cwd=tmp_path, code=2).stderr
@@ -1264,7 +1264,7 @@ def test_a_weight_put_elsewhere_is_not_trained_in_silence():
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     weights[1].data = weights[1].data.clone()
-    with pytest.raises(UserError, match=r"a trained weight of shape \(256,\) was put elsewhere"):
+    with pytest.raises(UserError, match=r"a trained weight of shape \(256,\) was moved in the middle of a run"):
         adapters.gather()
 
 
