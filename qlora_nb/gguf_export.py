@@ -37,7 +37,7 @@ from .merging import MergedTensors, check_mergeable
 from .model import check_shapes, load_model, load_tokenizer, model_path
 from .run import read_config
 from .shapes import KNOWN_ARCHITECTURES, GGUFArchitecture
-from .template import DATE, control_tokens, render, template_text, turn_end
+from .template import TEMPLATE_DATE, control_tokens, render, template_text, turn_end
 from .weights import TensorFolder
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-3
@@ -428,7 +428,7 @@ def _added(tokenizer) -> dict[str, bool]:
 # %% ../nbs/17_gguf.ipynb #d4c0a7f2
 def pinned(template: str) -> str:
     "The chat template with the date of training set inside, where it asks for `date_string`."
-    return f'{{%- set date_string = "{DATE}" %}}{template}' if "date_string" in template else template
+    return f'{{%- set date_string = "{TEMPLATE_DATE}" %}}{template}' if "date_string" in template else template
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-27
 def read_vocabulary(

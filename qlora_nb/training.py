@@ -51,7 +51,7 @@ from qlora_nb.engine import (
     pack_rows,
     release_after,
 )
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, encode_rows, evaluate
 from .model import count_parameters, quiet_libraries
 from .recommendation import recommend
 from qlora_nb.run import (
@@ -1308,6 +1308,8 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float) 
     "Evaluate, train, save, evaluate, and write the results."
     settings, folder, config, eval_data = prepared.settings, prepared.folder, prepared.config, prepared.eval_data
     base_data = load_base_task(model) if eval_data is not None else None
+    if base_data is not None:  # the same rows before and after
+        base_data = encode_rows(base_data, tokenizer, model, settings.template)
     before = _evaluate(model, tokenizer, eval_data, base_data, settings, base=True)
     progress = Progress()
     with gentle_interrupt() as interrupted:

@@ -295,7 +295,7 @@ def test_a_model_that_the_engine_does_not_train_is_said_once(monkeypatch, capsys
     from qlora_nb.core import EMBEDDED_MODEL
 
     why = "the engine can't train this model: its architecture is gemma2"
-    monkeypatch.setattr(model, "choose_backend", lambda *_: model.Way("transformers", False, why))
+    monkeypatch.setattr(model, "choose_backend", lambda *_: model.BackendChoice("transformers", False, why))
     model.load_model(EMBEDDED_MODEL)
     assert capsys.readouterr().err.splitlines() == [f"backend transformers: {why}"]
 
@@ -314,7 +314,7 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
 
     def auto(**lora):
         with monkeypatch.context() as m:
-            m.setattr(model, "choose_backend", lambda *_: model.Way("transformers", True, "faked"))
+            m.setattr(model, "choose_backend", lambda *_: model.BackendChoice("transformers", True, "faked"))
             base, tokenizer = model.load_model(EMBEDDED_MODEL)
         return model.add_lora(base, r=4, **lora), tokenizer
 

@@ -665,7 +665,7 @@ def test_a_system_text_is_left_out_or_put_in(tmp_path):
     for name, flags in (("a", ()), ("b", ("--no-system",)), ("c", ("--system", "Be brief."))):
         done = qlora_nb("train", *short, *flags, "--output", name, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert ("was put before 40 rows" in done.stderr) == (name != "b")
+        assert ("was added to 40 rows" in done.stderr) == (name != "b")
         assert ("leave it out with system=False (--no-system)" in done.stderr) == (name == "a")
         found[name] = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
     assert found["a"]["system"].startswith("Reflect") and found["a"]["add_system"] is None
