@@ -833,7 +833,7 @@ class ParkedTensor:
     def take_back(self, for_good: bool = True) -> torch.Tensor:
         "Return the tensor, and fetch the one parked before it, which is wanted next. `for_good` gives up the place in main memory."
         if self.host is None:
-            raise RuntimeError("a layer's input was taken back already: call the first backward with retain_graph=True")
+            raise RuntimeError("a layer's input was fetched and freed already: call the first backward with retain_graph=True")
         if self.back is None:
             self.fetch()
         torch.cuda.current_stream(self.device).wait_stream(self.side)  # those that were leaving are there, too
@@ -1547,7 +1547,7 @@ def pack_rows(
 
     longest = max(map(len, rows["input_ids"]), default=0)
     if not longest:
-        raise UserError("there is no row to pack: give a data set with at least one")
+        raise UserError("there are no rows to pack: give a data set with at least one")
     if longest > budget:
         raise UserError(f"a row has {longest} tokens, more than the {budget} of a line: raise max_seq_length, or drop such rows")
     return pack_dataset(rows.select_columns(["input_ids", "labels"]), budget, "bfd")

@@ -257,7 +257,7 @@ def _check_weight(weight: torch.Tensor, blocksize: int) -> None:
 
 
 def _check_finite(weight: torch.Tensor, absmax: torch.Tensor) -> None:
-    "Raises `UserError` with the place of the first NaN or infinity. A block that holds one shows it in its absmax."
+    "Raise `UserError` with the place of the first NaN or infinity. A block that holds one shows it in its absmax."
     if not absmax.isfinite().all():
         wrong = (~weight.isfinite()).nonzero()
         where = tuple(wrong[0].tolist())

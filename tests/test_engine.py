@@ -872,7 +872,7 @@ def test_packs_hold_every_row_once():
     assert all(batch["labels"][0, a] == -100 and batch["position_ids"][0, a] == 0 for a in bounds[:-1])
     with pytest.raises(UserError, match="a row has 40 tokens"):
         pack_rows(rows, 39)
-    with pytest.raises(UserError, match="no row to pack"):
+    with pytest.raises(UserError, match="no rows to pack"):
         pack_rows(rows.select([]), 39)
 
 
