@@ -40,7 +40,7 @@ from .core import EMBEDDED_MODEL, UserError, profile, quiet_environment
 from .engine import check_engine, config_refusal
 from .lora import TARGET_MODULES, check_settings, check_targets
 from .run import RunFolder
-from .shapes import config_dict
+from .shapes import config_dict, model_folder
 from .weights import TensorFolder, check_numbers, is_finite, model_file
 
 # %% ../nbs/10_model.ipynb #d1040002
@@ -179,21 +179,12 @@ def check_4bit_layers(model: torch.nn.Module) -> None:
 # %% ../nbs/10_model.ipynb #fca80c77-7
 def model_path(model: str | Path) -> str:
     "The folder or Hub name behind `model`. Raise `UserError` for a folder that isn't there or holds no model."
-    name = str(model)
-    if name == EMBEDDED_NAME:
-        return str(EMBEDDED_MODEL)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"the folder {path} holds no config.json: name a folder that save_pretrained wrote")
-        if not any(path.glob("*.safetensors")):
-            raise UserError(f"the folder {path} holds no .safetensors weights (others are not read): save the model with safetensors")
-        return str(path)
-    if path.exists():
-        raise UserError(f"{path} is a file: name a model's folder or its name on the Hub")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise UserError(f"there is no folder {name}: name one that exists, or a Hub model as owner/name")
-    return name
+    folder = model_folder(model)
+    if folder is None:
+        return str(model)
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"the folder {folder} holds no .safetensors weights (others are not read): save the model with safetensors")
+    return str(folder)
 
 # %% ../nbs/10_model.ipynb #fca80c77-8
 def _first_line(error: BaseException) -> str:
