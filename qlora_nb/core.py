@@ -37,6 +37,36 @@ def unwrap_base(model):  # a transformers or peft model -> the transformers mode
     "The transformers model inside a peft model; any other model as it is."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+# %% ../nbs/00_core.ipynb #8278cb14-u2
+@dataclass(slots=True)
+class ModuleNotes:
+    """What the package keeps on a module of another library: the one attribute that it adds there, `qlora_nb`.
+
+    On the base model: how it was loaded (`info`, see `model_info`), the engine that was asked for (`wanted`) and that is on (`engine`),
+    and what `remove_engine` puts back (`undo`: owner, name, old value). On any module with another `forward`: the one that it had (`usual`).
+    On a LoRA layer: the layers that read the same input (`group`), and the 4-bit weight with its dense copy (`dense`). On an MLP: the engine (`parts`).
+    On the decoder: whether lines are filled up for replays (`rounds`). On a checkpointed layer: its `replay`, and whether its input is offloaded.
+    """
+
+    info: dict | None = None
+    wanted: object = None
+    engine: object = None
+    undo: list | None = None
+    usual: object = None
+    group: object = None
+    dense: tuple | None = None
+    parts: object = None
+    rounds: bool = False
+    replay: object = None
+    offload: bool = False
+
+
+def annotate_module(module) -> ModuleNotes:
+    "Return the notes on a module, which gets empty ones where it has none."
+    if "qlora_nb" not in vars(module):
+        module.qlora_nb = ModuleNotes()
+    return module.qlora_nb
+
 # %% ../nbs/00_core.ipynb #8278cb14-3
 EMBEDDED = Path(qlora_nb.__file__).parent / "embedded"
 EMBEDDED_MODEL = EMBEDDED / "model"

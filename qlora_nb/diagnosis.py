@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .core import Finding, Findings, check_fields
-from .evaluation import wilson
+from .evaluation import wilson_interval
 from .run import RunFolder
 
 # %% ../nbs/19_diagnose.ipynb #f4237bcb
@@ -247,7 +247,7 @@ def find_endless_replies(seen: Evidence) -> Finding | None:
     limit = seen.config.get("max_new_tokens")
     after = [row for row in seen.replies if row.get("stage") == "after"]
     cut = [row for row in after if not row["stops"]]
-    if stops is None or not after or wilson(len(after) - len(cut), len(after))[1] > 0.95:
+    if stops is None or not after or wilson_interval(len(after) - len(cut), len(after))[1] > 0.95:
         return None
     expected = [row.get("tokens") or 0 for row in cut]
     if cut and sum(tokens > (limit or math.inf) for tokens in expected) > len(cut) / 2:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from .core import Findings, UserError, is_number, read_json, write_aside
 from .diagnosis import diagnose
-from .evaluation import wilson
+from .evaluation import wilson_interval
 from .run import DATA_FROM_PYTHON, RunFolder
 
 # %% ../nbs/20_report.ipynb #b191d028
@@ -516,7 +516,7 @@ def list_memory_bars(run: RunFacts) -> list[dict]:
 def count_interval(pairs: list[Pair], side: int, name: str) -> tuple[float, float] | None:
     "Return Wilson's 95 % interval of a measure, counted from the rows; None where no row has it."
     values = [pair[side][name] for pair in pairs if isinstance(pair[side].get(name), bool)]
-    return wilson(sum(values), len(values)) if values else None
+    return wilson_interval(sum(values), len(values)) if values else None
 
 
 def list_measures(run: RunFacts) -> list[dict]:
