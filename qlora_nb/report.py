@@ -98,7 +98,7 @@ def load_templates() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )
     found.filters |= {"value": format_value, "fixed": format_fixed, "percent": format_percent, "size": format_bytes,
-                      "cell": escape_cell, "repr": repr}
+                      "duration": format_duration, "cell": escape_cell, "repr": repr}
     found.tests["finite"] = is_finite_number
     return found
 
@@ -431,27 +431,6 @@ def choose_headline(run: RunFacts) -> tuple[str, str, str, str, str | None] | No
     return (format_value(running_mean(loss)[-1][1]), f"mean loss of the last {min(10, len(loss))} steps",
             format_value(loss[0][1]), "at the first", "No held-out problems were answered, so this says nothing about new ones.")
 
-# %% ../nbs/20_report.ipynb #4cd503cd
-def describe_data(config: dict) -> str:
-    "Return the name of a run's data set."
-    name = config.get("data")
-    if name is None:
-        return "the embedded data set"
-    if name == DATA_FROM_PYTHON:
-        return "data given in Python"
-    parts = [str(name), *([f"({config['data_name']})"] if config.get("data_name") else [])]
-    return " ".join(parts) + (f", first {format_value(config['limit'])} rows" if config.get("limit") else "")
-
-
-def describe_length(run: RunFacts) -> str:
-    "Return the steps that were trained, and the time that they took."
-    steps = run.summary.get("steps") or (run.metrics[-1]["step"] if run.metrics else 0)
-    epochs = run.config.get("num_train_epochs")
-    wanted = f"{format_value(epochs)} epochs" if epochs else f"{format_value(run.config.get('max_steps'))} steps"
-    done = f"{format_value(steps)} steps" if run.finished else f"{format_value(steps)} of {wanted}"
-    seconds = run.summary.get("train_seconds")
-    return done + (f" in {format_duration(seconds)}" if is_finite_number(seconds) else "")
-
 # %% ../nbs/20_report.ipynb #f755006c
 def list_settings(config: dict) -> dict:
     "Return settings without fingerprints and plan; seeds as text, since they are names and not amounts."
@@ -636,9 +615,8 @@ def write_pins(run: RunFacts) -> str:
 def render_template(name: str, facts: RunFacts) -> str:
     "Return a template of the package, filled with the facts of a run; it calls the functions above by their names."
     functions = (
-        choose_headline, describe_certificate, describe_data, describe_length, draw_loss, draw_small_charts, find_memory, list_findings,
-        list_measures, list_memory_bars, list_notes, list_settings, list_verdicts, pick_examples, write_loading_arguments, write_pins,
-        shlex.quote,
+        choose_headline, describe_certificate, draw_loss, draw_small_charts, find_memory, list_findings, list_measures,
+        list_memory_bars, list_notes, list_settings, list_verdicts, pick_examples, write_loading_arguments, write_pins, shlex.quote,
     )
     model = facts.config.get("model") or "a model without a name"
     return load_templates().get_template(name).render(
