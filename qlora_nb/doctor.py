@@ -112,7 +112,7 @@ def list_roots(tree) -> list[str]:
 
 # %% ../nbs/09_doctor.ipynb #5f161c91
 class CodeReader:
-    "Walks through cells in the order of their lines, and knows what names mean there and what is written anywhere in them."
+    "Walks through cells in the order of their lines; knows what names mean there, and what is written anywhere."
 
     def __init__(self, *trees: ast.AST):
         self.levels = [{}]  # names that are bound so far: a library's dotted name, an expression, or `_OTHER`
@@ -162,7 +162,7 @@ class CodeReader:
         return next((level[name] for level in reversed(self.levels) if name in level), self.later.get(name))
 
     def value(self, node):
-        "Return the expression that a node stands for: names are followed, and moves to a device are passed over."
+        "Return the expression behind a node: names are followed, and moves to a device are ignored."
         for _ in range(20):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("to", "cuda"):
                 node = node.func.value
@@ -204,7 +204,7 @@ class CodeReader:
         return self.dotted(node.args[0]) if matches_name(name, "functools.partial") and node.args else name
 
     def calls(self, node, *patterns: str) -> bool:
-        "Return True where a node stands for a call of one of these."
+        "Return True where a node is a call of one of these, or a name for one."
         return matches_name(self.called(self.value(node)), *patterns)
 
     def keywords(self, node: ast.Call) -> dict[str, tuple]:
@@ -216,7 +216,7 @@ class CodeReader:
                 found[word.arg] = word, word.value
             elif isinstance(inside, ast.Dict):
                 found |= {k.value: (k, v) for k, v in zip(inside.keys, inside.values) if isinstance(k, ast.Constant)}
-            elif isinstance(inside, ast.Call) and self.dotted(inside.func) is None and getattr(inside.func, "id", "") == "dict":
+            elif isinstance(inside, ast.Call) and getattr(inside.func, "id", "") == "dict" and not self.dotted(inside.func):
                 found |= {w.arg: (w, w.value) for w in inside.keywords if w.arg}
         return found
 
@@ -243,8 +243,9 @@ class CodeReader:
             for name in (part for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)):
                 if isinstance(name.ctx, ast.Store):
                     self.bind(name.id, node.value if name in targets and node.value is not None else _OTHER)
-        elif isinstance(node, ast.Call) and self.calls(node, "*.append") and isinstance(node.func.value, ast.Name) and node.args:
-            self.bind(node.func.value.id, ast.List([self.value(node.args[0])], ast.Load()))  # what the list was given last
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "append" and node.args:
+            if isinstance(node.func.value, ast.Name):  # what the list was given last
+                self.bind(node.func.value.id, ast.List([self.value(node.args[0])], ast.Load()))
         elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension, ast.AugAssign, ast.withitem)):
             target = node.optional_vars if isinstance(node, ast.withitem) else node.target
             for name in ast.walk(target) if target else ():
@@ -252,15 +253,17 @@ class CodeReader:
                     self.bind(name.id, _OTHER)
 
     def walk(self, node, looks: tuple, whole: bool = True) -> "Iterator[Hit]":
-        "Yield what the looks see in a tree, in the order of its lines; `whole` is False inside a text that was looked at already."
+        "Yield what the looks see in a tree, by its lines; `whole` is False inside a text that was looked at already."
         is_text = isinstance(node, _TEXTS)
         for look in looks if whole or not is_text else ():
             yield from look(node, self)
         if isinstance(node, _FUNCTIONS):
-            self.levels.append({argument.arg: _OTHER for argument in ast.walk(node.args) if isinstance(argument, ast.arg)})
+            self.levels.append({part.arg: _OTHER for part in ast.walk(node.args) if isinstance(part, ast.arg)})
         inside = whole and not (is_text and self.text(node) is not None)
-        parts = [p for p in ast.iter_child_nodes(node) if not (isinstance(p, ast.Expr) and isinstance(p.value, ast.Constant))]
-        for part in sorted(parts, key=lambda part: not isinstance(part, ast.comprehension)):  # first what a comprehension goes through
+        parts = sorted(ast.iter_child_nodes(node), key=lambda part: not isinstance(part, ast.comprehension))  # these come first
+        for part in parts:
+            if isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
+                continue  # a text that stands alone, as a docstring does
             yield from self.walk(part, looks, inside or not isinstance(part, _TEXTS))
         if isinstance(node, _FUNCTIONS):
             self.levels.pop()
@@ -276,7 +279,7 @@ class Hit:
     old: str = ""
     new: str = ""
     call: str = ""  # the name of what is called
-    shimmed: bool = False  # Unsloth takes it here
+    shimmed: bool = False  # Unsloth still accepts it here
 
 # %% ../nbs/09_doctor.ipynb #ec8225c1
 def _has_value(rule: Rule, node) -> bool:
@@ -306,7 +309,7 @@ def look_arguments(node, reader: CodeReader) -> Iterator[Hit]:
 
 # %% ../nbs/09_doctor.ipynb #23679bae
 def look_names(node, reader: CodeReader) -> Iterator[Hit]:
-    "Look for names that can't be imported any more (in an import, as an attribute, or without import), and for Unsloth imported late."
+    "Look for names that can't be imported any more, wherever they are used, and for Unsloth imported late."
     found = [(dotted, place) for _, dotted, place in list_imports(node)]
     for dotted, place in found:
         if dotted.partition(".")[0] == "unsloth" and not reader.has_shim and len(reader.levels) == 1:
@@ -326,14 +329,15 @@ def _is_true(node) -> bool:
 
 def _returns_list(function: ast.FunctionDef) -> bool:
     "Return True where a function returns a list that it writes or builds."
-    lists = {target.id for node in ast.walk(function) if isinstance(node, ast.Assign) and isinstance(node.value, (ast.List, ast.ListComp))
-             for target in node.targets if isinstance(target, ast.Name)}
+    lists = (ast.List, ast.ListComp)
+    made = [node for node in ast.walk(function) if isinstance(node, ast.Assign) and isinstance(node.value, lists)]
+    names = {target.id for node in made for target in node.targets if isinstance(target, ast.Name)}
     values = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
-    return any(isinstance(v, (ast.List, ast.ListComp)) or (isinstance(v, ast.Name) and v.id in lists) for v in values)
+    return any(isinstance(value, lists) or getattr(value, "id", None) in names for value in values)
 
 
 def look_trainer(node, reader: CodeReader) -> Iterator[Hit]:
-    "Look for SFTTrainer with plain TrainingArguments, a collator that it doesn't need, or a formatting_func that returns a list."
+    "Look for SFTTrainer with TrainingArguments, a needless collator, or a formatting_func that returns a list."
     if not matches_name(reader.called(node), "trl.SFTTrainer"):
         return
     given = reader.keywords(node)
@@ -354,7 +358,8 @@ def look_trainer(node, reader: CodeReader) -> Iterator[Hit]:
 # %% ../nbs/09_doctor.ipynb #07c76d83
 def look_pad(node, reader: CodeReader) -> Iterator[Hit]:
     "Look for padding with the end of turn where a collator masks padding, and for a training loss that is a mean."
-    if getattr(getattr(node, "slice", None), "value", None) == "train_loss" or getattr(node, "attr", None) == "training_loss":
+    key = getattr(getattr(node, "slice", None), "value", None)
+    if key == "train_loss" or getattr(node, "attr", None) == "training_loss":
         yield Hit(node, "train_loss")
     if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Attribute):
         return
@@ -368,7 +373,7 @@ def look_pad(node, reader: CodeReader) -> Iterator[Hit]:
 def find_chat_call(node, reader: CodeReader, tokenized: bool) -> ast.Call | None:
     "Return the call of apply_chat_template that an expression stands for, where it gives ids (or text); else None."
     node = reader.value(node)
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "apply_chat_template"):
+    if not isinstance(node, ast.Call) or getattr(node.func, "attr", None) != "apply_chat_template":
         return None
     given = {name: value.value for name, (_, value) in reader.keywords(node).items() if isinstance(value, ast.Constant)}
     if given.get("tokenize", True) is False:
@@ -385,13 +390,15 @@ def find_uses_as_ids(node) -> Iterator[tuple[ast.AST, str]]:
     elif isinstance(node, ast.BinOp):
         yield from ((side, "adding to it") for side in (node.left, node.right))
     elif isinstance(node, ast.Dict):
-        yield from ((v, 'a column "input_ids"') for k, v in zip(node.keys, node.values) if getattr(k, "value", 0) == "input_ids")
+        ids = [value for key, value in zip(node.keys, node.values) if getattr(key, "value", None) == "input_ids"]
+        yield from ((value, 'a column "input_ids"') for value in ids)
     elif isinstance(node, ast.Call):
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if name in ("generate", "decode", "batch_decode", "tensor", "len"):
             yield from ((argument, f"{name}(…)") for argument in node.args[:1])
         if name == "generate":
-            yield from ((word.value, f"generate({word.arg}=…)") for word in node.keywords if word.arg in ("input_ids", "inputs"))
+            words = [word for word in node.keywords if word.arg in ("input_ids", "inputs")]
+            yield from ((word.value, f"generate({word.arg}=…)") for word in words)
 
 # %% ../nbs/09_doctor.ipynb #14a42355
 def look_chat_ids(node, reader: CodeReader) -> Iterator[Hit]:
@@ -403,11 +410,14 @@ def look_chat_ids(node, reader: CodeReader) -> Iterator[Hit]:
 # %% ../nbs/09_doctor.ipynb #530677a2
 def look_chat_text(node, reader: CodeReader) -> Iterator[Hit]:
     "Look for a rendered text that is tokenized with its special tokens."
-    if not isinstance(node, ast.Call) or not node.args or isinstance(node.func, ast.Attribute) or "add_special_tokens" in reader.keywords(node):
+    if not isinstance(node, ast.Call) or not node.args or isinstance(node.func, ast.Attribute):
+        return
+    if "add_special_tokens" in reader.keywords(node):
         return
     texts = node.args[0].elts if isinstance(node.args[0], (ast.List, ast.Tuple)) else node.args[:1]
     for text in texts:
-        if (place := find_chat_call(text, reader, tokenized=False)) and ast.unparse(place.func.value) == ast.unparse(node.func):
+        place = find_chat_call(text, reader, tokenized=False)
+        if place and ast.unparse(place.func.value) == ast.unparse(node.func):
             yield Hit(node, "chat_text_tokenized")
 
 # %% ../nbs/09_doctor.ipynb #3bc100d4
@@ -437,7 +447,7 @@ _REPLIES = {  # how a reply begins, and what ends it
 
 # %% ../nbs/09_doctor.ipynb #d41ca46b
 def find_template_faults(text: str) -> Iterator[str]:
-    "Yield codes of what is wrong with a hand-written template; none for a Jinja template, and for a text that is not a template."
+    "Yield codes of what is wrong with a hand-written template; none for a Jinja template or another text."
     if not _HEADERS.search(text) or "{%" in text:
         return
     if found := _BEGIN.search(text):
@@ -488,9 +498,9 @@ _READ_COLUMNS = {"prompt", "response", "instruction", "output", "question", "ans
 
 def look_data(node, reader: CodeReader) -> Iterator[Hit]:
     "Look for columns that R1-Distill-SFT doesn't have, and for a slice that downloads everything."
-    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and reader.says("^ServiceNow-AI/R1-Distill-SFT$"):
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         column = reader.text(node.slice)
-        if column in _READ_COLUMNS - reader.made:
+        if column in _READ_COLUMNS - reader.made and reader.says("^ServiceNow-AI/R1-Distill-SFT$"):
             yield Hit(node, "r1_columns", column)
     if matches_name(reader.called(node), "datasets.load_dataset"):
         given = reader.keywords(node)
@@ -501,8 +511,8 @@ def look_data(node, reader: CodeReader) -> Iterator[Hit]:
             yield Hit(place, "split_slice")
 
 # %% ../nbs/09_doctor.ipynb #95d09b62
-_LOOKS = (look_arguments, look_names, look_trainer, look_pad, look_chat_ids, look_chat_text, look_text_column, look_template, look_format,
-          look_data)
+_LOOKS = (look_arguments, look_names, look_trainer, look_pad, look_chat_ids, look_chat_text, look_text_column,
+          look_template, look_format, look_data)
 
 # %% ../nbs/09_doctor.ipynb #3be7a505
 _MAGIC = re.compile(r"\s*(?:(?:[\w, ]+=\s*)?[!%].*|\?{1,2}\S+|[^#'\"]*[^#'\"\s]\?{1,2}|(?:pip3?|conda|apt(?:-get)?|cd|ls)\b(?!\s*[=(.,]).*)\s*")
@@ -645,7 +655,8 @@ def explain_magic(first: int, text: str, cell: int | None) -> Iterator[CodeFindi
         before = text[: max(text.find(word), 0)]
         line = first + before.count("\n")
         column = len(before) - before.rfind("\n")
-        yield CodeFinding(code, rule.severity, rule.cause.replace("$old", word), rule.fix, rule.source, cell, line, column, word)
+        cause = rule.cause.replace("$old", word)
+        yield CodeFinding(code, rule.severity, cause, rule.fix, rule.source, cell, line, column, word)
 
 # %% ../nbs/09_doctor.ipynb #0818ab25
 def explain_old_code(
@@ -688,7 +699,7 @@ def explain_cells(parsed: dict, cells: dict) -> Iterator[CodeFinding]:
 def read_code(
     path: str | Path,  # FILE.py or FILE.ipynb
 ) -> str | list[str]:
-    "Return a script's text, or a notebook's code cells. Raise `UserError` where the file is missing, damaged, or something else."
+    "Return a script's text, or a notebook's code cells. Raise `UserError` for a missing, damaged or other file."
     path = Path(path).expanduser()
     if path.suffix.lower() not in (".py", ".ipynb"):
         raise UserError(f"{path} is neither .py nor .ipynb: give a script or a notebook")
