@@ -17,7 +17,9 @@ from repository import NBS, NOTEBOOKS, ROOT, module_of
 from qlora_nb.core import EMBEDDED_MODEL, Findings, UserError
 from qlora_nb.doctor import _LOOKS, OLD_CODE_RULES, TESTED_VERSIONS, explain_old_code, parse_cell, read_code
 
-BY_ARGUMENT = [(rule, call) for rule in OLD_CODE_RULES.values() for call in rule.calls if rule.arguments and rule.value is None]
+BY_ARGUMENT = [
+    (rule, call) for rule in OLD_CODE_RULES.values() for call in rule.calls if rule.arguments and rule.value is None
+]
 PARAMETERS = [
     (rule, call) for rule, call in BY_ARGUMENT if "from_pretrained" not in call and "load_dataset" not in call
 ]
@@ -49,7 +51,9 @@ def test_the_versions_are_those_that_are_tested():
         if importlib.util.find_spec(name):
             from importlib.metadata import version
 
-            assert version(name) == TESTED_VERSIONS[name], f"{name} has moved: run every rule again, then change TESTED_VERSIONS"
+            assert version(name) == TESTED_VERSIONS[name], (
+                f"{name} has moved: run every rule again, then change TESTED_VERSIONS"
+            )
 
 
 @pytest.mark.parametrize("rule, call", PARAMETERS, ids=lambda x: getattr(x, "code", x))

@@ -55,7 +55,8 @@ def base_of(family, four_bit=True, dtype=torch.float32, **more):
     for name, layer in list(model.named_modules()):
         if four_bit and isinstance(layer, torch.nn.Linear) and name != "lm_head":
             new = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4")
+                layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4"
+            )
             new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
             if layer.bias is not None:
                 new.bias = torch.nn.Parameter(torch.randn_like(layer.bias) / 10)
@@ -931,7 +932,8 @@ def runs(tmp_path_factory):
         "plain": cli("train", "--backend", "transformers", *common, "--output", "plain", cwd=place),
         "engine": cli("train", "--engine", *common, "--output", "engine", cwd=place),
         "packed": cli(
-            "train", "--engine", "--packing", "--max-seq-length", 256, *common, "--output", "packed", cwd=place),
+            "train", "--engine", "--packing", "--max-seq-length", 256, *common, "--output", "packed", cwd=place
+        ),
     }
     return place, said
 
@@ -1065,7 +1067,8 @@ def replayed(engine=WHOLE):
 
 
 @pytest.mark.parametrize(
-    "engine", [Engine(), Engine(mlp=False), Engine(grouped=False), Engine(selective=True), Engine(loss=False)])
+    "engine", [Engine(), Engine(mlp=False), Engine(grouped=False), Engine(selective=True), Engine(loss=False)]
+)
 def test_replayed_layers(on_a_cpu, engine):
     "One batch after the other, longer and shorter, gradients added up: as without checkpointing."
     plain, (model, replay) = peft_of(), replayed(engine)
@@ -1210,7 +1213,9 @@ def test_pieces_of_an_mlp():
     chance = torch.Generator().manual_seed(0)
     some = functools.partial(torch.randn, generator=chance)
     gate, up, down = some(24, 8), some(24, 8), some(8, 24)
-    terms = [LayerTerm(lambda dtype, w=w: w, None, some(2, w.shape[1]), some(w.shape[0], 2), 0.5) for w in (gate, up, down)]
+    terms = [
+        LayerTerm(lambda dtype, w=w: w, None, some(2, w.shape[1]), some(w.shape[0], 2), 0.5) for w in (gate, up, down)
+    ]
     rows, dy = some(23, 8), some(23, 8)
     whole = _mlp_back(rows, _thin(rows, terms[:2]), terms, dy, PLAIN_PASSES, torch.float32, True)
     for least, want_x in ((1, True), (5, True), (9, False), (100, True)):
@@ -1348,7 +1353,9 @@ def test_nobody_waits_for_bitsandbytes(tmp_path, monkeypatch):
     from qlora_nb import training
 
     before, asked = optimizer.sync_gpu, []
-    monkeypatch.setattr(training, "wait_unless_queued", lambda tensor: asked.append((id(tensor), training._here.unpaged)))
+    monkeypatch.setattr(
+        training, "wait_unless_queued", lambda tensor: asked.append((id(tensor), training._here.unpaged))
+    )
     trainer, _ = small_run(tmp_path / "run", Engine(), "adamw_8bit")
     tensors = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(asked) == 3 * len(tensors) and set(asked) == {(id(p), True) for p in tensors}
