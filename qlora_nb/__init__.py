@@ -19,6 +19,7 @@ _WHERE = {
     "explain_old_code": "doctor",
     "load_model": "model",
     "add_lora": "model",
+    "open_run": "model",
     "load_sft_dataset": "rows",
     "check_dataset": "preflight",
     "chat": "generation",

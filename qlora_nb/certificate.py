@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import UserError, file_sha256, library_versions, write_json
+from .adapter import model_info
+from .core import UserError, file_sha256, library_versions, unwrap_base, write_json
 from .evaluation import parse_answer
-from .generation import Reply, as_conversation, generate_replies, inference, to_reply
+from .generation import Reply, as_conversation, generate_replies, generation_mode, to_reply
 from .gguf_export import find_run, load_adapted, load_settings
 from .llama import LlamaFile, chat_server
 from .merging import base_weight, merge_adapter
@@ -300,8 +301,8 @@ def open_subject(
     if isinstance(subject, torch.nn.Module):
         if tokenizer is None:
             raise UserError("a model was given without its tokenizer: pass tokenizer=")
-        base = subject.get_base_model() if hasattr(subject, "get_base_model") else subject
-        info = getattr(base, "qlora_nb_info", {"dtype": str(base.dtype).removeprefix("torch.")})
+        base = unwrap_base(subject)
+        info = {"dtype": str(base.dtype).removeprefix("torch."), **model_info(base, required=False)}
         if info["dtype"] != "float32":
             raise UserError(f"the model computes in {info['dtype']}, and the reference must be fp32: pass the run's folder instead")
         return Subject(subject, tokenizer, str(info.get("model", type(base).__name__)))
@@ -341,9 +342,9 @@ def measure_distances(
     rows, others = [row.whole for row in ids], []
     distances = [Distance() for _ in [*([reference, merged] if merged is not None else []), *files]]
     size = 16 if reference.config.vocab_size < 10_000 else 1
-    with inference(reference), contextlib.ExitStack() as stack:
+    with generation_mode(reference), contextlib.ExitStack() as stack:
         if merged is not None:
-            others = [reference_logits(reference, rows, size, base=True), reference_logits(stack.enter_context(inference(merged)), rows, size)]
+            others = [reference_logits(reference, rows, size, base=True), reference_logits(stack.enter_context(generation_mode(merged)), rows, size)]
         for number, logits in reference_logits(reference, rows, size):
             found = [next(other)[1] for other in others]
             found += [file.logits(rows[number])[:, : logits.shape[-1]] for file in files]
@@ -598,7 +599,7 @@ def is_greedy(
     "Whether each token of a reply is, for this model, the most likely one after those before it, or less likely by at most `tie`."
     if max(reply) >= model.config.vocab_size:  # a file may have more, to fill it up
         return False
-    with inference(model):
+    with generation_mode(model):
         ((_, logits),) = reference_logits(model, [prompt + reply], 1)
     likely = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
     return bool((likely.amax(-1) - likely[range(len(reply)), reply] <= tie).all())
@@ -743,7 +744,7 @@ def _reads(modelfile: Modelfile | None, path: str | Path | None, files: list[Pat
 # %% ../nbs/22_certificate.ipynb #08e0c2fb
 def _prepare(subject: Subject, data, rows: int, modelfile: Modelfile | None) -> tuple[list[Case], list[Ids], int]:
     "Conversations as they are served, their ids in training, and how many were left out."
-    info = getattr(subject.model.get_base_model() if hasattr(subject.model, "get_base_model") else subject.model, "qlora_nb_info", {})
+    info = model_info(subject.model, required=False)
     if data is None:
         if info.get("model") != "qlora_nb:embedded":
             raise UserError("no held-out rows were given: pass data=, rows that the model did not learn")

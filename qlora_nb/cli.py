@@ -330,30 +330,30 @@ def make_plans(model: str, gpu: str | None, data: str | None, data_name: str | N
     "Return a `Plan` for the card, for this machine's, or for each of the usual ones."
     import torch
 
-    from qlora_nb.plan import CARDS, find_card, plan_training, row_lengths
+    from qlora_nb.plan import KNOWN_CARDS, find_card, measure_row_lengths, plan_training
     from qlora_nb.rows import load_sft_dataset
     from qlora_nb.shapes import model_shape
 
     shape, lengths = model_shape(model), None
     if data is not None or data_name is not None:
         rows = load_sft_dataset(data, data_name, limit=limit)
-        lengths = row_lengths(rows, load_tokenizer_and_config(model, None)[0])
-    cards = [gpu] if gpu else ["cuda"] if torch.cuda.is_available() else list(CARDS)
+        lengths = measure_row_lengths(rows, load_tokenizer_and_config(model, None)[0])
+    cards = [gpu] if gpu else ["cuda"] if torch.cuda.is_available() else list(KNOWN_CARDS)
     return [plan_training(shape, card, lengths, backend=backend or backend_on_card(shape, find_card(card)), **wishes) for card in cards]
 
 
 def backend_on_card(shape, card) -> str:
     "Return what `auto` trains such a model with on that card, where everything is installed."
-    from qlora_nb.memory import ENGINE_FAMILIES
+    from qlora_nb.shapes import list_architectures
 
-    return "engine" if card.hopper and shape.family in ENGINE_FAMILIES else "unsloth"
+    return "engine" if card.hopper and shape.family in list_architectures("engine") else "unsloth"
 
 
 def format_cards(found: list) -> str:
     "Return a table with a line for each card: what it has, what to choose, what that takes."
-    from qlora_nb.plan import gib
+    from qlora_nb.plan import format_gib
 
-    rows = [(p.card.name, gib(p.card.bytes), gib(p.choice.estimate.total_bytes) if p.fits else "–", str(p.choice or "nothing fits"))
+    rows = [(p.card.name, format_gib(p.card.bytes), format_gib(p.choice.estimate.total_bytes) if p.fits else "–", str(p.choice or "nothing fits"))
             for p in found]
     lines = [("card", "has", "takes", "choice"), *rows]
     return "\n".join(f"{name:<10} {has:>10} {takes:>10}  {choice}" for name, has, takes, choice in lines)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .core import Finding, Findings, check_fields
-from .evaluation import wilson
+from .evaluation import wilson_interval
 from .run import RunFolder
 
 # %% ../nbs/19_diagnose.ipynb #f4237bcb
@@ -47,7 +47,7 @@ class Evidence:
 
 # %% ../nbs/19_diagnose.ipynb #630c5465
 def read_evidence(run) -> Evidence:
-    "Read the files of a run, or of its folder. Raises `UserError` for another folder, or a damaged file, which it names."
+    "Read the files of a run, or of its folder. Raise `UserError` for another folder, or a damaged file, which it names."
     folder = RunFolder.open(run)
     check_fields(folder.path / "config.yaml", folder.config, ("learning_rate",), learning_rate=float, device_bytes=float)
     return Evidence(
@@ -247,7 +247,7 @@ def find_endless_replies(seen: Evidence) -> Finding | None:
     limit = seen.config.get("max_new_tokens")
     after = [row for row in seen.replies if row.get("stage") == "after"]
     cut = [row for row in after if not row["stops"]]
-    if stops is None or not after or wilson(len(after) - len(cut), len(after))[1] > 0.95:
+    if stops is None or not after or wilson_interval(len(after) - len(cut), len(after))[1] > 0.95:
         return None
     expected = [row.get("tokens") or 0 for row in cut]
     if cut and sum(tokens > (limit or math.inf) for tokens in expected) > len(cut) / 2:
@@ -385,7 +385,7 @@ EXPLAINED_CODES = {  # what a finding brings along
 def diagnose(
     run,  # a run folder, or what `train` returned
 ) -> Diagnosis:
-    "Find what is wrong with a run, and how to fix it, from its folder alone. Raises `UserError` for another folder."
+    "Find what is wrong with a run, and how to fix it, from its folder alone. Raise `UserError` for another folder."
     seen = read_evidence(run)
     found = []
     for rule in DIAGNOSIS_RULES:

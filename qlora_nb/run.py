@@ -57,7 +57,7 @@ class Settings:
     limit: int | None = setting(None, "rows to take from the data", part="data", positive=True)
     add_system: str | bool | None = setting(None, "system text for rows that have none; False adds none; default: one that asks for <think>, where replies have it", part="data")
     r: int = setting(16, "rank of the adapter [16]", part="adapter", positive=True)
-    lora_alpha: int | float = setting(16, "scale of the adapter [16]", part="adapter", positive=True)
+    lora_alpha: float = setting(16, "scale of the adapter [16]", part="adapter", positive=True)
     lora_dropout: float = setting(0.0, "share of the adapter's inputs dropped [0]", part="adapter")
     target_modules: tuple | None = setting(None, "layers that get an adapter, with commas [all seven projections]", part="adapter")
     bias: str = setting("none", "none, all or lora_only [none]", part="adapter")
@@ -110,9 +110,9 @@ def _converted(value, kinds: tuple[type, ...]):
         with contextlib.suppress(ValueError):
             value = float(value)
     for kind in kinds:
-        number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-        if number if kind in (int, float) else isinstance(value, kind):
-            return kind(value)
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if fits and (kind not in (int, float) or not isinstance(value, bool)):
+            return value
     return None
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2
-from .adapter import model_info, save_adapter
+from .adapter import model_info, save_adapter, set_model_info
 from qlora_nb.core import (
     UserError,
     disk_full,
@@ -44,14 +44,14 @@ from .diagnosis import plot_loss
 from qlora_nb.engine import (
     Engine,
     FlatAdapters,
-    end_to_end,
+    cache_parameters,
     engine_of,
     install_engine,
-    looked_up_once,
+    join_rows,
     pack_rows,
-    released_after,
+    release_after,
 )
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, encode_rows, evaluate
 from .model import count_parameters, quiet_libraries
 from .recommendation import recommend
 from qlora_nb.run import (
@@ -69,7 +69,7 @@ from .weights import read_header
 
 # %% ../nbs/15_training.ipynb #2d8bdb86
 from .memory import MemoryEstimate
-from .plan import Card, Plan, Rows, choose_length, estimate_for_rows, find_card, gib, plan_training
+from .plan import Card, Plan, Rows, choose_length, estimate_for_rows, find_card, format_gib, plan_training
 from .shapes import model_shape
 
 # %% ../nbs/15_training.ipynb #96a31b6b-6
@@ -192,7 +192,7 @@ def _in_one_tensor(kind):
             if resume_from_checkpoint:
                 state = torch.load(Path(resume_from_checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
                 self.one_by_one = sum(len(group["params"]) for group in state["param_groups"]) == len(trainable_parameters(self.model))
-            with looked_up_once(self.model), without_waiting():
+            with cache_parameters(self.model), without_waiting():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     return Trainer
@@ -334,7 +334,7 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
     with quiet_libraries(info["backend"]):
         trainer = make_trainer_class(bool(plain_loss), flat)(
             model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks,
-            data_collator=end_to_end if engine and engine.attention else None,
+            data_collator=join_rows if engine and engine.attention else None,
         )
     if engine and engine.attention:
         trainer.train_dataset = trainer.train_dataset.with_format("numpy")  # whole rows at a time, no Python number for each token
@@ -827,7 +827,7 @@ def set_checkpointing(model, kind: bool | str) -> None:
     if engine:
         install_engine(model, replace(engine_of(model, wanted=True), selective=selective))
     name = "unsloth" if info["backend"] == "unsloth" and on else kind if selective else on
-    model.get_base_model().qlora_nb_info = {**model_info(model), "use_gradient_checkpointing": name}
+    set_model_info(model, use_gradient_checkpointing=name)
 
 # %% ../nbs/15_training.ipynb #b38d1713
 def estimate_run_memory(model, settings: Settings, lengths: list[int], card: Card) -> MemoryEstimate | None:
@@ -849,7 +849,7 @@ def warn_of_memory(estimate: MemoryEstimate | None, card: Card) -> str | None:
     "Return a sentence where the estimate is more than the card has; else None."
     if estimate is None or estimate.total_bytes <= card.bytes:
         return None
-    return (f"warning: this run should need {gib(estimate.total_bytes)} at its fullest, and {card.name} has {gib(card.bytes)} for it: "
+    return (f"warning: this run should need {format_gib(estimate.total_bytes)} at its fullest, and {card.name} has {format_gib(card.bytes)} for it: "
             "take --plan auto (in Python plan='auto'), a smaller batch or a shorter max_seq_length")
 
 
@@ -923,7 +923,7 @@ def run_trainer(trainer: object, watch: object, progress: Progress, folder: RunF
         raise_if_interrupted(interrupted, trainer.state.global_step, folder)
         return 0.0
     try:
-        with quiet_libraries(model_info(trainer.model)["backend"]), released_after(trainer.model):
+        with quiet_libraries(model_info(trainer.model)["backend"]), release_after(trainer.model):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:
         step = trainer.state.global_step
@@ -1152,7 +1152,7 @@ def follow_plan(model, found: Plan, settings: Settings) -> Plan:
     found = replace(found, choice=replace(
         found.choice, batch=settings.per_device_train_batch_size, accumulation=settings.gradient_accumulation_steps, packing=settings.packing))
     set_checkpointing(model, found.choice.gradient_checkpointing)
-    expected = f"{gib(found.choice.estimate.total_bytes)} of {gib(found.card.bytes)} expected"
+    expected = f"{format_gib(found.choice.estimate.total_bytes)} of {format_gib(found.card.bytes)} expected"
     print_to_stderr(f"plan for {found.card.name}: {found.choice}, {found.choice.optimizer}; {expected}")
     print_to_stderr(f"plan: {found.why}")
     return found
@@ -1308,6 +1308,8 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float) 
     "Evaluate, train, save, evaluate, and write the results."
     settings, folder, config, eval_data = prepared.settings, prepared.folder, prepared.config, prepared.eval_data
     base_data = load_base_task(model) if eval_data is not None else None
+    if base_data is not None:  # the same rows before and after
+        base_data = encode_rows(base_data, tokenizer, model, settings.template)
     before = _evaluate(model, tokenizer, eval_data, base_data, settings, base=True)
     progress = Progress()
     with gentle_interrupt() as interrupted:

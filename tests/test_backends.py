@@ -228,7 +228,7 @@ def test_auto_leaves_the_engine_out_with_an_older_torch(on_a_card, monkeypatch):
         ({"model_type": "mistral", "sliding_window": 1024}, "a window of 1024 tokens"),
         ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True}, "a window of 64 tokens"),
         ({**LLAMA, "attention_dropout": 0.1}, "drops out 0.1"),
-        ("./nowhere", "there is no model folder"),
+        ("./nowhere", "there is no folder"),
     ],
 )
 def test_a_model_that_the_engine_does_not_train_goes_to_unsloth(on_a_card, config, why):
@@ -245,9 +245,10 @@ def test_the_configuration_alone_says_what_the_model_does():
     "By the files that transformers writes, and with its defaults: what the engine says of the loaded configuration."
     from transformers import AutoConfig
 
-    from qlora_nb.engine import ARCHITECTURES, config_refusal
+    from qlora_nb.engine import config_refusal
+    from qlora_nb.shapes import list_architectures
 
-    for family in ARCHITECTURES:
+    for family in list_architectures("engine"):
         config = AutoConfig.for_model(family)
         window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
         assert bool(config_refusal(config.to_dict())) == bool(window), family
@@ -294,7 +295,7 @@ def test_a_model_that_the_engine_does_not_train_is_said_once(monkeypatch, capsys
     from qlora_nb.core import EMBEDDED_MODEL
 
     why = "the engine can't train this model: its architecture is gemma2"
-    monkeypatch.setattr(model, "choose_backend", lambda *_: model.Way("transformers", False, why))
+    monkeypatch.setattr(model, "choose_backend", lambda *_: model.BackendChoice("transformers", False, why))
     model.load_model(EMBEDDED_MODEL)
     assert capsys.readouterr().err.splitlines() == [f"backend transformers: {why}"]
 
@@ -313,7 +314,7 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
 
     def auto(**lora):
         with monkeypatch.context() as m:
-            m.setattr(model, "choose_backend", lambda *_: model.Way("transformers", True, "faked"))
+            m.setattr(model, "choose_backend", lambda *_: model.BackendChoice("transformers", True, "faked"))
             base, tokenizer = model.load_model(EMBEDDED_MODEL)
         return model.add_lora(base, r=4, **lora), tokenizer
 

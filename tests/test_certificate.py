@@ -564,9 +564,11 @@ def test_a_chat_waits_as_long_as_it_takes(slow_server, files):
 
 def test_the_folder_of_the_adapter_knows_its_run(run, files, place):
     "RUN and RUN/adapter are one subject, and give one Modelfile."
+    from qlora_nb.adapter import model_info
+
     whole, part = open_subject(run.path), open_subject(run.path / "adapter")
     assert part.config == whole.config and part.config["system"] == SYSTEM_PROMPT
-    assert part.model.get_base_model().qlora_nb_info == whole.model.get_base_model().qlora_nb_info
+    assert model_info(part.model) == model_info(whole.model)
     made = [modelfile_for(at, files[0], place / name) for at, name in ((run.path, "M1"), (run.path / "adapter", "M2"))]
     assert made[0].read_text() == made[1].read_text() and SYSTEM_PROMPT in made[1].read_text()
 

@@ -498,14 +498,14 @@ def test_plan_says_it_to_people_and_to_machines(command):
 def test_plan_without_a_card_looks_at_all_the_usual_ones(command):
     import torch
 
-    from qlora_nb.plan import CARDS
+    from qlora_nb.plan import KNOWN_CARDS
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a card")
     code, out, _ = command("plan", "--model", "8b", "--method", "lora")
     lines = out.splitlines()
-    assert code == 0 and len(lines) == 1 + len(CARDS) and "nothing fits" in lines[1] and "lora" in lines[-1]
-    assert len(json.loads(command("plan", "--model", "8b", "--json")[1])) == len(CARDS)
+    assert code == 0 and len(lines) == 1 + len(KNOWN_CARDS) and "nothing fits" in lines[1] and "lora" in lines[-1]
+    assert len(json.loads(command("plan", "--model", "8b", "--json")[1])) == len(KNOWN_CARDS)
 
 
 def test_plan_counts_the_rows_of_the_data(command, tmp_path):
@@ -522,7 +522,7 @@ def test_plan_counts_the_rows_of_the_data(command, tmp_path):
     "arguments, message",
     [
         (["--gpu", "T5"], "there is no card 'T5': choose one of T4"),
-        (["--gpu", "T4", "--model", "./none"], "there is no model folder ./none"),
+        (["--gpu", "T4", "--model", "./none"], "there is no folder ./none"),
         (["--gpu", "T4", "--method", "full"], "method is 'full'"),
         (["--gpu", "T4", "--backend", "mlx"], "backend is 'mlx'"),
         (["--gpu", "T4", "--r", "0"], "r is 0"),
