@@ -1349,8 +1349,11 @@ def test_nobody_waits_for_bitsandbytes(tmp_path, monkeypatch):
     from qlora_nb import training
 
     before, asked = optimizer.sync_gpu, []
-    seen = lambda tensor: asked.append((id(tensor), training._here.unpaged))  # noqa: E731
-    monkeypatch.setattr(training, "wait_unless_queued", seen)
+
+    def note_call(tensor):
+        asked.append((id(tensor), training._here.unpaged))
+
+    monkeypatch.setattr(training, "wait_unless_queued", note_call)
     trainer, _ = small_run(tmp_path / "run", Engine(), "adamw_8bit")
     tensors = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(asked) == 3 * len(tensors) and set(asked) == {(id(p), True) for p in tensors}
