@@ -55,7 +55,8 @@ def base_of(family, four_bit=True, dtype=torch.float32, **more):
     for name, layer in list(model.named_modules()):
         if four_bit and isinstance(layer, torch.nn.Linear) and name != "lm_head":
             new = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4")
+                layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4"
+            )
             new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
             if layer.bias is not None:
                 new.bias = torch.nn.Parameter(torch.randn_like(layer.bias) / 10)
@@ -931,7 +932,8 @@ def runs(tmp_path_factory):
         "plain": cli("train", "--backend", "transformers", *common, "--output", "plain", cwd=place),
         "engine": cli("train", "--engine", *common, "--output", "engine", cwd=place),
         "packed": cli(
-            "train", "--engine", "--packing", "--max-seq-length", 256, *common, "--output", "packed", cwd=place),
+            "train", "--engine", "--packing", "--max-seq-length", 256, *common, "--output", "packed", cwd=place
+        ),
     }
     return place, said
 
@@ -1065,7 +1067,8 @@ def replayed(engine=WHOLE):
 
 
 @pytest.mark.parametrize(
-    "engine", [Engine(), Engine(mlp=False), Engine(grouped=False), Engine(selective=True), Engine(loss=False)])
+    "engine", [Engine(), Engine(mlp=False), Engine(grouped=False), Engine(selective=True), Engine(loss=False)]
+)
 def test_replayed_layers(on_a_cpu, engine):
     "One batch after the other, longer and shorter, gradients added up: as without checkpointing."
     plain, (model, replay) = peft_of(), replayed(engine)
