@@ -26,7 +26,7 @@ from .core import UserError, file_sha256, library_versions, write_json
 from .data import load_sft_dataset
 from .evaluation import parse_answer
 from .generation import Reply, as_conversation, generate_replies, inference, to_reply
-from .gguf_export import find_run, load_adapted, load_settings
+from .gguf_export import find_adapter, load_adapted, load_settings
 from .llama import LlamaFile, chat_server
 from .merging import base_weight, merge_adapter
 from .model import load_model
@@ -276,7 +276,7 @@ class Subject:
 
 def _read_subject(path: Path, base: str | Path | None = None, load_in_4bit: bool | None = None) -> Subject:
     "A run's folder, an adapter's (on its own base, or on `base`) or a model's."
-    adapter, config = find_run(path)
+    adapter, config = find_adapter(path)
     if adapter is None:
         if base is not None or load_in_4bit is not None:
             raise UserError(f"{path} holds no adapter, so that it needs no base, nor its precision: leave base and load_in_4bit out")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from .adapter import adapter_base
 from .core import UserError, write_aside
-from .gguf_export import find_run, pinned
+from .gguf_export import find_adapter, pin_date
 from .model import adapter_tokenizer, load_tokenizer, model_path
 from .template import CHATML, EMBEDDED, LLAMA_3_1, adds_bos, render, stop_tokens, template_text
 
@@ -1045,7 +1045,7 @@ def write_modelfile(
     if go_template and without_template:
         raise UserError("go_template= and without_template=True exclude each other: give one of them")
     named, stops = _from_path(file, path.parent), tokenizer.convert_ids_to_tokens(stop_tokens(tokenizer, template=template))
-    note = _reading_note(file, text, pinned(template_text(tokenizer, template)))
+    note = _reading_note(file, text, pin_date(template_text(tokenizer, template)))
     lines = _parameter_lines({**PARAMETERS, **(parameters or {})}, stops)
     extra = _extra_lines(system, license, messages)
     with write_aside(path) as part:
@@ -1076,7 +1076,7 @@ def modelfile_for(
 ) -> Path:
     "The Modelfile of a run, with its template, system text and context; where no TEMPLATE can be derived, without one, said on stderr. Raises `UserError`."
     folder = Path(getattr(run, "path", run)).expanduser()
-    _, config = find_run(folder)
+    _, config = find_adapter(folder)
     known = {"template": config.get("template"), "system": config.get("system")}
     context = {"num_ctx": config["max_seq_length"]} if config.get("max_seq_length") else {}
     known["parameters"] = {**context, **(settings.pop("parameters", None) or {})}

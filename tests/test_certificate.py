@@ -236,9 +236,9 @@ def test_no_permutation_fails(run, place, subject):
 
 
 def test_another_rope_base_fails(run, place, subject):
-    real = gguf_export.rope_of
+    real = gguf_export.read_rope
     fails(
-        short(subject, wrong(run, place, gguf_export, "rope_of", lambda c: {**real(c), "rope_theta": 500_000.0})),
+        short(subject, wrong(run, place, gguf_export, "read_rope", lambda c: {**real(c), "rope_theta": 500_000.0})),
         "F16: the mean KL",
     )
 

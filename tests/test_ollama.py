@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.gguf_export import pinned
+from qlora_nb.gguf_export import pin_date
 from qlora_nb.ollama_export import (
     GO_TEMPLATES,
     TRIM,
@@ -753,7 +753,7 @@ def test_a_modelfile_without_template_needs_the_template_of_training_in_the_file
     assert not (gguf.parent / "Modelfile").exists()
     dated = TEMPLATES["llama-3.1"]  # its date is pinned in the file
     path = write_modelfile(
-        gguf.parent, headed(pinned(dated)), dated, tokenizer=both, system="Hi.", without_template=True
+        gguf.parent, headed(pin_date(dated)), dated, tokenizer=both, system="Hi.", without_template=True
     )
     found = parse_modelfile(path.read_text())
     assert found.one("TEMPLATE") is None and found.one("SYSTEM") == "Hi." and "<|eot_id|>" in found.parameters["stop"]
