@@ -76,7 +76,7 @@ class Turns:
 
 def speed(rows, max_length=2048):
     "Tokens a second of both, over `rows` rows, and their ratio."
-    from qlora_nb.data import check_dataset
+    from qlora_nb.preflight import check_dataset
 
     tok = tokenizer()
     check_dataset(Turns(50, tok), tok, max_length)
@@ -100,7 +100,7 @@ def streamed(count):
     "RssAnon after looking at `count` short streamed rows."
     from datasets import IterableDataset
 
-    from qlora_nb.data import check_dataset
+    from qlora_nb.preflight import check_dataset
 
     def rows():
         for i in range(count):

@@ -251,9 +251,10 @@ def one(run, device):
     steady(device, run["seed"])
     import torch
 
-    from qlora_nb.data import encode_dataset, load_sft_dataset
     from qlora_nb.evaluation import answer_loss
     from qlora_nb.model import count_parameters
+    from qlora_nb.preflight import encode_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     data = load_sft_dataset(split="train")
     held = load_sft_dataset(split="heldout") if run["part"] != "search" else data.select(range(TRAINED, len(data)))
@@ -291,7 +292,7 @@ def before(device, quantized, eval_rows=400):
     steady(device, 0)
     import torch
 
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     held, base_rows = (load_sft_dataset(split=split) for split in ("heldout", "base_task"))
     held, base_rows = (rows.select(range(min(eval_rows, len(rows)))) for rows in (held, base_rows))

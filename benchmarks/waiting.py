@@ -17,7 +17,7 @@ STEPS = """
 import sys, time
 from qlora_nb import add_lora, load_model, load_sft_dataset
 import torch
-from qlora_nb.data import encode_dataset
+from qlora_nb.preflight import encode_dataset
 
 model, tokenizer = load_model("qlora_nb:embedded", backend="transformers")
 model = add_lora(model, use_gradient_checkpointing=False)

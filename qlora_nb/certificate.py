@@ -23,14 +23,14 @@ import numpy as np
 import torch
 
 from .core import UserError, file_sha256, library_versions, write_json
-from .data import load_sft_dataset
 from .evaluation import parse_answer
-from .generation import Reply, as_conversation, generate_replies, inference, to_reply
+from .generation import Reply, as_conversation, generate_replies, generation_mode, to_reply
 from .gguf_export import find_adapter, load_adapted, load_settings
 from .llama import LlamaFile, chat_server
 from .merging import base_weight, merge_adapter
 from .model import load_model
 from .ollama_export import Modelfile, ollama_data, ollama_messages, ollama_reads, parse_modelfile, render_go
+from .rows import load_sft_dataset
 from .template import DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
 
 # %% ../nbs/22_certificate.ipynb #3c0492b5
@@ -341,9 +341,9 @@ def measure_distances(
     rows, others = [row.whole for row in ids], []
     distances = [Distance() for _ in [*([reference, merged] if merged is not None else []), *files]]
     size = 16 if reference.config.vocab_size < 10_000 else 1
-    with inference(reference), contextlib.ExitStack() as stack:
+    with generation_mode(reference), contextlib.ExitStack() as stack:
         if merged is not None:
-            others = [reference_logits(reference, rows, size, base=True), reference_logits(stack.enter_context(inference(merged)), rows, size)]
+            others = [reference_logits(reference, rows, size, base=True), reference_logits(stack.enter_context(generation_mode(merged)), rows, size)]
         for number, logits in reference_logits(reference, rows, size):
             found = [next(other)[1] for other in others]
             found += [file.logits(rows[number])[:, : logits.shape[-1]] for file in files]
@@ -598,7 +598,7 @@ def is_greedy(
     "Whether each token of a reply is, for this model, the most likely one after those before it, or less likely by at most `tie`."
     if max(reply) >= model.config.vocab_size:  # a file may have more, to fill it up
         return False
-    with inference(model):
+    with generation_mode(model):
         ((_, logits),) = reference_logits(model, [prompt + reply], 1)
     likely = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
     return bool((likely.amax(-1) - likely[range(len(reply)), reply] <= tie).all())

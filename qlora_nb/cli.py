@@ -54,7 +54,7 @@ def choose_system(system: str | None, no_system: bool | None) -> str | bool | No
 
 def load_rows(settings: Settings) -> tuple:  # (training rows, held-out rows or None, where they came from)
     "Load the rows that the settings name, or the embedded ones."
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     if settings.data == DATA_FROM_PYTHON:
         raise UserError("that run got its data in Python, where it has no name: name it with --data")
@@ -97,7 +97,7 @@ def compare_fingerprints(old: dict, new: dict) -> None:
 # %% ../nbs/21_cli.ipynb #eb15a274
 def choose_plan(flag: str | None, resume: str | None, config: dict):
     "Return what `--plan` or the configuration asks for; None where a run's own configuration records a plan that it followed."
-    from qlora_nb.memory import find_card
+    from qlora_nb.plan import find_card
 
     if resume and flag:
         raise UserError("--plan and --resume are both given: a resumed run keeps its settings")
@@ -129,7 +129,7 @@ def train_from_flags(flags: dict, formats: list[str]):
     "Load, attach, train: what `qlora_nb train` does. Return the `Run`. `formats` are what it will be exported in."
     from qlora_nb.model import add_lora, check_checkpointing, choose_backend, load_model, model_path
     from qlora_nb.training import train_adapter
-    from qlora_nb.workflow import Run, write_reports
+    from qlora_nb.workflow import Run, try_to_report
 
     config = read_train_config(flags["config"], flags["resume"], flags["output"])
     given = {f.name: flags.get(f.name) for f in fields(Settings)}
@@ -151,7 +151,7 @@ def train_from_flags(flags: dict, formats: list[str]):
     folder, held_out = train_adapter(
         model, tokenizer, data, trainer, config=None if flags["resume"] else config, eval_data=held_out, output=flags["output"],
         plan=plan, resume=flags["resume"], source=source, started=process_start())
-    write_reports(folder)
+    try_to_report(folder)
     compare_fingerprints(config, folder.config)
     return Run(folder.path, folder.summary, folder.metrics, model, tokenizer, held_out)
 
@@ -313,8 +313,8 @@ def evaluate(
 ):
     "Answer held-out rows and say how many are exact, in form, and end by themselves; the last line is JSON."
     with quiet_stdout():
-        from qlora_nb.data import load_sft_dataset
         from qlora_nb.evaluation import evaluate as measure
+        from qlora_nb.rows import load_sft_dataset
         from qlora_nb.training import load_base_task
 
         loaded, tokenizer, config = open_for_chat(run, model, adapter, backend)
@@ -330,8 +330,9 @@ def make_plans(model: str, gpu: str | None, data: str | None, data_name: str | N
     "Return a `Plan` for the card, for this machine's, or for each of the usual ones."
     import torch
 
-    from qlora_nb.data import load_sft_dataset
-    from qlora_nb.memory import CARDS, find_card, model_shape, plan_training, row_lengths
+    from qlora_nb.plan import CARDS, find_card, plan_training, row_lengths
+    from qlora_nb.rows import load_sft_dataset
+    from qlora_nb.shapes import model_shape
 
     shape, lengths = model_shape(model), None
     if data is not None or data_name is not None:
@@ -350,7 +351,7 @@ def backend_on_card(shape, card) -> str:
 
 def format_cards(found: list) -> str:
     "Return a table with a line for each card: what it has, what to choose, what that takes."
-    from qlora_nb.memory import gib
+    from qlora_nb.plan import gib
 
     rows = [(p.card.name, gib(p.card.bytes), gib(p.choice.estimate.total_bytes) if p.fits else "–", str(p.choice or "nothing fits"))
             for p in found]
@@ -401,7 +402,8 @@ def load_tokenizer_and_config(model: str, revision: str | None):
 def check_named_data(model: str, revision: str | None, data: str | None, data_name: str | None, eval_data: str | None, limit: int | None,
                      max_length: int, system: str | bool | None = None, **settings):
     "Load what is named and check it; return the `DatasetReport`. Rows of a file are streamed."
-    from qlora_nb.data import check_dataset, load_sft_dataset
+    from qlora_nb.preflight import check_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     tokenizer, config = load_tokenizer_and_config(model, revision)
     named = {"model": model, "data_name": data_name, "eval_data": eval_data, "limit": limit, "add_system": system}
@@ -510,8 +512,8 @@ def certify(
     "Prove that GGUF and Modelfile serve what was trained; exit code 1 where they don't. The last line is the JSON's path."
     with quiet_stdout(), explain_stop(lambda: "no certificate was written, so start again"):
         from qlora_nb.certificate import certify as compare
-        from qlora_nb.data import load_sft_dataset
-        from qlora_nb.workflow import write_reports
+        from qlora_nb.rows import load_sft_dataset
+        from qlora_nb.workflow import try_to_report
 
         beside = Path((gguf := find_gguf_files(run, gguf))[0]).expanduser().absolute().parent / "Modelfile"
         held_out = load_sft_dataset(data, data_name, limit=rows, system=config_around(beside).get("add_system")) if data else None
@@ -520,7 +522,7 @@ def certify(
         print(found, file=sys.stderr)
         path = found.to_json(output)
         if (folder := RunFolder.around(run)) and folder.finished:
-            write_reports(folder)
+            try_to_report(folder)
     print(path)
     if not found.passed:
         raise typer.Exit(1)
@@ -533,9 +535,9 @@ def report(
 ):
     "Write report.html into a run's folder; the last line is its path."
     with quiet_stdout():
-        from qlora_nb.report import write_report
+        from qlora_nb.report import write_reports
 
-        path = write_report(run)
+        path = write_reports(run)
         if show:
             import webbrowser
 

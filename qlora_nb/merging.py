@@ -14,15 +14,12 @@ from pathlib import Path
 
 import torch
 
-from .adapter import base_name, find_active_adapter, has_adapter, model_info, replace_folder, set_model_info
+from .adapter import find_active_adapter, has_adapter, model_info, replace_folder, set_model_info
 from .core import UserError, unwrap_base
-from .model import check_untied, choose_dtype, model_path
-from .weights import TensorFolder, write_shard
+from .model import check_untied, choose_dtype
+from .weights import write_shard
 
 # %% ../nbs/16_merge.ipynb #bd01c831-13
-MERGE_TARGETS = ("dequantized", "original")
-
-
 def base_weight(
     layer: torch.nn.Module,  # a linear layer, 4-bit or not
 ) -> torch.Tensor:  # (out, in), fp32
@@ -90,7 +87,7 @@ class LayerMerge:
     name: str  # e.g. model.layers.0.self_attn.q_proj
     base: float  # the matrix that was trained on
     update: float  # what training added
-    error: float  # merged minus trained: what is no longer as it was learned
+    error: float = 0.0  # what rounding the sum to 16 bits changed
 
     @property
     def lost(self) -> float:
@@ -101,22 +98,22 @@ class LayerMerge:
 class MergedTensors:
     "The weights of a model with its adapter merged in, one at a time. `report` grows with each layer."
 
-    def __init__(
-        self,
-        model: torch.nn.Module,  # with an adapter or without one
-        original: TensorFolder | None = None,  # merge into these instead of the dequantized weights
-    ):
+    def __init__(self, model: torch.nn.Module):  # with an adapter or without one
+        self.model = model
         self.base = unwrap_base(model)
         self.adapter = check_mergeable(model) if self.base is not model else None
         if self.adapter is None and has_adapter(model):
             raise UserError("this is the base inside a peft model: pass the peft model itself, or load the base alone")
-        self.model = model
-        self.original = original
         self.report: list[LayerMerge] = []
         self.parameters = self._find_parameters()
         if getattr(self.base.config, "tie_word_embeddings", False):
             self._check_tied()
             self.parameters.pop("lm_head.weight", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        "What the model computes in."
+        return choose_dtype(model_info(self.model, required=False).get("dtype") or self.base.dtype)
 
     def _find_parameters(self) -> dict[str, tuple[torch.nn.Module, torch.Tensor]]:
         "Name in an ordinary model → (its layer, the parameter). What peft put around a layer is taken away."
@@ -153,67 +150,24 @@ class MergedTensors:
     ) -> torch.Tensor:
         "One weight, unpacked and merged where it is 4-bit or adapted. Raise `UserError` where `dtype` can't hold a number."
         layer, parameter = self.parameters[name]
-        adapted = hasattr(layer, "lora_A")
-        if not name.endswith(".weight") or not (adapted or getattr(parameter, "quant_state", None) is not None):
-            return round_weight(parameter.detach(), dtype, name)
-        trained = base = base_weight(layer.base_layer if adapted else layer)
-        if adapted:
-            trained = merge_weight(layer, self.adapter, base)
-        merged = trained
-        if self.original is not None:
-            merged = self._read_original(name, base)
-            if adapted:
-                merged = merge_weight(layer, self.adapter, merged)
-        note = None
-        if merged is not base:
-            norms = [float(torch.linalg.norm(x)) for x in (base, trained - base, merged - trained)]
-            note = LayerMerge(name.removesuffix(".weight"), *norms)
+        is_weight, note = name.endswith(".weight"), None
+        if is_weight and hasattr(layer, "lora_A"):
+            base = base_weight(layer.base_layer)
+            weight = merge_weight(layer, self.adapter, base)
+            note = LayerMerge(name.removesuffix(".weight"), float(torch.linalg.norm(base)), float(torch.linalg.norm(weight - base)))
             self.report.append(note)
-        return round_weight(merged, dtype, name, note)
-
-    def _read_original(self, name: str, base: torch.Tensor) -> torch.Tensor:  # (out, in), fp32
-        "The weight before quantization. Raise `UserError` where it has another shape."
-        weight = self.original.read(name).to(base.device, torch.float32, copy=True)
-        if weight.shape != base.shape:
-            raise UserError(f"{name} is {tuple(weight.shape)} in {self.original.path} and {tuple(base.shape)} in this model: name its own base")
-        return weight
-
-# %% ../nbs/16_merge.ipynb #bd01c831-22
-def round_weight(weight: torch.Tensor, dtype: torch.dtype | None, name: str, note: LayerMerge | None = None) -> torch.Tensor:
-    "The weight in `dtype` (None: its own); rounding counts as error in `note`. Raise `UserError` where a number becomes infinite."
-    if dtype is None or weight.dtype == dtype:
-        return weight
-    rounded = weight.to(dtype)
-    if not torch.isfinite(rounded).all():
-        raise UserError(f"{name} holds numbers that {str(dtype).removeprefix('torch.')} can't hold: merge with dtype='bfloat16'")
-    if note is not None:
-        note.error = math.hypot(note.error, float(torch.linalg.norm(rounded.float() - weight)))
-    return rounded
-
-# %% ../nbs/16_merge.ipynb #bd01c831-23
-def _open_merge(model: torch.nn.Module, target: str, base: str | Path | None, dtype) -> tuple[MergedTensors, torch.dtype]:
-    "The merged weights and the dtype they are wanted in (None: what the model computes in). Raise `UserError`."
-    if target not in MERGE_TARGETS:
-        raise UserError(f"there is no target {target!r} to merge into: choose one of {', '.join(MERGE_TARGETS)}")
-    find_active_adapter(model)
-    tensors = MergedTensors(model, _open_original(model, base) if target == "original" else None)
-    info = model_info(model, required=False)
-    return tensors, choose_dtype(dtype or info.get("dtype") or tensors.base.dtype)
-
-
-def _open_original(model: torch.nn.Module, base: str | Path | None) -> TensorFolder:
-    "The 16-bit weights of the base: a folder, or a download from the Hub."
-    name = model_path(base or base_name(model))
-    if not Path(name).is_dir():
-        import huggingface_hub
-
-        revision, wanted = model_info(model, required=False).get("revision"), ["*.json", "*.safetensors"]
-        try:
-            name = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted)
-        except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"the base {name} can't be fetched ({first}): name its folder with base=") from error
-    return TensorFolder(name)
+        elif is_weight and getattr(parameter, "quant_state", None) is not None:
+            weight = base_weight(layer)
+        else:
+            weight = parameter.detach()
+        if dtype in (None, weight.dtype):
+            return weight
+        rounded = weight.to(dtype)
+        if not torch.isfinite(rounded).all():
+            raise UserError(f"{name} holds numbers that {str(dtype).removeprefix('torch.')} can't hold: merge with dtype='bfloat16'")
+        if note is not None:
+            note.error = float(torch.linalg.norm(rounded.float() - weight))
+        return rounded
 
 # %% ../nbs/16_merge.ipynb #bd01c831-24
 def _empty_like(base: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -237,16 +191,17 @@ def _empty_like(base: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 # %% ../nbs/16_merge.ipynb #bd01c831-27
 def merge_adapter(
     model: torch.nn.Module,  # a peft model on a base in 4 bits or 16; it stays as it is
-    target: str = "dequantized",  # merge into the dequantized base, or the original one
     *,
-    base: str | Path | None = None,  # for "original": the folder or Hub name of the 16-bit base; None is where it came from
     dtype: str | torch.dtype | None = None,  # of the merged model; None is what the model computes in
 ) -> torch.nn.Module:  # an ordinary transformers model; `merge_report` lists its layers
-    """Merge the active adapter, layer by layer, with sums in fp32. Raise `UserError` where it can't be merged exactly.
+    """Merge the active adapter into the base that it is on, dequantized where that is in 4 bits: layer by layer, with sums in fp32.
 
-    Weights that merging doesn't change (embedding, norms) are shared with `model` where the dtype is the same.
+    Weights that merging doesn't change (embedding, norms) are shared with `model` where the dtype is the same. Raise `UserError` for an
+    adapter that can't be merged exactly, and for a number that `dtype` can't hold.
     """
-    tensors, dtype = _open_merge(model, target, base, dtype)
+    find_active_adapter(model)
+    tensors = MergedTensors(model)
+    dtype = choose_dtype(dtype or tensors.dtype)
     merged = _empty_like(tensors.base, dtype)
     for name in tensors.parameters:
         place, _, leaf = name.rpartition(".")
@@ -255,21 +210,8 @@ def merge_adapter(
     merged.tie_weights()
     merged.merge_report = tensors.report
     if info := model_info(model, required=False):
-        set_model_info(merged, **info | {"load_in_4bit": False, "dtype": str(dtype).removeprefix("torch."), "merged": target})
+        set_model_info(merged, **info | {"load_in_4bit": False, "dtype": str(dtype).removeprefix("torch."), "merged": True})
     return merged
-
-# %% ../nbs/16_merge.ipynb #bd01c831-30
-def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: float) -> list[dict[str, tuple[int, ...]]]:
-    "The tensors in groups of at most `limit` bytes, at least one in each."
-    groups, size = [{}], 0
-    for name, shape in shapes.items():
-        needed = math.prod(shape) * itemsize
-        if groups[-1] and size + needed > limit:
-            groups.append({})
-            size = 0
-        groups[-1][name] = shape
-        size += needed
-    return groups
 
 # %% ../nbs/16_merge.ipynb #bd01c831-31
 def merged_config(base: torch.nn.Module, dtype: torch.dtype) -> dict:
@@ -287,15 +229,17 @@ def merged_config(base: torch.nn.Module, dtype: torch.dtype) -> dict:
 # %% ../nbs/16_merge.ipynb #bd01c831-32
 def _write_merged(tensors: MergedTensors, tokenizer, folder: Path, dtype: torch.dtype, shard_size: float) -> None:
     "Weights in shards, config, generation config, tokenizer."
-    groups = _shards({name: tensors.shape(name) for name in tensors.parameters}, dtype.itemsize, shard_size)
-    weight_map = {}
-    for i, shapes in enumerate(groups, 1):
-        file = f"model-{i:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
-        write_shard(folder / file, shapes, dtype, lambda name: tensors.load(name, dtype))
-        weight_map |= dict.fromkeys(shapes, file)
-    if len(groups) > 1:
-        total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    shapes = {name: tensors.shape(name) for name in tensors.parameters}
+    split = split_state_dict_into_shards_factory(
+        shapes, get_storage_size=lambda shape: math.prod(shape) * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors", max_shard_size=int(shard_size),
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_shard(folder / file, {name: shapes[name] for name in names}, dtype, lambda name: tensors.load(name, dtype))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     text = json.dumps(merged_config(tensors.base, dtype), indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -307,14 +251,13 @@ def save_merged(
     model: torch.nn.Module,  # a peft model; it stays as it is
     tokenizer,
     path: str | Path,  # a folder; new, empty, or a merged model that is to be replaced
-    target: str = "dequantized",  # merge into the dequantized base, or the original one
     *,
-    base: str | Path | None = None,  # for "original": the folder or Hub name of the 16-bit base
     dtype: str | torch.dtype | None = None,  # of the files; None is what the model computes in
-    shard_size: float = 4e9,  # bytes in one file
+    shard_size: float = 4e9,  # bytes of weights in one file
 ) -> list[LayerMerge]:  # what it did to each layer
-    "Write the merged model atomically, layer by layer. Raise `UserError` where it can't be merged exactly."
-    tensors, dtype = _open_merge(model, target, base, dtype)
+    "Write the model that `merge_adapter` makes atomically, layer by layer. Raise `UserError` as that does."
+    find_active_adapter(model)
+    tensors = MergedTensors(model)
     with replace_folder(path, "the merged model") as part:
-        _write_merged(tensors, tokenizer, part, dtype, shard_size)
+        _write_merged(tensors, tokenizer, part, choose_dtype(dtype or tensors.dtype), shard_size)
     return tensors.report

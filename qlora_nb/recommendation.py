@@ -13,20 +13,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from .core import UserError
-from qlora_nb.memory import (
+from qlora_nb.plan import (
     CARDS,
     Rows,
-    Shape,
     choose_length,
     estimate_for_rows,
     find_card,
     gib,
-    matrices,
-    model_shape,
-    parameter_count,
     plan_training,
     row_lengths,
 )
+from .shapes import Shape, matrices, model_shape, parameter_count
 
 # %% ../nbs/05_recommend.ipynb #077634bc
 SOURCES = {

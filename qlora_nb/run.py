@@ -293,9 +293,10 @@ class RunFolder:
         file = self.path / "config.yaml"
         config = read_config(file)
         try:
-            config.update({name: check_setting(name, config[name]) for name in settings_of_part("trainer") if name in config})
+            values = {name: check_setting(name, value) for name, value in config.items() if name in _FIELDS}
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
+        config.update({name: values[name] for name in settings_of_part("trainer") if name in values})
         check_fields(file, config, rows_read=dict, fingerprints=dict, plan=dict)
         for name in ("rows", "left_out", "cut", "longest"):
             check_fields(f"{file}, rows_read", config.get("rows_read") or {}, **{name: float})

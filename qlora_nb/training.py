@@ -36,9 +36,11 @@ from qlora_nb.core import (
     library_versions,
     write_json,
 )
-from .data import check_dataset, data_fingerprint, encode_dataset, load_sft_dataset, question_hash
+from .preflight import check_and_encode, encode_dataset
+from .rows import data_fingerprint, load_sft_dataset, question_hash
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2e
+from .diagnosis import plot_loss
 from qlora_nb.engine import (
     Engine,
     FlatAdapters,
@@ -49,7 +51,7 @@ from qlora_nb.engine import (
     pack_rows,
     released_after,
 )
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, encode_rows, evaluate
 from .model import count_parameters, quiet_libraries
 from .recommendation import recommend
 from qlora_nb.run import (
@@ -66,18 +68,9 @@ from .template import template_fingerprint, template_text
 from .weights import read_header
 
 # %% ../nbs/15_training.ipynb #2d8bdb86
-from qlora_nb.memory import (
-    Card,
-    MemoryEstimate,
-    Plan,
-    Rows,
-    choose_length,
-    estimate_for_rows,
-    find_card,
-    gib,
-    model_shape,
-    plan_training,
-)
+from .memory import MemoryEstimate
+from .plan import Card, Plan, Rows, choose_length, estimate_for_rows, find_card, gib, plan_training
+from .shapes import model_shape
 
 # %% ../nbs/15_training.ipynb #96a31b6b-6
 def check_choices(settings: Settings) -> None:
@@ -144,7 +137,7 @@ def trainable_parameters(model) -> dict:
 class _Here(threading.local):
     "Whether this thread trains tensors that bitsandbytes needn't wait for."
 
-    without_waiting = False
+    unpaged = False
 
 
 _here = _Here()
@@ -352,25 +345,6 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
             parameter.data = parameter.data.float()
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
-
-# %% ../nbs/15_training.ipynb #96a31b6b-9
-def plot_loss(
-    metrics: list[dict],  # rows of metrics.jsonl
-    ax=None,  # a matplotlib Axes; None makes one
-    window: int = 10,  # steps in the running mean
-):
-    "Loss by step and its running mean; returns the Axes."
-    import matplotlib.pyplot as plt
-
-    ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
-    steps, losses = [m["step"] for m in metrics], [m["loss"] for m in metrics]
-    ax.plot(steps, losses, color="#9ecae1", lw=1, marker="o" if len(steps) == 1 else None, label="each step")
-    means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
-    ax.plot(steps, means, color="#08519c", lw=2, label=f"mean of {window} steps")
-    ax.set(xlabel="optimizer step", ylabel="loss (nats per labelled token)", ylim=(0, None))
-    ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
 
 # %% ../nbs/15_training.ipynb #96a31b6b-10
 def runs_in_notebook() -> bool:
@@ -762,103 +736,6 @@ def metrics_before(folder: RunFolder, step: int, history: list[dict]) -> list[di
     kept |= {number: {**make_metrics_row(number, row, 0.0), **unknown} for number, row in lost.items()}
     return [kept[number] for number in sorted(kept)]
 
-# %% ../nbs/15_training.ipynb #8ce5ee53
-def memory_lines(plan: dict | None) -> list[str]:
-    "Predicted and measured memory of a planned run, for the report."
-    if not plan or not plan["predicted"]:
-        return []
-    said = f"Planned for {plan['card']}: {plan['choice']}; predicted {gib(plan['predicted']['allocated_bytes'])} allocated"
-    return [said + (f", measured {gib(plan['measured']['allocated_bytes'])}." if plan["measured"] else ", not measured (no GPU).")]
-
-# %% ../nbs/15_training.ipynb #6b0d2c43
-def loading_words(config: dict) -> str:
-    "What `load_model` must be told beside the adapter, to load it on the base that it was trained on."
-    bits = "" if config.get("load_in_4bit", True) else ", load_in_4bit=False"
-    return bits + (f", revision={config['revision']!r}" if config.get("revision") else "")
-
-# %% ../nbs/15_training.ipynb #96a31b6b-18
-def percent(share: float | None) -> str:
-    "A share as text; a dash for None."
-    return "–" if share is None else f"{100 * share:.1f} %"
-
-
-def figures_table(before: Evaluation, after: Evaluation) -> list[str]:
-    "What was measured before and after, as a Markdown table; what doesn't apply to the data is left out."
-    lines = ["| | before | after |", "|---|---|---|"]
-    for key, name in [("loss", "held-out loss (nats per token)"), ("exact", "exact answers"), ("form", "`<think>` form"),
-                      ("stops", "stops by itself"), ("base_perplexity", "perplexity on the base task")]:
-        old, new, judged = getattr(before, key), getattr(after, key), len(after.pairs(key))
-        if old is None or new is None:
-            continue
-        some = f", of {judged} rows that can be judged" if key in ("exact", "form") and judged < len(after.rows) else ""
-        shown = [f"{value:.3f}" if key in ("loss", "base_perplexity") else percent(value) for value in (old, new)]
-        lines.append(f"| {name}{some} | {shown[0]} | {shown[1]} |")
-    return lines
-
-# %% ../nbs/15_training.ipynb #5c1e7b17
-def again_words(config: dict) -> str:
-    "How to do a run again, for its report."
-    data = ", with `--data` for the data that was given in Python" if config["data"] == DATA_FROM_PYTHON else ""
-    said = f"Do it again: `qlora_nb train --config config.yaml`{data}"
-    if not config.get("started_from"):
-        return said
-    return (f"{said} starts from a new adapter. This run went on from a trained one (adapter_model.safetensors with SHA-256 {config['started_from']}): "
-            "load that with `load_adapter(model, path, trainable=True)`, and call `train` with these settings")
-
-
-def report_text(summary: dict, config: dict, before: Evaluation | None, after: Evaluation | None) -> str:
-    "report.md: what was trained on what, before and after, and the command to do it again."
-    lines = [
-        f"# Run of {config['model']}", "",
-        f"{summary['steps']} steps, {summary['train_seconds']:.0f} s of training, {summary['seconds']:.0f} s in all; "
-        f"mean loss {summary['mean_loss']:.3f}, last {summary['last_loss']:.3f}.",
-        f"Backend {summary['backend']}, rank {config['r']}, learning rate {config['learning_rate']:g}, "
-        f"{summary['trainable']:,} of {summary['total']:,} parameters trained.", *memory_lines(summary.get("plan")), "",
-        "![loss](loss.png)", "",
-    ]
-    if before and after:
-        lines += [f"## Before and after, on {len(after.rows)} held-out problems", "", *figures_table(before, after), "", side_by_side(before, after), ""]
-    lines += [
-        "## Use it", "", "```python", "from qlora_nb import load_model, chat", "",
-        f'model, tokenizer = load_model(adapter="adapter"{loading_words(config)})', 'chat(model, tokenizer, "…")', "```", "",
-        again_words(config), "",
-    ]
-    return "\n".join(lines)
-
-# %% ../nbs/15_training.ipynb #7e300001
-from qlora_nb.core import check_fields, read_json, read_objects  # noqa: F401
-
-# %% ../nbs/15_training.ipynb #7e300003
-from qlora_nb.evaluation import side_by_side
-from qlora_nb.run import read_config  # noqa: F401
-
-# %% ../nbs/15_training.ipynb #7e300002
-Run = RunFolder
-FROM_PYTHON = DATA_FROM_PYTHON
-
-
-def read_metrics(path):
-    return RunFolder(path).metrics
-
-
-def read_summary(path):
-    return RunFolder(path).summary
-
-
-def run_settings(path):
-    return RunFolder.open(path).config
-
-# %% ../nbs/15_training.ipynb #7e300004
-def _reports(folder, watch, before, after, config, summary):
-    import matplotlib.pyplot as plt
-
-    losses = [m["loss"] for m in watch.metrics]
-    ax = plot_loss(watch.metrics)
-    ax.figure.savefig(folder.path / "loss.png", format="png", dpi=120)
-    plt.close(ax.figure)
-    summary = {**summary, "steps": watch.metrics[-1]["step"], "mean_loss": sum(losses) / len(losses), "last_loss": losses[-1]}
-    folder.write("report.md", report_text(summary, config, before, after))
-
 # %% ../nbs/15_training.ipynb #0ebf9a93
 def adapter_settings(model) -> dict:
     "Return what `load_model` and `add_lora` decided: `method`, `r` and `target_modules`."
@@ -1142,6 +1019,14 @@ class TrainingRows:
         "How many rows have a shortened prompt; None where the data was not checked."
         return None if self.report is None else sum(f.count for f in self.report.findings if f.code == "prompt_cut")
 
+    def keep_within(self, limit: int) -> "TrainingRows":
+        "Return the rows of at most `limit` tokens."
+        lengths = count_row_tokens(self.rows)
+        numbers = sorted(set(range(self.total)) - set(self.dropped))  # of the rows that are here
+        longer = [number for number, length in zip(numbers, lengths) if length > limit]
+        kept = self.rows.select([i for i, length in enumerate(lengths) if length <= limit])
+        return replace(self, rows=kept, dropped=sorted([*self.dropped, *longer]))
+
     def summary(self) -> dict:
         "What is trained on, for `config.yaml`: rows, those left out or cut, the longest in tokens, learned tokens."
         whole = self.report.lengths if self.report else {}
@@ -1166,16 +1051,15 @@ class TrainingRows:
 # %% ../nbs/15_training.ipynb #96a31b6b-27
 def prepare_rows(data, tokenizer, settings: Settings, eval_data: object, check: bool) -> TrainingRows:
     "Render and tokenize every row once, and check the data on the way."
-    report = None
-    if check:
-        report = check_dataset(
-            data, tokenizer, settings.max_seq_length, eval_data=eval_data, template=settings.template,
-            max_steps=None if settings.num_train_epochs else settings.max_steps,
-            effective_batch=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
-            truncation=settings.truncation,
-        )
-    rows, dropped = encode_dataset(data, tokenizer, settings.max_seq_length, settings.template, truncation=settings.truncation)
-    return TrainingRows(rows, dropped, report, len(data))
+    how = {"template": settings.template, "truncation": settings.truncation}
+    if not check:
+        return TrainingRows(*encode_dataset(data, tokenizer, settings.max_seq_length, **how), total=len(data))
+    found = check_and_encode(
+        data, tokenizer, settings.max_seq_length, eval_data=eval_data, **how,
+        max_steps=None if settings.num_train_epochs else settings.max_steps,
+        effective_batch=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
+    )
+    return TrainingRows(found.rows, found.dropped, found.report, len(data))
 
 
 def print_to_stderr(text: str) -> None:
@@ -1329,7 +1213,7 @@ def prepare_run(model, tokenizer, data, eval_data: object, arguments: Mapping, c
 
 # %% ../nbs/15_training.ipynb #54aea6c4
 def plan_run(model, tokenizer, data, eval_data, plan, rows: TrainingRows, settings: Settings, decide: Callable, given: Mapping):
-    "Return (settings, rows, plan) with the plan followed. Rows that its length would cut or drop are prepared again; None for a plan of nothing."
+    "Return (settings, rows, plan) with the plan followed, and the rows that its length keeps. The plan is None where there is nothing to plan for."
     if rows.report and not rows.report.ok:  # which is what stops the run
         return settings, rows, None
     fixed = {name: getattr(settings, name) for name in given if name in settings_of_part("trainer")}
@@ -1340,8 +1224,9 @@ def plan_run(model, tokenizer, data, eval_data, plan, rows: TrainingRows, settin
     settings = decide(plan=found.settings["train"])
     check_run_settings(model, settings)
     found = follow_plan(model, found, settings)
-    if rows.dropped or settings.max_seq_length < max(lengths, default=0):
-        rows = prepare_rows(data, tokenizer, settings, eval_data, rows.report is not None)
+    if settings.max_seq_length < max(lengths, default=0):
+        cut = settings.truncation != "drop"  # which needs the texts again
+        rows = prepare_rows(data, tokenizer, settings, eval_data, rows.report is not None) if cut else rows.keep_within(settings.max_seq_length)
     return settings, rows, found
 
 
@@ -1423,6 +1308,8 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float) 
     "Evaluate, train, save, evaluate, and write the results."
     settings, folder, config, eval_data = prepared.settings, prepared.folder, prepared.config, prepared.eval_data
     base_data = load_base_task(model) if eval_data is not None else None
+    if base_data is not None:  # the same rows before and after
+        base_data = encode_rows(base_data, tokenizer, model, settings.template)
     before = _evaluate(model, tokenizer, eval_data, base_data, settings, base=True)
     progress = Progress()
     with gentle_interrupt() as interrupted:
@@ -1436,7 +1323,6 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float) 
     sha = save_adapter(model, with_template(tokenizer, settings.template), folder.adapter)
     tidy_checkpoints(folder, config["model"])
     after = _evaluate(model, tokenizer, eval_data, base_data, settings, base=False)
-    _reports(folder, watch, before, after, config, {**count_parameters(model), "seconds": time.time() - started, "train_seconds": seconds, "backend": config["backend"], **(plan or {})})
     write_results(folder, watch, before, after, {
         "seconds": round(time.time() - started, 2), "train_seconds": round(seconds, 2), "adapter_sha256": sha,
         "backend": config["backend"], **count_parameters(model), **(plan or {}), **training_totals(trainer, clock),

@@ -17,18 +17,25 @@ import torch
 
 # %% ../nbs/54_workflow.ipynb #54a00005
 from .certificate import certify
-from .core import UserError
+from .core import UserError, write_aside
+from .diagnosis import plot_loss
 from .gguf_export import export_gguf
 from .ollama_export import modelfile_for
-from .report import show_report, write_report
+from .report import show_report, write_reports
 from .run import RunFolder, check_setting, settings_of_part
 from .training import train_adapter
 
 # %% ../nbs/54_workflow.ipynb #54a00011
-def write_reports(folder: RunFolder) -> None:
+def try_to_report(folder: RunFolder) -> None:
     "Write the reports of a finished run. Where that fails the run is complete all the same, and stderr says so."
+    import matplotlib.pyplot as plt
+
     try:
-        write_report(folder.path)
+        with write_aside(folder.path / "loss.png") as part:
+            ax = plot_loss(folder.metrics)
+            ax.figure.savefig(part, format="png", dpi=120)
+            plt.close(ax.figure)
+        write_reports(folder)
     except Exception as error:
         print(f"the report was not written ({error}): make it with qlora_nb report {folder.path}", file=sys.stderr)
 
@@ -69,7 +76,7 @@ class Run:
         settings = {"data": self.eval_data, **settings}
         found = certify(self.path, gguf=sorted(self.path.glob("*.gguf")), modelfile=self.path / "Modelfile", **settings)
         found.to_json()
-        write_reports(RunFolder(self.path))
+        try_to_report(RunFolder(self.path))
         return found
 
 # %% ../nbs/54_workflow.ipynb #54a00022
@@ -108,7 +115,7 @@ def train(
         raise UserError("plan and resume are both given: a resumed run keeps its settings")
     folder, held_out = train_adapter(
         model, tokenizer, data, settings, config=config, eval_data=eval_data, output=output, check=check, plan=plan, resume=resume)
-    write_reports(folder)
+    try_to_report(folder)
     return Run(folder.path, folder.summary, folder.metrics, model, tokenizer, held_out)
 
 

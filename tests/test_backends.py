@@ -79,7 +79,7 @@ CAPTURE = """
 import json, sys, torch
 from qlora_nb import add_lora, load_model, load_sft_dataset
 from qlora_nb.core import PROFILES
-from qlora_nb.data import encode_dataset
+from qlora_nb.preflight import encode_dataset
 model, tokenizer = load_model(backend=sys.argv[1] if len(sys.argv) > 1 else {backend!r})
 model = add_lora(model)
 from pathlib import Path
@@ -245,8 +245,7 @@ def test_the_configuration_alone_says_what_the_model_does():
     "By the files that transformers writes, and with its defaults: what the engine says of the loaded configuration."
     from transformers import AutoConfig
 
-    from qlora_nb.engine import ARCHITECTURES
-    from qlora_nb.model import config_refusal
+    from qlora_nb.engine import ARCHITECTURES, config_refusal
 
     for family in ARCHITECTURES:
         config = AutoConfig.for_model(family)
@@ -295,7 +294,7 @@ def test_a_model_that_the_engine_does_not_train_is_said_once(monkeypatch, capsys
     from qlora_nb.core import EMBEDDED_MODEL
 
     why = "the engine can't train this model: its architecture is gemma2"
-    monkeypatch.setattr(model, "choose_backend", lambda *_: model.Way("transformers", False, why))
+    monkeypatch.setattr(model, "choose_backend", lambda *_: model.BackendChoice("transformers", False, why))
     model.load_model(EMBEDDED_MODEL)
     assert capsys.readouterr().err.splitlines() == [f"backend transformers: {why}"]
 
@@ -308,13 +307,13 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
     from qlora_nb.adapter import model_info
     from qlora_nb.cli import loading_arguments
     from qlora_nb.core import EMBEDDED_MODEL, UserError
-    from qlora_nb.data import load_sft_dataset
     from qlora_nb.engine import engine_of
+    from qlora_nb.rows import load_sft_dataset
     from qlora_nb.workflow import train
 
     def auto(**lora):
         with monkeypatch.context() as m:
-            m.setattr(model, "choose_backend", lambda *_: model.Way("transformers", True, "faked"))
+            m.setattr(model, "choose_backend", lambda *_: model.BackendChoice("transformers", True, "faked"))
             base, tokenizer = model.load_model(EMBEDDED_MODEL)
         return model.add_lora(base, r=4, **lora), tokenizer
 

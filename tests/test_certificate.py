@@ -34,11 +34,11 @@ from qlora_nb.certificate import (
     training_ids,
 )
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.data import load_sft_dataset
 from qlora_nb.gguf_export import export_gguf
 from qlora_nb.llama import LlamaFile, chat_server, gguf_chat
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.ollama_export import modelfile_for, modelfile_refusal, modelfile_text, parse_modelfile, write_modelfile
+from qlora_nb.rows import load_sft_dataset
 from qlora_nb.template import SYSTEM_PROMPT, TEMPLATES
 
 for package in ("gguf", "llama_cpp", "xllamacpp"):

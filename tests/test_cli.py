@@ -184,7 +184,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(how, code, whole, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == code and out == ""
     if how == signal.SIGINT:
-        assert "checkpoint saved: go on with qlora_nb train --resume" in err and "Traceback" not in err
+        assert "checkpoint saved: resume it with qlora_nb train --resume" in err and "Traceback" not in err
     assert not (tmp_path / "run/summary.json").exists()
     assert "is not finished" in qlora_nb("chat", "run", "--message", "x", cwd=tmp_path).stderr
     done = qlora_nb("train", "--resume", "run", cwd=tmp_path)
@@ -280,7 +280,7 @@ def test_check_flags_are_the_settings_names():
     import inspect
 
     from qlora_nb.cli import MODEL_FLAGS, TRAIN_FLAGS, check
-    from qlora_nb.data import check_dataset
+    from qlora_nb.preflight import check_dataset
 
     known = {*MODEL_FLAGS, *TRAIN_FLAGS, *inspect.signature(check_dataset).parameters}
     assert set(inspect.signature(check).parameters) - known == {"as_json"}
@@ -497,7 +497,7 @@ def test_plan_says_it_to_people_and_to_machines(command):
 def test_plan_without_a_card_looks_at_all_the_usual_ones(command):
     import torch
 
-    from qlora_nb.memory import CARDS
+    from qlora_nb.plan import CARDS
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a card")
@@ -562,8 +562,9 @@ def test_train_warns_before_it_loads_a_model_that_does_not_fit(tmp_path):
 
     from qlora_nb.cli import foresee
     from qlora_nb.core import EMBEDDED_MODEL
-    from qlora_nb.data import load_sft_dataset
-    from qlora_nb.memory import CUDA_CONTEXT, Card
+    from qlora_nb.memory import CUDA_CONTEXT
+    from qlora_nb.plan import Card
+    from qlora_nb.rows import load_sft_dataset
 
     place = tmp_path / "model"
     place.mkdir()
@@ -622,7 +623,7 @@ def test_sigterm_saves_a_checkpoint_and_the_run_goes_on_to_the_same_bytes(whole,
     out, err = process.communicate(timeout=240)
     assert (process.returncode, out) == (143, "") and "Traceback" not in err and "Ctrl-C" not in err
     assert "stopping by SIGTERM after this step" in err
-    said = re.search(r"stopped by SIGTERM at step (\d+), checkpoint saved: go on with qlora_nb train --resume", err)
+    said = re.search(r"stopped by SIGTERM at step (\d+), checkpoint saved: resume it with qlora_nb train --resume", err)
     assert (tmp_path / f"run/checkpoints/checkpoint-{said[1]}/optimizer.pt").exists()
     done = qlora_nb("train", "--resume", "run", cwd=tmp_path)
     assert done.returncode == 0 and sha(tmp_path / "run") == sha(whole), done.stderr[-3000:]
@@ -664,7 +665,7 @@ def test_a_hangup_that_is_ignored_and_a_signal_in_the_evaluation(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 143 and "Traceback" not in err
-    assert re.search("stopped by SIGTERM: go on with qlora_nb train --resume .*run", err.splitlines()[-1])
+    assert re.search("stopped by SIGTERM: resume it with qlora_nb train --resume .*run", err.splitlines()[-1])
 
 
 DROPS_SYSTEM = """{{- bos_token }}

@@ -14,19 +14,16 @@ import zipfile
 import pytest
 
 from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
-from qlora_nb.data import (
-    CODES,
-    Answers,
+from qlora_nb.preflight import (
+    DATASET_CODES,
+    DatasetFinding,
     DatasetReport,
-    Finding,
-    Seen,
+    RowStatistics,
     check_dataset,
-    data_fingerprint,
     encode_dataset,
-    load_sft_dataset,
-    recognise,
-    role_problem,
+    find_role_problem,
 )
+from qlora_nb.rows import data_fingerprint, find_schema, load_sft_dataset
 from qlora_nb.template import SYSTEM_PROMPT, encode
 
 pytestmark = pytest.mark.quick
@@ -86,7 +83,7 @@ def test_embedded_has_no_such_split():
 
 
 def test_a_missing_embedded_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr("qlora_nb.data.EMBEDDED_DATA", tmp_path / "gone")
+    monkeypatch.setattr("qlora_nb.rows.EMBEDDED_DATA", tmp_path / "gone")
     with pytest.raises(UserError, match="there is no file or folder"):
         load_sft_dataset()
 
@@ -199,7 +196,7 @@ def test_nothing_usable():
 )
 def test_ambiguity(columns, names):
     with pytest.raises(UserError, match=f"in 2 ways: {names}.* Choose one with columns="):
-        recognise(columns.split())
+        find_schema(columns.split())
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -288,8 +285,8 @@ def test_csv_with_newlines_quotes_and_a_long_field(tmp_path):
         ("a.json", b"[]", "has no rows"),
         ("a.csv", b"", "has no rows"),
         ("a.csv", b"question,answer\n", "has no rows"),
-        ("a.parquet", b"", "not a Parquet file"),
-        ("a.parquet", b"PAR1 nonsense", "not a Parquet file"),
+        ("a.parquet", b"", "not a readable Parquet file"),
+        ("a.parquet", b"PAR1 nonsense", "not a readable Parquet file"),
         ("a.jsonl", LINE * 500 + b'{"question": "2\n' + LINE, "a.jsonl, line 501, is not JSON"),
         ("a.jsonl", LINE + b"[1, 2]\n", "a.jsonl, line 2, is a JSON list"),
         ("a.jsonl", LINE + b'"\xff"\n', "a.jsonl, line 2, is not UTF-8"),
@@ -304,16 +301,16 @@ def test_csv_with_newlines_quotes_and_a_long_field(tmp_path):
         ("a.csv", CSV + b"1,2,3\n", "a.csv, row 2, doesn't have the 2 columns"),
         ("a.csv", CSV + b'"open,2\n', "a.csv, row 2, is not CSV"),
         ("a.csv", CSV + b"\xff\xfe,1\n", "a.csv, near row . is not UTF-8|a.csv, near row ., is not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(LINE * 1000, mtime=0)[:-20], "a.jsonl.gz is cut short"),
-        ("a.csv.gz", gzip.compress(CSV, mtime=0)[:-9], "a.csv.gz is cut short"),
-        ("a.jsonl.gz", LINE, "a.jsonl.gz is cut short or not packed"),
+        ("a.jsonl.gz", gzip.compress(LINE * 1000, mtime=0)[:-20], "a.jsonl.gz can't be read after row"),
+        ("a.csv.gz", gzip.compress(CSV, mtime=0)[:-9], "a.csv.gz can't be read after row"),
+        ("a.jsonl.gz", LINE, "a.jsonl.gz can't be read after row 0 .* compressed as its name says"),
         ("a.jsonl.bz2", LINE, "a.jsonl.bz2 can't be read"),
-        ("a.jsonl.xz", LINE, "a.jsonl.xz is cut short or not packed"),
-        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0)[:-3], "a.parquet.gz is cut short"),
-        ("a.txt", b"hello", "a.txt has no suffix that is known"),
-        ("a", b"hello", "a has no suffix that is known"),
-        ("a.pkl", b"\x80\x04.", "a.pkl has no suffix that is known"),
-        ("a.jsonl.zip", b"PK", "a.jsonl.zip is cut short or not packed"),
+        ("a.jsonl.xz", LINE, "a.jsonl.xz can't be read after row 0 .* compressed as its name says"),
+        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0)[:-3], "a.parquet.gz can't be read after row 0"),
+        ("a.txt", b"hello", "a.txt has no known suffix"),
+        ("a", b"hello", "a has no known suffix"),
+        ("a.pkl", b"\x80\x04.", "a.pkl has no known suffix"),
+        ("a.jsonl.zip", b"PK", "a.jsonl.zip can't be read after row 0 .* compressed as its name says"),
         ("a.jsonl", b'{"messages": "[broken"}\n', "a.jsonl, row 1: a conversation written as text is not JSON"),
     ],
 )
@@ -470,7 +467,7 @@ def test_objects():
 
 
 def test_hub_name_with_no_network():
-    with pytest.raises(UserError, match="'nobody/no-such-data' is no file .*can't be loaded from the Hub"):
+    with pytest.raises(UserError, match="'nobody/no-such-data' is not a file .*can't be loaded from the Hub"):
         load_sft_dataset("nobody/no-such-data")
 
 
@@ -541,7 +538,7 @@ def test_contents_that_are_no_text(value, tmp_path, tokenizer, capsys):
     rows = [{"question": "2+2?", "answer": "4"}] * 2 + [{"question": "3+3?", "answer": value}]
     data = load_sft_dataset(jsonl(tmp_path / "a.jsonl", rows))
     assert turns(data, 2) == [("user", "3+3?"), ("assistant", None)]
-    assert "contents that are no text: 1" in capsys.readouterr().err
+    assert "contents that are not text: 1" in capsys.readouterr().err
     assert codes(check_dataset(data, tokenizer))["non_string_content"] == ("error", 1, [2])
 
 
@@ -697,12 +694,12 @@ def test_dominant_answer(tokenizer):
 
 def test_dominant_answer_among_very_many(tokenizer):
     "More answers than counters: found all the same, and counted from below."
-    answers = Answers()
+    statistics = RowStatistics()
     for i in range(4000):
-        answers.add(i, "Yes." if i % 5 < 3 else str(i))
-    count, rows, text = answers.dominant()
-    assert 2400 - 4000 / 256 <= count <= 2400 and text == "Yes." and len(answers.counts) <= 255
-    assert rows[0] == 0 and len(rows) == 5
+        statistics.add_reply(i, "Yes." if i % 5 < 3 else str(i))
+    most = max(statistics.answers.values(), key=lambda answer: answer.count)
+    assert 2400 - 4000 / 256 <= most.count <= 2400 and most.cause == "Yes." and len(statistics.answers) <= 255
+    assert most.rows[0] == 0 and len(most.rows) == 5
 
 
 def test_length_outliers(tokenizer):
@@ -729,15 +726,19 @@ def test_odd_characters(content, odd, tokenizer):
 
 
 def test_memory_for_rows_is_bounded():
-    seen = Seen(capacity=1000)
-    size = len(seen.table)
-    keys = [(i * 0x9E3779B97F4A7C15) % 2**64 | 1 for i in range(1, 3001)]
-    assert not any(seen.add(key) for key in keys) and seen.full and len(seen.table) == size and seen.count == 1000
-    assert all(key in seen for key in keys[:1000]) and not any(key in seen for key in keys[1000:])
+    statistics = RowStatistics(capacity=1000)
+    assert not statistics.remember("row", "0") and not statistics.full
+    size = len(statistics.tables["row"])
+    texts = [str(i) for i in range(1, 3000)]
+    assert not any(statistics.remember("row", text) for text in texts) and statistics.full
+    assert len(statistics.tables["row"]) == size and statistics.remembered == {"row": 1000}
+    assert all(statistics.remember("row", text) for text in ["0", *texts[:999]])
+    assert not any(statistics.remember("row", text) for text in texts[999:])
+    assert not statistics.remember("question", "0"), "each kind has a table of its own"
 
 
 def test_a_set_with_more_rows_than_are_remembered(monkeypatch, tokenizer):
-    monkeypatch.setattr("qlora_nb.data.REMEMBERED", 16)
+    monkeypatch.setattr("qlora_nb.preflight.REMEMBERED_ROWS", 16)
     report = check_dataset([*good(40), good(1)[0], good(1, start=39)[0]], tokenizer)
     assert codes(report)["duplicate"] == ("warning", 1, [40]), "the last row repeats one that was not remembered"
     assert "among the first 16 different ones" in report.summary["note"] and "among the first 16" in str(report)
@@ -882,7 +883,7 @@ def test_nothing_to_look_at(data, tokenizer):
 
 def test_report():
     report = DatasetReport(
-        [Finding("b", "warning", 9, [1, 2], "a | b", "do"), Finding("a", "error", 1, [7], "c", "<do>")], {"rows": 9}
+        [DatasetFinding("b", "warning", "a | b", "do", 9, [1, 2]), DatasetFinding("a", "error", "c", "<do>", 1, [7])], {"rows": 9}
     )
     assert [f.code for f in report.findings] == ["a", "b"] and not report.ok
     assert str(report) == "rows 9\n" + report.table()
@@ -895,7 +896,7 @@ def test_report():
 
 def test_roles():
     def problem(*names):
-        return role_problem([{"role": name, "content": "x"} for name in names])
+        return find_role_problem([{"role": name, "content": "x"} for name in names])
 
     assert problem("user", "assistant") is problem("developer", "user", "assistant", "tool", "assistant") is None
     assert problem("system", "assistant") == "the first turn after the system is the assistant's, not the user's"
@@ -903,7 +904,7 @@ def test_roles():
 
 
 def test_each_code_says_what_to_do():
-    assert all(severity in ("error", "warning", "info") and len(fix) > 20 for severity, fix in CODES.values())
+    assert all(severity in ("error", "warning", "info") and len(fix) > 20 for severity, fix in DATASET_CODES.values())
 
 
 # --- what training doesn't use --------------------------------------------------------------------------------------
@@ -1331,7 +1332,7 @@ def test_encode_dataset(tokenizer):
     assert dropped == [3] and data.column_names == ["input_ids", "labels"] and data.cache_files == []
     kept = [row for i, row in enumerate(rows) if i != 3]
     assert data.to_list() == [encode(row["messages"], tokenizer, max_length=128) for row in kept]
-    again, _ = encode_dataset(load_sft_dataset(rows), tokenizer, 128, num_proc=2)
+    again, _ = encode_dataset(load_sft_dataset(rows), tokenizer, 128)
     assert again.to_list() == data.to_list()
 
 

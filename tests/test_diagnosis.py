@@ -11,26 +11,25 @@ import torch
 
 from qlora_nb.core import UserError, write_json, write_jsonl
 from qlora_nb.diagnosis import (
-    FOLLOWS,
-    RULES,
-    SEVERITIES,
+    DIAGNOSIS_RULES,
+    EXPLAINED_CODES,
+    average_fifths,
     diagnose,
-    diverging,
-    fifths,
-    flat,
-    forgetting,
-    gradients,
-    memory,
-    never_stops,
-    no_gain,
-    not_a_number,
-    overfitting,
+    find_divergence,
+    find_early_end,
+    find_endless_replies,
+    find_falling_loss,
+    find_flat_loss,
+    find_forgetting,
+    find_gradient_trouble,
+    find_lost_rows,
+    find_memory_trouble,
+    find_nan,
+    find_no_gain,
+    find_overfitting,
+    find_slow_steps,
+    find_zero_loss,
     read_evidence,
-    rows_lost,
-    slow,
-    still_falling,
-    unfinished,
-    zero_loss,
 )
 
 USUAL = {
@@ -40,7 +39,7 @@ USUAL = {
 
 @pytest.fixture(scope="module")
 def data():
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     return load_sft_dataset(split="train"), load_sft_dataset(split="heldout")
 
@@ -92,19 +91,19 @@ def test_a_healthy_run_gives_no_finding(healthy):
 def test_a_rate_of_ten_diverges(spoil):
     found = spoil(learning_rate=10.0)
     assert found.codes == ["diverging"] and not found.ok
-    assert "learning rate 10" in found.findings[0].cause and "lower the learning rate" in found.findings[0].cure
+    assert "learning rate 10" in found.findings[0].cause and "lower the learning rate" in found.findings[0].fix
 
 
 def test_a_rate_of_a_millionth_is_flat(spoil):
     found = spoil(learning_rate=1e-6)
-    assert found.codes == ["flat"] and "raise the learning rate" in found.findings[0].cure
+    assert found.codes == ["flat"] and "raise the learning rate" in found.findings[0].fix
 
 
 def test_rows_learnt_by_heart(spoil, data):
     found = spoil(rows=data[0].select(range(16)), max_steps=60, learning_rate=5e-3, max_new_tokens=96)
     assert "overfitting" in found.codes and not found.ok
     trouble = next(f for f in found.findings if f.code == "overfitting")
-    assert "by heart" in trouble.cause and "epochs" in trouble.cure
+    assert "memorised" in trouble.cause and "epochs" in trouble.fix
 
 
 def test_replies_that_lost_their_end(spoil):
@@ -122,7 +121,7 @@ def test_a_limit_that_is_too_short_is_another_trouble(spoil):
     assert "limit_too_short" in found.codes and "never_stops" not in found.codes
     trouble = next(f for f in found.findings if f.code == "limit_too_short")
     longest = max(row["tokens"] for row in found.evidence.replies if row["stage"] == "after")
-    assert trouble.cure.startswith(f"raise max_new_tokens to {longest}")
+    assert trouble.fix.startswith(f"raise max_new_tokens to {longest}")
 
 
 def test_a_base_that_forgets(spoil):
@@ -137,7 +136,7 @@ def test_a_base_that_forgets(spoil):
 def test_a_loss_that_is_no_number(spoil):
     found = spoil(learning_rate=1e25, warmup_steps=0, max_steps=12, fails=(UserError,))
     assert found.evidence.stopped, "train says why it stopped"
-    assert found.codes == ["nan_loss"] and "lower the learning rate" in found.findings[0].cure
+    assert found.codes == ["nan_loss"] and "lower the learning rate" in found.findings[0].fix
 
 
 def test_masked_labels(spoil):
@@ -148,7 +147,7 @@ def test_masked_labels(spoil):
     )  # fmt: skip
     assert found.evidence.stopped, "train says why it stopped"
     assert set(found.codes) & {"zero_loss", "nan_loss"}, found.codes
-    assert "labels" in found.findings[0].cure
+    assert "labels" in found.findings[0].fix
     assert found.findings[0].severity == "error"
 
 
@@ -220,7 +219,7 @@ def test_memory(healthy, peak, checkpointing, codes):
         config={**healthy.evidence.config, "use_gradient_checkpointing": checkpointing},
         metrics=[{**row, "peak_allocated": int(peak * card)} for row in healthy.evidence.metrics],
     )  # fmt: skip
-    found = memory(seen)
+    found = find_memory_trouble(seen)
     assert [f.code for f in found] == codes
     if codes:
         assert "of 16.0 GiB" in found[0].cause
@@ -244,24 +243,24 @@ def run_of(healthy, losses, norms=None, rate=1e-3):
 
 @pytest.mark.quick
 def test_fifths():
-    assert fifths([1.0] * 9) == []
-    assert fifths([float(i) for i in range(13)]) == pytest.approx([1.0, 3.5, 6.0, 8.5, 11.0], abs=0.6)
-    assert len(fifths([1.0] * 11)) == 5
+    assert average_fifths([1.0] * 9) == []
+    assert average_fifths([float(i) for i in range(13)]) == pytest.approx([1.0, 3.5, 6.0, 8.5, 11.0], abs=0.6)
+    assert len(average_fifths([1.0] * 11)) == 5
 
 
 def test_losses_from_both_sides(healthy):
     down = [3.5 * 0.97**i + 0.3 for i in range(60)]
-    assert not diverging(run_of(healthy, down)) and not flat(run_of(healthy, down))
-    assert diverging(run_of(healthy, down[:40] + [0.9 + 0.1 * i for i in range(20)]))
-    assert diverging(run_of(healthy, [3.5, 3.6] + [4.2] * 28)), "above where it began, from the second step on"
+    assert not find_divergence(run_of(healthy, down)) and not find_flat_loss(run_of(healthy, down))
+    assert find_divergence(run_of(healthy, down[:40] + [0.9 + 0.1 * i for i in range(20)]))
+    assert find_divergence(run_of(healthy, [3.5, 3.6] + [4.2] * 28)), "above where it began, from the second step on"
     burst = [3.5, 3.4, 8.5, 7.4, 9.8, 5.8, 5.7, 5.7, 5.4, *[5.2] * 11]
-    assert diverging(run_of(healthy, burst)), "the rise itself is not its noise"
-    assert flat(run_of(healthy, [3.5 + 0.02 * (i % 3) for i in range(30)]))
-    assert not flat(run_of(healthy, [0.01] * 30)), "a loss of nearly nothing can't fall"
-    assert not flat(run_of(healthy, [3.5] * 9)), "nine steps tell nothing"
-    assert still_falling(run_of(healthy, [4 * 0.93**i for i in range(50)])) and not still_falling(run_of(healthy, down))
-    frozen = flat(run_of(healthy, [3.5] * 30, norms=[0.0] * 30))
-    assert "no weight gets a gradient" in frozen.cause and "trainable" in frozen.cure
+    assert find_divergence(run_of(healthy, burst)), "the rise itself is not its noise"
+    assert find_flat_loss(run_of(healthy, [3.5 + 0.02 * (i % 3) for i in range(30)]))
+    assert not find_flat_loss(run_of(healthy, [0.01] * 30)), "a loss of nearly nothing can't fall"
+    assert not find_flat_loss(run_of(healthy, [3.5] * 9)), "nine steps tell nothing"
+    assert find_falling_loss(run_of(healthy, [4 * 0.93**i for i in range(50)])) and not find_falling_loss(run_of(healthy, down))
+    frozen = find_flat_loss(run_of(healthy, [3.5] * 30, norms=[0.0] * 30))
+    assert "no weight gets a gradient" in frozen.cause and "trainable" in frozen.fix
 
 
 def test_noise_is_no_divergence(healthy):
@@ -269,23 +268,23 @@ def test_noise_is_no_divergence(healthy):
     draw, alarms, quiet = random.Random(0), 0, 0
     for _ in range(200):
         seen = run_of(healthy, [draw.gauss(1.2, 0.25) for _ in range(60)])
-        alarms += diverging(seen) is not None
-        quiet += flat(seen) is not None
+        alarms += find_divergence(seen) is not None
+        quiet += find_flat_loss(seen) is not None
     assert alarms <= 2 and quiet > 100, (alarms, quiet)
     risen = [run_of(healthy, [draw.gauss(1.2 if i < 2 else 2.4, 0.25) for i in range(60)]) for _ in range(200)]
-    assert sum(diverging(seen) is not None for seen in risen) >= 190, "twice as high is no noise"
+    assert sum(find_divergence(seen) is not None for seen in risen) >= 190, "twice as high is no noise"
 
 
 def test_gradients_from_both_sides(healthy):
     losses = [3.0 - i / 30 for i in range(60)]
-    assert gradients(run_of(healthy, losses, [0.5] * 60)) is None
-    assert gradients(run_of(healthy, losses, [30.0] * 5 + [0.5] * 55)) is None, "long ones at the start are usual"
-    assert gradients(run_of(healthy, losses, [8.0] * 60)).code == "gradients_cut"
-    spikes = gradients(run_of(healthy, losses, [0.5] * 40 + [40.0] + [0.5] * 19))
+    assert find_gradient_trouble(run_of(healthy, losses, [0.5] * 60)) is None
+    assert find_gradient_trouble(run_of(healthy, losses, [30.0] * 5 + [0.5] * 55)) is None, "long ones at the start are usual"
+    assert find_gradient_trouble(run_of(healthy, losses, [8.0] * 60)).code == "gradients_cut"
+    spikes = find_gradient_trouble(run_of(healthy, losses, [0.5] * 40 + [40.0] + [0.5] * 19))
     assert spikes.code == "gradient_spikes" and "step 41" in spikes.cause
-    assert gradients(run_of(healthy, losses, [0.1] * 40 + [3.0] + [0.1] * 19)) is None, "hardly cut, at its end"
-    assert gradients(run_of(healthy, losses, [0.0] * 60)).code == "no_gradient"
-    assert gradients(run_of(healthy, losses[:9], [8.0] * 9)) is None
+    assert find_gradient_trouble(run_of(healthy, losses, [0.1] * 40 + [3.0] + [0.1] * 19)) is None, "hardly cut, at its end"
+    assert find_gradient_trouble(run_of(healthy, losses, [0.0] * 60)).code == "no_gradient"
+    assert find_gradient_trouble(run_of(healthy, losses[:9], [8.0] * 9)) is None
 
 
 def with_figures(healthy, before, after, **more):
@@ -294,23 +293,23 @@ def with_figures(healthy, before, after, **more):
 
 
 def test_held_out_from_both_sides(healthy):
-    last = fifths(healthy.evidence.losses)[-1]
-    assert overfitting(with_figures(healthy, {"loss": 3.4}, {"loss": 1.5 * last + 0.05})) is None
-    assert overfitting(with_figures(healthy, {"loss": 3.4}, {"loss": 1.5 * last + 0.15}))
-    assert overfitting(with_figures(healthy, {}, {})) is None
-    assert no_gain(with_figures(healthy, {"loss": 3.4}, {"loss": 3.39}))
-    assert not no_gain(with_figures(healthy, {"loss": 3.4}, {"loss": 3.0}))
+    last = average_fifths(healthy.evidence.losses)[-1]
+    assert find_overfitting(with_figures(healthy, {"loss": 3.4}, {"loss": 1.5 * last + 0.05})) is None
+    assert find_overfitting(with_figures(healthy, {"loss": 3.4}, {"loss": 1.5 * last + 0.15}))
+    assert find_overfitting(with_figures(healthy, {}, {})) is None
+    assert find_no_gain(with_figures(healthy, {"loss": 3.4}, {"loss": 3.39}))
+    assert not find_no_gain(with_figures(healthy, {"loss": 3.4}, {"loss": 3.0}))
     replies = [{"stage": "after", "exact": True, "stops": True}] * 200
     figures = {"loss": 3.4, "exact": 0.9}, {"loss": 1.0, "exact": 0.5}
-    assert "50% of the held-out answers" in no_gain(with_figures(healthy, *figures, replies=replies)).cause
-    assert not no_gain(with_figures(healthy, {"loss": 3.4, "exact": 0.5}, {"loss": 1, "exact": 0.48}, replies=replies))
+    assert "50% of the held-out answers" in find_no_gain(with_figures(healthy, *figures, replies=replies)).cause
+    assert not find_no_gain(with_figures(healthy, {"loss": 3.4, "exact": 0.5}, {"loss": 1, "exact": 0.48}, replies=replies))
 
 
 def test_forgetting_from_both_sides(healthy):
     for factor, severity in ((1.4, None), (2, "info"), (20, "warning")):
-        found = forgetting(with_figures(healthy, {"base_perplexity": 1.5}, {"base_perplexity": 1.5 * factor}))
+        found = find_forgetting(with_figures(healthy, {"base_perplexity": 1.5}, {"base_perplexity": 1.5 * factor}))
         assert (found and found.severity) == severity
-    assert forgetting(with_figures(healthy, {}, {"base_perplexity": 50.0})) is None
+    assert find_forgetting(with_figures(healthy, {}, {"base_perplexity": 50.0})) is None
 
 
 def test_stops_from_both_sides(healthy):
@@ -319,15 +318,15 @@ def test_stops_from_both_sides(healthy):
 
     for share, severity in ((1.0, None), (0.9, None), (0.6, "warning"), (0.2, "error")):
         cut = round(20 * (1 - share))
-        said = never_stops(with_figures(healthy, {}, {"stops": share}, replies=replies(cut, 40)))
+        said = find_endless_replies(with_figures(healthy, {}, {"stops": share}, replies=replies(cut, 40)))
         assert (said and (said.code, said.severity)) == (severity and ("never_stops", severity))
-    assert never_stops(with_figures(healthy, {}, {"stops": 0.0}, replies=replies(20, 900))).code == "limit_too_short"
-    assert never_stops(with_figures(healthy, {}, {"stops": None}, replies=[])) is None
+    assert find_endless_replies(with_figures(healthy, {}, {"stops": 0.0}, replies=replies(20, 900))).code == "limit_too_short"
+    assert find_endless_replies(with_figures(healthy, {}, {"stops": None}, replies=[])) is None
     uncounted = [{**row, "tokens": None if i % 4 == 0 else 900} for i, row in enumerate(replies(20, 900))]
-    said = never_stops(with_figures(healthy, {}, {"stops": 0.0}, replies=uncounted))
-    assert said.code == "limit_too_short" and "to 900 at least" in said.cure
+    said = find_endless_replies(with_figures(healthy, {}, {"stops": 0.0}, replies=uncounted))
+    assert said.code == "limit_too_short" and "to 900 at least" in said.fix
     uncounted = [{**row, "tokens": None} for row in uncounted]
-    assert never_stops(with_figures(healthy, {}, {"stops": 0.0}, replies=uncounted)).code == "never_stops"
+    assert find_endless_replies(with_figures(healthy, {}, {"stops": 0.0}, replies=uncounted)).code == "never_stops"
 
 
 def test_rows_padding_and_loader_from_both_sides(healthy):
@@ -335,12 +334,12 @@ def test_rows_padding_and_loader_from_both_sides(healthy):
         return changed(healthy.evidence, summary={**healthy.evidence.summary, "train_seconds": seconds, **data})
 
     whole = {"rows": 900, "left_out": 50, "cut": 40, "longest": 400}
-    assert rows_lost(seen(data=whole)) == [] and rows_lost(seen()) == []
-    most = rows_lost(seen(data={**whole, "left_out": 1000}))
+    assert find_lost_rows(seen(data=whole)) == [] and find_lost_rows(seen()) == []
+    most = find_lost_rows(seen(data={**whole, "left_out": 1000}))
     assert [(f.code, f.severity) for f in most] == [("rows_left_out", "error")] and "1000 of 1900" in most[0].cause
-    assert [(f.code, f.severity) for f in rows_lost(seen(data={**whole, "cut": 200}))] == [("rows_cut", "warning")]
-    assert [f.code for f in slow(seen(data={"padding": 0.5}, loader_seconds=3.0))] == ["padding", "slow_loader"]
-    assert slow(seen(data={"padding": 0.3}, loader_seconds=1.0)) == []
+    assert [(f.code, f.severity) for f in find_lost_rows(seen(data={**whole, "cut": 200}))] == [("rows_cut", "warning")]
+    assert [f.code for f in find_slow_steps(seen(data={"padding": 0.5}, loader_seconds=3.0))] == ["padding", "slow_loader"]
+    assert find_slow_steps(seen(data={"padding": 0.3}, loader_seconds=1.0)) == []
 
 
 @pytest.mark.parametrize(
@@ -363,10 +362,10 @@ def test_runs_that_train_stopped(healthy, tmp_path, stopped, code):
 
 def test_numbers_that_are_none_in_the_metrics(healthy):
     seen = run_of(healthy, [3.0, 2.0, None, None])
-    assert "step 3" in not_a_number(seen).cause
-    assert zero_loss(run_of(healthy, [0.0] * 4)).code == "zero_loss"
-    assert zero_loss(run_of(healthy, [1.0, 0.0, 1.0])) is None
-    assert unfinished(seen) is None
+    assert "step 3" in find_nan(seen).cause
+    assert find_zero_loss(run_of(healthy, [0.0] * 4)).code == "zero_loss"
+    assert find_zero_loss(run_of(healthy, [1.0, 0.0, 1.0])) is None
+    assert find_early_end(seen) is None
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -382,7 +381,7 @@ def test_display_is_escaped_and_ordered(healthy, tmp_path):
     found = diagnose(path)
     assert found.codes == ["never_stops", "forgetting"], "errors come first"
     assert found.table().startswith("error: never_stops\n  ") and "\n  → " in found.table()
-    assert found.markdown().count("\n") == 1 and found.to_dict()["findings"][0]["code"] == "never_stops"
+    assert found.to_dict()["findings"][0]["code"] == "never_stops"
     assert "<b>" not in found._repr_html_() and found._repr_html_().count("<tr>") == 3
     assert repr(found) == str(found) == found.table()
 
@@ -404,9 +403,9 @@ def test_every_consequence_is_a_finding_of_a_rule():
     import qlora_nb.diagnosis as module
 
     source = inspect.getsource(module)
-    for code in {*FOLLOWS, *set().union(*FOLLOWS.values())}:
-        assert f'"{code}"' in source.split("FOLLOWS = ")[0], code
-    assert len(RULES) == len(set(RULES)) and SEVERITIES == ("error", "warning", "info")
+    for code in {*EXPLAINED_CODES, *set().union(*EXPLAINED_CODES.values())}:
+        assert f'"{code}"' in source.split("EXPLAINED_CODES = ")[0], code
+    assert len(DIAGNOSIS_RULES) == len(set(DIAGNOSIS_RULES))
 
 
 @pytest.mark.quick
@@ -500,6 +499,6 @@ def test_figures_that_do_not_apply(healthy):
     replies = [{**row, "exact": None, "form": None} for row in healthy.evidence.replies]
     before, after = ({"loss": loss, "stops": 1.0, **none} for loss in (3.0, 1.0))
     seen = with_figures(healthy, before, after, replies=replies)
-    assert no_gain(seen) is None and forgetting(seen) is None and never_stops(seen) is None
+    assert find_no_gain(seen) is None and find_forgetting(seen) is None and find_endless_replies(seen) is None
     worse = with_figures(healthy, {"loss": 3.0, **none}, {"loss": 3.0, **none}, replies=replies)
-    assert "held-out loss" in no_gain(worse).cause
+    assert "held-out loss" in find_no_gain(worse).cause

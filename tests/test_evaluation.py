@@ -15,17 +15,17 @@ from qlora_nb.evaluation import (
     Evaluation,
     answer_loss,
     before_and_after,
-    bootstrap,
-    change,
+    bootstrap_interval,
     evaluate,
+    expected_answer,
     has_form,
+    measure_change,
+    measure_perplexity,
     parse_answer,
-    perplexity,
     row_losses,
     side_by_side,
     split_reply,
-    wanted_answer,
-    wilson,
+    wilson_interval,
 )
 
 
@@ -127,13 +127,13 @@ def test_parse_answer(text, answer):
     ],
 )
 def test_the_number_that_an_expected_reply_ends_with(text, answer):
-    assert wanted_answer(text) == answer
+    assert expected_answer(text) == answer
 
 
 @pytest.mark.quick
 @given(st.text(alphabet=st.one_of(st.sampled_from("0123456789 .,-=#$%/<>"), st.characters()), max_size=80))
 def test_what_is_wanted_is_what_is_read(text):
-    assert wanted_answer(text) in (None, parse_answer(text))
+    assert expected_answer(text) in (None, parse_answer(text))
 
 
 @pytest.mark.quick
@@ -177,16 +177,16 @@ def test_has_form(text, good):
 @pytest.mark.parametrize("hits, n, low, high", [(0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (81, 263, 0.2553, 0.3662)])
 def test_wilson_against_published_values(hits, n, low, high):
     "Newcombe 1998, table I: 81 of 263 gives 0.2553 to 0.3662."
-    assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
+    assert wilson_interval(hits, n) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.quick
 @given(st.integers(1, 2000), st.data())
 def test_wilson_holds_the_share(n, data):
     hits = data.draw(st.integers(0, n))
-    low, high = wilson(hits, n)
+    low, high = wilson_interval(hits, n)
     assert 0 <= low <= hits / n <= high <= 1
-    wider = wilson(hits, n, 0.99)
+    wider = wilson_interval(hits, n, 0.99)
     assert wider[0] <= low and high <= wider[1]
 
 
@@ -194,18 +194,18 @@ def test_wilson_holds_the_share(n, data):
 @pytest.mark.parametrize("hits, n", [(0, 0), (3, 2), (-1, 5)])
 def test_wilson_refuses(hits, n):
     with pytest.raises(UserError):
-        wilson(hits, n)
+        wilson_interval(hits, n)
 
 
 @pytest.mark.quick
 @given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.integers(1, 50)), min_size=1, max_size=60))
 def test_bootstrap_lies_within_the_rows(rows):
     sums, counts = zip(*rows)
-    low, high = bootstrap(sums, counts, draws=200)
+    low, high = bootstrap_interval(sums, counts, draws=200)
     ratios = [a / b for a, b in rows]
     assert min(ratios) - 1e-9 <= low <= high <= max(ratios) + 1e-9
-    assert (low, high) == bootstrap(sums, counts, draws=200), "the same rows give the same interval"
-    wider = bootstrap(sums, counts, 0.99, draws=200)
+    assert (low, high) == bootstrap_interval(sums, counts, draws=200), "the same rows give the same interval"
+    wider = bootstrap_interval(sums, counts, 0.99, draws=200)
     assert wider[0] <= low and high <= wider[1]
 
 
@@ -218,14 +218,14 @@ def test_bootstrap_against_numpy():
     sums, counts = chance.gamma(2, 3, 80), chance.integers(1, 30, 80)
     picks = chance.integers(0, 80, (20_000, 80))
     wanted = numpy.quantile(sums[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
-    assert bootstrap(sums.tolist(), counts.tolist(), draws=20_000) == pytest.approx(wanted, rel=0.02)
+    assert bootstrap_interval(sums.tolist(), counts.tolist(), draws=20_000) == pytest.approx(wanted, rel=0.02)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("sums, counts", [([], None), ([1.0], [1, 2])])
 def test_bootstrap_refuses(sums, counts):
     with pytest.raises(UserError):
-        bootstrap(sums, counts)
+        bootstrap_interval(sums, counts)
 
 
 # --- changes --------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_a_change_is_paired():
     "Rows differ much, their changes little: the interval of the change is narrow."
     before = [float(i % 7) for i in range(50)]
     old, new = measured(before), measured([x + 0.1 for x in before])
-    moved, low, high = change(old, new, "loss")
+    moved, low, high = measure_change(old, new, "loss")
     assert moved == pytest.approx(0.1) and high - low < 1e-9
     a, b = old.interval("loss")
     assert b - a > 0.5
@@ -255,22 +255,22 @@ def test_a_change_is_paired():
 def test_a_change_of_perplexity_is_a_factor():
     old = measured([1.0], base=[(2.0, 10), (4.0, 20)])
     new = measured([1.0], base=[(2.0 + 10 * math.log(2), 10), (4.0 + 20 * math.log(2), 20)])
-    assert change(old, new, "base_perplexity") == pytest.approx((2, 2, 2))
+    assert measure_change(old, new, "base_perplexity") == pytest.approx((2, 2, 2))
 
 
 @pytest.mark.quick
 def test_changes_that_cannot_be():
-    assert change(measured([1.0]), measured([2.0]), "base_perplexity") is None
+    assert measure_change(measured([1.0]), measured([2.0]), "base_perplexity") is None
     with pytest.raises(UserError, match="different rows"):
-        change(measured([1.0]), measured([1.0, 2.0]), "loss")
+        measure_change(measured([1.0]), measured([1.0, 2.0]), "loss")
     with pytest.raises(UserError, match="loss was measured on 1 rows before and 2 after"):
-        change(measured([1.0, None]), measured([1.0, 2.0]), "loss")
+        measure_change(measured([1.0, None]), measured([1.0, 2.0]), "loss")
 
 
 @pytest.mark.quick
 def test_exact_changes_over_the_rows_that_have_an_answer():
     old, new = (measured([1.0] * 4, exact=[True, right, right, None]) for right in (False, True))
-    assert change(old, new, "exact")[0] == pytest.approx(2 / 3)
+    assert measure_change(old, new, "exact")[0] == pytest.approx(2 / 3)
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_evaluation_summary_and_interval():
         "exact": None, "form": 0.5, "stops": 1.0, "base_perplexity": 2.0, "loss": None, "length": None,
     }  # fmt: skip
     assert found.interval("exact") is found.interval("loss") is found.interval("base_perplexity") is None
-    assert found.interval("form") == wilson(1, 2)
+    assert found.interval("form") == wilson_interval(1, 2)
 
 
 @pytest.mark.quick
@@ -382,20 +382,20 @@ def test_perplexity_by_hand(exact):
     assert loss == pytest.approx(sum(tokens) / len(tokens), rel=1e-4)
     of_rows = sum(sum(each) / len(each) for each in nats) / len(nats)
     assert abs(of_rows - loss) > 0.01, "these rows can't tell a mean of tokens from a mean of rows"
-    assert perplexity(*exact, ROWS) == pytest.approx(math.exp(loss), rel=1e-6)
+    assert measure_perplexity(*exact, ROWS) == pytest.approx(math.exp(loss), rel=1e-6)
 
 
 def test_perplexity_does_not_depend_on_batch_or_order(exact):
-    wanted = perplexity(*exact, ROWS)
+    wanted = measure_perplexity(*exact, ROWS)
     for size in (1, 2, 5):
-        assert perplexity(*exact, ROWS[::-1], batch_size=size) == pytest.approx(wanted, rel=1e-4)
+        assert measure_perplexity(*exact, ROWS[::-1], batch_size=size) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_rows_that_do_not_fit_are_left_out(exact):
     long = row("word " * 3000, "The answer is 1.")
-    assert perplexity(*exact, [*ROWS, long]) == pytest.approx(perplexity(*exact, ROWS), rel=1e-4)
+    assert measure_perplexity(*exact, [*ROWS, long]) == pytest.approx(measure_perplexity(*exact, ROWS), rel=1e-4)
     with pytest.raises(UserError, match="none of the 1 rows fits"):
-        perplexity(*exact, [long])
+        measure_perplexity(*exact, [long])
 
 
 def test_losses_come_in_the_order_of_the_rows(exact):
@@ -409,7 +409,7 @@ def test_losses_come_in_the_order_of_the_rows(exact):
 def test_the_evaluation_holds_the_loss(exact):
     found = evaluate(*exact, ROWS, max_new_tokens=8, base_data=ROWS[:2])
     assert found.loss == pytest.approx(answer_loss(*exact, ROWS)[0], rel=1e-6)
-    assert found.base_perplexity == pytest.approx(perplexity(*exact, ROWS[:2]), rel=1e-6)
+    assert found.base_perplexity == pytest.approx(measure_perplexity(*exact, ROWS[:2]), rel=1e-6)
     assert found.length == sum(r["length"] for r in found.rows) / 5 and max(r["length"] for r in found.rows) <= 8
     for name in ("loss", "length", "base_perplexity", "form", "stops", "exact"):
         low, high = found.interval(name)
@@ -419,7 +419,7 @@ def test_the_evaluation_holds_the_loss(exact):
 
 
 def test_replies_one_by_one_and_in_a_batch(exact):
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     data = load_sft_dataset(split="heldout").select(range(24))
     together, alone = (evaluate(*exact, data, max_new_tokens=64, batch_size=size) for size in (24, 1))
@@ -439,7 +439,7 @@ def test_switched_off_is_the_base(exact):
     before, after = before_and_after(model, tokenizer, iter(ROWS), max_new_tokens=16, base_data=ROWS)
     assert before.rows == base.rows and before.summary() == base.summary()
     assert abs(after.loss - before.loss) > 0.1
-    moved, low, high = change(before, after, "loss")
+    moved, low, high = measure_change(before, after, "loss")
     assert moved == pytest.approx(after.loss - before.loss, rel=1e-5) and low <= moved <= high
     assert not any(getattr(m, "disable_adapters", False) is True for m in model.modules()), "the adapter is on again"
     with pytest.raises(UserError, match="no adapter to switch off"):
@@ -460,7 +460,7 @@ def test_a_uniform_model_hesitates_between_all_tokens(exact):
 
             return types.SimpleNamespace(logits=torch.zeros(*input_ids.shape, 768))
 
-    assert perplexity(Uniform(exact[0]), exact[1], ROWS) == pytest.approx(768, rel=1e-4)
+    assert measure_perplexity(Uniform(exact[0]), exact[1], ROWS) == pytest.approx(768, rel=1e-4)
 
 
 def test_exact_is_none_where_nothing_is_expected(exact):
@@ -484,19 +484,19 @@ def test_support_replies_are_not_judged_by_their_numbers(exact):
     found = evaluate(*exact, SUPPORT, max_new_tokens=6)
     assert (found.exact, found.form, found.base_perplexity) == (None, None, None) and found.loss > 0
     assert {r["exact"] for r in found.rows} == {r["form"] for r in found.rows} == {None}, "one of six is too few"
-    assert found.interval("exact") is None and change(found, found, "form") is None
+    assert found.interval("exact") is None and measure_change(found, found, "form") is None
     assert "exact" not in repr(found) and "form" not in repr(found) and "loss" in repr(found)
     table = side_by_side(found, found, n=6)
     assert not re.search(r"\*\*(right|wrong|no form)|number expected", table) and "****" not in table
 
 
 def test_the_embedded_rows_are_all_judged():
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     for split, form in (("heldout", True), ("base_task", False)):
         replies = [r["messages"][-1]["content"] for r in load_sft_dataset(split=split)]
-        assert [wanted_answer(reply) for reply in replies] == [parse_answer(reply) for reply in replies]
-        assert None not in map(wanted_answer, replies) and {has_form(reply) for reply in replies} == {form}
+        assert [expected_answer(reply) for reply in replies] == [parse_answer(reply) for reply in replies]
+        assert None not in map(expected_answer, replies) and {has_form(reply) for reply in replies} == {form}
 
 
 def test_a_mixture_is_judged_where_it_can_be(exact):

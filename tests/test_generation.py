@@ -16,7 +16,7 @@ from qlora_nb.generation import (
     chat,
     default_batch_size,
     generate_replies,
-    inference,
+    generation_mode,
     left_pad,
     make_batches,
     next_token_probabilities,
@@ -274,7 +274,7 @@ def test_training_mode_comes_back(adapted):
     assert len(set(before.values())) > 2
     chat(model, tokenizer, "Hello", max_new_tokens=2)
     assert modes(model) == before
-    with pytest.raises(ZeroDivisionError), inference(model):
+    with pytest.raises(ZeroDivisionError), generation_mode(model):
         assert not any(m.training for m in model.modules())
         raise ZeroDivisionError
     assert modes(model) == before
@@ -337,7 +337,7 @@ print("RESULT", json.dumps({
 def test_unsloth(tmp_path):
     "A model from Unsloth: the same replies, training goes on, and its adapter is read by the other backend."
     from qlora_nb.adapter import load_adapter
-    from qlora_nb.evaluation import perplexity
+    from qlora_nb.evaluation import measure_perplexity
 
     questions = QUESTIONS[:4]
     command = [sys.executable, "-c", UNSLOTH, json.dumps(questions), str(tmp_path / "adapter")]
@@ -355,7 +355,7 @@ def test_unsloth(tmp_path):
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "The answer is 7."}]}
         for q in questions
     ]
-    assert perplexity(model, tokenizer, rows) == pytest.approx(found["base"], rel=0.02)
+    assert measure_perplexity(model, tokenizer, rows) == pytest.approx(found["base"], rel=0.02)
 
 
 @pytest.mark.quick

@@ -248,7 +248,7 @@ def test_the_same_tokens(kind, tokenizers, judge, tmp_path):
 def test_the_same_tokens_as_the_embedded_tokenizer(judge, tmp_path):
     from transformers import AutoTokenizer
 
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
     from qlora_nb.template import render
 
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)

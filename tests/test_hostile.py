@@ -19,7 +19,8 @@ import zipfile
 import pytest
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.data import CODES, check_dataset, load_sft_dataset
+from qlora_nb.preflight import DATASET_CODES, check_dataset
+from qlora_nb.rows import load_sft_dataset
 
 EOT = "<|eot_id|>"
 SETTINGS = {"pad_is_eos", "date_in_template", "tokenizer_too_large", "too_few_rows", "row_dropped", "length_outlier",
@@ -99,7 +100,7 @@ BROKEN = {
     "jsonl: a key twice": (
         "a.jsonl",
         JSONL + b'{"question": "a", "answer": "b", "answer": "c"}\n',
-        "line 21, .*'answer' stands there twice",
+        "line 21, .*duplicate key 'answer'",
     ),
     "jsonl: Latin-1": (
         "a.jsonl",
@@ -181,43 +182,43 @@ BROKEN = {
     ),
     "tsv: commas in place of tabs": ("a.tsv", CSV, "no usable columns: found question,answer"),
     # Parquet
-    "parquet: empty": ("a.parquet", b"", "a.parquet, after row 0, is not a Parquet file"),
-    "parquet: cut short": ("a.parquet", parquet(SOUND)[:-40], "a.parquet, after row 0, is not a Parquet file"),
+    "parquet: empty": ("a.parquet", b"", "a.parquet, after row 0, is not a readable Parquet file"),
+    "parquet: cut short": ("a.parquet", parquet(SOUND)[:-40], "a.parquet, after row 0, is not a readable Parquet file"),
     "parquet: its middle destroyed": (
         "a.parquet",
         parquet(SOUND)[:4] + b"\xff" * 300 + parquet(SOUND)[304:],
         "a.parquet.* after row 0",
     ),
-    "parquet: a CSV by that name": ("a.parquet", CSV, "a.parquet, after row 0, is not a Parquet file"),
+    "parquet: a CSV by that name": ("a.parquet", CSV, "a.parquet, after row 0, is not a readable Parquet file"),
     "parquet: no rows": ("a.parquet", parquet(SOUND[:1])[:0] or None, "has no rows"),
     "parquet: a column twice": ("a.parquet", "twice", "names the column 'answer' twice"),
     "parquet: unknown columns": ("a.parquet", parquet([{"a": "b"}]), "no usable columns: found a"),
     # packed
-    "gzip: cut short": ("a.jsonl.gz", gzip.compress(JSONL)[:-30], "a.jsonl.gz is cut short .*after row"),
+    "gzip: cut short": ("a.jsonl.gz", gzip.compress(JSONL)[:-30], "a.jsonl.gz can't be read after row"),
     "gzip: its middle destroyed": (
         "a.jsonl.gz",
         gzip.compress(JSONL)[:40] + b"\0" * 40 + gzip.compress(JSONL)[80:],
-        "a.jsonl.gz is cut short",
+        "a.jsonl.gz can't be read after row",
     ),
-    "gzip: not packed at all": ("a.jsonl.gz", JSONL, "a.jsonl.gz is cut short or not packed"),
+    "gzip: not packed at all": ("a.jsonl.gz", JSONL, "a.jsonl.gz can't be read after row 0 .* compressed as its name says"),
     "gzip: broken JSON inside": ("a.jsonl.gz", gzip.compress(JSONL + b"{"), "line 21, is not JSON"),
     "gzip: Parquet cut short inside": (
         "a.parquet.gz",
         gzip.compress(parquet(SOUND)[:-9]),
-        "a.parquet.gz, after row 0, is not a Parquet",
+        "a.parquet.gz, after row 0, is not a readable Parquet",
     ),
-    "bzip2: cut short": ("a.csv.bz2", bz2.compress(CSV)[:-20], "a.csv.bz2 is cut short"),
+    "bzip2: cut short": ("a.csv.bz2", bz2.compress(CSV)[:-20], "a.csv.bz2 can't be read after row"),
     "bzip2: not packed at all": ("a.jsonl.bz2", JSONL, "a.jsonl.bz2 can't be read after row 0"),
-    "xz: cut short": ("a.json.xz", lzma.compress(json.dumps(SOUND).encode())[:-20], "a.json.xz is cut short"),
+    "xz: cut short": ("a.json.xz", lzma.compress(json.dumps(SOUND).encode())[:-20], "a.json.xz can't be read after row"),
     "zstd: cut short": ("a.jsonl.zst", zst(JSONL * 50)[:-40], r"a.jsonl.zst"),
     "zstd: not packed at all": ("a.jsonl.zst", JSONL, "a.jsonl.zst can't be read after row 0"),
-    "zip: cut short": ("a.jsonl.zip", zipped(a_jsonl=JSONL)[:-30], "a.jsonl.zip is cut short"),
+    "zip: cut short": ("a.jsonl.zip", zipped(a_jsonl=JSONL)[:-30], "a.jsonl.zip can't be read after row"),
     "zip: two files": ("a.zip", zipped(a_jsonl=JSONL, b_jsonl=JSONL), "a.zip holds 2 files"),
     "zip: empty": ("a.zip", zipped(), "a.zip holds 0 files"),
     # names
-    "a pickle": ("a.pkl", b"\x80\x04.", "a.pkl has no suffix that is known"),
-    "plain text": ("a.txt", b"hello", "a.txt has no suffix that is known"),
-    "no suffix": ("a", JSONL, "a has no suffix that is known"),
+    "a pickle": ("a.pkl", b"\x80\x04.", "a.pkl has no known suffix"),
+    "plain text": ("a.txt", b"hello", "a.txt has no known suffix"),
+    "no suffix": ("a", JSONL, "a has no known suffix"),
 }
 
 
@@ -578,7 +579,7 @@ def test_there_are_enough():
     cases = [*BROKEN, *ODD, *READY, *TEXTS, *TEMPLATES, *DAMAGE]
     assert len(cases) == len(set(cases)) >= 60
     codes = {case[2] for case in ODD.values()} | {case[1] for case in [*READY.values(), *TEMPLATES.values()]}
-    assert codes | {"leakage", "tokenizer_too_large", "pad_is_eos", "prompt_cut"} == set(CODES) | SETTINGS
+    assert codes | {"leakage", "tokenizer_too_large", "pad_is_eos", "prompt_cut"} == set(DATASET_CODES) | SETTINGS
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

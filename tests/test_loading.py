@@ -18,15 +18,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_nb.adapter import load_adapter, save_adapter, trained_in_4bit
+from qlora_nb.adapter import load_adapter, model_info, save_adapter, trained_in_4bit
 from qlora_nb.certificate import certify
 from qlora_nb.cli import main, open_for_chat
 from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
-from qlora_nb.data import load_sft_dataset
+from qlora_nb.evaluation import evaluate
+from qlora_nb.generation import chat
 from qlora_nb.gguf_export import export_gguf
 from qlora_nb.llama import chat_server
 from qlora_nb.merging import merge_adapter, save_merged
-from qlora_nb.model import add_lora, load_model, load_tokenizer
+from qlora_nb.model import add_lora, load_model, load_tokenizer, open_run
+from qlora_nb.rows import load_sft_dataset
 from qlora_nb.template import render
 from qlora_nb.workflow import train
 
@@ -379,9 +381,9 @@ def adapter(folder, settings=None, change=None, base_name="qlora_nb:embedded", *
     "file, text, wanted, why",
     [
         (None, None, False, "neither its run nor its files"),
-        ("../config.yaml", "load_in_4bit: true\nr: 4\n", True, "config.yaml of its run"),
-        ("../config.yaml", "load_in_4bit: false\n", False, "config.yaml of its run"),
-        ("../config.yaml", "learning_rate: 1e-4\n", False, "neither"),
+        ("../config.yaml", "format: 2\nload_in_4bit: true\nr: 4\n", True, "config.yaml of its run"),
+        ("../config.yaml", "format: 2\nload_in_4bit: false\n", False, "config.yaml of its run"),
+        ("../config.yaml", "format: 2\nlearning_rate: 1e-4\n", False, "neither"),
         ("README.md", "The following `bitsandbytes` config was used:\n- load_in_4bit: True\n", True, "README.md"),
         ("README.md", "- load_in_4bit: False\n- bnb_4bit_quant_type: nf4\n", True, "README.md"),
         ("README.md", "- load_in_4bit: False\n", False, "neither"),
@@ -567,6 +569,89 @@ def test_an_adapter_with_more_tokens_than_the_base(tmp_path):
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match="has 769 tokens, and the base's embedding 768 rows"):
         load_model(adapter=folder, load_in_4bit=False)
+
+
+# --- a run as it was trained ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A run of two steps on a 16-bit base, with a template of its own."
+    model, tokenizer = load_model("qlora_nb:embedded", load_in_4bit=False, max_seq_length=512)
+    tokenizer.chat_template = OTHER
+    output = tmp_path_factory.mktemp("runs") / "run"
+    return train(add_lora(model, r=2), tokenizer, load_sft_dataset(limit=60), max_steps=2, eval_rows=0, output=output)
+
+
+def greedy_logits(model, tokenizer):
+    with torch.no_grad():
+        return model.eval()(tokenizer("How many apples?", return_tensors="pt")["input_ids"]).logits
+
+
+@pytest.mark.parametrize("given", ["run", "folder", "adapter"])
+def test_a_run_is_opened_as_it_was_trained(given, trained, capfd):
+    path = {"run": trained, "folder": str(trained.path), "adapter": trained.path / "adapter"}[given]
+    model, tokenizer = open_run(path)
+    found = {name: model_info(model)[name] for name in ("model", "load_in_4bit", "dtype", "max_seq_length", "revision")}
+    assert found == {"model": "qlora_nb:embedded", "load_in_4bit": False, "dtype": "float32", "max_seq_length": 512,
+                     "revision": None}  # fmt: skip
+    assert tokenizer.chat_template == OTHER
+    assert torch.equal(greedy_logits(model, tokenizer), greedy_logits(trained.model, trained.tokenizer))
+    assert "in 16 bits or more: config.yaml of its run says load_in_4bit: false" in capfd.readouterr().err
+
+
+def test_an_adapter_alone_is_opened_on_its_base(tmp_path, capfd):
+    "What no config.yaml says, the adapter's files and its base do: here a context below the usual 2,048."
+    folder = base(tmp_path / "base", config={"max_position_embeddings": 300})
+    alone = adapter(tmp_path / "a", base_name=str(folder))
+    model, tokenizer = open_run(alone)
+    assert (model_info(model)["load_in_4bit"], model_info(model)["max_seq_length"]) == (False, 300)
+    assert "neither its run nor its files" in capfd.readouterr().err
+    assert open_run(alone, load_in_4bit=True)[0].get_base_model().is_loaded_in_4bit
+    assert "that was asked for, although neither" in capfd.readouterr().err
+    wanted = load_adapter(load_model(EMBEDDED_MODEL, load_in_4bit=False)[0], alone)
+    assert torch.equal(greedy_logits(model, tokenizer), greedy_logits(wanted, tokenizer))
+
+
+def test_a_run_on_another_base(trained, tmp_path):
+    other = base(tmp_path / "other", spoiled(MLP, 3.0))
+    model, _ = open_run(trained.path, base=other, max_seq_length=128)
+    assert model_info(model)["model"] == str(other) and model_info(model)["max_seq_length"] == 128
+    assert 3.0 in model.get_base_model().model.layers[1].mlp.up_proj.weight
+
+
+@pytest.mark.parametrize(
+    "harm, said",
+    [
+        (shutil.rmtree, "there is no folder"),
+        (lambda run: (run / "config.yaml").unlink() or shutil.rmtree(run / "adapter"), "is not a run folder"),
+        (lambda run: (run / "summary.json").unlink() or shutil.rmtree(run / "adapter"), "is not finished: resume it"),
+        (lambda run: shutil.rmtree(run / "adapter"), "there is no adapter folder"),
+        (lambda run: (run / "config.yaml").write_text("model: x\n"), "is a run of format 1, and this .* format 2"),
+    ],
+    ids=["no folder", "no run", "unfinished", "no adapter", "another format"],
+)  # fmt: skip
+def test_what_is_no_run_is_not_opened(harm, said, trained, tmp_path):
+    run = Path(shutil.copytree(trained.path, tmp_path / "run"))
+    harm(run)
+    with pytest.raises(UserError, match=said):
+        open_run(run)
+
+
+def test_no_call_changes_the_callers_tokenizer(tmp_path):
+    "An embedded tokenizer with another padding token and template stays so, whatever is done with it."
+    model, tokenizer = load_model("qlora_nb:embedded", load_in_4bit=False)
+    tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, OTHER
+    tokenizer.padding_side = "right"
+    before = (tokenizer.backend_tokenizer.to_str(), str(tokenizer))
+    model = add_lora(model, r=2)
+    save_adapter(model, tokenizer, tmp_path / "a")
+    save_merged(model, tokenizer, tmp_path / "merged")
+    chat(model, tokenizer, "What is 2 + 2?", max_new_tokens=2)
+    evaluate(model, tokenizer, load_sft_dataset(split="heldout", limit=2), max_new_tokens=2)
+    assert (tokenizer.backend_tokenizer.to_str(), str(tokenizer)) == before
+    load_adapter(load_model("qlora_nb:embedded", load_in_4bit=False)[0], tmp_path / "a")
+    assert (tokenizer.pad_token, tokenizer.chat_template) == (tokenizer.eos_token, OTHER)
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

@@ -13,23 +13,9 @@ import pytest
 import torch
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.memory import (
-    CARDS,
-    COMPONENTS,
-    ENGINE_FAMILIES,
-    FAMILIES,
-    Card,
-    Rows,
-    choose_length,
-    engine_layer_bytes,
-    estimate_memory,
-    find_card,
-    known_card,
-    model_shape,
-    parameter_count,
-    plan_training,
-    row_lengths,
-)
+from qlora_nb.memory import COMPONENTS, ENGINE_FAMILIES, engine_layer_bytes, estimate_memory
+from qlora_nb.plan import CARDS, Card, Rows, choose_length, find_card, known_card, plan_training, row_lengths
+from qlora_nb.shapes import FAMILIES, model_shape, parameter_count
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
@@ -384,7 +370,8 @@ def test_a_wish_that_cannot_be(change, message):
 def test_lengths_are_those_of_the_trainer():
     from transformers import AutoTokenizer
 
-    from qlora_nb.data import encode_dataset, load_sft_dataset
+    from qlora_nb.preflight import encode_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     tokenizer, data = AutoTokenizer.from_pretrained(EMBEDDED_MODEL), load_sft_dataset(limit=250)
     rows, dropped = encode_dataset(data, tokenizer, 2048)

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_nb.core import UserError
-from qlora_nb.memory import CARDS, estimate_memory, model_shape, parameter_count
+from qlora_nb.memory import estimate_memory
+from qlora_nb.plan import CARDS
 from qlora_nb.recommendation import (
     ARGUMENTS,
     SOURCES,
@@ -24,6 +25,7 @@ from qlora_nb.recommendation import (
     steps_of,
     width_rule,
 )
+from qlora_nb.shapes import model_shape, parameter_count
 
 LLAMA_3B = {
     "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
@@ -138,7 +140,7 @@ def test_learned_tokens_are_those_of_the_replies(tokenizer):
 
 
 def test_many_rows_are_estimated(tokenizer):
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     data = list(load_sft_dataset(split="train"))
     exact = count_data(data, tokenizer)[1]
@@ -242,7 +244,7 @@ def test_full_fine_tuning_takes_the_largest_batch_that_fits(card):
 @pytest.mark.quick
 def test_full_fine_tuning_looks_at_the_rows(tokenizer):
     "Short rows leave room for more of them than full ones of 2,048 tokens do."
-    from qlora_nb.data import load_sft_dataset
+    from qlora_nb.rows import load_sft_dataset
 
     data = load_sft_dataset(split="train")
     full, short = (
@@ -267,8 +269,8 @@ def test_text_and_html():
 
 def test_advice_trains(tokenizer, tmp_path):
     "A short run with all that is recommended, on the embedded model."
-    from qlora_nb.data import load_sft_dataset
     from qlora_nb.model import add_lora, load_model
+    from qlora_nb.rows import load_sft_dataset
     from qlora_nb.workflow import train
 
     data = load_sft_dataset(split="train").select(range(24))

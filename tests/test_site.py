@@ -452,7 +452,7 @@ def test_sections_of_the_sidebar(tmp_path):
         "Mathematics": "01_lora.ipynb 05_recommend.ipynb",
         "Workflow": "09_doctor.ipynb 15_training.ipynb 21_cli.ipynb",
         "Recipes": "31_tiny_base.ipynb 34_full_lora_qlora.ipynb 41_more.ipynb",
-        "Reference": "00_core.ipynb glossary.md older_tutorial.md limits.md",
+        "Reference": "00_core.ipynb 51_shapes.ipynb glossary.md older_tutorial.md limits.md",
     }
     for name, files in expected.items():
         assert {section(path) for path in files.split()} == {name}
@@ -461,7 +461,7 @@ def test_sections_of_the_sidebar(tmp_path):
     contents = names_of("prepare_docs")["sidebar"](tmp_path)["website"]["sidebar"]["contents"]
     assert [part["section"] for part in contents] == list(expected)
     assert contents[0]["contents"] == expected["Start"].split()
-    assert contents[4]["contents"] == "glossary.md older_tutorial.md limits.md 00_core.ipynb".split()
+    assert contents[4]["contents"] == "glossary.md older_tutorial.md limits.md 00_core.ipynb 51_shapes.ipynb".split()
 
 
 def test_every_page_is_in_the_sidebar_once_and_in_llms_txt(site):

@@ -11,8 +11,7 @@ from qlora_nb.template import (
     DATE,
     SYSTEM_PROMPT,
     TEMPLATES,
-    _Prefixes,
-    _tokenize,
+    Encoder,
     encode,
     encode_batch,
     prompt_ids,
@@ -20,6 +19,7 @@ from qlora_nb.template import (
     stop_tokens,
     template_fingerprint,
     template_text,
+    tokenize_texts,
     turn_end,
 )
 
@@ -31,6 +31,11 @@ def tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    return Encoder(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +137,12 @@ parts = st.lists(st.text(max_size=8) | st.sampled_from(PIECES), max_size=8)
 
 @settings(max_examples=300, deadline=None)
 @given(left=parts, right=parts)
-def test_counting_a_prefix_is_tokenizing_it(tokenizer, left, right):
+def test_counting_a_prefix_is_tokenizing_it(tokenizer, encoder, left, right):
     "The short way, by the last control token, says what tokenizing the prefix says."
     prefix, whole = "".join(left), "".join(left + right)
-    ids, own = (_tokenize([text], tokenizer)[text] for text in (whole, prefix))
+    ids, own = tokenize_texts([whole, prefix], tokenizer)
     expected = len(own) if ids[: len(own)] == own else None
-    assert _Prefixes(tokenizer).count(prefix, whole, ids) == expected
+    assert encoder.count_prefix(prefix, whole, ids) == expected
 
 
 # --- what can't be encoded ------------------------------------------------------------------------------------------
@@ -153,7 +158,7 @@ def test_counting_a_prefix_is_tokenizing_it(tokenizer, left, right):
         ([{"content": "Hi"}], "message 1 has no role"),
         (chat("Hi"), "the last turn is the user's"),
         (chat("Hi", "Ho", "Again"), "the last turn is the user's"),
-        ([{"role": "assistant", "content": "Hi"}], "nothing stands before"),
+        ([{"role": "assistant", "content": "Hi"}], "nothing before"),
         (chat("Hi", None), r"message 2 \(assistant\) is NoneType"),
         (chat(4, "four"), r"message 1 \(user\) is int"),
         (chat("Hi", ["a", "b"]), "is list, not text"),

@@ -22,11 +22,13 @@ import yaml
 from qlora_nb import training
 from qlora_nb.adapter import load_adapter, model_info
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError, file_sha256
-from qlora_nb.data import load_sft_dataset
 from qlora_nb.engine import engine_of, install_engine
-from qlora_nb.memory import CUDA_CONTEXT, Card, estimate_memory, model_shape, plan_training
+from qlora_nb.memory import CUDA_CONTEXT, estimate_memory
 from qlora_nb.model import add_lora, load_model
+from qlora_nb.plan import Card, plan_training
+from qlora_nb.rows import load_sft_dataset
 from qlora_nb.run import RunFolder, resolve_settings
+from qlora_nb.shapes import model_shape
 from qlora_nb.training import (
     STOP_SIGNALS,
     TrainingDiverged,
@@ -57,7 +59,7 @@ SHORT = {"eval_rows": 0, "max_steps": 2, "warmup_steps": 1}
 
 
 def lengths_of(data, tokenizer):
-    from qlora_nb.data import encode_dataset
+    from qlora_nb.preflight import encode_dataset
 
     return training.count_row_tokens(encode_dataset(data, tokenizer, 2048)[0])
 
@@ -194,7 +196,7 @@ def test_a_planned_run_goes_on_as_it_was_planned(data, tmp_path):
     assert again.summary["plan"] == whole.summary["plan"]
     assert again.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
     (whole.path / "summary.json").unlink()
-    with pytest.raises(UserError, match="a run that goes on keeps its settings"):
+    with pytest.raises(UserError, match="a resumed run keeps its settings"):
         go(resume=whole.path, plan="auto")
 
 
@@ -258,7 +260,7 @@ first = kept()
 found = []
 for on in (True, False):
     set_checkpointing(model, on)
-    assert checkpointing_of(model) == on == bool(model_info(model)["use_gradient_checkpointing"])
+    assert get_checkpointing(model) == on == bool(model_info(model)["use_gradient_checkpointing"])
     found.append(kept())
 print(first, *found)
 assert found[1][0] == first[0], "switched off, it is what it was"
@@ -471,7 +473,7 @@ def test_a_gpu_that_is_full_is_one_sentence(data, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
 
     model.get_base_model().model.layers[0].register_forward_hook(full)
-    with pytest.raises(UserError, match="memory was used up at step 1: take plan='auto', a smaller batch") as refused:
+    with pytest.raises(UserError, match="ran out of memory at step 1: use plan='auto', a smaller batch") as refused:
         with contextlib.redirect_stderr(io.StringIO()):
             train(model, tokenizer, data, output=tmp_path / "run", **SHORT)
     assert "\n" not in str(refused.value)
@@ -494,7 +496,7 @@ class Seen:
     def __init__(self, data, path, monkeypatch, late, act=lambda *_: None, resume=None, **settings):
         from transformers import TrainerCallback
 
-        from qlora_nb.data import encode_dataset
+        from qlora_nb.preflight import encode_dataset
 
         monkeypatch.setattr(training, "LATE_LOGGING_DEVICES", ("cpu",) if late else ())
         model, tokenizer = load_model(TINY.model, max_seq_length=256, engine=True)
@@ -592,7 +594,7 @@ def test_what_is_queued_is_written_before_the_sum_of_a_run_that_ends_without_a_c
 def test_the_tripwire_names_the_right_step_where_rows_are_late(both, bad, good, good_late):
     def ruin(step, watch, _):
         if step == bad - 1:
-            next(iter(watch.wire.trained().values())).data.fill_(math.nan)
+            next(iter(training.trainable_parameters(watch.trainer.model).values())).data.fill_(math.nan)
 
     now, late = both(act=ruin)
     found = [json.loads((run.path / "stopped.json").read_text()) for run in (now, late)]
@@ -602,7 +604,7 @@ def test_the_tripwire_names_the_right_step_where_rows_are_late(both, bad, good, 
     assert f"stopped at step {bad}, where the loss is nan" in str(late.error)
     if good_late:
         assert (late.path / f"adapter-step-{good_late}").exists()
-        for name, weight in late.watch.wire.trained().items():
+        for name, weight in training.trainable_parameters(late.watch.trainer.model).items():
             assert torch.equal(weight, late.weights[good_late][name]), name
 
 
@@ -712,9 +714,9 @@ def test_a_signal_before_the_steps_and_after_them(data, tmp_path, monkeypatch):
                 train(model, tokenizer, data, **more)
         assert stopped.value.exit_code == 143 and "Ctrl-C" not in str(stopped.value)
 
-    stops_in("check_model", "stopped by SIGTERM: nothing was trained yet", **settings)
-    stops_in("evaluate", "stopped by SIGTERM: go on with qlora_nb train --resume", **settings)
-    stops_in("tidy_checkpoints", "stopped by SIGTERM: go on with", resume=settings["output"])
+    stops_in("check_trainable", "stopped by SIGTERM: nothing was trained yet", **settings)
+    stops_in("evaluate", "stopped by SIGTERM: resume it with qlora_nb train --resume", **settings)
+    stops_in("tidy_checkpoints", "stopped by SIGTERM: resume it with", resume=settings["output"])
     stops_in("report_page", "is finished, and what comes after it is not: qlora_nb report", resume=settings["output"])
     assert (settings["output"] / "summary.json").exists()
 
@@ -808,8 +810,8 @@ def test_a_run_whose_steps_are_done_gets_its_metrics_back(stopped_run, data, tmp
         (lambda c: c.update(fingerprints=[1]), "fingerprints is a list"),
         (lambda c: c.update(fingerprints={}), "data is not what the run"),
         (lambda c: c.update(learning_rate="high"), "learning_rate is 'high'"),
-        (lambda c: c.update(r={"r": 8}), "r is 8, but the run"),
-        (lambda c: c.clear(), "has no|r is 8"),
+        (lambda c: c.update(r={"r": 8}), "config.yaml: r is"),
+        (lambda c: c.clear(), "holds no settings of a run"),
     ],
 )
 def test_a_damaged_configuration_does_not_go_on(stopped_run, data, adapted, tmp_path, change, message):
@@ -833,10 +835,10 @@ def config_of(run):
 def test_a_second_training_says_what_it_goes_on_from(data, tmp_path, capsys):
     model, tokenizer = fresh()
     first = train(model, tokenizer, data, output=tmp_path / "first", **SHORT)
-    assert "goes on from" not in capsys.readouterr().err and not config_of(first).get("started_from")
+    assert "continues from" not in capsys.readouterr().err and not config_of(first).get("started_from")
     sha = first.summary["adapter_sha256"]
     second = train(model, tokenizer, data, output=tmp_path / "second", **SHORT)
-    assert f"goes on from the trained adapter that the model carries (sha256 {sha[:12]}" in capsys.readouterr().err
+    assert f"continues from the trained adapter that the model carries (sha256 {sha[:12]}" in capsys.readouterr().err
     assert config_of(second)["started_from"] == sha == file_sha256(first.path / "adapter/adapter_model.safetensors")
     assert f"SHA-256 {sha}" in second.report() and "trained one" not in first.report()
     base, tokenizer = load_model(TINY.model, max_seq_length=256, backend="transformers")
@@ -849,7 +851,7 @@ def test_a_second_training_says_what_it_goes_on_from(data, tmp_path, capsys):
     capsys.readouterr()
     resumed = train(*fresh(), data, resume=again.path)
     assert resumed.summary["adapter_sha256"] == second.summary["adapter_sha256"]
-    assert config_of(resumed)["started_from"] == sha and "goes on from the trained" not in capsys.readouterr().err
+    assert config_of(resumed)["started_from"] == sha and "continues from the trained" not in capsys.readouterr().err
     (again.path / "summary.json").unlink()
     shutil.rmtree(again.path / "checkpoints")
     with pytest.raises(UserError, match=f"no checkpoint yet, and the model has a new adapter: give it .*{sha}"):

@@ -39,7 +39,7 @@ def section_of(path):
     number = re.match(r"\d+", path.stem)
     if name in FRONT:
         return "Start"
-    if number is None or number.group() == "00":
+    if number is None or number.group() == "00" or int(number.group()) >= 50:
         return "Reference"
     return "Mathematics" if int(number.group()) < 9 else "Workflow" if int(number.group()) < 30 else "Recipes"
 

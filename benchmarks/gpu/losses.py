@@ -28,8 +28,8 @@ def one(way, steps):
         import unsloth  # noqa: F401  before transformers, as it asks
     from qlora_nb.adapter import model_info
     from qlora_nb.core import EMBEDDED_MODEL
-    from qlora_nb.data import load_sft_dataset
     from qlora_nb.model import add_lora, load_model
+    from qlora_nb.rows import load_sft_dataset
     from qlora_nb.workflow import train
 
     model, tokenizer = load_model(str(EMBEDDED_MODEL), dtype="float32", max_seq_length=512, **WAYS[way])

@@ -51,7 +51,7 @@ def card_of(limit_gb):
 
     import torch
 
-    from qlora_nb.memory import CARDS, find_card
+    from qlora_nb.plan import CARDS, find_card
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "H200"
     here = CARDS["H100" if "H100" in name else "H200"]
@@ -158,7 +158,7 @@ def lengths_of_rows():
     from transformers import AutoTokenizer
 
     from qlora_nb.core import EMBEDDED_MODEL
-    from qlora_nb.memory import row_lengths
+    from qlora_nb.plan import row_lengths
 
     return row_lengths(conversations(240), AutoTokenizer.from_pretrained(EMBEDDED_MODEL))
 
@@ -167,7 +167,7 @@ def choice_for(size, limit_gb, lengths):
     "What the planner takes on that card, as a setting, with what it expects."
     from quickstart import model_path
 
-    from qlora_nb.memory import plan_training
+    from qlora_nb.plan import plan_training
 
     plan = plan_training(model_path(size), card_of(limit_gb), lengths, effective_batch=8, seq_length=2048)
     if not plan.fits:
