@@ -22,12 +22,11 @@ import yaml
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-2
 import qlora_nb
-from .adapter import EMBEDDED_NAME, adapter_base, adapter_bits, base_name
+from .adapter import EMBEDDED_NAME, base_name, find_adapter, model_info
 from .core import EMBEDDED_MODEL, UserError, read_json, write_aside
 from .llama import import_extra, quantize_with_llama
 from .merging import MergedTensors
-from .model import check_entries, check_shapes, load_model, load_tokenizer, model_path
-from .run import RunFolder
+from .model import check_entries, check_shapes, load_tokenizer, model_path, open_run
 from .template import DATE, control_tokens, render, template_text, turn_end
 from .weights import TensorFolder
 
@@ -209,7 +208,7 @@ QUANTIZATIONS = {
 }
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-14c
-def pack_rows(
+def store_rows(
     rows: torch.Tensor,  # (n, in) or (n,), fp32
     kind: str,  # a type as ggml calls it
 ) -> torch.Tensor:  # bytes
@@ -231,7 +230,7 @@ def choose_tensor_type(plan: TensorPlan, kind: str, tied: bool) -> str:
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CASES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|", r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|")
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPLITS = [  # (steps, whether a token that is in the vocabulary as a whole is left alone, llama.cpp's name)
+KNOWN_SPLITS = [  # (steps, whether a token that is in the vocabulary as a whole is left alone, llama.cpp's name)
     *(([case + _WORD % "{1,3}", "bytes"], whole, name) for case in _CASES for whole, name in ((True, "llama-bpe"), (False, "smaug-bpe"))),
     *(([case + _WORD % "", "bytes"], False, "qwen2") for case in _CASES),
     ([_GPT2, "bytes"], False, "gpt-2"), (["digits, one by one", _GPT2, "bytes"], False, "smollm"),
@@ -257,7 +256,7 @@ def _split_steps(pre_tokenizer: dict | None) -> list:
 def name_pre_tokenizer(tokenizer: dict) -> str:  # for tokenizer.ggml.pre
     "Return what llama.cpp calls this split. Raise `UserError` for one that is not known to be the same."
     steps, ignore_merges = _split_steps(tokenizer["pre_tokenizer"]), bool(tokenizer["model"].get("ignore_merges"))
-    for wanted, whole, name in SPLITS:
+    for wanted, whole, name in KNOWN_SPLITS:
         if (steps, ignore_merges) == (wanted, whole):
             return name
     raise UserError(
@@ -554,8 +553,8 @@ class ModelSource:
         base = self.tensors.base
         self.config = {**base.config.to_dict(), "architectures": [type(base).__name__]}
         self.shapes = {name: self.tensors.shape(name) for name in self.tensors.parameters}
-        info = getattr(base, "qlora_nb_info", {})
-        self.dtype = getattr(torch, info["dtype"]) if "dtype" in info else base.dtype
+        dtype = model_info(base, required=False).get("dtype")
+        self.dtype = getattr(torch, dtype) if dtype else base.dtype
 
     def rows(self, name: str, heads: int):
         "Yield the tensor in pieces, permuted where `heads` says so."
@@ -592,7 +591,7 @@ class TensorWriter:
         self.file.write(bytes(-self.file.tell() % 32))
 
     def write(self, plan: TensorPlan, rows: torch.Tensor) -> None:  # rows in fp32
-        packed = pack_rows(rows, self.types[plan.name])
+        packed = store_rows(rows, self.types[plan.name])
         self.file.write(memoryview(packed.cpu().contiguous().numpy()).cast("B"))
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-36
@@ -651,45 +650,7 @@ def _remove_leftovers(file: Path) -> None:
             except ProcessLookupError:
                 part.unlink()
 
-# %% ../nbs/17_gguf.ipynb #be3ddef2
-def find_adapter(
-    folder: Path,  # a run's, or an adapter's, within a run or alone
-) -> tuple[Path | None, dict]:  # (the adapter's folder, what config.yaml says)
-    "Return the adapter and the settings of its run; None and {} where there are none. Raise `UserError` for a damaged run."
-    run = RunFolder.around(folder)
-    places = (place for place in (folder / "adapter", folder) if (place / "adapter_config.json").exists())
-    return next(places, None), run.config if run else {}
-
-
-def load_settings(
-    config: dict,  # of the run; {} where it isn't known
-    base: str | Path,  # the model that is loaded
-    adapter: Path | None = None,  # its adapter, which is asked for the bits where the run doesn't say
-) -> dict:
-    "Return arguments for `load_model`: bits, revision and dtype of training, and a length that the base can hold. Reports an adapter's bits on stderr."
-    known = {key: config[key] for key in ("load_in_4bit", "revision", "dtype", "max_seq_length") if config.get(key) is not None}
-    if adapter is not None:
-        known["load_in_4bit"] = adapter_bits(adapter, base, known.get("load_in_4bit"))
-    if "max_seq_length" not in known:
-        from transformers import AutoConfig
-
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # `load_model` says what is wrong with it
-            found = AutoConfig.from_pretrained(model_path(base), revision=known.get("revision"), trust_remote_code=False)
-            known["max_seq_length"] = min(2048, found.max_position_embeddings)
-    return known
-
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-40
-def load_adapted(folder: Path, base: str | Path | None = None, load_in_4bit: bool | None = None, **settings) -> tuple | None:  # (model, tokenizer)
-    "Load the adapter of a folder (of an adapter or a run) on the base that it was trained on, or on `base`; None where there is none."
-    adapter, config = find_adapter(folder)
-    if adapter is None:
-        return None
-    base = base or config.get("model") or adapter_base(adapter)
-    asked = {} if load_in_4bit is None else {"load_in_4bit": load_in_4bit}
-    settings = load_settings({**config, **asked, **settings}, base, adapter)
-    return load_model(base, adapter=adapter, backend="auto" if "unsloth" in sys.modules else "transformers", **settings)
-
-
 def open_source(model, tokenizer, base: str | Path | None = None, load_in_4bit: bool | None = None) -> tuple:  # (source, tokenizer)
     "Open a live model, or a folder of a model, an adapter or a run. Raise `UserError` where there is nothing to export."
     if isinstance(model, torch.nn.Module):
@@ -699,11 +660,22 @@ def open_source(model, tokenizer, base: str | Path | None = None, load_in_4bit: 
     path = EMBEDDED_MODEL if str(model) == EMBEDDED_NAME else Path(model).expanduser()
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: name a model's or an adapter's folder, or pass the model itself")
-    if adapted := load_adapted(path, base, load_in_4bit):
-        return ModelSource(adapted[0]), tokenizer or adapted[1]
-    if base is not None or load_in_4bit is not None:
-        raise UserError(f"{path} holds no adapter, so that it needs no base, nor its precision: leave base and load_in_4bit out")
+    if find_adapter(path):
+        model, own = open_run(path, base=base, load_in_4bit=load_in_4bit, backend=loaded_backend())
+        return ModelSource(model), tokenizer or own
+    check_no_base(path, base, load_in_4bit)
     return FolderSource(model_path(path)), tokenizer or load_tokenizer(path)
+
+
+def check_no_base(path: Path, base, load_in_4bit) -> None:
+    "Raise `UserError` for a base, or its precision, beside a folder that holds no adapter."
+    if base is not None or load_in_4bit is not None:
+        raise UserError(f"{path} holds no adapter, so it needs no base and no precision of it: leave base and load_in_4bit out")
+
+
+def loaded_backend() -> str:
+    "The backend that loads a model just to export or compare it: Unsloth only where this process has it already."
+    return "auto" if "unsloth" in sys.modules else "transformers"
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-41
 def _read_card(file: Path) -> dict:
@@ -725,7 +697,7 @@ def describe_source(source, name: str, license: str | None) -> Provenance:
         about.base = card["base_model"] if isinstance(card.get("base_model"), str) else ""
         return about
     base, adapter = source.tensors.base, source.tensors.adapter
-    about.base = getattr(base, "qlora_nb_info", {}).get("model") or getattr(base, "name_or_path", "")
+    about.base = model_info(base, required=False).get("model") or getattr(base, "name_or_path", "")
     if adapter:
         config = source.tensors.model.peft_config[adapter]
         about.base = base_name(source.tensors.model)

@@ -778,7 +778,8 @@ def test_a_run_is_merged_into_what_it_was_trained_on(bits, judge, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     save_adapter(model, tokenizer, tmp_path / "run" / "adapter")
-    settings = {"format": RUN_FORMAT, "load_in_4bit": bits == 4, "dtype": "float32", "revision": None}
+    settings = {"format": RUN_FORMAT, "model": "qlora_nb:embedded", "revision": None, "max_seq_length": 512}
+    settings |= {"load_in_4bit": bits == 4, "dtype": "float32"}
     write_yaml(tmp_path / "run" / "config.yaml", settings)
     files = [export_gguf(tmp_path / place, None, tmp_path / "m.gguf", "f32") for place in ("run", "run/adapter")]
     assert files[0] == files[1]
