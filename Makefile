@@ -16,6 +16,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 # have and would make pip take an older Unsloth; these are what it needs beside ours.
 UNSLOTH_NEEDS := cut_cross_entropy einops hf_transfer msgspec pillow protobuf psutil sentencepiece torchao tyro
 
+# The demo and the tests are about the embedded model, whatever card there is.
+demo test quick: export QLORA_NB_PROFILE := tiny
+
 QUESTION ?= Mia has 12 apples. She buys 5 bags of 3 apples. She gives 7 to Tom. How many apples does Mia have now?
 
 help:

@@ -108,8 +108,8 @@ def engine_trainer(model, tok, s, clock):
     from qlora_nb.run import resolve_settings
     from qlora_nb.training import make_trainer
 
-    known = vars(engine).setdefault("ALL_KERNELS", engine.KERNELS)
-    engine.KERNELS = {s["attention"]: known[s["attention"]]} if s["attention"] else known
+    known = vars(engine).setdefault("ALL_KERNELS", engine.ATTENTION_KERNELS)
+    engine.ATTENTION_KERNELS = {s["attention"]: known[s["attention"]]} if s["attention"] else known
     engine._kernel.cache_clear()
     install_engine(model, Engine(**dict.fromkeys(s["off"], False), **dict.fromkeys(s["on"], True)))
     if s["attention"] and attention_kernel(model) != s["attention"]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .core import EMBEDDED_MODEL, UserError, file_sha256, unwrap_base, write_aside
+from .core import EMBEDDED_MODEL, UserError, annotate_module, file_sha256, unwrap_base, write_aside
 from .engine import install_where_asked
 from .run import RunFolder
 from .weights import STORED_DTYPES, check_numbers, model_file, read_header
@@ -30,7 +30,8 @@ def model_info(
 
     After `add_lora` also `use_gradient_checkpointing` and `random_state`. Raise `UserError` for a model that was loaded otherwise.
     """
-    info = getattr(unwrap_base(model), "qlora_nb_info", None)
+    notes = getattr(unwrap_base(model), "qlora_nb", None)
+    info = notes.info if notes else None
     if info is None and required:
         raise UserError("this model was not loaded by load_model: load it with qlora_nb.load_model")
     return dict(info or {})
@@ -38,7 +39,7 @@ def model_info(
 # %% ../nbs/56_adapter.ipynb #fca80c77-11b
 def set_model_info(model: torch.nn.Module, /, **entries) -> None:
     "Add entries to what `model_info` returns."
-    unwrap_base(model).qlora_nb_info = {**model_info(model, required=False), **entries}
+    annotate_module(unwrap_base(model)).info = {**model_info(model, required=False), **entries}
 
 # %% ../nbs/56_adapter.ipynb #fca80c77-22
 def install_where_possible(

@@ -37,7 +37,7 @@ from qlora_nb.ollama_export import (
 from .rows import load_sft_dataset
 from .run import RunFolder
 from .shapes import config_dict
-from .template import DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
+from .template import TEMPLATE_DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
 
 # %% ../nbs/22_certificate.ipynb #3c0492b5
 CASE_KINDS = ("held out", "other system turn", "several turns", "white space", "unicode", "look-alikes")
@@ -112,7 +112,7 @@ def encode_by_tokenizer(messages: list[dict], tokenizer, template: str | None = 
     "Return the second path: `apply_chat_template`."
     def ids(turns, ask):
         return tokenizer.apply_chat_template(
-            turns, chat_template=template_text(tokenizer, template), add_generation_prompt=ask, date_string=DATE, return_dict=True
+            turns, chat_template=template_text(tokenizer, template), add_generation_prompt=ask, date_string=TEMPLATE_DATE, return_dict=True
         )["input_ids"]
 
     return Ids(ids(messages[:-1], True), ids(messages, False))

@@ -163,7 +163,7 @@ def process_start() -> float:
     return psutil.Process().create_time()
 
 # %% ../nbs/21_cli.ipynb #826fda92-10
-TRAIN_FLAGS = {  # beside the settings; name: (type, help)
+TRAIN_FLAGS = {  # in addition to the settings; name: (type, help)
     "system": (str, "system text for rows that have none; default: one that asks for <think>, where replies have it"),
     "no_system": (bool, "add no system text to any row"),
     "output": (str, "run folder, new or empty; default ./runs/<time>-<model>"),
@@ -189,7 +189,7 @@ def split_quantizations(text: str | None) -> list[str]:
     return check_quantizations([name.strip() for name in text.split(",") if name.strip()])
 
 # %% ../nbs/21_cli.ipynb #a11e0060
-def explain_stop(how):  # a function that returns how to go on
+def explain_stop(how):  # a function that returns how to continue
     "A context in which Ctrl-C, SIGTERM and SIGHUP end with a sentence that says so."
     from qlora_nb.training import explain_interrupts
 
@@ -221,7 +221,7 @@ def train(**flags):
         result = train_from_flags(flags, formats)
         print(result.report().partition("\n| problem")[0], file=sys.stderr)
     print(result.path, flush=True)  # whatever becomes of the export, the run is there
-    with quiet_stdout(), explain_stop(lambda: f"the run is finished; go on with qlora_nb export {result.path}"):
+    with quiet_stdout(), explain_stop(lambda: f"the run is finished; continue with qlora_nb export {result.path}"):
         passed = not formats or export_and_certify(result, formats, process_start())
     if not passed:
         raise typer.Exit(1)
@@ -330,30 +330,30 @@ def make_plans(model: str, gpu: str | None, data: str | None, data_name: str | N
     "Return a `Plan` for the card, for this machine's, or for each of the usual ones."
     import torch
 
-    from qlora_nb.plan import CARDS, find_card, plan_training, row_lengths
+    from qlora_nb.plan import KNOWN_CARDS, find_card, measure_row_lengths, plan_training
     from qlora_nb.rows import load_sft_dataset
     from qlora_nb.shapes import model_shape
 
     shape, lengths = model_shape(model), None
     if data is not None or data_name is not None:
         rows = load_sft_dataset(data, data_name, limit=limit)
-        lengths = row_lengths(rows, load_tokenizer_and_config(model, None)[0])
-    cards = [gpu] if gpu else ["cuda"] if torch.cuda.is_available() else list(CARDS)
+        lengths = measure_row_lengths(rows, load_tokenizer_and_config(model, None)[0])
+    cards = [gpu] if gpu else ["cuda"] if torch.cuda.is_available() else list(KNOWN_CARDS)
     return [plan_training(shape, card, lengths, backend=backend or backend_on_card(shape, find_card(card)), **wishes) for card in cards]
 
 
 def backend_on_card(shape, card) -> str:
     "Return what `auto` trains such a model with on that card, where everything is installed."
-    from qlora_nb.memory import ENGINE_FAMILIES
+    from qlora_nb.shapes import list_architectures
 
-    return "engine" if card.hopper and shape.family in ENGINE_FAMILIES else "unsloth"
+    return "engine" if card.hopper and shape.family in list_architectures("engine") else "unsloth"
 
 
 def format_cards(found: list) -> str:
     "Return a table with a line for each card: what it has, what to choose, what that takes."
-    from qlora_nb.plan import gib
+    from qlora_nb.plan import format_gib
 
-    rows = [(p.card.name, gib(p.card.bytes), gib(p.choice.estimate.total_bytes) if p.fits else "–", str(p.choice or "nothing fits"))
+    rows = [(p.card.name, format_gib(p.card.bytes), format_gib(p.choice.estimate.total_bytes) if p.fits else "–", str(p.choice or "nothing fits"))
             for p in found]
     lines = [("card", "has", "takes", "choice"), *rows]
     return "\n".join(f"{name:<10} {has:>10} {takes:>10}  {choice}" for name, has, takes, choice in lines)
@@ -433,7 +433,7 @@ def check(
     no_system: Annotated[bool | None, typer.Option("--no-system", help=TRAIN_FLAGS["no_system"][1])] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ):
-    "Look at a data set as the model will see it, and say what would go wrong. Exit code 1 where there are errors."
+    "Check a data set as the model will see it, and say what would go wrong. Exit code 1 where there are errors."
     with quiet_stdout():
         report = check_named_data(default_model(model), revision, data, data_name, eval_data, limit, max_length, template=template,
                          max_steps=max_steps, effective_batch=effective_batch, min_rows=min_rows, truncation=truncation,
@@ -565,7 +565,7 @@ def doctor(
     file: Annotated[Path, typer.Argument(help="a script (.py) or a notebook (.ipynb); it is read, never run")],
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ):
-    "Say what no longer works in older code, and what to write now. Exit code 1 where something breaks or goes wrong in silence."
+    "Say what no longer works in older code, and what to write now. Exit code 1 where something breaks or silently goes wrong."
     from qlora_nb.doctor import explain_old_code, read_code
 
     report = explain_old_code(read_code(file))
@@ -603,7 +603,7 @@ def diagnose(
     run: Annotated[str, typer.Argument(help="a run folder")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ):
-    "What went wrong in a run, and the cure; from its folder alone. Exit code 1 where something is wrong."
+    "Say what went wrong in a run, and how to fix it; from its folder alone. Exit code 1 where something is wrong."
     with quiet_stdout():
         from qlora_nb.diagnosis import diagnose as look
 
@@ -615,7 +615,7 @@ def diagnose(
 # %% ../nbs/21_cli.ipynb #826fda92-17
 @app.command()
 def info():
-    "Versions, device, profile, and the backend that `auto` takes, and why."
+    "Print versions, device, profile, and the backend that `auto` takes, and why."
     with quiet_stdout():
         import torch
 
@@ -634,7 +634,7 @@ def info():
 
 # %% ../nbs/21_cli.ipynb #826fda92-18
 def refuse_several_processes() -> None:
-    "Raises `UserError` in the first, and ends the others, of several processes that torchrun or accelerate started."
+    "Raise `UserError` in the first of several processes that torchrun or accelerate started, and end the others."
     try:
         count = int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError:
@@ -647,7 +647,7 @@ def refuse_several_processes() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    "What the command `qlora_nb` runs. Exit codes: 0; 1 for bad news (`check`, `plan`, `certify`, `doctor`, `diagnose`, `train --export`); 2 for a user's mistake; 130, 143 and 129 for Ctrl-C, SIGTERM and SIGHUP."
+    "Run the command `qlora_nb`. Exit codes: 0; 1 for bad news (`check`, `plan`, `certify`, `doctor`, `diagnose`, `train --export`); 2 for a user's mistake; 130, 143 and 129 for Ctrl-C, SIGTERM and SIGHUP."
     try:
         refuse_several_processes()
         app(arguments)

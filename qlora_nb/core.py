@@ -37,6 +37,36 @@ def unwrap_base(model):  # a transformers or peft model -> the transformers mode
     "The transformers model inside a peft model; any other model as it is."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+# %% ../nbs/00_core.ipynb #8278cb14-u2
+@dataclass(slots=True)
+class ModuleNotes:
+    """What the package keeps on a module of another library: the one attribute that it adds there, `qlora_nb`.
+
+    On the base model: how it was loaded (`info`, see `model_info`), the engine that was asked for (`wanted`) and that is on (`engine`),
+    and what `remove_engine` puts back (`undo`: owner, name, old value). On any module with another `forward`: the one that it had (`usual`).
+    On a LoRA layer: the layers that read the same input (`group`), and the 4-bit weight with its dense copy (`dense`). On an MLP: the engine (`parts`).
+    On the decoder: whether lines are filled up for replays (`rounds`). On a checkpointed layer: its `replay`, and whether its input is offloaded.
+    """
+
+    info: dict | None = None
+    wanted: object = None
+    engine: object = None
+    undo: list | None = None
+    usual: object = None
+    group: object = None
+    dense: tuple | None = None
+    parts: object = None
+    rounds: bool = False
+    replay: object = None
+    offload: bool = False
+
+
+def annotate_module(module) -> ModuleNotes:
+    "Return the notes on a module, which gets empty ones where it has none."
+    if "qlora_nb" not in vars(module):
+        module.qlora_nb = ModuleNotes()
+    return module.qlora_nb
+
 # %% ../nbs/00_core.ipynb #8278cb14-3
 EMBEDDED = Path(qlora_nb.__file__).parent / "embedded"
 EMBEDDED_MODEL = EMBEDDED / "model"
@@ -96,7 +126,7 @@ def gpu_bytes() -> int:
 def profile(
     name: str | None = None,  # tiny, t4 or large; None reads `QLORA_NB_PROFILE`, then asks the hardware
 ) -> Profile:
-    "Return the profile of that name, or the one that fits this machine. Raises `UserError` for an unknown name."
+    "Return the profile of that name, or the one that fits this machine. Raise `UserError` for an unknown name."
     name = name or os.environ.get("QLORA_NB_PROFILE")
     if name is None:
         memory = gpu_bytes()
@@ -130,7 +160,7 @@ def write_aside(
 ) -> Iterator[Path]:
     """Yield a path beside `path` to write to; renames it to `path` when the body succeeds, removes it otherwise.
 
-    Raises `UserError` where the disk is full or the place is not writable; what was at `path` is then unchanged.
+    Raise `UserError` where the disk is full or the place is not writable; what was at `path` is then unchanged.
     """
     aside = (path := Path(path)).with_name(f".{Path(path).name}.{os.getpid()}.part")
     try:
@@ -175,7 +205,7 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
 
 # %% ../nbs/00_core.ipynb #8278cb14-11
 def read_jsonl(path: str | Path) -> list[dict]:
-    "Return the objects of a JSONL file; a last line cut off by a crash is left out. Raises `UserError` for any other bad line."
+    "Return the objects of a JSONL file; a last line cut off by a crash is left out. Raise `UserError` for any other bad line."
     lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     rows = []
     for number, line in enumerate(lines if lines != [""] else [], 1):
@@ -354,7 +384,7 @@ def make_private_folder(path: str | Path) -> Path:
 
 
 def make_cache_folder(name: str) -> Path:
-    "Create this user's cache folder of that name in `$XDG_CACHE_HOME`, `~/.cache` or the temporary folder. Raises `UserError`."
+    "Create this user's cache folder of that name in `$XDG_CACHE_HOME`, `~/.cache` or the temporary folder. Raise `UserError`."
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     for place in (home / "qlora_nb", Path(tempfile.gettempdir()) / f"qlora_nb-{os.getuid()}"):
         with contextlib.suppress(OSError):

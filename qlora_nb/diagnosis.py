@@ -47,7 +47,7 @@ class Evidence:
 
 # %% ../nbs/19_diagnose.ipynb #630c5465
 def read_evidence(run) -> Evidence:
-    "Read the files of a run, or of its folder. Raises `UserError` for another folder, or a damaged file, which it names."
+    "Read the files of a run, or of its folder. Raise `UserError` for another folder, or a damaged file, which it names."
     folder = RunFolder.open(run)
     check_fields(folder.path / "config.yaml", folder.config, ("learning_rate",), learning_rate=float, device_bytes=float)
     return Evidence(
@@ -385,7 +385,7 @@ EXPLAINED_CODES = {  # what a finding brings along
 def diagnose(
     run,  # a run folder, or what `train` returned
 ) -> Diagnosis:
-    "Find what is wrong with a run, and how to fix it, from its folder alone. Raises `UserError` for another folder."
+    "Find what is wrong with a run, and how to fix it, from its folder alone. Raise `UserError` for another folder."
     seen = read_evidence(run)
     found = []
     for rule in DIAGNOSIS_RULES:

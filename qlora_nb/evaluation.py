@@ -91,22 +91,16 @@ class EncodedRows(list[Encoded | None]):
 def encode_rows(
     data: Iterable[dict],  # rows with `messages`
     tokenizer,
-    model: torch.nn.Module,  # whose context limits the rows
+    model: torch.nn.Module,  # base or peft model
     template: str | None = None,  # another chat template than the tokenizer's
-    max_length: int | None = None,  # tokens; None is the model's context, at most 2,048
 ) -> EncodedRows:
-    "Encode rows whose last reply is to be predicted. Raise `UserError` for one that the template can't write."
-    limit = max_length or context_limit(model)
+    "Encode rows that fit into the model's context, at most 2,048 tokens. Raise `UserError` for a row that can't be learned."
+    limit = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
     rows = encode_batch([row["messages"] for row in data], tokenizer, template=template, max_length=limit)
     for number, row in enumerate(rows, 1):
         if row.code not in (None, "too_long"):
             raise UserError(f"row {number}: {row.why} ({row.code}): fix these messages or leave them out")
     return EncodedRows(row if row.input_ids is not None and len(row.input_ids) <= limit else None for row in rows)
-
-
-def context_limit(model: torch.nn.Module) -> int:
-    "The model's context in tokens, at most 2,048."
-    return min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-7
 def _batch_loss(model: torch.nn.Module, batch: list[Encoded]) -> list[tuple[float, int]]:
@@ -130,10 +124,9 @@ def row_losses(
     data: Iterable[dict] | EncodedRows,  # rows with `messages`, or from `encode_rows`
     template: str | None = None,  # another chat template than the tokenizer's
     batch_size: int | None = None,  # rows at once; None chooses by the model's size
-    max_length: int | None = None,  # tokens; None is the model's context, at most 2,048
 ) -> list[tuple[float, int] | None]:  # nats in all and tokens, of each row; None where it doesn't fit
     "Return the negative log-likelihood of the last reply's tokens, row by row in their order. Raise `UserError`."
-    rows = data if isinstance(data, EncodedRows) else encode_rows(data, tokenizer, model, template, max_length)
+    rows = data if isinstance(data, EncodedRows) else encode_rows(data, tokenizer, model, template)
     order = sorted((i for i, row in enumerate(rows) if row), key=lambda i: -len(rows[i].input_ids))
     size = batch_size or max(1, default_batch_size(model) // 4)
     found: list[tuple[float, int] | None] = [None] * len(rows)
@@ -151,13 +144,12 @@ def answer_loss(
     data: Iterable[dict],  # rows with `messages`
     template: str | None = None,  # another chat template than the tokenizer's
     batch_size: int | None = None,  # rows at once; None chooses by the model's size
-    max_length: int | None = None,  # longer rows are left out; None is the model's context, at most 2,048
 ) -> tuple[float, int]:  # nats per token, and how many tokens
     "Return the mean negative log-likelihood of the last reply's tokens, each weighing the same. Raise `UserError` where no row fits."
-    found = row_losses(model, tokenizer, data, template, batch_size, max_length)
+    found = row_losses(model, tokenizer, data, template, batch_size)
     fitting = [loss for loss in found if loss]
     if not fitting:
-        raise UserError(f"none of the {len(found)} rows fits into {max_length or context_limit(model)} tokens: give some, or shorter ones")
+        raise UserError(f"none of the {len(found)} rows fits into the model's context, at most 2048 tokens: give some, or shorter ones")
     return _ratio(fitting), sum(count for _, count in fitting)
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-9

@@ -27,37 +27,22 @@ from .core import EMBEDDED_MODEL, UserError, read_json, write_aside
 from .llama import import_extra, quantize_with_llama
 from .merging import MergedTensors
 from .model import check_entries, check_shapes, load_tokenizer, model_path, open_run
-from .template import DATE, control_tokens, render, template_text, turn_end
+from .shapes import KNOWN_ARCHITECTURES, GGUFArchitecture
+from .template import TEMPLATE_DATE, control_tokens, render, template_text, turn_end
 from .weights import TensorFolder
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-3
-@dataclass(frozen=True)
-class Architecture:
-    "An architecture's name in GGUF, and what llama.cpp's code for it supports."
-
-    name: str  # in general.architecture, and before the keys
-    permuted: bool  # whether q and k rows are interleaved
-    biases: tuple[str, ...] = ()  # layers that may have a bias
-    head_norms: bool = False  # norms of q and k
-    free_heads: bool = True  # whether heads × head_dim may differ from the width
-
-
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_MATRICES = (*_QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-GGUF_ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture("llama", True, _MATRICES),
-    "MistralForCausalLM": Architecture("llama", True),
-    "Qwen2ForCausalLM": Architecture("qwen2", False, _QKV, free_heads=False),
-    "Qwen3ForCausalLM": Architecture("qwen3", False, _QKV, head_norms=True),
-}
+_Q, _K = "self_attn.q_proj", "self_attn.k_proj"
+_MATRICES = (_Q, _K, "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-4
-def find_architecture(config: dict) -> Architecture:
+def find_architecture(config: dict) -> GGUFArchitecture:
     "Return the architecture in a model's config. Raise `UserError` for one that was not proved against llama.cpp."
     names = config.get("architectures") or [config.get("model_type", "nothing")]
-    if names[0] not in GGUF_ARCHITECTURES:
-        raise UserError(f"the architecture {names[0]} can't be exported: known are {', '.join(GGUF_ARCHITECTURES)}")
-    found = GGUF_ARCHITECTURES[names[0]]
+    known = {row.gguf.model_class: row.gguf for row in KNOWN_ARCHITECTURES.values() if row.gguf}
+    if names[0] not in known:
+        raise UserError(f"the architecture {names[0]} can't be exported: known are {', '.join(known)}")
+    found = known[names[0]]
     for key, wanted in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0), ("logit_scale", 1.0)):
         if config.get(key, wanted) not in (wanted, None):
             raise UserError(f"the config has {key}={config[key]!r}, which llama.cpp's {found.name} does not compute: only {wanted!r} can be exported")
@@ -128,7 +113,7 @@ def name_tensors(config: dict) -> dict[str, tuple[str, int]]:
 
     kind, layers = find_architecture(config), config["num_hidden_layers"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.name.upper()], layers)
-    heads = {_QKV[0]: config["num_attention_heads"], _QKV[1]: config.get("num_key_value_heads") or config["num_attention_heads"]}
+    heads = {_Q: config["num_attention_heads"], _K: config.get("num_key_value_heads") or config["num_attention_heads"]}
     parts = {"input_layernorm.weight": 0}
     for name in _MATRICES:
         for leaf in ("weight", "bias") if name in kind.biases else ("weight",):
@@ -409,7 +394,7 @@ def _find_added_tokens(tokenizer) -> dict[str, bool]:
 # %% ../nbs/17_gguf.ipynb #d4c0a7f2
 def pin_date(template: str) -> str:
     "Return the chat template with training's date set inside, where it asks for `date_string`."
-    return f'{{%- set date_string = "{DATE}" %}}{template}' if "date_string" in template else template
+    return f'{{%- set date_string = "{TEMPLATE_DATE}" %}}{template}' if "date_string" in template else template
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-27
 def read_vocabulary(

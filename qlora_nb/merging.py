@@ -16,7 +16,7 @@ import torch
 
 from .adapter import find_active_adapter, has_adapter, model_info, replace_folder, set_model_info
 from .core import UserError, unwrap_base
-from .model import check_untied, choose_dtype
+from .model import build_empty_model, check_untied, choose_dtype
 from .weights import write_shard
 
 # %% ../nbs/16_merge.ipynb #bd01c831-13
@@ -172,13 +172,7 @@ class MergedTensors:
 # %% ../nbs/16_merge.ipynb #bd01c831-24
 def _empty_like(base: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     "An ordinary model of the same architecture with no numbers in it yet."
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(base.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=base.config._attn_implementation)
+    model = build_empty_model(base.config, dtype=dtype, attn_implementation=base.config._attn_implementation)
     model.generation_config = copy.deepcopy(base.generation_config)
     places = dict(model.named_buffers())
     for name, buffer in base.named_buffers():

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import logging.handlers
 import os
 import re
 import sys
@@ -39,7 +40,7 @@ from .core import EMBEDDED_MODEL, UserError, profile, quiet_environment
 from .engine import check_engine, config_refusal
 from .lora import TARGET_MODULES, check_settings, check_targets
 from .run import RunFolder
-from .shapes import config_dict
+from .shapes import config_dict, model_folder
 from .weights import TensorFolder, check_numbers, is_finite, model_file
 
 # %% ../nbs/10_model.ipynb #d1040002
@@ -72,7 +73,7 @@ class BackendChoice(NamedTuple):
 
 
 def _check_way(backend: str, engine: bool | None) -> None:
-    "Raise `UserError` for a backend and an engine that can't be had, in this process or at all."
+    "Raise `UserError` for a backend or an engine that is unknown, or not available in this process."
     if backend not in _BACKENDS:
         raise UserError(f"there is no backend {backend!r}: choose one of {', '.join(_BACKENDS)}")
     if engine not in (None, True, False):
@@ -107,7 +108,7 @@ def choose_backend(
     model: str | dict | None = None,  # a folder, a Hub name or a configuration to look at; None is one that the engine can train
     revision: str | None = None,  # commit or tag on the Hub
 ) -> BackendChoice:
-    "Choose the backend of this process, with or without the engine, and say why. Raise `UserError` where what was asked for can't be had."
+    "Choose the backend of this process, with or without the engine, and say why. Raise `UserError` where what was asked for is not available."
     _check_way(backend, engine)
     if "unsloth" in sys.modules:
         return BackendChoice("unsloth", False, "it is already in this process")
@@ -126,7 +127,7 @@ def choose_backend(
 def choose_dtype(
     dtype: str | torch.dtype | None = None,  # e.g. "bfloat16"; None chooses by hardware
 ) -> torch.dtype:
-    "The dtype to compute in: bf16 from compute capability 8.0, fp16 below, fp32 on a CPU."
+    "Choose the dtype to compute in: bf16 from compute capability 8.0, fp16 below, fp32 on a CPU."
     if isinstance(dtype, str):
         found = getattr(torch, dtype, None)
         if found not in (torch.float32, torch.float16, torch.bfloat16):
@@ -178,21 +179,12 @@ def check_4bit_layers(model: torch.nn.Module) -> None:
 # %% ../nbs/10_model.ipynb #fca80c77-7
 def model_path(model: str | Path) -> str:
     "The folder or Hub name behind `model`. Raise `UserError` for a folder that isn't there or holds no model."
-    name = str(model)
-    if name == EMBEDDED_NAME:
-        return str(EMBEDDED_MODEL)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"the folder {path} holds no config.json: name a folder that save_pretrained wrote")
-        if not any(path.glob("*.safetensors")):
-            raise UserError(f"the folder {path} holds no .safetensors weights (others are not read): save the model with safetensors")
-        return str(path)
-    if path.exists():
-        raise UserError(f"{path} is a file: name a model's folder or its name on the Hub")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise UserError(f"there is no folder {name}: name one that exists, or a Hub model as owner/name")
-    return name
+    folder = model_folder(model)
+    if folder is None:
+        return str(model)
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"the folder {folder} holds no .safetensors weights (others are not read): save the model with safetensors")
+    return str(folder)
 
 # %% ../nbs/10_model.ipynb #fca80c77-8
 def _first_line(error: BaseException) -> str:
@@ -260,9 +252,7 @@ def check_loading_report(name: str) -> Iterator[None]:
     "Raise `UserError` where transformers, while the body loads `name`, reports a weight that is missing, unexpected or of another shape."
     logger = logging.getLogger("transformers.modeling_utils")
     level, propagate = logger.level, logger.propagate
-    messages: list[str] = []
-    listener = logging.Handler(logging.WARNING)
-    listener.emit = lambda record: messages.append(record.getMessage())
+    listener = logging.handlers.BufferingHandler(10**6)
     logger.setLevel(logging.WARNING)
     logger.propagate = False
     logger.addHandler(listener)
@@ -275,21 +265,21 @@ def check_loading_report(name: str) -> Iterator[None]:
         logger.removeHandler(listener)
         logger.propagate = propagate
         logger.setLevel(level)
-    if problem := report_problem("\n".join(messages)):
+    if problem := report_problem("\n".join(record.getMessage() for record in listener.buffer)):
         raise unusable_model(name, problem) from failure
     if failure is not None:
         raise failure
 
 # %% ../nbs/10_model.ipynb #a11e0005
-def expected_shapes(config) -> dict[str, tuple[int, ...]]:
-    "Name and shape of each weight of a model with this configuration; nothing is allocated."
+def build_empty_model(config, **settings) -> torch.nn.Module:
+    "A model of this configuration, without its quantization and without numbers; `settings` are for `from_config`."
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with quiet_libraries(), torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters(remove_duplicate=False)}
+        return AutoModelForCausalLM.from_config(config, **settings)
 
 
 def check_shapes(
@@ -299,7 +289,7 @@ def check_shapes(
     packed: set[str] = frozenset(),  # weights in 4 bits: those of a Conv1D are stored transposed
 ) -> None:
     "Raise `UserError` for a weight that isn't in a model of this configuration, or has another shape there."
-    wanted = expected_shapes(config)
+    wanted = {key: tuple(p.shape) for key, p in build_empty_model(config).named_parameters(remove_duplicate=False)}
     for key, shape in shapes.items():
         if key not in wanted:
             raise unusable_model(name, f"{key} is in the files, but not in the model that config.json describes")
@@ -645,7 +635,7 @@ def check_lora(
 
 # %% ../nbs/10_model.ipynb #fca80c77-18
 def check_checkpointing(wanted: bool | str, engine: bool) -> bool | str:
-    "What is handed to the backend. Raise `UserError` for an unknown kind, and for the engine's without the engine."
+    "Return the kind of checkpointing that the backend gets. Raise `UserError` for an unknown kind, and for the engine's without the engine."
     if wanted not in (True, False, "unsloth", "selective"):
         raise UserError(f"use_gradient_checkpointing is {wanted!r}: choose unsloth, true, false or selective")
     if wanted == "selective" and not engine:
@@ -705,7 +695,7 @@ def add_lora(
 
 # %% ../nbs/10_model.ipynb #fca80c77-20
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:
-    "`trainable` and `total` parameters; a 4-bit weight counts as what it stands for, not as its bytes."
+    "Count `trainable` and `total` parameters; two 4-bit weights in one byte count as two."
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(
         p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()

@@ -26,7 +26,15 @@ from .core import UserError, write_aside
 from .gguf_export import pin_date
 from .model import adapter_tokenizer, load_tokenizer, model_path
 from .run import RunFolder
-from .template import CHATML, EMBEDDED, LLAMA_3_1, adds_bos, render, stop_tokens, template_text
+from qlora_nb.template import (
+    CHATML_TEMPLATE,
+    EMBEDDED_TEMPLATE,
+    LLAMA_3_1_TEMPLATE,
+    adds_bos,
+    render,
+    stop_tokens,
+    template_text,
+)
 
 # %% ../nbs/18_ollama.ipynb #aa4fc3c9
 _WORD = re.compile(
@@ -519,7 +527,7 @@ Today Date: 26 Jul 2024
 {{- end }}
 """ + _ASK
 GO_TEMPLATES = {"llama-3.1": GO_LLAMA_3_1, "llama-3.2": GO_LLAMA_3_1, "chatml": GO_CHATML, "embedded": GO_EMBEDDED}
-_JINJA = {LLAMA_3_1: GO_LLAMA_3_1, CHATML: GO_CHATML, EMBEDDED: GO_EMBEDDED}
+_JINJA = {LLAMA_3_1_TEMPLATE: GO_LLAMA_3_1, CHATML_TEMPLATE: GO_CHATML, EMBEDDED_TEMPLATE: GO_EMBEDDED}
 
 # %% ../nbs/18_ollama.ipynb #b58dbb7f
 AWKWARD_TEXTS = ("What is 2 + 3?", "  two\n\nlines \t", "\n", "naïve café, 東京, 👩‍💻 \u200b!", "<|eot_id|> <|im_end|> </s> [/INST]",

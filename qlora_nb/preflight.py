@@ -28,15 +28,14 @@ from qlora_nb.rows import (
     iterate_messages,
     normalize_text,
     question_hash,
-    split_mark,
     unused_marks,
 )
 
 # %% ../nbs/52_preflight.ipynb #52f1a008
 from qlora_nb.template import (
-    DATE,
     HUGE_TEXT,
     PROBE_MESSAGES,
+    TEMPLATE_DATE,
     Encoded,
     Encoder,
     adds_bos,
@@ -66,16 +65,13 @@ class DatasetFinding(Finding):
 
 # %% ../nbs/52_preflight.ipynb #7742c7f4-21
 class DatasetReport(Findings):
-    "What `check_dataset` found. `ok` is True where there is no error."
+    """What `check_dataset` found: `findings`, `summary` (figures of all rows), `lengths`. `ok` is True where there is no error.
+
+    `lengths` maps the tokens of a row to (rows of that length, their learned tokens)."""
 
     harmless = ("warning", "info")
 
-    def __init__(
-        self,
-        findings: list[DatasetFinding],
-        summary: dict,  # figures of all rows
-        lengths: dict | None = None,  # {tokens of a row: (rows, learned tokens in these rows)}
-    ):
+    def __init__(self, findings: list[DatasetFinding], summary: dict, lengths: dict | None = None):
         super().__init__(findings, summary)
         self.lengths = lengths or {}
 
@@ -117,20 +113,20 @@ DATASET_CODES = {
     "turn_left_out": ("error", "choose a template that writes these turns, or put their text into a user turn"),
     "unused_key": ("warning", "write it into the content where the model should read it; else remove the key"),
     "unused_column": ("info", "write it into the messages where the model should read it; else there is nothing to do"),
-    "unused_part": ("error", "leave these rows out: training takes text alone"),
+    "unused_part": ("error", "leave these rows out: training uses text only"),
     "earlier_replies": ("warning", "make a row of each reply that should be learned, with the turns before it"),
     "odd_characters": ("error", "read the source again as UTF-8, or leave these rows out"),
     "template_refused": ("error", "fix these messages, or choose a template that takes them"),
-    "prompt_not_prefix": ("error", "choose a template that writes earlier turns the same whatever follows, or strip the blanks from the reply"),
+    "prompt_not_prefix": ("error", "choose a template that renders earlier turns the same regardless of what follows, or strip the blanks from the reply"),
     "generation_prompt_mismatch": ("error", "choose a template whose generation prompt is how its own replies begin"),
     "no_end_of_turn": ("error", "choose a template that ends each turn with a token the tokenizer knows"),
     "no_bos": ("error", "choose a template that begins with the BOS token"),
     "double_bos": ("error", "give messages, not rendered text: template and tokenizer each add a BOS"),
-    "all_masked": ("error", "leave these rows out, or make labels for the reply"),
-    "bad_ids": ("error", "encode ids and labels again with this tokenizer, or give messages"),
+    "all_masked": ("error", "leave these rows out, or label the reply"),
+    "bad_ids": ("error", "encode the rows again with this tokenizer, or give messages"),
     "end_cut": ("error", "raise max_length or leave these rows out: their end would be cut away"),
     "leakage": ("error", "remove these rows from the training data"),
-    "prompt_labelled": ("warning", "give messages: their labels are on the replies alone"),
+    "prompt_labelled": ("warning", "give messages: then only the replies are labelled"),
     "too_long": ("warning", "raise max_length where memory allows, or accept that they are left out"),
     "content_changed": ("warning", "look at render(messages, tokenizer): choose another template if the reasoning is gone"),
     "unbalanced_think": ("warning", "fix the tags, or leave these rows out: the reasoning has no end"),
@@ -139,7 +135,7 @@ DATASET_CODES = {
     "special_token_in_content": ("error", "fix the content, or leave these rows out"),
     "empty_content": ("error", "fix the content, or leave these rows out"),
     "row_dropped": ("warning", "raise max_length, or accept that they are left out"),
-    "length_outlier": ("info", "look at them: two rows in one, a log, or a whole document?"),
+    "length_outlier": ("info", "look at them: are they two rows in one, a log, or a whole document?"),
     "pad_is_eos": ("warning", "set a padding token of its own, e.g. <|finetune_right_pad_id|>"),
     "date_in_template": ("warning", "remove the date from the template"),
     "tokenizer_too_large": ("error", "use the tokenizer that belongs to the model, or resize the embedding"),
@@ -290,13 +286,9 @@ class LengthCount:
 class RowStatistics:
     "Hashes, answers and lengths of all rows, in memory that doesn't grow with their number."
 
-    def __init__(
-        self,
-        capacity: int = REMEMBERED_ROWS,  # different texts of a kind to remember
-        counters: int = 255,  # answers to count at a time
-    ):
-        self.capacity = capacity
-        self.counters = counters
+    def __init__(self, capacity: int = REMEMBERED_ROWS, counters: int = 255):
+        self.capacity = capacity  # different texts of a kind to remember
+        self.counters = counters  # answers to count at a time
         self.tables: dict[str, array] = {}  # of each kind: hashes, 0 where a place is free
         self.remembered = Counter()  # hashes of each kind
         self.answers: dict[str, DatasetFinding] = {}  # by the normalized answer
@@ -318,11 +310,6 @@ class RowStatistics:
             table[place] = key
             self.remembered[kind] += 1
         return known
-
-    @property
-    def full(self) -> bool:
-        "True where texts may have been met without being remembered."
-        return any(count >= self.capacity for count in self.remembered.values())
 
     def add_reply(self, row: int, reply: str):
         "Count the answer of a reply: what follows the reasoning (Misra and Gries, 1982)."
@@ -407,7 +394,7 @@ def writes_clock(tokenizer, template: str | None = None, **settings) -> bool:
     return mark in text
 
 # %% ../nbs/52_preflight.ipynb #7742c7f4-36
-class EncodedRows:
+class _EncodedRows:
     "The ids and labels of rows that fit, in Arrow's memory, and the numbers of those that don't."
 
     def __init__(self):
@@ -431,7 +418,7 @@ class EncodedRows:
         import datasets
         import pyarrow as pa
 
-        return datasets.Dataset(pa.concat_tables(self.tables).combine_chunks())
+        return datasets.Dataset(pa.concat_tables(self.tables))
 
 # %% ../nbs/52_preflight.ipynb #7742c7f4-28
 _LEFT_OUT = {  # what to do about turns that a template doesn't write
@@ -441,23 +428,32 @@ _LEFT_OUT = {  # what to do about turns that a template doesn't write
 }
 
 
+def _check_arguments(truncation: str, **numbers: int) -> None:
+    "Raise `UserError` for a number below 1, and for a way to cut that isn't known."
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name} is {value!r}: give a whole number of at least 1")
+    if truncation not in ("drop", "cut_prompt"):
+        raise UserError(f"truncation is {truncation!r}: choose 'drop' or 'cut_prompt'")
+
+
 class _Checker:
     "Checks rows batch by batch, each once; what is kept of them doesn't grow with their number unless `keep_rows` is True."
 
-    def __init__(self, tokenizer, template, max_length: int, truncation: str, capacity: int, keep_rows: bool = False):
+    def __init__(self, tokenizer, max_length: int, template=None, truncation: str = "drop", keep_rows: bool = False):
+        _check_arguments(truncation, max_length=max_length)
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
         self.truncation = truncation
-        content_tokens = {"<think>", "</think>"}
-        names = sorted({*control_tokens(tokenizer).values()} - content_tokens)
+        names = sorted({*control_tokens(tokenizer).values()} - {"<think>", "</think>"})  # those two are content
         self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self.stops = set(stop_tokens(tokenizer, template=template))
         self.adds_bos = adds_bos(tokenizer)
         self.asking = asking_ids(tokenizer, template)
         self.collector = _Collector()
-        self.stats = RowStatistics(capacity)
-        self.encoded = EncodedRows() if keep_rows else None
+        self.stats = RowStatistics()
+        self.encoded = _EncodedRows() if keep_rows else None
         self.rows = 0
         self.plain = {}  # columns that say nothing about the replies
         self.replies = 0
@@ -468,18 +464,30 @@ class _Checker:
         "The encoder; ready-made rows need none, and their tokenizer may have no template."
         return Encoder(self.tokenizer, self.template)
 
-    def read_questions(self, data):
-        "Remember the questions of held-out rows."
-        for batch in iterate_messages(data):
+    def check(self, data, *, eval_data=None, model=None, max_steps=None, effective_batch=8, min_rows=16) -> DatasetReport:
+        "Return the report on all rows; the arguments are those of `check_dataset`."
+        _check_arguments(self.truncation, effective_batch=effective_batch, max_steps=max_steps or 1)
+        sizes = [len(rows) if hasattr(rows, "__len__") else REMEMBERED_ROWS for rows in (data, eval_data) if rows is not None]
+        self.stats.capacity = max(16, min(max(sizes, default=0), REMEMBERED_ROWS))  # no more than there are rows
+        for batch in iterate_messages(eval_data) if eval_data is not None else ():
             for messages in batch:
                 if find_content_problem(messages) is None:
                     self.stats.remember("question", question_hash(messages).hex())
+        ready = self.read(data)
+        usable = self.note_lengths(ready)
+        if ready:
+            self.note_cut()
+        self.note_settings(model, ready)
+        self.note_names(data)
+        self.note_counts(usable, max_steps, effective_batch, min_rows)
+        return self.report(usable)
 
     def read(self, data) -> bool:
         "Check all rows. Returns True where they hold ids or text instead of messages. Raises `UserError` for no rows."
         ready = False
+        kinds = ("messages",) if self.encoded else ("messages", "input_ids", "text")
         for batch in iterate_batches(data.with_marks() if hasattr(data, "with_marks") else data, 250):
-            ready = find_data_kind(batch) != "messages"
+            ready = find_data_kind(batch, kinds) != "messages"
             if ready:
                 self.check_ready(batch)
             else:
@@ -501,7 +509,7 @@ class _Checker:
             cut = None if fits or found.code else fit_row(found, self.tokenizer, self.max_length, self.truncation)
             if cut:
                 lost = found.length - cut.length
-                self.collector.add("prompt_cut", row, f"a prompt loses {lost} tokens of its middle")
+                self.collector.add("prompt_cut", row, f"a prompt loses {lost} tokens from its middle")
                 found = cut
             if found.code is None:
                 self.check_tokens(row, found.input_ids, found.labels, found.learned)
@@ -528,7 +536,7 @@ class _Checker:
         if same:
             self.collector.add("duplicate", row, "the row is the same as an earlier one")
         elif nearly:
-            self.collector.add("near_duplicate", row, "the row is an earlier one but for case, spacing or punctuation")
+            self.collector.add("near_duplicate", row, "the row differs from an earlier one only in case, spacing or punctuation")
 
     def check_turns(self, row: int, messages: list[dict], found: Encoded):
         "Check for turns of one encoded row that are left out, altered or not learned."
@@ -564,7 +572,7 @@ class _Checker:
                 continue
             columns = {name: batch[name][row] for name in others}
             for mark in unused_marks({"messages": turns, **columns}, Schema("messages", messages="messages")):
-                severity, place, name = split_mark(mark)
+                severity, place, name = mark.split(" ", 2)
                 if severity == "info":
                     self.collector.add("unused_column", self.rows + row, PLAIN_COLUMNS)
                     self.plain.update({name: None} if len(self.plain) < 50 else {"…": None})
@@ -613,8 +621,8 @@ class _Checker:
         note = self.collector.note
         total = sum(found.rows for found in self.stats.lengths.values())
         dropped, rows = self.stats.rows_longer_than(self.max_length)
-        rows.sort()
         if dropped:
+            rows.sort()
             longest = max(self.stats.lengths)
             note("too_long", f"rows are longer than max_length={self.max_length} (the longest has {longest} tokens)", dropped, rows)
             if ready:
@@ -640,7 +648,7 @@ class _Checker:
         if count >= 3 and others and unended == count == lengths[longest].unended and "end_cut" not in self.collector.found:
             cause = f"{count} rows have {longest} tokens, no row has more, and only these don't end: they were cut to that length"
             rows = self.collector.found["no_end_of_turn"].rows
-            self.collector.note("end_cut", cause, count, rows, fix="make the rows again, and leave out those that don't fit")
+            self.collector.note("end_cut", cause, count, rows, fix="encode the rows again, and leave out those that don't fit")
 
     def note_settings(self, model, ready: bool):
         "Note what belongs to tokenizer, template and model, not to rows."
@@ -649,15 +657,13 @@ class _Checker:
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in self.stops:
             pad = tokenizer.pad_token
             note("pad_is_eos", f"the padding token {pad} also ends a turn: a collator that masks padding masks both")
-        if not ready and writes_clock(tokenizer, self.template, date_string=DATE):
+        if not ready and writes_clock(tokenizer, self.template, date_string=TEMPLATE_DATE):
             note("date_in_template", "the template writes today's date, and accepts no date_string")
         elif not ready and writes_clock(tokenizer, self.template):
-            note("date_in_template", f"the template writes today's date unless it is given one; here it is always given {DATE}",
+            note("date_in_template", f"the template writes today's date unless it is given one; here it always gets {TEMPLATE_DATE}",
                  severity="info", fix="give the same date_string when you serve the model")
-        if hasattr(model, "get_input_embeddings"):
-            rows = model.get_input_embeddings().weight.shape[0]
-        else:
-            rows = getattr(model, "vocab_size", None)
+        embedding = model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else None
+        rows = getattr(model, "vocab_size", None) if embedding is None else len(embedding)
         if rows is not None and rows < len(tokenizer):
             note("tokenizer_too_large", f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows")
 
@@ -701,56 +707,9 @@ class _Checker:
             "rows": self.rows, "usable": usable, "tokens": tokens, "learned_tokens": learned, "max_length": self.max_length,
             "median_length": stats.length_limit(0.5), "longest": max(lengths, default=None),
             "keeps_99_percent": stats.length_limit(), "learned_share": round(learned / tokens, 3) if tokens else None,
-            "note": missed if self.rows > REMEMBERED_ROWS and stats.full else None,
+            "note": missed if self.rows > REMEMBERED_ROWS and REMEMBERED_ROWS in stats.remembered.values() else None,
         }
         return DatasetReport([*self.collector.found.values()], summary, lengths)
-
-# %% ../nbs/52_preflight.ipynb #5be1c07d
-def _check_arguments(truncation: str, **numbers: int) -> None:
-    "Raise `UserError` for a number below 1, and for a way to cut that isn't known."
-    for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} is {value!r}: give a whole number of at least 1")
-    if truncation not in ("drop", "cut_prompt"):
-        raise UserError(f"truncation is {truncation!r}: choose 'drop' or 'cut_prompt'")
-
-
-@dataclass
-class CheckedRows:
-    "What `check_and_encode` returns."
-
-    report: DatasetReport
-    rows: object  # datasets.Dataset with `input_ids` and `labels` of all rows that fit, in their order; None for ready-made rows
-    dropped: list[int]  # the numbers of the rows that are not among them
-
-
-def _capacity(data) -> int:
-    "Return how many rows are worth a place: those that are there, up to `REMEMBERED_ROWS`."
-    return max(min(len(data), REMEMBERED_ROWS), 16) if hasattr(data, "__len__") else REMEMBERED_ROWS
-
-# %% ../nbs/52_preflight.ipynb #7742c7f4-34
-def check_and_encode(
-    data, tokenizer, max_length: int = 2048, *, eval_data=None, template: str | None = None, model=None,
-    max_steps: int | None = None, effective_batch: int = 8, min_rows: int = 16, truncation: str = "drop",
-    keep_rows: bool = True,  # False: the report alone, in memory that doesn't grow with the rows
-) -> CheckedRows:
-    """Check every row as `check_dataset` does, and keep its ids and labels as `encode_dataset` does: it is encoded once.
-
-    A row that can't be used is an error of the report: call `report.raise_for_errors()` before you train on the others."""
-    _check_arguments(truncation, max_length=max_length, effective_batch=effective_batch, max_steps=max_steps or 1)
-    capacity = max(_capacity(data), 0 if eval_data is None else _capacity(eval_data))
-    checker = _Checker(tokenizer, template, max_length, truncation, capacity, keep_rows)
-    if eval_data is not None:
-        checker.read_questions(eval_data)
-    ready = checker.read(data)
-    usable = checker.note_lengths(ready)
-    if ready:
-        checker.note_cut()
-    checker.note_settings(model, ready)
-    checker.note_names(data)
-    checker.note_counts(usable, max_steps, effective_batch, min_rows)
-    kept = checker.encoded if keep_rows and not ready else None
-    return CheckedRows(checker.report(usable), kept and kept.dataset(), kept.dropped if kept else [])
 
 # %% ../nbs/52_preflight.ipynb #52f1a011
 def check_dataset(
@@ -767,9 +726,8 @@ def check_dataset(
     truncation: str = "drop",  # as for `encode_dataset`: rows that are too long are left out, or "cut_prompt"
 ) -> DatasetReport:
     "Check every row as the model will see it. Raises `UserError` where there is nothing to check."
-    return check_and_encode(
-        data, tokenizer, max_length, eval_data=eval_data, template=template, model=model, max_steps=max_steps,
-        effective_batch=effective_batch, min_rows=min_rows, truncation=truncation, keep_rows=False).report
+    return _Checker(tokenizer, max_length, template, truncation).check(
+        data, eval_data=eval_data, model=model, max_steps=max_steps, effective_batch=effective_batch, min_rows=min_rows)
 
 # %% ../nbs/52_preflight.ipynb #7742c7f4-38
 def encode_dataset(
@@ -781,7 +739,7 @@ def encode_dataset(
 ) -> tuple:  # (datasets.Dataset with input_ids and labels, indices of the rows left out)
     "Return ids and labels of all rows that fit, in their order, in memory. Raises `UserError` where a row can't be used, or none fits."
     encoder = Encoder(tokenizer, template)
-    encoded = EncodedRows()
+    encoded = _EncodedRows()
     lengths = []
     for batch in iterate_messages(data):
         found = encoder.encode(batch, max_length)
@@ -795,3 +753,24 @@ def encode_dataset(
     if len(encoded.dropped) == len(lengths):
         raise UserError(f"no row fits max_length={max_length}: the shortest has {min(lengths)} tokens, the longest {max(lengths)}; raise it")
     return encoded.dataset(), encoded.dropped
+
+# %% ../nbs/52_preflight.ipynb #7742c7f4-34
+@dataclass
+class CheckedRows:
+    "What `check_and_encode` returns."
+
+    report: DatasetReport
+    rows: object  # datasets.Dataset with `input_ids` and `labels` of all rows that fit, in their order
+    dropped: list[int]  # the numbers of the rows that are not among them
+
+
+def check_and_encode(
+    data, tokenizer, max_length: int = 2048, *, template: str | None = None, truncation: str = "drop", **settings
+) -> CheckedRows:
+    """Check rows of messages as `check_dataset` does and keep their ids and labels as `encode_dataset` does, encoded once.
+
+    `settings` are the other arguments of `check_dataset`. A row that can't be used is an error of the report, and missing
+    in the rows: call `report.raise_for_errors()` before you train. Raises `UserError` where there is nothing to check."""
+    checker = _Checker(tokenizer, max_length, template, truncation, keep_rows=True)
+    report = checker.check(data, **settings)
+    return CheckedRows(report, checker.encoded.dataset(), checker.encoded.dropped)

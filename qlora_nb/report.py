@@ -98,7 +98,7 @@ def load_templates() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )
     found.filters |= {"value": format_value, "fixed": format_fixed, "percent": format_percent, "size": format_bytes,
-                      "cell": escape_cell}
+                      "cell": escape_cell, "repr": repr}
     found.tests["finite"] = is_finite_number
     return found
 
@@ -145,6 +145,23 @@ class RunFacts:
         "The plan that the run was made by, with the measured memory where the run is finished."
         return next((found["plan"] for found in (self.summary, self.config) if isinstance(found.get("plan"), dict)), None)
 
+    @property
+    def from_python(self) -> bool:
+        "True where the data was given in Python, where it has no name."
+        return self.config.get("data") == DATA_FROM_PYTHON
+
+    @property
+    def from_relative_file(self) -> bool:
+        "True where the data is a file that was named relative to where the run was started."
+        data = str(self.config.get("data"))
+        return bool(re.search(r"\.\w+$", data)) and not Path(data).is_absolute()
+
+    @property
+    def first_problem(self) -> str:
+        "A problem to try the adapter on: the first held-out one that is short."
+        problems = (row["problem"] for row in self.replies if isinstance(row.get("problem"), str))
+        return next((problem for problem in problems if len(problem) <= 300), "What is 2+2? Think step by step.")
+
     @functools.cached_property
     def pairs(self) -> list[Pair]:
         "Replies before and after to the same problem, in their order."
@@ -157,6 +174,10 @@ class RunFacts:
         values = [stage.get(name) if isinstance(stage, dict) else None for stage in found]
         return tuple(value if is_finite_number(value) else None for value in values)
 
+    def count_judged(self, name: str) -> int:
+        "Return how many held-out problems a measure was taken of."
+        return sum(pair[1].get(name) is not None for pair in self.pairs)
+
     def curve(self, *names: str) -> Points:
         "Return (step, value) of the first of these names that the metrics have; steps without a number are left out."
         for name in names:
@@ -168,7 +189,7 @@ class RunFacts:
 def gather_facts(
     run,  # a run or its folder, finished or not; facts that were gathered stay as they are
 ) -> RunFacts:
-    "Read a run folder. Raises `UserError` for another folder or a damaged config.yaml; other damaged files are named in `problems`."
+    "Read a run folder. Raise `UserError` for another folder or a damaged config.yaml; other damaged files are named in `problems`."
     if isinstance(run, RunFacts):
         return run
     folder = RunFolder.open(run)
@@ -182,19 +203,22 @@ def gather_facts(
             facts.problems += [problem] if problem not in facts.problems else []
             return usual
 
-    for name, usual in (("summary", {}), ("versions", {}), ("replies", []), ("preflight", None), ("stopped", None)):
-        setattr(facts, name, read(lambda: getattr(folder, name), usual))
+    facts.summary = read(lambda: folder.summary, {})
+    facts.versions = read(lambda: folder.versions, {})
+    facts.replies = read(lambda: folder.replies, [])
+    facts.preflight = read(lambda: folder.preflight)
+    facts.stopped = read(lambda: folder.stopped)
     steps = [row for row in read(lambda: folder.metrics, []) if is_finite_number(row["step"])]
     facts.metrics = sorted(steps, key=lambda row: row["step"])
     facts.diagnosis = read(lambda: find_troubles(folder))
     for file in folder.certificate_files:
-        if certificate := read(lambda: read_json(file)):
+        if certificate := read(functools.partial(read_json, file)):
             facts.certificates[file.relative_to(folder.path).as_posix()] = certificate
     return facts
 
 
 def find_troubles(folder: RunFolder) -> list[dict]:
-    "Return the findings of the folder's diagnosis.json; where there is none, of `diagnose`. Raises `UserError`."
+    "Return the findings of the folder's diagnosis.json; where there is none, of `diagnose`. Raise `UserError`."
     saved = folder.diagnosis
     if saved is None:
         return diagnose(folder.path).to_dict()["findings"]
@@ -419,17 +443,6 @@ def describe_data(config: dict) -> str:
     return " ".join(parts) + (f", first {format_value(config['limit'])} rows" if config.get("limit") else "")
 
 
-def describe_method(config: dict) -> str:
-    "Return QLoRA or LoRA, and in what numbers."
-    kind = config.get("dtype") or "16 bits"
-    return f"QLoRA: base in NF4, computed in {kind}" if config.get("load_in_4bit", True) else f"LoRA: base in {kind}"
-
-
-def describe_start(config: dict) -> str | None:
-    "Return the trained adapter that a run started from; None for a new one."
-    return f"a trained adapter, SHA-256 {config['started_from']}" if config.get("started_from") else None
-
-
 def describe_length(run: RunFacts) -> str:
     "Return the steps that were trained, and the time that they took."
     steps = run.summary.get("steps") or (run.metrics[-1]["step"] if run.metrics else 0)
@@ -439,43 +452,11 @@ def describe_length(run: RunFacts) -> str:
     seconds = run.summary.get("train_seconds")
     return done + (f" in {format_duration(seconds)}" if is_finite_number(seconds) else "")
 
-# %% ../nbs/20_report.ipynb #8ba32958
-def describe_setup(run: RunFacts) -> dict:
-    "Return model, data, adapter, trainer and machine by name; what is not known is left out."
-    c = run.config
-    trained = run.summary.get("trainable")
-    total = run.summary.get("total")
-    counted = all(is_finite_number(count) and count > 0 for count in (trained, total))
-    batch = c.get("per_device_train_batch_size")
-    times = c.get("gradient_accumulation_steps")
-    rate = [format_value(c.get("learning_rate")), format_value(c.get("lr_scheduler_type"))]
-    found = {
-        "Base model": c.get("model"), "Revision": c.get("revision"), "Method": describe_method(c), "Data": describe_data(c),
-        "System text": c.get("system"),
-        "Adapter": f"rank {format_value(c.get('r'))}, alpha {format_value(c.get('lora_alpha'))}, on {format_value(c.get('target_modules'))}",
-        "Parameters trained": f"{format_value(trained)} of {format_value(total)} ({format_percent(trained / total)})" if counted else None,
-        "Started from": describe_start(c),
-        "Adapter on disk": format_bytes(run.weights.stat().st_size) if run.weights.is_file() else None,
-        "Rows trained on": (c.get("rows_read") or {}).get("rows"),
-        "Length": describe_length(run),
-        "Batch": f"{format_value(batch)} × {format_value(times)} rows" if batch and times else None,
-        "Learning rate": ", ".join([*rate, f"{format_value(c.get('warmup_steps'))} steps of warm-up"]),
-        "Optimizer": c.get("optim"), "Seed": list_settings(c).get("seed"), "Backend": c.get("backend"),
-        "Machine": run.versions.get("device"), "Date": run.versions.get("date"),
-    }
-    return {name: value for name, value in found.items() if value is not None}
-
 # %% ../nbs/20_report.ipynb #f755006c
 def list_settings(config: dict) -> dict:
     "Return settings without fingerprints and plan; seeds as text, since they are names and not amounts."
     found = {name: value for name, value in config.items() if name not in ("format", "fingerprints", "plan", "rows_read")}
     return {name: str(value) if name in ("seed", "random_state") else value for name, value in found.items()}
-
-
-def list_fingerprints(run: RunFacts) -> dict:
-    "Return the fingerprints of data, template and adapter."
-    found = {**(run.config.get("fingerprints") or {}), "adapter": run.summary.get("adapter_sha256")}
-    return {name: value for name, value in found.items() if value}
 
 
 def list_notes(run: RunFacts) -> list[str]:
@@ -504,20 +485,6 @@ def list_findings(items) -> list[dict]:
                       "fix": item.get("fix")})
     return found
 
-# %% ../nbs/20_report.ipynb #6d7733a5
-def write_check_command(config: dict) -> str:
-    "Return the command that checks the data of a run."
-    if config.get("data") == DATA_FROM_PYTHON:
-        return "check_dataset(data, tokenizer)"
-    named = {"model": config.get("model"), "data": config.get("data"), "data-name": config.get("data_name")}
-    return "qlora_nb check" + "".join(f" --{name} {shlex.quote(clean_text(value))}" for name, value in named.items() if value)
-
-
-def list_preflight_figures(preflight: dict) -> dict:
-    "Return the figures of the data that a preflight measured."
-    summary = preflight.get("summary")
-    return {k.replace("_", " "): v for k, v in summary.items() if v is not None} if isinstance(summary, dict) else {}
-
 # %% ../nbs/20_report.ipynb #c305621c
 def find_memory(run: RunFacts) -> dict[str, dict[str, float]]:
     "Return the bytes `predicted` and `measured`, each by kind: allocated, reserved, total; None where they are not known."
@@ -545,14 +512,6 @@ def list_memory_bars(run: RunFacts) -> list[dict]:
     top = max((count for _, count, _ in rows), default=0) or 1
     return [{"label": label, "bytes": count, "kind": kind, "width": f"{100 * count / top:.2f}%"} for label, count, kind in rows]
 
-# %% ../nbs/20_report.ipynb #d871b7ce
-def describe_plan(plan: dict) -> dict:
-    "Return a plan's card, choice, reason and fullest moment, those that it has."
-    predicted = plan.get("predicted")
-    found = {"Card": plan.get("card"), "Chosen": plan.get("choice") or plan.get("settings"), "Why": plan.get("why"),
-             "Fullest moment": predicted.get("moment") if isinstance(predicted, dict) else None}
-    return {name: value for name, value in found.items() if value}
-
 # %% ../nbs/20_report.ipynb #2ee559f0
 def count_interval(pairs: list[Pair], side: int, name: str) -> tuple[float, float] | None:
     "Return Wilson's 95 % interval of a measure, counted from the rows; None where no row has it."
@@ -572,38 +531,6 @@ def list_measures(run: RunFacts) -> list[dict]:
                   for side, (stage, share) in enumerate(zip(("before", "after"), shares))]
         found.append({"title": f"{title}: {describe_rows(run.pairs, name)}" if partly else title, "stages": stages,
                       "verdict": judge_change(run.pairs, name)})
-    return found
-
-# %% ../nbs/20_report.ipynb #f71b150c
-def list_changes(run: RunFacts) -> dict[str, dict]:
-    "Return loss, length and the base's perplexity before and after, those that were measured."
-    words = {
-        "loss": ("Loss on the expected replies, in nats per token: ", " What falls here was learned."),
-        "length": ("Mean length of a reply in tokens: ", ""),
-        "base_perplexity": ("Perplexity on the base's own task: ", " What rises here was forgotten."),
-    }
-    found = {}
-    for name, (what, meaning) in words.items():
-        before, after = run.both(name)
-        if before and after:
-            found[name] = {"words": what, "before": before, "after": after, "times": after / before, "meaning": meaning}
-    return found
-
-
-def list_figures(run: RunFacts) -> list[tuple[str, str, str]]:
-    "Return (name, before, after) of what was measured, for a table in Markdown."
-    names = {"loss": "held-out loss (nats per token)", "exact": "exact answers", "form": "`<think>` form",
-             "stops": "stops by itself", "base_perplexity": "perplexity on the base task"}
-    found = []
-    for key, name in names.items():
-        before, after = run.both(key)
-        if before is None or after is None:
-            continue
-        judged = sum(pair[1].get(key) is not None for pair in run.pairs)
-        if key in ("exact", "form") and judged < len(run.pairs):
-            name += f", of {judged} rows that can be judged"
-        written = format_fixed if key in ("loss", "base_perplexity") else format_percent
-        found.append((name, written(before), written(after)))
     return found
 
 # %% ../nbs/20_report.ipynb #79be1e44
@@ -698,52 +625,7 @@ def write_loading_arguments(config: dict) -> str:
     bits = "" if config.get("load_in_4bit", True) else ", load_in_4bit=False"
     return bits + (f", revision={config['revision']!r}" if config.get("revision") else "")
 
-
-def write_use_lines(run: RunFacts) -> str:
-    "Return four lines of Python that load the adapter and ask it something, as it was trained to be asked."
-    problems = [row["problem"] for row in run.replies if isinstance(row.get("problem"), str) and len(row["problem"]) <= 300]
-    system = run.config.get("system")
-    adapter = f"{run.name}/adapter"
-    asked = f"chat(model, tokenizer, {problems[0] if problems else 'What is 2+2? Think step by step.'!r}"
-    return "\n".join([
-        "from qlora_nb import chat, load_model",
-        f"model, tokenizer = load_model(adapter={adapter!r}{write_loading_arguments(run.config)})",
-        f"system = {str(system)!r}" if system else "system = None",
-        f"print({asked}, system=system, do_sample=False))",
-    ])
-
 # %% ../nbs/20_report.ipynb #d373aa6b
-def write_again_command(run: RunFacts) -> str:
-    "Return the command that trains this again, typed in the folder that holds the run."
-    name = shlex.quote(f"{run.name}/config.yaml")
-    data = " --data YOUR_DATA" if run.config.get("data") == DATA_FROM_PYTHON else ""
-    return f"qlora_nb train --config {name}{data} --output {shlex.quote(f'{run.name}-again')}"
-
-
-def list_again_notes(run: RunFacts) -> list[str]:
-    "Return what that command needs, and how exactly it repeats the run."
-    notes = []
-    data = run.config.get("data")
-    if start := describe_start(run.config):
-        notes.append(f"The command starts from a new adapter, and this run started from {start} of its adapter_model.safetensors. To do "
-                     "the same, load that one in Python with load_adapter(model, path, trainable=True), and train with these settings.")
-    if data == DATA_FROM_PYTHON:
-        notes.append("The data was given in Python, where it has no name: put its file or Hub name for YOUR_DATA.")
-    elif isinstance(data, str) and re.search(r"\.\w+$", data) and not Path(data).is_absolute():
-        notes.append("The data file was named relative to where the run was started: start there, or name it with --data.")
-    return [*notes, "On a CPU the same settings give the same bytes; on a GPU sums are taken in changing order, so the last digits differ."]
-
-
-def write_again_sentence(config: dict) -> str:
-    "Return how to do a run again, for report.md."
-    data = ", with `--data` for the data that was given in Python" if config.get("data") == DATA_FROM_PYTHON else ""
-    command = f"Do it again: `qlora_nb train --config config.yaml`{data}"
-    if not config.get("started_from"):
-        return command
-    return (f"{command} starts from a new adapter. This run started from a trained one (adapter_model.safetensors with SHA-256 "
-            f"{config['started_from']}): load that with `load_adapter(model, path, trainable=True)`, and call `train` with these settings")
-
-
 def write_pins(run: RunFacts) -> str:
     "Return the requirements that install the run's versions; empty where they are not known."
     own = ("python", "device", "date", "qlora_nb")
@@ -754,10 +636,9 @@ def write_pins(run: RunFacts) -> str:
 def render_template(name: str, facts: RunFacts) -> str:
     "Return a template of the package, filled with the facts of a run; it calls the functions above by their names."
     functions = (
-        choose_headline, describe_certificate, describe_data, describe_length, describe_plan, describe_setup, draw_loss,
-        draw_small_charts, find_memory, list_again_notes, list_changes, list_figures, list_findings, list_fingerprints, list_measures,
-        list_memory_bars, list_notes, list_preflight_figures, list_settings, list_verdicts, pick_examples, write_again_command,
-        write_again_sentence, write_check_command, write_loading_arguments, write_pins, write_use_lines, shlex.quote,
+        choose_headline, describe_certificate, describe_data, describe_length, draw_loss, draw_small_charts, find_memory, list_findings,
+        list_measures, list_memory_bars, list_notes, list_settings, list_verdicts, pick_examples, write_loading_arguments, write_pins,
+        shlex.quote,
     )
     model = facts.config.get("model") or "a model without a name"
     return load_templates().get_template(name).render(
@@ -765,21 +646,21 @@ def render_template(name: str, facts: RunFacts) -> str:
 
 
 def render_page(run) -> str:
-    "Return the report of a run, or of its folder, as one page of HTML. Raises `UserError` for another folder."
+    "Return the report of a run, or of its folder, as one page of HTML. Raise `UserError` for another folder."
     return render_template("report.html.j2", gather_facts(run))
 
 # %% ../nbs/20_report.ipynb #5f1d0c03
 def render_markdown(
     run,  # a run or its folder, finished or not
 ) -> str:
-    "Return the report as Markdown. Raises `UserError` for another folder."
+    "Return the report as Markdown. Raise `UserError` for another folder."
     return render_template("report.md.j2", gather_facts(run))
 
 # %% ../nbs/20_report.ipynb #cb1eb24e
 def write_reports(
     run,  # a run or its folder
 ) -> Path:  # of report.html
-    "Write report.md and report.html into the run folder, atomically. Raises `UserError`; damaged files are named on stderr."
+    "Write report.md and report.html into the run folder, atomically. Raise `UserError`; damaged files are named on stderr."
     facts = gather_facts(run)
     for problem in facts.problems:
         print(f"damaged, and left out of the report: {problem}", file=sys.stderr)
@@ -812,7 +693,7 @@ def show_report(
     run,  # a run or its folder
     height: int = 720,  # pixels of the frame
 ) -> Report:
-    "Write the reports and show the page in the notebook. Raises `UserError`."
+    "Write the report and show the page in the notebook. Raise `UserError`."
     path = write_reports(run)
     return Report(path.read_text(encoding="utf-8"), path, height)
 
@@ -880,7 +761,7 @@ class Comparison:
         return Report(self.page(), Path(), height)._repr_html_()
 
     def write(self, path: str | Path) -> Path:
-        "Write the comparison as one page of HTML, atomically, and return its path. Raises `UserError`."
+        "Write the comparison as one page of HTML, atomically, and return its path. Raise `UserError`."
         path = Path(path).expanduser().absolute()
         if path.is_dir():
             raise UserError(f"{path} is a folder: name a file, such as {path / 'comparison.html'}")
@@ -914,7 +795,7 @@ def name_runs(runs: list[RunFacts]) -> list[str]:
 def compare(
     runs: list,  # two or more runs, or their folders
 ) -> Comparison:
-    "Put runs side by side. Raises `UserError` for fewer than two, or a folder that is not a run's."
+    "Put runs side by side. Raise `UserError` for fewer than two, or a folder that is not a run's."
     if isinstance(runs, (str, Path)) or not hasattr(runs, "__len__") or len(runs) < 2:
         raise UserError("compare needs at least two runs: give a list of them, or of their folders")
     found = [gather_facts(run) for run in runs]

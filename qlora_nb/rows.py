@@ -101,22 +101,6 @@ def _broken_row(text: str) -> int | None:
             return row
     return row + 1 if row else None
 
-# %% ../nbs/12_data.ipynb #dcc049af
-def _read_json(path: Path) -> Iterator[dict]:
-    "Yield the objects of a JSON file: a list of them, one under `data`, `train` or `rows`, columns, or one a line after all."
-    with _open(path) as file:
-        text = file.read()
-    lines = text.strip().splitlines()
-    if len(lines) > 1 and lines[0].startswith(b"{") and lines[0].rstrip().endswith(b"}"):
-        yield from _read_jsonl(path)
-        return
-    try:
-        value = _parse_json(text, str(path)) if lines else []
-    except UserError as error:
-        row = _broken_row(text.decode("utf-8-sig", "replace"))
-        raise UserError(f"{error} (row {row})" if row else str(error)) from error
-    yield from _rows_of_json(value, path)
-
 # %% ../nbs/12_data.ipynb #3b90d1f4
 def _rows_of_columns(value: dict) -> list[dict] | None:
     "Return the rows of an object that holds columns: lists of one length, or objects with the same numbers as keys (pandas)."
@@ -128,9 +112,20 @@ def _rows_of_columns(value: dict) -> list[dict] | None:
         return None
     return [dict(zip(value, row)) for row in zip(*cells)]
 
-# %% ../nbs/12_data.ipynb #662b487f
-def _rows_of_json(value, path: Path) -> Iterator[dict]:
-    "Yield the rows of a JSON value that was read from `path`."
+# %% ../nbs/12_data.ipynb #dcc049af
+def _read_json(path: Path) -> Iterator[dict]:
+    "Yield the objects of a JSON file: a list (also under `data`, `train` or `rows`), columns, or one object a line."
+    with _open(path) as file:
+        text = file.read()
+    lines = text.strip().splitlines()
+    if len(lines) > 1 and lines[0].startswith(b"{") and lines[0].rstrip().endswith(b"}"):
+        yield from _read_jsonl(path)
+        return
+    try:
+        value = _parse_json(text, str(path)) if lines else []
+    except UserError as error:
+        row = _broken_row(text.decode("utf-8-sig", "replace"))
+        raise UserError(f"{error} (row {row})" if row else str(error)) from error
     if isinstance(value, dict):
         lists = [value[key] for key in ("data", "train", "rows") if isinstance(value.get(key), list)]
         value = lists[0] if lists else _rows_of_columns(value) or [value]
@@ -215,11 +210,10 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def read_rows(
-    path: Path,  # a data file
-    choose: Callable[[list[str]], list[str]] | None = None,  # picks the columns of a Parquet file from their names
-) -> Iterator[dict]:
-    "Yield the rows of one data file. Raises `UserError` with file and row for what can't be read."
+def read_rows(path: Path, choose: Callable[[list[str]], list[str]] | None = None) -> Iterator[dict]:
+    """Yield the rows of one data file. Raises `UserError` with file and row for what can't be read.
+
+    `choose` picks the columns of a Parquet file from their names."""
     row = 0
     try:
         if (reader := _find_reader(path)) is None:
@@ -269,15 +263,19 @@ COMMON_SCHEMAS = (
     Schema("ShareGPT", messages="conversations"),
     Schema("conversation", messages="conversation"),
     Schema("Alpaca", prompt="instruction", response="output"),
-    Schema("problem/solution", prompt="problem", response="solution"),
-    Schema("question/answer", prompt="question", response="answer"),
-    Schema("prompt/response", prompt="prompt", response="response"),
-    Schema("prompt/completion", prompt="prompt", response="completion"),
+    *(Schema(f"{prompt}/{response}", prompt=prompt, response=response) for prompt, response in (
+        ("problem", "solution"), ("question", "answer"), ("prompt", "response"), ("prompt", "completion"))),
 )
 
-# %% ../nbs/12_data.ipynb #52c94088
-def _only_schema(fits: list[Schema], columns: list[str]) -> Schema:
-    "Return the schema that fits. Raises `UserError` where none does, or more than one."
+# %% ../nbs/12_data.ipynb #7742c7f4-9
+def find_schema(columns: list[str], override: dict | None = None) -> Schema:
+    """Return the schema of these columns. Raises `UserError` for none, or more than one that fits.
+
+    `override` are names of the user's own, e.g. {"prompt": "frage", "response": "antwort"}."""
+    if override:
+        return _overridden_schema(columns, override)
+    known, fits = ([s for s in table if {*s.columns} <= {*columns}] for table in (KNOWN_SCHEMAS, COMMON_SCHEMAS))
+    fits = known[:1] or fits
     found = ", ".join(columns) or "none"
     if not fits and {"chosen", "rejected"} <= {*columns}:
         raise UserError(f"the columns {found} are preference pairs, and training learns one reply to each prompt: write the chosen replies "
@@ -288,18 +286,7 @@ def _only_schema(fits: list[Schema], columns: list[str]) -> Schema:
     if len(fits) > 1:
         names = "; ".join(str(s) for s in fits)
         raise UserError(f"the columns {found} can be read in {len(fits)} ways: {names}. Choose one with columns=")
-    return fits[0]
-
-# %% ../nbs/12_data.ipynb #7742c7f4-9
-def find_schema(
-    columns: list[str],  # the columns that the data has
-    override: dict | None = None,  # e.g. {"prompt": "frage", "response": "antwort"}
-) -> Schema:
-    "Return the schema of these columns. Raises `UserError` for none, or more than one that fits."
-    if override:
-        return _overridden_schema(columns, override)
-    fits = [s for s in KNOWN_SCHEMAS if {*s.columns} <= {*columns}][:1] or [s for s in COMMON_SCHEMAS if {*s.columns} <= {*columns}]
-    schema = _only_schema(fits, columns)
+    schema = fits[0]
     if schema.name == "Alpaca" and "input" in columns:
         schema = replace(schema, input="input")
     return replace(schema, system="system") if "system" in columns else schema
@@ -356,29 +343,22 @@ def _are_turns(value) -> bool:
     "Return True where one side of a pair is a list of turns."
     return bool(isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in value))
 
-
-def _side(value, role: str) -> list[dict]:
-    "Return one side of a pair as turns: a text becomes one turn."
-    return [_turn(m) for m in value] if _are_turns(value) else [{"role": role, "content": _text(value)}]
-
 # %% ../nbs/12_data.ipynb #e4a1c9d3
 def _written_turns(row: dict, schema: Schema) -> list:
-    "Return the turns of a row as they were written, with all their keys."
+    "Return the turns of a row as they were written, with all their keys; a text of a pair becomes a turn."
     if schema.messages:
         return next((_list_turns(row[name]) for name in schema.reads(row) if row.get(name)), [])
-    return [m for side in (row.get(schema.prompt), row.get(schema.response)) if _are_turns(side) for m in side]
+    prompt = row.get(schema.prompt)
+    extra = row.get(schema.input) if schema.input else None
+    if isinstance(prompt, str) and isinstance(extra, str) and extra.strip():
+        prompt = f"{prompt}\n\n{extra}"
+    sides = (("user", prompt), ("assistant", row.get(schema.response)))
+    return [m for role, side in sides for m in (side if _are_turns(side) else [{"role": role, "content": side}])]
 
 
 def _own_turns(row: dict, schema: Schema) -> list[dict]:
-    "Return the turns of one row, with the system text of its own column."
-    if schema.messages:
-        turns = [_turn(m) for m in _written_turns(row, schema)]
-    else:
-        prompt = row.get(schema.prompt)
-        extra = row.get(schema.input) if schema.input else None
-        if isinstance(prompt, str) and isinstance(extra, str) and extra.strip():
-            prompt = f"{prompt}\n\n{extra}"
-        turns = _side(prompt, "user") + _side(row.get(schema.response), "assistant")
+    "Return the turns of one row as {role, content}, with the system text of its own column."
+    turns = [_turn(m) for m in _written_turns(row, schema)]
     system = row.get(schema.system) if schema.system else None
     if not isinstance(system, str) or not system.strip() or any(m["role"] == "system" for m in turns):
         return turns
@@ -386,21 +366,14 @@ def _own_turns(row: dict, schema: Schema) -> list[dict]:
 
 # %% ../nbs/12_data.ipynb #48c82986
 def _with_system(turns: list[dict], system: str | bool | None) -> list[dict]:
-    "Return the turns, with a system text before them where they have none and one is wanted."
+    """Return the turns, with a system text before them where they have none.
+
+    `system` is that text; None: `SYSTEM_PROMPT` where a reply reasons; False: none."""
     if system is False or any(m["role"] == "system" for m in turns):
         return turns
     if system is None and any(m["role"] == "assistant" and "<think>" in (m["content"] or "") for m in turns):
         system = SYSTEM_PROMPT
     return [{"role": "system", "content": system}, *turns] if system else turns
-
-
-def to_messages(
-    row: dict,  # columns and their values
-    schema: Schema,  # which columns hold the conversation
-    system: str | bool | None = None,  # for rows without a system turn; None: `SYSTEM_PROMPT` where a reply reasons; False: none
-) -> list[dict]:
-    "Return the turns of one row."
-    return _with_system(_own_turns(row, schema), system)
 
 # %% ../nbs/12_data.ipynb #a0f6b7c2
 @dataclass(frozen=True)
@@ -414,26 +387,28 @@ class UnusedRule:
 
 # %% ../nbs/12_data.ipynb #a0f6b7c3
 _CALLS = UnusedRule("tool_calls tool_call function_call", "error", "turns would be learned without the calls that they make",
-              "write each call into its turn's content, in the form of your model's template, or leave these rows out")
+                    "write each call into its turn's content, in the form of your model's template, or leave these rows out")
 _TOOLS = UnusedRule("tools functions", "error", "replies would be learned without the tools that they could call",
-              "write the tools into the system text, as your model's template does, or leave these rows out")
+                    "write the tools into the system text, as your model's template does, or leave these rows out")
 _WEIGHTS = UnusedRule("weight loss_weight sample_weight loss train trainable training train_on_turn learn", "error",
-                "the last reply of every row is learned in full, and no other, whatever the weights are",
-                "leave out rows whose last reply should not count, end the others with the reply that should, and remove the weights")
-_LABELS = UnusedRule("label kto_tag desirable is_desirable is_correct correct accepted is_accepted is_good", "error", "replies marked as bad (false, 0) would be learned like the good ones",
-               "leave these rows out, or rename the column where it doesn't judge the reply")
+                      "only the last reply of every row is learned, and in full, regardless of the weights",
+                      "leave out rows whose last reply should not count, end the others with the reply that should, and remove the weights")
+_LABELS = UnusedRule("label kto_tag desirable is_desirable is_correct correct accepted is_accepted is_good", "error",
+                     "replies marked as bad (false, 0) would be learned like the good ones",
+                     "leave these rows out, or rename the column where it doesn't judge the reply")
 _PAIRS = UnusedRule("chosen rejected chosen_response rejected_response rejected_answer response_rejected", "error",
-              "training learns one reply, and nothing from the comparison with another",
-              "write the chosen replies into rows of their own, and remove these columns")
+                    "training learns one reply, and nothing from the comparison with another",
+                    "write the chosen replies into rows of their own, and remove these columns")
 _HISTORY = UnusedRule("history", "error", "replies would be learned without the turns before them", "write the earlier turns into messages")
 _MEDIA = UnusedRule("image images image_url input_image audio audios input_audio video videos video_url", "error",
-              "replies would be learned without what they are about: training takes text alone", "leave these rows out, or describe in words what is seen or heard")
-_REASONING = UnusedRule("reasoning reasoning_content reasoning_text thinking thinking_content thought thoughts cot chain_of_thought rationale explanation", "warning",
-                  "the model would learn to answer without this reasoning",
-                  "put it before the answer, between <think> and </think>, where the model should reason")
+                    "replies would be learned without what they are about: training uses text only",
+                    "leave these rows out, or describe what is seen or heard in words")
+_REASONING = UnusedRule("reasoning reasoning_content reasoning_text thinking thinking_content thought thoughts cot chain_of_thought "
+                        "rationale explanation", "warning", "the model would learn to answer without this reasoning",
+                        "put it before the answer, between <think> and </think>, where the model should reason")
 _ASKED = UnusedRule("context contexts passage passages document documents options choices system_prompt system input", "warning",
-              "replies would be learned without what the question is about",
-              'put it into the prompt, or name it in Python, e.g. columns={"prompt": "question", "input": "context", "response": "answer"}')
+                    "replies would be learned without what the question is about",
+                    'put it into the prompt, or name it in Python, e.g. columns={"prompt": "question", "input": "context", "response": "answer"}')
 
 # %% ../nbs/12_data.ipynb #a0f6b7c4
 def bare_name(name: str) -> str:
@@ -502,11 +477,6 @@ PLAIN_COLUMNS = "columns that training doesn't use: "  # begins the description 
 _MARK = re.compile("(error|warning|info) (key|column|part) (.+)", re.DOTALL)
 
 
-def split_mark(mark: str) -> list[str]:
-    "Return severity, place and name of a mark."
-    return mark.split(" ", 2)
-
-
 def describe_mark(severity: str, place: str, name: str) -> tuple[str, str | None]:
     "Return the cause and the fix of a mark; None where its code's own fix will do."
     rule = _rule_of(name)
@@ -517,22 +487,19 @@ def describe_mark(severity: str, place: str, name: str) -> tuple[str, str | None
     return f"{places[place]} {name!r}, which training doesn't use{what}", rule.fix if rule else None
 
 
-def unused_marks(
-    row: dict,  # columns and their values
-    schema: Schema,  # which of them are read
-) -> list[str]:
-    "Return what of a row isn't used, each once: 'error key tool_calls', 'info column id'."
+def unused_marks(row: dict, schema: Schema) -> list[str]:
+    "Return what of a row (columns and their values) isn't used, each once: 'error key tool_calls', 'info column id'."
     turns = _written_turns(row, schema)
     marks = [mark for turn in turns for mark in _turn_marks(turn)]
     if len(row) > 1:
         read = schema.reads(row)
-        calls = any(_rule_of(split_mark(mark)[2]) is _CALLS for mark in marks) or any(
+        calls = any(_rule_of(mark.split(" ", 2)[2]) is _CALLS for mark in marks) or any(
             isinstance(turn, dict) and _role(turn) in _CALLERS for turn in turns)
         calls = None if _describes_tools(row, turns) else calls
         marks += [mark for name in row if name not in read for mark in _column_marks(name, row[name], schema, calls)]
         chosen = row.get("chosen") if schema.messages else None
         if chosen and [*map(_turn, _list_turns(chosen))] == [*map(_turn, turns)]:  # the messages are the chosen ones
-            marks = ["info " + mark.split(" ", 1)[1] if _rule_of(split_mark(mark)[2]) is _PAIRS else mark for mark in marks]
+            marks = ["info " + mark.split(" ", 1)[1] if _rule_of(mark.split(" ", 2)[2]) is _PAIRS else mark for mark in marks]
         marks += _unplaced_marks(row, schema, turns)
     return list(dict.fromkeys(marks))
 
@@ -576,26 +543,22 @@ def _unplaced_marks(row: dict, schema: Schema, turns: list) -> list[str]:
     return marks
 
 # %% ../nbs/12_data.ipynb #98a25367
-def format_count(number: int, what: str = "row") -> str:
-    "Return a number with its noun: 1 row, 2 rows."
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def format_count(rows: int) -> str:
+    "Return a number of rows with its noun: 1 row, 2 rows."
+    return f"{rows} row{'' if rows == 1 else 's'}"
 
 # %% ../nbs/12_data.ipynb #31536acf
 class _RowReader:
     "Turns rows into messages, and counts what of them wasn't used."
 
-    def __init__(
-        self,
-        columns: dict | None,  # as for `load_sft_dataset`
-        system: str | bool | None,
-        what: str,  # how the source is called in errors
-    ):
-        self.columns = columns
+    def __init__(self, columns: dict | None, system: str | bool | None, what: str):
+        self.columns = columns  # as for `load_sft_dataset`
         self.system = system
-        self.what = what
+        self.what = what  # how the source is called in errors
         self.schema = None  # found in the first rows
         self.rows = 0
         self.put_in = 0  # rows that got a system text
+        self.missing = 0  # contents that are not text
         self.unused = Counter()  # by mark
         self.plain = {}  # columns that say nothing about the replies
 
@@ -632,6 +595,7 @@ class _RowReader:
         messages = _with_system(turns, self.system)
         self.rows += 1
         self.put_in += len(messages) > len(turns)
+        self.missing += sum(turn["content"] is None for turn in turns)
         plain = [mark for mark in marks if mark.startswith("info column ")]
         if plain and len(self.plain) < 100:
             self.plain.update(dict.fromkeys(mark.removeprefix("info column ") for mark in plain))
@@ -648,22 +612,24 @@ class _RowReader:
     def plain_names(self) -> str:
         "Return the columns that say nothing about the replies, and weren't read; none for a data set that is known."
         known = any(self.schema.name == schema.name for schema in KNOWN_SCHEMAS)
-        named = {split_mark(mark)[2] for mark in self.unused}
+        named = {mark.split(" ", 2)[2] for mark in self.unused}
         return "" if known else ", ".join(str(name) for name in self.plain if name not in named)
 
     def notes(self, rows: str = "") -> list[str]:
         "Return what to tell the user; `rows` says which were looked at."
         notes = []
         if self.put_in and self.system is None:
-            notes.append(f"{rows}a system text that asks to think in <think> was put before {format_count(self.put_in)}: "
+            notes.append(f"{rows}a system prompt that asks for reasoning in <think> was added to {format_count(self.put_in)}: "
                          "leave it out with system=False (--no-system)")
         elif self.put_in:
-            notes.append(f"{rows}the system text was put before {format_count(self.put_in)}")
+            notes.append(f"{rows}the system text was added to {format_count(self.put_in)}")
         if self.unused:
-            names = [f"{split_mark(mark)[2]} ({format_count(count)})" for mark, count in islice(self.unused.items(), 50)]
+            names = [f"{mark.split(' ', 2)[2]} ({format_count(count)})" for mark, count in islice(self.unused.items(), 50)]
             notes.append(f"{rows}not used: {', '.join(names)}")
         if names := self.plain_names():
             notes.append(f"columns not used: {names}")
+        if self.missing:
+            notes.append(f"{rows}contents that are not text: {self.missing}")
         return notes
 
 # %% ../nbs/12_data.ipynb #7742c7f4-13
@@ -845,9 +811,7 @@ def load_sft_dataset(
         count = format_count(len(data))
         looked = ""
     if source is not None:
-        missing = sum(m["content"] is None for batch in data.iter(1000) for row in batch["messages"] for m in row) if not looked else 0
-        notes = [f"{what}: {count}, read as {reader.schema}", *reader.notes(looked), _LICENCES.get(what),
-                 f"contents that are not text: {missing}" if missing else None]
+        notes = [f"{what}: {count}, read as {reader.schema}", *reader.notes(looked), _LICENCES.get(what)]
         print("; ".join(filter(None, notes)), file=sys.stderr)
     return data
 
@@ -865,7 +829,7 @@ def iterate_batches(data, size: int = 1000) -> Iterator[dict]:
             yield {key: [row.get(key) for row in part] for key in dict.fromkeys(chain.from_iterable(part))}
 
 
-def find_data_kind(batch: dict, kinds: tuple[str, ...] = ("messages", "input_ids", "text")) -> str:
+def find_data_kind(batch: dict, kinds: tuple[str, ...]) -> str:
     "Return the first of these columns that a batch has. Raises `UserError` for none."
     if kind := next((kind for kind in kinds if kind in batch), None):
         return kind

@@ -57,7 +57,7 @@ class Settings:
     limit: int | None = setting(None, "rows to take from the data", part="data", positive=True)
     add_system: str | bool | None = setting(None, "system text for rows that have none; False adds none; default: one that asks for <think>, where replies have it", part="data")
     r: int = setting(16, "rank of the adapter [16]", part="adapter", positive=True)
-    lora_alpha: int | float = setting(16, "scale of the adapter [16]", part="adapter", positive=True)
+    lora_alpha: float = setting(16, "scale of the adapter [16]", part="adapter", positive=True)
     lora_dropout: float = setting(0.0, "share of the adapter's inputs dropped [0]", part="adapter")
     target_modules: tuple | None = setting(None, "layers that get an adapter, with commas [all seven projections]", part="adapter")
     bias: str = setting("none", "none, all or lora_only [none]", part="adapter")
@@ -85,7 +85,7 @@ class Settings:
     template: str | None = setting(None, "a named chat template; default: the model's own")
 
     def of_part(self, part: str) -> dict:
-        "The settings of `model`, `data`, `adapter` or `trainer`, by name."
+        "Return the settings of `model`, `data`, `adapter` or `trainer`, by name."
         return {name: getattr(self, name) for name in settings_of_part(part)}
 
 
@@ -110,9 +110,9 @@ def _converted(value, kinds: tuple[type, ...]):
         with contextlib.suppress(ValueError):
             value = float(value)
     for kind in kinds:
-        number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-        if number if kind in (int, float) else isinstance(value, kind):
-            return kind(value)
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if fits and (kind not in (int, float) or not isinstance(value, bool)):
+            return value
     return None
 
 
@@ -144,7 +144,7 @@ def profile_for(model: str) -> Profile:
 
 
 def _of_profile(found: Profile, given: Mapping) -> dict:
-    "What a profile says of settings; its data only where no other data set is named."
+    "Return a profile's settings; its data only where no other data set is named."
     values = {name: getattr(found, name) for name in _FIELDS if hasattr(found, name) and name not in ("data", "data_name")}
     if given.get("data") is None and found.data is not None:
         values.update(data=found.data, data_name=found.data_name, limit=found.data_limit)
@@ -155,7 +155,7 @@ def resolve_settings(
     arguments: Mapping | None = None,  # what the caller set
     config: Mapping | None = None,  # from a configuration file; what isn't a setting is left out
     *,
-    plan: Mapping | None = None,  # settings of a plan
+    plan: Mapping | None = None,  # a plan's settings
     profile: Profile | None = None,  # the machine's
     advice: Mapping | None = None,  # settings of a recommendation
 ) -> Settings:
@@ -284,7 +284,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        "Whether the run has come to its end."
+        "True once the run has come to its end."
         return (self.path / "summary.json").exists()
 
     @property
@@ -304,7 +304,7 @@ class RunFolder:
 
     @property
     def loading(self) -> dict:
-        "How its model was loaded: `model`, `revision`, `dtype`, `load_in_4bit` and `max_seq_length`."
+        "The arguments that its model was loaded with: `model`, `revision`, `dtype`, `load_in_4bit` and `max_seq_length`."
         file, config = self.path / "config.yaml", self.config
         if "revision" not in config:
             raise UserError(f"{file} has no revision: make it again")
@@ -345,7 +345,7 @@ class RunFolder:
 
     @property
     def preflight(self) -> dict | None:
-        "What the look at the data found."
+        "The findings and figures of the data check."
         return read_json(self.path / "preflight.json")
 
     @property
@@ -355,14 +355,14 @@ class RunFolder:
 
     @property
     def stopped(self) -> dict | None:
-        "Why training stopped by itself."
+        "The reason why training stopped by itself."
         found = read_json(file := self.path / "stopped.json")
         check_fields(file, found or {}, ("step",) if found else (), step=float, cause=str, kind=str)
         return found
 
     @property
     def diagnosis(self) -> dict | list | None:
-        "What `diagnose --json` printed, where somebody saved it here."
+        "The output of `diagnose --json`, where it was saved here."
         return read_json(self.path / "diagnosis.json", (dict, list))
 
     @property
@@ -392,5 +392,5 @@ class RunFolder:
         (self.path / name).unlink(missing_ok=True)
 
     def how_to_resume(self) -> str:
-        "What to type to resume a run that was stopped."
+        "Return what to type to resume the run."
         return f"resume it with qlora_nb train --resume {self.path} (in Python: train(…, resume={str(self.path)!r}))"

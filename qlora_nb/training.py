@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2
-from .adapter import model_info, save_adapter
+from .adapter import model_info, save_adapter, set_model_info
 from qlora_nb.core import (
     UserError,
     disk_full,
@@ -44,12 +44,12 @@ from .diagnosis import plot_loss
 from qlora_nb.engine import (
     Engine,
     FlatAdapters,
-    end_to_end,
+    cache_parameters,
     engine_of,
     install_engine,
-    looked_up_once,
+    join_rows,
     pack_rows,
-    released_after,
+    release_after,
 )
 from .evaluation import Evaluation, encode_rows, evaluate
 from .model import count_parameters, quiet_libraries
@@ -69,7 +69,7 @@ from .weights import read_header
 
 # %% ../nbs/15_training.ipynb #2d8bdb86
 from .memory import MemoryEstimate
-from .plan import Card, Plan, Rows, choose_length, estimate_for_rows, find_card, gib, plan_training
+from .plan import Card, Plan, Rows, choose_length, estimate_for_rows, find_card, format_gib, plan_training
 from .shapes import model_shape
 
 # %% ../nbs/15_training.ipynb #96a31b6b-6
@@ -120,7 +120,7 @@ def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, chec
         gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         ddp_find_unused_parameters=False if engine and engine.checkpoint else None,  # a layer that runs again is seen twice
         report_to="none", disable_tqdm=True, logging_nan_inf_filter=False,
-        dataloader_pin_memory=cuda, accelerator_config={"non_blocking": cuda},  # a batch is copied while Python goes on
+        dataloader_pin_memory=cuda, accelerator_config={"non_blocking": cuda},  # copy a batch while Python continues
         dataset_num_proc=None,
     )
 
@@ -135,7 +135,7 @@ def trainable_parameters(model) -> dict:
 
 # %% ../nbs/15_training.ipynb #96a31b6d-9a
 class _Here(threading.local):
-    "Whether this thread trains tensors that bitsandbytes needn't wait for."
+    "A thread's own mark: it trains tensors that bitsandbytes needn't wait for."
 
     unpaged = False
 
@@ -165,7 +165,7 @@ def without_waiting():
 def _in_one_tensor(kind):
     "Return a trainer class that trains `FlatAdapters`, looks the weights up once, and doesn't wait for bitsandbytes."
     class Trainer(kind):
-        one_by_one, flat_adapters = False, None  # a run that began one by one goes on so
+        one_by_one, flat_adapters = False, None  # a run that began one by one continues so
 
         def create_optimizer(self, model=None):
             decayed = set(self.get_decay_parameter_names(self.model))
@@ -192,7 +192,7 @@ def _in_one_tensor(kind):
             if resume_from_checkpoint:
                 state = torch.load(Path(resume_from_checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
                 self.one_by_one = sum(len(group["params"]) for group in state["param_groups"]) == len(trainable_parameters(self.model))
-            with looked_up_once(self.model), without_waiting():
+            with cache_parameters(self.model), without_waiting():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     return Trainer
@@ -334,7 +334,7 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
     with quiet_libraries(info["backend"]):
         trainer = make_trainer_class(bool(plain_loss), flat)(
             model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks,
-            data_collator=end_to_end if engine and engine.attention else None,
+            data_collator=join_rows if engine and engine.attention else None,
         )
     if engine and engine.attention:
         trainer.train_dataset = trainer.train_dataset.with_format("numpy")  # whole rows at a time, no Python number for each token
@@ -492,13 +492,13 @@ def likely_cause(
 ) -> str:
     "Return the likely cause of a loss that is NaN, infinite or 0, and what to do."
     if targets == 0:
-        return "no token of its rows has a label: look at the data with check_dataset, and at the template"
+        return "no token of its rows has a label: check the data with check_dataset, and the template"
     if loss == 0:
-        return "the rows leave nothing to learn: see in the data whether the replies are there, with check_dataset"
+        return "the rows leave nothing to learn: see with check_dataset whether the data has replies"
     if not trained:
         return "nothing was trained yet, so the base model's weights are damaged or overflow: load it with another dtype"
-    cure = f"lower the learning rate (it was {learning_rate:g} there)"
-    return f"fp16 ends at 65,504 and overflowed: take dtype='bfloat16' on a card that has it, or {cure}" if fp16 else cure
+    cure = f"lower the learning rate (it was {learning_rate:g})"
+    return f"fp16 overflowed, which ends at 65,504: use dtype='bfloat16' on a card that has it, or {cure}" if fp16 else cure
 
 # %% ../nbs/15_training.ipynb #c319df90
 class Tripwire:
@@ -616,7 +616,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def list_checkpoints(folder: RunFolder) -> list[Path]:
-    "Return the checkpoints of a run, whole or damaged, the newest first."
+    "Return the checkpoints of a run, damaged ones included, the newest first."
     found = [p for p in (folder.path / "checkpoints").glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
     return sorted(found, key=checkpoint_step, reverse=True)
 
@@ -666,7 +666,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 # %% ../nbs/15_training.ipynb #5c1e7b07
 def last_checkpoint(folder: RunFolder) -> Path | None:
-    "Return the newest whole checkpoint of a run; None where there is none. Damaged ones are named on stderr."
+    "Return the newest undamaged checkpoint of a run; None where there is none. Damaged ones are named on stderr."
     damaged = []
     for checkpoint in list_checkpoints(folder):
         if not (why := find_damage(checkpoint)):
@@ -827,7 +827,7 @@ def set_checkpointing(model, kind: bool | str) -> None:
     if engine:
         install_engine(model, replace(engine_of(model, wanted=True), selective=selective))
     name = "unsloth" if info["backend"] == "unsloth" and on else kind if selective else on
-    model.get_base_model().qlora_nb_info = {**model_info(model), "use_gradient_checkpointing": name}
+    set_model_info(model, use_gradient_checkpointing=name)
 
 # %% ../nbs/15_training.ipynb #b38d1713
 def estimate_run_memory(model, settings: Settings, lengths: list[int], card: Card) -> MemoryEstimate | None:
@@ -849,7 +849,7 @@ def warn_of_memory(estimate: MemoryEstimate | None, card: Card) -> str | None:
     "Return a sentence where the estimate is more than the card has; else None."
     if estimate is None or estimate.total_bytes <= card.bytes:
         return None
-    return (f"warning: this run should need {gib(estimate.total_bytes)} at its fullest, and {card.name} has {gib(card.bytes)} for it: "
+    return (f"warning: this run should need {format_gib(estimate.total_bytes)} at its fullest, and {card.name} has {format_gib(card.bytes)} for it: "
             "take --plan auto (in Python plan='auto'), a smaller batch or a shorter max_seq_length")
 
 
@@ -923,7 +923,7 @@ def run_trainer(trainer: object, watch: object, progress: Progress, folder: RunF
         raise_if_interrupted(interrupted, trainer.state.global_step, folder)
         return 0.0
     try:
-        with quiet_libraries(model_info(trainer.model)["backend"]), released_after(trainer.model):
+        with quiet_libraries(model_info(trainer.model)["backend"]), release_after(trainer.model):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:
         step = trainer.state.global_step
@@ -1016,7 +1016,7 @@ class TrainingRows:
 
     @property
     def cut(self) -> int | None:
-        "How many rows have a shortened prompt; None where the data was not checked."
+        "The number of rows with a shortened prompt; None where the data was not checked."
         return None if self.report is None else sum(f.count for f in self.report.findings if f.code == "prompt_cut")
 
     def keep_within(self, limit: int) -> "TrainingRows":
@@ -1028,7 +1028,7 @@ class TrainingRows:
         return replace(self, rows=kept, dropped=sorted([*self.dropped, *longer]))
 
     def summary(self) -> dict:
-        "What is trained on, for `config.yaml`: rows, those left out or cut, the longest in tokens, learned tokens."
+        "Return what is trained on, for `config.yaml`: rows, those left out or cut, the longest in tokens, learned tokens."
         whole = self.report.lengths if self.report else {}
         return {
             "rows": len(self.rows), "left_out": len(self.dropped), "cut": self.cut,
@@ -1148,11 +1148,11 @@ def hold_out_rows(data, eval_data, settings: Settings):
 
 # %% ../nbs/15_training.ipynb #212b2a1a
 def follow_plan(model, found: Plan, settings: Settings) -> Plan:
-    "Switch the model's checkpointing as planned, report the plan on stderr, and return it with the settings that stand above it."
+    "Switch the model's checkpointing as planned, report the plan on stderr, and return it with the settings that take precedence over it."
     found = replace(found, choice=replace(
         found.choice, batch=settings.per_device_train_batch_size, accumulation=settings.gradient_accumulation_steps, packing=settings.packing))
     set_checkpointing(model, found.choice.gradient_checkpointing)
-    expected = f"{gib(found.choice.estimate.total_bytes)} of {gib(found.card.bytes)} expected"
+    expected = f"{format_gib(found.choice.estimate.total_bytes)} of {format_gib(found.card.bytes)} expected"
     print_to_stderr(f"plan for {found.card.name}: {found.choice}, {found.choice.optimizer}; {expected}")
     print_to_stderr(f"plan: {found.why}")
     return found
@@ -1234,7 +1234,7 @@ def clear_stop(folder: RunFolder, checkpoint: Path | None) -> None:
     "Make a run's folder ready to be resumed: set damaged checkpoints aside, delete stopped.json."
     set_damaged_aside(folder, checkpoint)
     if not checkpoint:
-        print_to_stderr("there is no whole checkpoint to resume from: the run begins again at step 1")
+        print_to_stderr("there is no undamaged checkpoint to resume from: the run begins again at step 1")
     folder.remove("stopped.json")
 
 # %% ../nbs/15_training.ipynb #96a31b6b-31

@@ -10,13 +10,13 @@ import torch
 from test_engine import FAMILIES, gradients, peft_of, rectangle, same, some_rows
 
 from qlora_nb import engine, kernels
-from qlora_nb.engine import Engine, end_to_end, engine_of, install_engine, remove_engine
+from qlora_nb.engine import Engine, engine_of, install_engine, join_rows, remove_engine
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
     "An engine that takes the kernels on a CPU."
-    monkeypatch.setattr(engine, "FUSED_ON", ("cpu",))
+    monkeypatch.setattr(engine, "FUSED_DEVICES", ("cpu",))
     engine._passes.cache_clear()
     yield kernels
     engine._passes.cache_clear()
@@ -42,15 +42,15 @@ def test_ranks_that_differ_and_one_that_is_too_large(interpreted):
     same(peft_of(lora={"rank_pattern": {"gate_proj": 3, "up_proj": 20}}), within=2e-5)
     with patch.object(engine, "MLPFunction", wraps=engine.MLPFunction) as function:
         same(peft_of(lora={"rank_pattern": {"up_proj": 65}}), within=2e-5)
-        assert all(call.args[2] is not engine.PLAIN for call in function.apply.call_args_list) and function.apply.called
+        assert all(call.args[2] is not engine.PLAIN_PASSES for call in function.apply.call_args_list) and function.apply.called
         function.apply.reset_mock()
         same(peft_of(lora={"rank_pattern": {"up_proj": engine.LARGEST_RANK + 1}}), within=2e-5)
-    assert all(call.args[2] is engine.PLAIN for call in function.apply.call_args_list) and function.apply.called
+    assert all(call.args[2] is engine.PLAIN_PASSES for call in function.apply.call_args_list) and function.apply.called
 
 
 def test_layers_that_run_again(interpreted, monkeypatch):
     for devices in ((), ("cpu",)):
-        monkeypatch.setattr(engine, "REPLAYED_ON", devices)
+        monkeypatch.setattr(engine, "REPLAY_DEVICES", devices)
         model = peft_of()
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         same(model, within=2e-5)
@@ -68,11 +68,11 @@ def test_in_16_bits_and_under_autocast(interpreted):
     for parts in ({}, {"norms": False, "compiled": False}):
         model = peft_of(dtype=torch.bfloat16)
         install_engine(model, Engine(**parts))
-        errors.append(apart(gradients(model, end_to_end(some_rows()))[1]))
+        errors.append(apart(gradients(model, join_rows(some_rows()))[1]))
         model = peft_of()
         install_engine(model, Engine(**parts))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**end_to_end(some_rows()), use_cache=False).loss
+            loss = model(**join_rows(some_rows()), use_cache=False).loss
         loss.backward()
         errors.append(apart({name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     assert all(0 < with_kernels < 1.5 * without for with_kernels, without in zip(errors[:2], errors[2:]))
@@ -105,7 +105,7 @@ def test_no_gradients_no_kernels(interpreted):
 
 
 def test_wrong_kernels_are_not_taken(interpreted, capsys, monkeypatch):
-    monkeypatch.setattr(interpreted, "swiglu", lambda gate, *rest: gate)
+    monkeypatch.setattr(interpreted, "fused_swiglu", lambda gate, *rest: gate)
     model = peft_of()
     same(model)
     assert not engine_of(model).norms and not engine_of(model).compiled

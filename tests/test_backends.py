@@ -228,7 +228,7 @@ def test_auto_leaves_the_engine_out_with_an_older_torch(on_a_card, monkeypatch):
         ({"model_type": "mistral", "sliding_window": 1024}, "a window of 1024 tokens"),
         ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True}, "a window of 64 tokens"),
         ({**LLAMA, "attention_dropout": 0.1}, "drops out 0.1"),
-        ("./nowhere", "there is no model folder"),
+        ("./nowhere", "there is no folder"),
     ],
 )
 def test_a_model_that_the_engine_does_not_train_goes_to_unsloth(on_a_card, config, why):
@@ -245,9 +245,10 @@ def test_the_configuration_alone_says_what_the_model_does():
     "By the files that transformers writes, and with its defaults: what the engine says of the loaded configuration."
     from transformers import AutoConfig
 
-    from qlora_nb.engine import ARCHITECTURES, config_refusal
+    from qlora_nb.engine import config_refusal
+    from qlora_nb.shapes import list_architectures
 
-    for family in ARCHITECTURES:
+    for family in list_architectures("engine"):
         config = AutoConfig.for_model(family)
         window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
         assert bool(config_refusal(config.to_dict())) == bool(window), family
@@ -305,10 +306,10 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
 
     from qlora_nb import model
     from qlora_nb.adapter import model_info
-    from qlora_nb.cli import loading_arguments
     from qlora_nb.core import EMBEDDED_MODEL, UserError
     from qlora_nb.engine import engine_of
     from qlora_nb.rows import load_sft_dataset
+    from qlora_nb.run import resolve_settings
     from qlora_nb.workflow import train
 
     def auto(**lora):
@@ -327,8 +328,8 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
     run = train(plain, tokenizer, load_sft_dataset(limit=30), output=tmp_path / "run", eval_rows=0, max_steps=1)
     config = yaml.safe_load((run.path / "config.yaml").read_text())
     assert (config["backend"], config["engine"]) == ("transformers", False)
-    how = loading_arguments(dict.fromkeys(("dtype", "load_in_4bit", "backend", "engine", "revision")), {}, config)
-    assert model.choose_backend(how["backend"], how["engine"])[:2] == ("transformers", False)
+    settings = resolve_settings({}, config)
+    assert model.choose_backend(settings.backend, settings.engine)[:2] == ("transformers", False)
     with pytest.raises(UserError, match="lora_dropout=0.1"):
         auto(lora_dropout=0.1, use_gradient_checkpointing="selective")
     base, _ = model.load_model(EMBEDDED_MODEL, engine=True)

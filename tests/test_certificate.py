@@ -38,7 +38,7 @@ from qlora_nb.llama import LlamaFile, chat_server, gguf_chat
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.ollama_export import format_modelfile, modelfile_for, modelfile_refusal, parse_modelfile, write_modelfile
 from qlora_nb.rows import load_sft_dataset
-from qlora_nb.template import SYSTEM_PROMPT, TEMPLATES
+from qlora_nb.template import CHAT_TEMPLATES, SYSTEM_PROMPT
 
 for package in ("gguf", "llama_cpp", "xllamacpp"):
     needed(package)
@@ -135,13 +135,13 @@ def test_json_and_html(whole, place):
     assert "FAILED" in str(hostile) and "PASSED" in str(whole)
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_named_templates_on_all_paths(subject, run, place, name):
     "A file whose own template is the named one, its date pinned, and the Modelfile of that name."
     tokenizer = copy.deepcopy(run.tokenizer)
-    tokenizer.chat_template = '{%- set date_string = "26 Jul 2024" %}' + TEMPLATES[name]
+    tokenizer.chat_template = '{%- set date_string = "26 Jul 2024" %}' + CHAT_TEMPLATES[name]
     if name == "chatml":
-        tokenizer.chat_template = "{{- bos_token }}" + TEMPLATES[name].replace(
+        tokenizer.chat_template = "{{- bos_token }}" + CHAT_TEMPLATES[name].replace(
             "<|im_start|>", "<|start_header_id|>"
         ).replace("<|im_end|>", "<|eot_id|>")
     file = export_gguf(run.model, tokenizer, place / f"{name}.gguf", "f16")
@@ -263,7 +263,7 @@ def test_another_template_in_the_file_fails(run, place, subject, modelfile):
 
 def test_a_template_with_the_date_fails(run, place, subject):
     tokenizer = copy.deepcopy(run.tokenizer)
-    tokenizer.chat_template = TEMPLATES["llama-3.1"].replace("date_string", "datetime")  # llama.cpp gives both
+    tokenizer.chat_template = CHAT_TEMPLATES["llama-3.1"].replace("date_string", "datetime")  # llama.cpp gives both
     other = copy.copy(subject)
     other.tokenizer = tokenizer
     fails(
@@ -564,9 +564,11 @@ def test_a_chat_waits_as_long_as_it_takes(slow_server, files):
 
 def test_the_folder_of_the_adapter_knows_its_run(run, files, place):
     "RUN and RUN/adapter are one subject, and give one Modelfile."
+    from qlora_nb.adapter import model_info
+
     whole, part = open_subject(run.path), open_subject(run.path / "adapter")
     assert part.config == whole.config and part.config["system"] == SYSTEM_PROMPT
-    assert part.model.get_base_model().qlora_nb_info == whole.model.get_base_model().qlora_nb_info
+    assert model_info(part.model) == model_info(whole.model)
     made = [modelfile_for(at, files[0], place / name) for at, name in ((run.path, "M1"), (run.path / "adapter", "M2"))]
     assert made[0].read_text() == made[1].read_text() and SYSTEM_PROMPT in made[1].read_text()
 

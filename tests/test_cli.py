@@ -279,10 +279,11 @@ def test_check_says_it_to_people_and_to_machines(capfd, monkeypatch, tmp_path):
 def test_check_flags_are_the_settings_names():
     import inspect
 
-    from qlora_nb.cli import MODEL_FLAGS, TRAIN_FLAGS, check
+    from qlora_nb.cli import TRAIN_FLAGS, check
     from qlora_nb.preflight import check_dataset
+    from qlora_nb.run import Settings
 
-    known = {*MODEL_FLAGS, *TRAIN_FLAGS, *inspect.signature(check_dataset).parameters}
+    known = {*vars(Settings()), *TRAIN_FLAGS, *inspect.signature(check_dataset).parameters}
     assert set(inspect.signature(check).parameters) - known == {"as_json"}
 
 
@@ -497,14 +498,14 @@ def test_plan_says_it_to_people_and_to_machines(command):
 def test_plan_without_a_card_looks_at_all_the_usual_ones(command):
     import torch
 
-    from qlora_nb.plan import CARDS
+    from qlora_nb.plan import KNOWN_CARDS
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a card")
     code, out, _ = command("plan", "--model", "8b", "--method", "lora")
     lines = out.splitlines()
-    assert code == 0 and len(lines) == 1 + len(CARDS) and "nothing fits" in lines[1] and "lora" in lines[-1]
-    assert len(json.loads(command("plan", "--model", "8b", "--json")[1])) == len(CARDS)
+    assert code == 0 and len(lines) == 1 + len(KNOWN_CARDS) and "nothing fits" in lines[1] and "lora" in lines[-1]
+    assert len(json.loads(command("plan", "--model", "8b", "--json")[1])) == len(KNOWN_CARDS)
 
 
 def test_plan_counts_the_rows_of_the_data(command, tmp_path):
@@ -521,7 +522,7 @@ def test_plan_counts_the_rows_of_the_data(command, tmp_path):
     "arguments, message",
     [
         (["--gpu", "T5"], "there is no card 'T5': choose one of T4"),
-        (["--gpu", "T4", "--model", "./none"], "there is no model folder ./none"),
+        (["--gpu", "T4", "--model", "./none"], "there is no folder ./none"),
         (["--gpu", "T4", "--method", "full"], "method is 'full'"),
         (["--gpu", "T4", "--backend", "mlx"], "backend is 'mlx'"),
         (["--gpu", "T4", "--r", "0"], "r is 0"),
@@ -556,49 +557,11 @@ def test_train_follows_a_plan_and_its_configuration_is_taken_back(command, tmp_p
     assert code == 0 and "plan for" not in err and sha(tmp_path / "again") == sha(tmp_path / "run")
 
 
-def test_train_warns_before_it_loads_a_model_that_does_not_fit(tmp_path):
-    "From config.json and the tokenizer: the folder's weights are an empty file."
-    import shutil
-
-    from qlora_nb.cli import foresee
-    from qlora_nb.core import EMBEDDED_MODEL
-    from qlora_nb.memory import CUDA_CONTEXT
-    from qlora_nb.plan import Card
-    from qlora_nb.rows import load_sft_dataset
-
-    place = tmp_path / "model"
-    place.mkdir()
-    for file in EMBEDDED_MODEL.iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copy(file, place)
-    (place / "model.safetensors").touch()
-    how = {"load_in_4bit": True, "backend": "transformers", "engine": None, "revision": None, "max_seq_length": 2048}
-    lora = {"r": 16, "target_modules": ("q_proj",), "use_gradient_checkpointing": False}
-    data, settings = load_sft_dataset(limit=50), {"per_device_train_batch_size": 8}
-
-    def said(mib, **more):
-        card = Card("a card", CUDA_CONTEXT + mib * 2**20)
-        return foresee(str(place), data, {**settings, **more}, {}, lora, how, card)
-
-    assert said(2000) is None, "full rows fit"
-    assert said(150) is None, "full rows would not, the real ones do"
-    assert re.match(r"warning: this run should need \d+ MiB at its fullest, and a card has", said(20))
-    assert said(20, optim="adafactor") is None, "nobody can tell"
-    from qlora_nb.cli import trained_by
-
-    plain = how
-    how = {**how, "backend": "auto", "engine": True}
-    assert trained_by(str(place), lora, how) == ("transformers", "engine")
-    assert trained_by(str(place), {**lora, "lora_dropout": 0.1}, how) == trained_by(str(place), lora, plain)
-    assert said(5).startswith("warning: this run should need")
-    assert said(2000) is None
-
-
 def test_a_plan_takes_what_auto_takes_on_that_card():
-    from qlora_nb.cli import plans
+    from qlora_nb.cli import make_plans
 
     def taken(card, backend=None, model="qlora_nb:embedded"):
-        return plans(model, card, None, None, 10, backend=backend)[0].backend
+        return make_plans(model, card, None, None, 10, backend=backend)[0].backend
 
     assert [taken(card) for card in ("H100", "H200", "A100 80GB", "T4")] == ["engine", "engine", "unsloth", "unsloth"]
     assert (taken("H200", "unsloth"), taken("T4", "engine")) == ("unsloth", "engine")
@@ -702,7 +665,7 @@ def test_a_system_text_is_left_out_or_put_in(tmp_path):
     for name, flags in (("a", ()), ("b", ("--no-system",)), ("c", ("--system", "Be brief."))):
         done = qlora_nb("train", *short, *flags, "--output", name, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert ("was put before 40 rows" in done.stderr) == (name != "b")
+        assert ("was added to 40 rows" in done.stderr) == (name != "b")
         assert ("leave it out with system=False (--no-system)" in done.stderr) == (name == "a")
         found[name] = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
     assert found["a"]["system"].startswith("Reflect") and found["a"]["add_system"] is None

@@ -19,6 +19,7 @@ from qlora_nb.preflight import (
     DatasetFinding,
     DatasetReport,
     RowStatistics,
+    check_and_encode,
     check_dataset,
     encode_dataset,
     find_role_problem,
@@ -155,7 +156,7 @@ def test_what_was_recognised_is_said(capsys):
     load_sft_dataset([V0])
     assert capsys.readouterr().err == (
         "the data: 1 row, read as R1-Distill-SFT v0 (problem → prompt, reannotated_assistant_content → response); "
-        "a system text that asks to think in <think> was put before 1 row: "
+        "a system prompt that asks for reasoning in <think> was added to 1 row: "
         "leave it out with system=False (--no-system)\n"
     )
 
@@ -727,10 +728,10 @@ def test_odd_characters(content, odd, tokenizer):
 
 def test_memory_for_rows_is_bounded():
     statistics = RowStatistics(capacity=1000)
-    assert not statistics.remember("row", "0") and not statistics.full
+    assert not statistics.remember("row", "0")
     size = len(statistics.tables["row"])
     texts = [str(i) for i in range(1, 3000)]
-    assert not any(statistics.remember("row", text) for text in texts) and statistics.full
+    assert not any(statistics.remember("row", text) for text in texts)
     assert len(statistics.tables["row"]) == size and statistics.remembered == {"row": 1000}
     assert all(statistics.remember("row", text) for text in ["0", *texts[:999]])
     assert not any(statistics.remember("row", text) for text in texts[999:])
@@ -883,7 +884,8 @@ def test_nothing_to_look_at(data, tokenizer):
 
 def test_report():
     report = DatasetReport(
-        [DatasetFinding("b", "warning", "a | b", "do", 9, [1, 2]), DatasetFinding("a", "error", "c", "<do>", 1, [7])], {"rows": 9}
+        [DatasetFinding("b", "warning", "a | b", "do", 9, [1, 2]), DatasetFinding("a", "error", "c", "<do>", 1, [7])],
+        {"rows": 9},
     )
     assert [f.code for f in report.findings] == ["a", "b"] and not report.ok
     assert str(report) == "rows 9\n" + report.table()
@@ -1146,11 +1148,11 @@ def test_system_text(streaming, tmp_path, capsys):
 
     first, said = loaded()
     assert first == [SYSTEM_PROMPT, None, "Mine"]
-    assert "was put before 1 row: leave it out with system=False (--no-system)" in said
+    assert "was added to 1 row: leave it out with system=False (--no-system)" in said
     first, said = loaded(system=False)
-    assert first == [None, None, "Mine"] and "put before" not in said
+    assert first == [None, None, "Mine"] and "added to" not in said
     first, said = loaded(system="Be brief.")
-    assert first == ["Be brief.", "Be brief.", "Mine"] and "the system text was put before 2 rows" in said
+    assert first == ["Be brief.", "Be brief.", "Mine"] and "the system text was added to 2 rows" in said
     with_column = load_sft_dataset([{"question": "a", "answer": THINK, "system": "Own"}], system="Be brief.")
     assert turns(with_column)[0] == ("system", "Own")
 
@@ -1343,6 +1345,62 @@ def test_rows_that_keep_their_reply(tokenizer):
     assert data[3] == encode(rows[3]["messages"], tokenizer, max_length=128, truncation="cut_prompt")
     with pytest.raises(UserError, match="truncation is 'right'"):
         encode_dataset(rows, tokenizer, 128, truncation="right")
+
+
+@pytest.mark.parametrize("kind", ["list", "data set", "stream"])
+@pytest.mark.parametrize("truncation", ["drop", "cut_prompt"])
+def test_a_check_hands_on_what_it_encoded(kind, truncation, tokenizer):
+    document = talk("Read this. " + "word " * 200 + "Why?", "Because.")
+    rows = [*good(300), document, talk("Hi", "x " * 300), *good(3, start=900)]
+    data = {"list": rows, "data set": load_sft_dataset(rows), "stream": load_sft_dataset(rows, streaming=True)}[kind]
+    settings = {"eval_data": good(3, start=50), "max_steps": 60, "min_rows": 500}
+    checked = check_and_encode(data, tokenizer, 128, truncation=truncation, **settings)
+    encoded, dropped = encode_dataset(rows, tokenizer, 128, truncation=truncation)
+    assert checked.dropped == dropped and len(dropped) == (1 if truncation == "cut_prompt" else 2)
+    assert checked.rows.features == encoded.features and checked.rows.to_list() == encoded.to_list()
+    report = check_dataset(data, tokenizer, 128, truncation=truncation, **settings)
+    assert checked.report.to_dict() == report.to_dict() and checked.report.lengths == report.lengths
+
+
+def test_a_check_that_finds_errors_keeps_the_other_rows(tokenizer):
+    checked = check_and_encode([talk("Hi", None), *good(2), {"messages": PAIR[:1]}], tokenizer)
+    assert checked.dropped == [0, 3] and len(checked.rows) == 2 and not checked.report.ok
+    assert checked.rows.to_list() == encode_dataset(good(2), tokenizer)[0].to_list()
+    nothing = check_and_encode(good(3), tokenizer, 8)
+    assert len(nothing.rows) == 0 and nothing.dropped == [0, 1, 2] and not nothing.report.ok
+    for data in ([], [{"input_ids": [757]}], [{"text": "a"}]):
+        with pytest.raises(UserError):
+            check_and_encode(data, tokenizer)
+
+
+def test_a_row_is_rendered_twice_and_tokenized_once(tokenizer, monkeypatch):
+    "Its prompt and the whole are rendered; what the template is like is asked once for all rows."
+    import qlora_nb.template as template
+
+    rendered, tokenized = [], []
+    render, tokenize = template._render, template.tokenize_texts
+    monkeypatch.setattr(template, "_render", lambda *args, **more: rendered.append(1) or render(*args, **more))
+    counted = lambda texts, *args, **more: tokenized.extend(texts) or tokenize(texts, *args, **more)  # noqa: E731
+    monkeypatch.setattr(template, "tokenize_texts", counted)
+    rows = load_sft_dataset(good(1000))
+    by_batch = lambda data, tok: template.encode_batch(data["messages"][:], tok)  # noqa: E731
+    for encode_rows in (check_and_encode, encode_dataset, by_batch):
+        encode_rows(rows, tokenizer)
+        assert 2000 <= len(rendered) <= 2020 and 1000 <= len(tokenized) <= 1020
+        rendered.clear()
+        tokenized.clear()
+
+
+def test_a_check_leaves_the_tokenizer_as_it_was(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    backend = other.backend_tokenizer
+    backend.enable_padding(length=40, pad_id=other.pad_token_id, pad_token=other.pad_token, direction="left")
+    backend.enable_truncation(max_length=12, stride=2)
+    before = backend.to_str(), dict(vars(other)), other.chat_template
+    for data in (good(), [{"text": "The number 5.<|end_of_text|>"}] * 20, encode_dataset(good(), tokenizer)[0]):
+        assert check_dataset(data, other, 64).to_dict() == check_dataset(data, tokenizer, 64).to_dict()
+    assert encode_dataset(good(), other, 64)[0].to_list() == encode_dataset(good(), tokenizer, 64)[0].to_list()
+    assert (backend.to_str(), dict(vars(other)), other.chat_template) == before
 
 
 def test_encode_dataset_errors(tokenizer):

@@ -258,7 +258,8 @@ def test_losses_from_both_sides(healthy):
     assert find_flat_loss(run_of(healthy, [3.5 + 0.02 * (i % 3) for i in range(30)]))
     assert not find_flat_loss(run_of(healthy, [0.01] * 30)), "a loss of nearly nothing can't fall"
     assert not find_flat_loss(run_of(healthy, [3.5] * 9)), "nine steps tell nothing"
-    assert find_falling_loss(run_of(healthy, [4 * 0.93**i for i in range(50)])) and not find_falling_loss(run_of(healthy, down))
+    assert find_falling_loss(run_of(healthy, [4 * 0.93**i for i in range(50)]))
+    assert not find_falling_loss(run_of(healthy, down))
     frozen = find_flat_loss(run_of(healthy, [3.5] * 30, norms=[0.0] * 30))
     assert "no weight gets a gradient" in frozen.cause and "trainable" in frozen.fix
 
@@ -278,11 +279,13 @@ def test_noise_is_no_divergence(healthy):
 def test_gradients_from_both_sides(healthy):
     losses = [3.0 - i / 30 for i in range(60)]
     assert find_gradient_trouble(run_of(healthy, losses, [0.5] * 60)) is None
-    assert find_gradient_trouble(run_of(healthy, losses, [30.0] * 5 + [0.5] * 55)) is None, "long ones at the start are usual"
+    start = run_of(healthy, losses, [30.0] * 5 + [0.5] * 55)
+    assert find_gradient_trouble(start) is None, "long ones at the start are usual"
     assert find_gradient_trouble(run_of(healthy, losses, [8.0] * 60)).code == "gradients_cut"
     spikes = find_gradient_trouble(run_of(healthy, losses, [0.5] * 40 + [40.0] + [0.5] * 19))
     assert spikes.code == "gradient_spikes" and "step 41" in spikes.cause
-    assert find_gradient_trouble(run_of(healthy, losses, [0.1] * 40 + [3.0] + [0.1] * 19)) is None, "hardly cut, at its end"
+    end = run_of(healthy, losses, [0.1] * 40 + [3.0] + [0.1] * 19)
+    assert find_gradient_trouble(end) is None, "hardly clipped, at its end"
     assert find_gradient_trouble(run_of(healthy, losses, [0.0] * 60)).code == "no_gradient"
     assert find_gradient_trouble(run_of(healthy, losses[:9], [8.0] * 9)) is None
 
@@ -302,7 +305,8 @@ def test_held_out_from_both_sides(healthy):
     replies = [{"stage": "after", "exact": True, "stops": True}] * 200
     figures = {"loss": 3.4, "exact": 0.9}, {"loss": 1.0, "exact": 0.5}
     assert "50% of the held-out answers" in find_no_gain(with_figures(healthy, *figures, replies=replies)).cause
-    assert not find_no_gain(with_figures(healthy, {"loss": 3.4, "exact": 0.5}, {"loss": 1, "exact": 0.48}, replies=replies))
+    figures = {"loss": 3.4, "exact": 0.5}, {"loss": 1, "exact": 0.48}
+    assert not find_no_gain(with_figures(healthy, *figures, replies=replies))
 
 
 def test_forgetting_from_both_sides(healthy):
@@ -320,7 +324,8 @@ def test_stops_from_both_sides(healthy):
         cut = round(20 * (1 - share))
         said = find_endless_replies(with_figures(healthy, {}, {"stops": share}, replies=replies(cut, 40)))
         assert (said and (said.code, said.severity)) == (severity and ("never_stops", severity))
-    assert find_endless_replies(with_figures(healthy, {}, {"stops": 0.0}, replies=replies(20, 900))).code == "limit_too_short"
+    short = with_figures(healthy, {}, {"stops": 0.0}, replies=replies(20, 900))
+    assert find_endless_replies(short).code == "limit_too_short"
     assert find_endless_replies(with_figures(healthy, {}, {"stops": None}, replies=[])) is None
     uncounted = [{**row, "tokens": None if i % 4 == 0 else 900} for i, row in enumerate(replies(20, 900))]
     said = find_endless_replies(with_figures(healthy, {}, {"stops": 0.0}, replies=uncounted))
@@ -338,7 +343,8 @@ def test_rows_padding_and_loader_from_both_sides(healthy):
     most = find_lost_rows(seen(data={**whole, "left_out": 1000}))
     assert [(f.code, f.severity) for f in most] == [("rows_left_out", "error")] and "1000 of 1900" in most[0].cause
     assert [(f.code, f.severity) for f in find_lost_rows(seen(data={**whole, "cut": 200}))] == [("rows_cut", "warning")]
-    assert [f.code for f in find_slow_steps(seen(data={"padding": 0.5}, loader_seconds=3.0))] == ["padding", "slow_loader"]
+    waiting = seen(data={"padding": 0.5}, loader_seconds=3.0)
+    assert [f.code for f in find_slow_steps(waiting)] == ["padding", "slow_loader"]
     assert find_slow_steps(seen(data={"padding": 0.3}, loader_seconds=1.0)) == []
 
 
@@ -412,7 +418,7 @@ def test_every_consequence_is_a_finding_of_a_rule():
 def test_what_is_no_run_folder(tmp_path):
     with pytest.raises(UserError, match="no config.yaml"):
         diagnose(tmp_path)
-    (tmp_path / "config.yaml").write_text("learning_rate: 0.001\nmax_steps: 5\n")
+    (tmp_path / "config.yaml").write_text("format: 2\nlearning_rate: 0.001\nmax_steps: 5\n")
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         read_evidence(tmp_path)
@@ -477,7 +483,7 @@ def test_a_damaged_configuration_is_named(healthy, tmp_path, content):
     from qlora_nb.workflow import load_run
 
     path = copied(healthy, tmp_path)
-    (path / "config.yaml").write_text(content)
+    (path / "config.yaml").write_text(f"format: 2\n{content}" if ": " in content else content)
     for read in (diagnose, load_run):
         with pytest.raises(UserError, match="config.yaml") as error:
             read(path)

@@ -159,10 +159,10 @@ def test_assistant_only_loss_is_refused(tmp_path):
     import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from qlora_nb.template import LLAMA_3_1
+    from qlora_nb.template import LLAMA_3_1_TEMPLATE
 
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-    tokenizer.chat_template = LLAMA_3_1
+    tokenizer.chat_template = LLAMA_3_1_TEMPLATE
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     config = trl.SFTConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", assistant_only_loss=True

@@ -20,10 +20,10 @@ import torch
 from qlora_nb.core import UserError
 from qlora_nb.engine import (
     Engine,
-    end_to_end,
     engine_of,
     engine_refusal,
     install_engine,
+    join_rows,
     pack_rows,
     release_recordings,
     remove_engine,
@@ -111,7 +111,7 @@ def same(model, engine=WHOLE, batch=None, rows=None, within=1e-5):
     rows = rows or some_rows()
     loss, wanted = gradients(model, rectangle(rows))
     install_engine(model, engine)
-    found, ours = gradients(model, batch or (end_to_end(rows) if engine.attention else rectangle(rows)))
+    found, ours = gradients(model, batch or (join_rows(rows) if engine.attention else rectangle(rows)))
     assert found == pytest.approx(loss, rel=1e-5)
     assert apart(ours, wanted) < within
 
@@ -163,23 +163,23 @@ def test_bf16_is_within_the_spread_of_the_plain_path():
     wanted = gradients(exact, rectangle(rows))[1]
     usual = apart(gradients(plain, rectangle(rows))[1], wanted)
     install_engine(fast)
-    assert apart(gradients(fast, end_to_end(rows))[1], wanted) < 1.5 * usual
+    assert apart(gradients(fast, join_rows(rows))[1], wanted) < 1.5 * usual
 
 
 def test_adapters_stay_fp32_under_16_bit_products():
     model = peft_of(dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     install_engine(model)
-    gradients(model, end_to_end(some_rows()))
+    gradients(model, join_rows(some_rows()))
     assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_under_autocast():
     model, rows = peft_of(), some_rows()
     install_engine(model)
-    exact = gradients(model, end_to_end(rows))[1]
+    exact = gradients(model, join_rows(rows))[1]
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model(**end_to_end(rows), use_cache=False).loss
+        loss = model(**join_rows(rows), use_cache=False).loss
     model.zero_grad()
     loss.backward()
     found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
@@ -192,9 +192,9 @@ def test_rows_dont_see_each_other():
     install_engine(model)
     silent = {**first, "labels": [-100] * 20}
     other = {**silent, "input_ids": first["input_ids"][::-1]}
-    alone = gradients(model, end_to_end([second]))
+    alone = gradients(model, join_rows([second]))
     for neighbour in (silent, other):
-        loss, found = gradients(model, end_to_end([neighbour, second]))
+        loss, found = gradients(model, join_rows([neighbour, second]))
         assert loss == pytest.approx(alone[0], rel=1e-6) and apart(found, alone[1]) < 1e-5
 
 
@@ -202,7 +202,7 @@ def test_nothing_learned_is_zero_and_not_nan():
     model = peft_of()
     install_engine(model)
     rows = [{**row, "labels": [-100] * len(row["labels"])} for row in some_rows()]
-    loss, found = gradients(model, end_to_end(rows))
+    loss, found = gradients(model, join_rows(rows))
     assert loss == 0 and all(g.abs().max() == 0 for g in found.values())
 
 
@@ -210,7 +210,7 @@ def test_parts_of_a_step_weigh_by_their_learned_tokens():
     model, rows = peft_of(), some_rows()
     _, wanted = gradients(model, rectangle(rows))
     install_engine(model)
-    parts = [end_to_end(rows[:1]), end_to_end(rows[1:])]
+    parts = [join_rows(rows[:1]), join_rows(rows[1:])]
     total = sum((part["labels"] != -100).sum() for part in parts)
     model.zero_grad()
     for part in parts:
@@ -283,12 +283,12 @@ def test_the_first_kernel_that_is_right_is_taken(capsys):
         return exact_attention(q, k.flip(1), v, *more)
 
     kernels, place = {"missing": missing, "wrong": other_heads, "no gradient": without_gradient}, (4, 2, 16, 0.25)
-    with patch.object(engine, "KERNELS", kernels):
+    with patch.object(engine, "ATTENTION_KERNELS", kernels):
         assert engine._first_right("cpu", torch.bfloat16, *place) == ("one call a row", None)
     said = capsys.readouterr().err
     assert "wrong is not taken on cpu: its results are wrong" in said and "missing" not in said
     assert "no gradient is not taken on cpu: RuntimeError: The differentiated Tensor at index 2" in said
-    with patch.object(engine, "KERNELS", {**kernels, "right": exact_attention, "never tried": None}):
+    with patch.object(engine, "ATTENTION_KERNELS", {**kernels, "right": exact_attention, "never tried": None}):
         assert engine._first_right("cpu", torch.bfloat16, *place) == ("right", exact_attention)
     assert engine._kernel(torch.device("cpu"), torch.bfloat16, *place)[1] is None  # none is tried on a CPU
 
@@ -298,7 +298,7 @@ def test_the_first_trial_inside_a_checkpoint(kind):
     "The trial runs a backward of its own while a checkpoint records what the layer saves."
     from qlora_nb import engine
 
-    model, batch = peft_of(dtype=torch.bfloat16), end_to_end(some_rows())
+    model, batch = peft_of(dtype=torch.bfloat16), join_rows(some_rows())
     install_engine(model)
     loss, wanted = gradients(model, batch)
     if kind != "none":
@@ -306,7 +306,7 @@ def test_the_first_trial_inside_a_checkpoint(kind):
             gradient_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})  # fmt: skip
         model.enable_input_require_grads()
     tried = functools.cache(lambda device, *place: engine._first_right(device, *place))
-    with patch.object(engine, "KERNELS", {"right": exact_attention}), patch.object(engine, "_kernel", tried):
+    with patch.object(engine, "ATTENTION_KERNELS", {"right": exact_attention}), patch.object(engine, "_kernel", tried):
         found, ours = gradients(model, batch)
     assert tried.cache_info().misses == 1 and tried(
         torch.device("cpu"), torch.bfloat16, 4, 2, 16, 0.25)[0] == "right"  # fmt: skip
@@ -315,9 +315,9 @@ def test_the_first_trial_inside_a_checkpoint(kind):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and it compiles")
 def test_what_cant_be_compiled_is_said_and_runs_as_it_stands(capsys):
-    from qlora_nb.engine import PLAIN, _passes
+    from qlora_nb.engine import PLAIN_PASSES, _passes
 
-    assert _passes(torch.device("cuda"), torch.float32) is PLAIN
+    assert _passes(torch.device("cuda"), torch.float32) is PLAIN_PASSES
     assert "passes over memory aren't fused on cuda for rank 16: " in capsys.readouterr().err
 
 
@@ -339,7 +339,7 @@ def test_chunks_of_a_gpu_are_rounded(monkeypatch):
     labels = torch.randint(0, 50, (2, 150)).where(torch.rand(2, 150) < 0.7, -100)
     losses, shapes = [], []
     for devices in (("cuda",), ("cpu",)):
-        monkeypatch.setattr(engine, "FUSED_ON", devices)
+        monkeypatch.setattr(engine, "FUSED_DEVICES", devices)
         for chunk in (None, 128, 7):
             seen = []
 
@@ -365,9 +365,9 @@ def test_the_estimate_counts_the_chunks_of_the_loss(words, labelled, rows):
     "At least 256 MiB of fp32 logits, four times as much at most, in between a sixteenth of the positions."
     from types import SimpleNamespace
 
-    from qlora_nb.memory import engine_loss_bytes
+    from qlora_nb.memory import count_engine_loss_bytes
 
-    assert engine_loss_bytes(SimpleNamespace(hidden=8, vocabulary=words), 10, labelled) == 640 + 2 * words * rows
+    assert count_engine_loss_bytes(SimpleNamespace(hidden=8, vocabulary=words), 10, labelled) == 640 + 2 * words * rows
 
 
 def test_a_long_line_has_sixteen_chunks(monkeypatch):
@@ -379,7 +379,7 @@ def test_a_long_line_has_sixteen_chunks(monkeypatch):
         seen.append(len(logits))
         return engine.cross_entropy_(logits, wanted)
 
-    monkeypatch.setattr(engine, "CHUNK_BYTES", 4 * 50 * 128)
+    monkeypatch.setattr(engine, "LOSS_CHUNK_BYTES", 4 * 50 * 128)
     hidden, head = torch.randn(2, 3000, 8), torch.randn(50, 8)
     engine.labelled_loss(hidden, head, torch.ones(2, 3000, dtype=torch.long), cross_entropy_=own)
     assert len(seen) == 16 and sum(seen) == 5998 and set(seen[:-1]) == {384}
@@ -414,7 +414,7 @@ def calls_of(model, batch):
 
 def test_layers_of_one_input_are_one_call():
     "Two layers with seven projections: q, k, v in one, o, and the MLP in one; or gate and up in one, down."
-    model, batch = peft_of(), end_to_end(some_rows())
+    model, batch = peft_of(), join_rows(some_rows())
     install_engine(model)
     assert calls_of(model, batch) == (0, 4, 2)
     install_engine(model, Engine(mlp=False))
@@ -431,23 +431,23 @@ def test_layers_of_one_input_are_one_call():
 def test_a_group_needs_all_its_layers(targets, calls):
     model, rows = peft_of(lora={"target_modules": targets}), some_rows()
     same(model, rows=rows)
-    assert calls_of(model, end_to_end(rows)) == calls
+    assert calls_of(model, join_rows(rows)) == calls
 
 
 def test_nothing_is_held_after_a_step():
     "Neither inputs nor outputs of a group stay alive; nor after a call that stopped half way."
     from qlora_nb.engine import _Group
 
-    model, batch = peft_of(), end_to_end(some_rows())
+    model, batch = peft_of(), join_rows(some_rows())
     install_engine(model, Engine(mlp=False))
-    groups = {id(g): g for g in (getattr(m, "qlora_nb_group", None) for m in model.modules()) if g is not None}
+    groups = {id(g): g for g in (m.qlora_nb.group for m in model.modules() if hasattr(m, "qlora_nb")) if g is not None}
     assert len(groups) == 8 and all(isinstance(g, _Group) for g in groups.values())
     gradients(model, batch)
     assert all(g.x is None and not g.waiting for g in groups.values())
     attention = model.get_base_model().model.layers[0].self_attn
     x, y = torch.randn(1, 3, 64), torch.randn(1, 3, 64)
     attention.q_proj(x)  # and nobody asks for k and v
-    assert not copy.deepcopy(attention.q_proj).qlora_nb_group.waiting
+    assert not copy.deepcopy(attention.q_proj).qlora_nb.group.waiting
     torch.testing.assert_close(attention.v_proj(y), attention.v_proj(y.clone()))
     attention.q_proj(y)
     assert attention.k_proj(x).shape == (1, 3, 32)
@@ -539,7 +539,7 @@ def test_mlps_of_other_kinds(more, mlps):
     "One with another activation is left as it is; one with biases is done."
     model, rows = peft_of(**more), some_rows()
     same(model, rows=rows)
-    assert calls_of(model, end_to_end(rows))[2] == mlps
+    assert calls_of(model, join_rows(rows))[2] == mlps
     install_engine(model, Engine(selective=True))
     same(model, Engine(selective=True), rows=rows)
 
@@ -547,7 +547,7 @@ def test_mlps_of_other_kinds(more, mlps):
 def test_selective_keeps_less_and_gives_the_same_to_the_bit():
     from qlora_nb.qlora import kept_bytes, saved_for_backward
 
-    model, batch = peft_of(), end_to_end(some_rows((60, 60)))
+    model, batch = peft_of(), join_rows(some_rows((60, 60)))
     install_engine(model)
     loss, wanted = gradients(model, batch)
     own = [*model.parameters(), *model.buffers()]
@@ -563,7 +563,7 @@ def test_selective_keeps_less_and_gives_the_same_to_the_bit():
 
 
 def test_one_frozen_adapter_of_a_group():
-    model, batch = peft_of(), end_to_end(some_rows())
+    model, batch = peft_of(), join_rows(some_rows())
     frozen = [p for name, p in model.named_parameters() if "k_proj.lora_A" in name]
     for weight in frozen:
         weight.requires_grad_(False)
@@ -573,20 +573,20 @@ def test_one_frozen_adapter_of_a_group():
 
 
 def test_dense_weights_give_the_same_to_the_bit():
-    model, batch = peft_of(), end_to_end(some_rows())
+    model, batch = peft_of(), join_rows(some_rows())
     install_engine(model)
     loss, wanted = gradients(model, batch)
     before = places(model)
     assert install_engine(model, Engine(dense=True)).dense
     assert places(model) == before  # the same attributes, other values
     layer = model.get_base_model().model.layers[0].mlp.up_proj
-    kept = layer.qlora_nb_dense[1]
-    assert layer.qlora_nb_dense[0] is layer.base_layer.weight
+    kept = layer.qlora_nb.dense[1]
+    assert layer.qlora_nb.dense[0] is layer.base_layer.weight
     assert kept.shape == (128, 64) and kept.dtype == torch.float32
     found, ours = gradients(model, batch)
     assert found == loss and all(torch.equal(ours[name], g) for name, g in wanted.items())
     install_engine(model)
-    assert model.get_base_model().model.layers[0].mlp.up_proj.qlora_nb_dense is None
+    assert model.get_base_model().model.layers[0].mlp.up_proj.qlora_nb.dense is None
 
 
 # --- an ordinary model all the while --------------------------------------------------------------------------------
@@ -610,6 +610,27 @@ def test_it_goes_in_and_out():
     remove_engine(model)
     remove_engine(model)
     assert engine_of(model) is None and places(model) == before
+
+
+def test_one_attribute_is_added_to_the_modules_of_other_libraries(on_a_cpu):
+    "A model by load_model and add_lora, with every part of the engine that a CPU can have, beside a plain peft model."
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from qlora_nb.core import EMBEDDED_MODEL
+    from qlora_nb.model import add_lora, load_model, nf4_config
+
+    model = add_lora(load_model("qlora_nb:embedded", engine=True)[0], use_gradient_checkpointing=True)
+    on = engine_of(model)
+    assert on.mlp and on.attention and on.loss and on.checkpoint and on.graphs
+    plain = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, quantization_config=nf4_config(torch.float32))
+    plain.gradient_checkpointing_enable()
+    plain = get_peft_model(plain, model.peft_config["default"])
+    own = {name: set(vars(module)) for name, module in plain.named_modules()}
+    added = {name: set(vars(module)) - own[name] for name, module in model.named_modules()}
+    assert set(added) == set(own) and set().union(*added.values()) == {"qlora_nb", "forward"}
+    noted = {name for name, names in added.items() if "qlora_nb" in names}
+    assert {name for name, names in added.items() if "forward" in names} <= noted
 
 
 def test_what_was_there_before_is_put_back():
@@ -689,9 +710,9 @@ def test_layers_with_a_configuration_of_their_own():
     rows = some_rows((20, 25))
     model = peft_of(lora={"layer_replication": [[0, 2], [0, 2]]})
     install_engine(model)
-    alone = gradients(model, end_to_end(rows[1:]))
+    alone = gradients(model, join_rows(rows[1:]))
     silent = {**rows[0], "labels": [-100] * 20}
-    loss, found = gradients(model, end_to_end([silent, rows[1]]))
+    loss, found = gradients(model, join_rows([silent, rows[1]]))
     assert loss == pytest.approx(alone[0], rel=1e-6) and apart(found, alone[1]) < 1e-5
 
 
@@ -744,11 +765,11 @@ def test_ligers_kernels_stay_in_their_model():
     with patch.dict(system.modules, fakes), patch.object(engine, "_has_liger", lambda base: True):
         assert install_engine(model).kernels
         assert code.apply_rotary_pos_emb is rotary and code.LlamaRMSNorm is old_norm
-        gradients(model, end_to_end(some_rows()))
+        gradients(model, join_rows(some_rows()))
         assert called
         install_engine(model, Engine(kernels=False))
         called.clear()
-        gradients(model, end_to_end(some_rows()))
+        gradients(model, join_rows(some_rows()))
         assert not called and code.apply_rotary_pos_emb is old_rotary
         install_engine(model)
         remove_engine(model)
@@ -767,7 +788,7 @@ def test_no_mask_is_made_for_a_line(family, monkeypatch):
     install_engine(model)
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", asked)
     monkeypatch.setattr(masking_utils, "sdpa_mask", asked)
-    line = end_to_end(rows)
+    line = join_rows(rows)
     gradients(model, line)
     model.get_base_model().get_decoder()(line["input_ids"], None, cu_seq_lens_q=line["cu_seq_lens_q"])
     with pytest.raises(AssertionError, match="a mask is being made"):
@@ -775,7 +796,7 @@ def test_no_mask_is_made_for_a_line(family, monkeypatch):
 
 
 def test_another_attention_that_came_later_gets_its_mask():
-    model, batch = peft_of(), end_to_end(some_rows())
+    model, batch = peft_of(), join_rows(some_rows())
     install_engine(model)
     loss, wanted = gradients(model, batch)
     model.get_base_model().set_attn_implementation("sdpa")
@@ -844,7 +865,7 @@ def test_packs_hold_every_row_once():
     rows = datasets.Dataset.from_list(some_rows((9, 30, 1, 17, 2, 13, 40)))
     lines = pack_rows(rows, 40)
     assert max(map(len, lines["input_ids"])) <= 40 and len(lines) == 3
-    batch = end_to_end([lines[i] for i in range(len(lines))])
+    batch = join_rows([lines[i] for i in range(len(lines))])
     bounds = batch["cu_seq_lens_q"].tolist()
     found = [tuple(batch["input_ids"][0, a:b].tolist()) for a, b in itertools.pairwise(bounds)]
     assert sorted(found) == sorted(map(tuple, rows["input_ids"]))
@@ -994,18 +1015,18 @@ def test_layers_that_run_again(engine, reentrant):
     model.enable_input_require_grads()
     before = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
     assert install_engine(model, engine).checkpoint == engine.checkpoint
-    assert apart(gradients(model.train(), end_to_end(rows))[1], wanted) < 1e-5
+    assert apart(gradients(model.train(), join_rows(rows))[1], wanted) < 1e-5
     remove_engine(model)
     assert [vars(m).get("_gradient_checkpointing_func") for m in model.modules()] == before
 
 
 def test_a_layer_that_runs_again_keeps_its_input_alone():
-    from qlora_nb.engine import checkpointed
+    from qlora_nb.engine import run_checkpointed
 
     kept, wide = [], torch.nn.Linear(4, 400)
     x = torch.randn(3, 4, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        y = checkpointed(lambda t: torch.tanh(wide(t)).sum(-1), x)
+        y = run_checkpointed(lambda t: torch.tanh(wide(t)).sum(-1), x)
     assert kept == [12]
     y.sum().backward()
     found, wide.weight.grad, x.grad = (x.grad, wide.weight.grad), None, None
@@ -1021,7 +1042,7 @@ def test_training_goes_through_the_engine_where_a_layer_runs_again():
     from qlora_nb import engine
 
     with patch.object(engine.MLPFunction, "apply", lambda *a, old=engine.MLPFunction.apply: seen.append(1) or old(*a)):
-        gradients(model.train(), end_to_end(some_rows()))
+        gradients(model.train(), join_rows(some_rows()))
     assert len(seen) == 2 * model.config.num_hidden_layers
 
 
@@ -1033,14 +1054,14 @@ def on_a_cpu(monkeypatch):
     "Recordings on a CPU are the functions themselves: all but the graph is tried."
     from qlora_nb import engine
 
-    monkeypatch.setattr(engine, "REPLAYED_ON", ("cpu",))
+    monkeypatch.setattr(engine, "REPLAY_DEVICES", ("cpu",))
 
 
 def replayed(engine=WHOLE):
     model = peft_of()
     model.get_base_model().gradient_checkpointing_enable()
     assert install_engine(model, engine).graphs
-    return model.train(), vars(model.get_base_model().get_decoder().layers[0])["qlora_nb_replay"]
+    return model.train(), model.get_base_model().get_decoder().layers[0].qlora_nb.replay
 
 
 @pytest.mark.parametrize(
@@ -1049,34 +1070,34 @@ def test_replayed_layers(on_a_cpu, engine):
     "One batch after the other, longer and shorter, gradients added up: as without checkpointing."
     plain, (model, replay) = peft_of(), replayed(engine)
     for rows in (some_rows()[:2], some_rows(), some_rows()[1:]):
-        for one, batch in ((plain, rectangle(rows)), (model, end_to_end(rows))):
+        for one, batch in ((plain, rectangle(rows)), (model, join_rows(rows))):
             one(**batch, use_cache=False).loss.backward()
     wanted, found = ({n: p.grad for n, p in one.named_parameters() if p.requires_grad} for one in (plain, model))
     assert apart(found, wanted) < 1e-5
     assert not replay.broken and {name for name, _ in replay.copied.made} == {"run", "run_back"}
     assert replay.copied.length == max(key[0] for _, key in replay.copied.made)
     remove_engine(model)
-    assert not any(name.startswith("qlora_nb_re") for m in model.modules() for name in vars(m))
+    assert not any("qlora_nb" in name for m in model.modules() for name in vars(m))
 
 
 def test_a_layer_that_changed_runs_as_before(on_a_cpu):
     "A hook, somebody who waits for a gradient, another scaling: each is heard, and gradients are right."
     (model, replay), plain, rows = replayed(), peft_of(), some_rows()
-    gradients(model, end_to_end(rows))
+    gradients(model, join_rows(rows))
     (first, second), outputs, heard = model.get_base_model().get_decoder().layers, [], []
     first.mlp.register_forward_hook(lambda m, a, out: outputs.append(out.abs().sum().item()))
     next(p for p in second.parameters() if p.requires_grad).register_hook(heard.append)
-    assert apart(gradients(model, end_to_end(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
+    assert apart(gradients(model, join_rows(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
     assert len(heard) == 1 and len(outputs) == 2
     assert abs(outputs[0] - outputs[1]) < 1e-3 * outputs[0]  # the second run is a whole one
     (model, replay), made = replayed(), []
-    gradients(model, end_to_end(rows))
+    gradients(model, join_rows(rows))
     for one in (model, plain):
         one.get_base_model().get_decoder().layers[1].self_attn.q_proj.scaling["default"] *= 3
     with patch.dict(replay.copied.made, {key: lambda: made.append(1) for key in replay.copied.made}):
-        gradients(model, end_to_end(rows))
+        gradients(model, join_rows(rows))
     assert len(made) == 2  # of the first layer alone
-    assert apart(gradients(model, end_to_end(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
+    assert apart(gradients(model, join_rows(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
 
 
 def test_a_hook_stays_with_its_layer(on_a_cpu):
@@ -1088,24 +1109,24 @@ def test_a_hook_stays_with_its_layer(on_a_cpu):
         return output * 0.5
 
     handles = [one.get_base_model().get_decoder().layers[0].register_forward_hook(halve) for one in (model, plain)]
-    assert apart(gradients(model, end_to_end(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
+    assert apart(gradients(model, join_rows(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
     assert len(heard) == 3 and replay.copied  # twice here, once in the plain one; the other layer is replayed
     [handle.remove() for handle in handles]
-    assert apart(gradients(model, end_to_end(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
+    assert apart(gradients(model, join_rows(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
 
 
 def test_frozen_weights_may_change_between_steps(on_a_cpu):
     (model, replay), plain, rows = replayed(), peft_of(), some_rows()
-    gradients(model, end_to_end(rows))
+    gradients(model, join_rows(rows))
     for one in (model, plain):
         layer = one.get_base_model().get_decoder().layers[1]
         layer.input_layernorm.weight.data = layer.input_layernorm.weight.data * 3
         weight = layer.mlp.up_proj.get_base_layer().weight
         weight.quant_state.absmax = weight.quant_state.absmax * 2
-    assert apart(gradients(model, end_to_end(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
+    assert apart(gradients(model, join_rows(rows))[1], gradients(plain, rectangle(rows))[1]) < 1e-5
     assert replay.copied and not replay.broken
     model.double()
-    assert gradients(model, end_to_end(rows))[1] and not replay.broken  # another kind of weights: as before
+    assert gradients(model, join_rows(rows))[1] and not replay.broken  # another kind of weights: as before
 
 
 @pytest.mark.parametrize("what", ["eps", "scaling", "quant_type"])
@@ -1124,25 +1145,26 @@ def test_constants_of_a_layer_are_not_anothers(on_a_cpu, what):
 
 def test_hidden_states_are_not_filled_up(on_a_cpu):
     (model, _), rows = replayed(), some_rows()
-    line = {name: value for name, value in end_to_end(rows).items() if name not in ("labels", "learned")}
+    line = {name: value for name, value in join_rows(rows).items() if name not in ("labels", "learned")}
     found = model(**line, use_cache=False, output_hidden_states=True)
     assert {t.shape[1] for t in (*found.hidden_states, found.logits)} == {59}
 
 
 def test_a_gradient_of_the_input_alone_is_refused():
     "It would add the weights' gradients in silence."
-    from qlora_nb.engine import checkpointed
+    from qlora_nb.engine import run_checkpointed
 
     x = torch.randn(3, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match="need backward.. without inputs=, and not autograd.grad"):
-        torch.autograd.grad(checkpointed(torch.nn.Linear(4, 4), x).sum(), x)
+        torch.autograd.grad(run_checkpointed(torch.nn.Linear(4, 4), x).sum(), x)
 
 
 def test_parts_that_were_switched_off_stay_off(on_a_cpu):
+    from qlora_nb.adapter import set_model_info
     from qlora_nb.training import set_checkpointing
 
     model, _ = replayed()
-    model.get_base_model().qlora_nb_info = {"backend": "transformers", "engine": True}
+    set_model_info(model, backend="transformers", engine=True)
     install_engine(model, Engine(graphs=False, offload=False))
     set_checkpointing(model, False)
     assert not engine_of(model).checkpoint and engine_of(model, wanted=True).checkpoint
@@ -1155,7 +1177,7 @@ def test_what_cannot_be_recorded_runs_as_before(on_a_cpu, capsys, monkeypatch):
 
     (model, replay), rows = replayed(), some_rows()
     monkeypatch.setattr(engine, "_recorded", lambda *a: 1 / 0)
-    found = gradients(model, end_to_end(rows))[1]
+    found = gradients(model, join_rows(rows))[1]
     assert "layers can't be replayed, they run as before: ZeroDivisionError" in capsys.readouterr().err
     assert replay.broken and replay.copied is None
     assert apart(found, gradients(peft_of().train(), rectangle(rows))[1]) < 1e-5
@@ -1173,26 +1195,26 @@ def test_layers_unlike_each_other_are_not_replayed(on_a_cpu):
 
 def test_a_copy_of_a_replayed_model(on_a_cpu):
     (model, replay), rows = replayed(), some_rows()
-    _, wanted = gradients(model, end_to_end(rows))
+    _, wanted = gradients(model, join_rows(rows))
     other = copy.deepcopy(model)
-    assert apart(gradients(other, end_to_end(rows))[1], wanted) < 1e-6
+    assert apart(gradients(other, join_rows(rows))[1], wanted) < 1e-6
     release_recordings(model)
     assert replay.copied is None and not replay.weights  # nothing is held when training is over
-    assert apart(gradients(model, end_to_end(rows))[1], wanted) < 1e-6
+    assert apart(gradients(model, join_rows(rows))[1], wanted) < 1e-6
 
 
 def test_pieces_of_an_mlp():
     "Gradients of a quarter of the rows at a time are those of all rows at once."
-    from qlora_nb.engine import PLAIN, Term, _mlp_back, _mlp_back_in_pieces, _thin
+    from qlora_nb.engine import PLAIN_PASSES, LayerTerm, _mlp_back, _mlp_back_in_pieces, _thin
 
     chance = torch.Generator().manual_seed(0)
     some = functools.partial(torch.randn, generator=chance)
     gate, up, down = some(24, 8), some(24, 8), some(8, 24)
-    terms = [Term(lambda dtype, w=w: w, None, some(2, w.shape[1]), some(w.shape[0], 2), 0.5) for w in (gate, up, down)]
+    terms = [LayerTerm(lambda dtype, w=w: w, None, some(2, w.shape[1]), some(w.shape[0], 2), 0.5) for w in (gate, up, down)]
     rows, dy = some(23, 8), some(23, 8)
-    whole = _mlp_back(rows, _thin(rows, terms[:2]), terms, dy, PLAIN, torch.float32, True)
+    whole = _mlp_back(rows, _thin(rows, terms[:2]), terms, dy, PLAIN_PASSES, torch.float32, True)
     for least, want_x in ((1, True), (5, True), (9, False), (100, True)):
-        parts = _mlp_back_in_pieces(rows, _thin(rows, terms[:2]), terms, dy, PLAIN, torch.float32, want_x, least)
+        parts = _mlp_back_in_pieces(rows, _thin(rows, terms[:2]), terms, dy, PLAIN_PASSES, torch.float32, want_x, least)
         assert len(parts) == len(whole) == 16
         for place, (ours, theirs) in enumerate(zip(parts, whole)):
             missing = theirs is None or (place == 0 and not want_x)
@@ -1250,7 +1272,7 @@ def test_weights_are_cast_together():
     "One copy of all adapters in 16 bits gives what a copy of each gives, to the bit; gradients are as the weights are."
     from qlora_nb.engine import _CASTS, FlatAdapters, _cast
 
-    model, batch = peft_of(dtype=torch.bfloat16), end_to_end(some_rows())
+    model, batch = peft_of(dtype=torch.bfloat16), join_rows(some_rows())
     install_engine(model)
     weights = trained_of(model)
     assert {w.dtype for w in weights} == {torch.float32}
@@ -1272,13 +1294,13 @@ def test_weights_are_cast_together():
 
 
 def test_looked_up_once():
-    from qlora_nb.engine import looked_up_once
+    from qlora_nb.engine import cache_parameters
 
     model = peft_of()
     model.get_base_model().eval()  # a peft model says that it trains, whatever its base does
     assert model.training and not model.get_base_model().training
     wanted = [p for p in model.parameters() if p.requires_grad]
-    with pytest.raises(ZeroDivisionError), looked_up_once(model) as trained:
+    with pytest.raises(ZeroDivisionError), cache_parameters(model) as trained:
         assert all(m.training for m in model.modules())
         assert [id(p) for p in model.parameters()] == [id(p) for p in wanted] == [id(p) for p in trained]
         assert model.eval() is model and not any(m.training for m in model.modules())
@@ -1326,7 +1348,7 @@ def test_nobody_waits_for_bitsandbytes(tmp_path, monkeypatch):
     from qlora_nb import training
 
     before, asked = optimizer.sync_gpu, []
-    monkeypatch.setattr(training, "only_out_of_turn", lambda tensor: asked.append((id(tensor), training._here.unpaged)))
+    monkeypatch.setattr(training, "wait_unless_queued", lambda tensor: asked.append((id(tensor), training._here.unpaged)))
     trainer, _ = small_run(tmp_path / "run", Engine(), "adamw_8bit")
     tensors = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(asked) == 3 * len(tensors) and set(asked) == {(id(p), True) for p in tensors}
@@ -1376,7 +1398,7 @@ def test_the_trainer_casts_adapters_together(tmp_path, monkeypatch):
     monkeypatch.setattr(engine.FlatAdapters, "cast_together", counted)
     small_run(tmp_path / "run", Engine())
     assert seen == [torch.float32] * len(seen) and len(seen) >= 3
-    model, batch = peft_of(dtype=torch.bfloat16), end_to_end(some_rows())
+    model, batch = peft_of(dtype=torch.bfloat16), join_rows(some_rows())
     install_engine(model)
     loss, _ = gradients(model, batch)
     adapters = engine.FlatAdapters(trained_of(model))
@@ -1408,7 +1430,7 @@ def test_what_does_not_decay_alone_does_not_decay_in_one_tensor(tmp_path):
 
 def test_layers_that_run_again_under_autocast():
     "What runs again must be what ran."
-    rows, found = end_to_end(some_rows()), []
+    rows, found = join_rows(some_rows()), []
     for checkpoint in (True, False):
         model = peft_of()
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -1430,7 +1452,7 @@ def test_a_line_of_arrays_is_a_line_of_lists():
     rows = some_rows()
     rows.append({"input_ids": [], "labels": [], "seq_lengths": None})
     arrays = [{name: value if value is None else numpy.array(value) for name, value in row.items()} for row in rows]
-    for one, other in zip(end_to_end(rows).values(), end_to_end(arrays).values()):
+    for one, other in zip(join_rows(rows).values(), join_rows(arrays).values()):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qlora_nb.core import UserError
-from qlora_nb.lora import FAMILIES, LoRALayer, LoRALinear, count_lora_parameters, layer_shapes, swap_layers
+from qlora_nb.lora import LoRALayer, LoRALinear, count_lora_parameters, swap_layers
+from qlora_nb.shapes import KNOWN_ARCHITECTURES, projection_shapes
 
 HALVES = (torch.bfloat16, torch.float16)
 SIDES = st.integers(1, 24)
@@ -248,7 +249,7 @@ def test_a_failing_swap_leaves_the_model_alone():
         swap_layers(model, LoRALinear, ["q_proj", "k_proj"])
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", KNOWN_ARCHITECTURES)
 @pytest.mark.parametrize("targets", [None, ("k_proj", "down_proj"), "q_proj,v_proj"], ids=str)
 def test_counts_are_pefts(kind, targets):
     from peft import LoraConfig, get_peft_model
@@ -257,8 +258,8 @@ def test_counts_are_pefts(kind, targets):
     config = tiny(kind)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    names = targets.split(",") if isinstance(targets, str) else targets or list(layer_shapes(config))
-    for name, (columns, rows) in layer_shapes(config).items():
+    names = targets.split(",") if isinstance(targets, str) else targets or list(projection_shapes(config))
+    for name, (columns, rows) in projection_shapes(config).items():
         found = [m.weight.shape for n, m in model.named_modules() if n.endswith(name)]
         assert found == [(rows, columns)] * config.num_hidden_layers, name
     adapted = get_peft_model(model, LoraConfig(r=5, target_modules=list(names)), low_cpu_mem_usage=True)
@@ -270,7 +271,7 @@ def test_counts_are_pefts(kind, targets):
 
 def test_a_configuration_may_leave_out_what_has_a_default():
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
-    assert layer_shapes(sizes)["k_proj"] == (64, 64)
+    assert projection_shapes(sizes)["k_proj"] == (64, 64)
     assert count_lora_parameters(sizes, 2) == 2 * 2 * (4 * 128 + 3 * 160)
 
 
@@ -341,9 +342,9 @@ def test_pefts_own_layer_is_not_a_base():
 @pytest.mark.parametrize(
     "config, settings, message",
     [
-        ("llama", {}, "config is a str: give a transformers configuration"),
-        ({"model_type": "gpt2"}, {}, "config has model_type 'gpt2', whose layers may differ"),
-        ({"hidden_size": 64}, {}, "config has intermediate_size None"),
+        (3, {}, "model is a int: give a configuration"),
+        ({"model_type": "gpt2"}, {}, "architecture 'gpt2' is not among those with Llama's layers"),
+        ({"hidden_size": 64}, {}, "the llama configuration has no intermediate_size"),
         (None, {"r": 0}, "r is 0"),
         (None, {"r": 33}, "r is 33, but the weight has only 32"),
         (None, {"target_modules": ["c_attn"]}, "target_modules names c_attn: choose from q_proj"),

@@ -13,9 +13,18 @@ import pytest
 import torch
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.memory import COMPONENTS, ENGINE_FAMILIES, engine_layer_bytes, estimate_memory
-from qlora_nb.plan import CARDS, Card, Rows, choose_length, find_card, known_card, plan_training, row_lengths
-from qlora_nb.shapes import FAMILIES, model_shape, parameter_count
+from qlora_nb.memory import MEMORY_COMPONENTS, count_engine_layer_bytes, estimate_memory
+from qlora_nb.plan import (
+    KNOWN_CARDS,
+    Card,
+    Rows,
+    choose_length,
+    find_card,
+    match_card,
+    measure_row_lengths,
+    plan_training,
+)
+from qlora_nb.shapes import count_decoder_parameters, list_architectures, model_shape
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
@@ -28,7 +37,7 @@ GiB = 2**30
 # --- configurations -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", list_architectures("memory"))
 def test_a_configuration_object_takes_under_50_ms_and_loads_nothing(family):
     from transformers import AutoConfig
 
@@ -38,7 +47,7 @@ def test_a_configuration_object_takes_under_50_ms_and_loads_nothing(family):
     estimate = estimate_memory(config)
     assert time.perf_counter() - start < 0.05
     assert sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()) == before
-    assert tuple(estimate.by_component) == COMPONENTS
+    assert tuple(estimate.by_component) == MEMORY_COMPONENTS
     assert estimate.total_bytes == sum(estimate.by_component.values()) > estimate.allocated_bytes > 0
 
 
@@ -92,14 +101,14 @@ def test_places_without_a_configuration(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     for model, message in [
-        (tmp_path / "nowhere", "there is no model folder"),
-        ("./nowhere", "there is no model folder"),
+        (tmp_path / "nowhere", "there is no folder"),
+        ("./nowhere", "there is no folder"),
         (tmp_path / "empty", "holds no config.json"),
-        (tmp_path / "broken", "can't be read as JSON"),
-        (tmp_path / "latin", "can't be read as JSON"),
+        (tmp_path / "broken", "is not valid JSON"),
+        (tmp_path / "latin", "is not valid JSON"),
         (tmp_path / "list", "holds a JSON list"),
         (7, "model is a int"),
-        ("nobody/nothing", "config.json of nobody/nothing can't be had"),
+        ("nobody/nothing", "can't fetch config.json of nobody/nothing"),
     ]:
         with pytest.raises(UserError, match=message) as refused:
             estimate_memory(model)
@@ -122,7 +131,7 @@ def test_a_model_that_also_sees():
     text = {**LLAMA, "model_type": "gemma3_text"}
     both = estimate_memory({"model_type": "gemma3", "text_config": text, "vision_config": seen})
     alone = estimate_memory(text)
-    tower = parameter_count(both.shape)["vision"]
+    tower = count_decoder_parameters(both.shape)["vision"]
     assert 0.40e9 < tower < 0.45e9
     assert both.by_component["base_weights"] - alone.by_component["base_weights"] == 2 * tower
     assert both.by_component["activations"] == alone.by_component["activations"]
@@ -211,14 +220,12 @@ def test_the_engine_takes_less_and_less():
 
 def test_the_engine_keeps_more_where_the_mlp_is_not_one_function():
     few = ("q_proj", "v_proj", "down_proj")
-    on = {kind: engine_layer_bytes(model_shape(LLAMA), 16, few, kind)["activations"] for kind in (False, True)}
+    on = {kind: count_engine_layer_bytes(model_shape(LLAMA), 16, few, kind)["activations"] for kind in (False, True)}
     assert on[False] == on[True] == 2 * (2 * 3072 + 4) + 2 * 3072 + 6 * 8192 + 2 * 16 * 3
 
 
 def test_the_engine_is_planned_for_what_it_trains():
-    from qlora_nb.engine import ARCHITECTURES
-
-    assert set(ENGINE_FAMILIES) == set(ARCHITECTURES) <= set(FAMILIES)
+    assert set(list_architectures("engine")) <= set(list_architectures("memory"))
     with pytest.raises(UserError, match="the engine doesn't train gemma"):
         plan_training({**LLAMA, "model_type": "gemma"}, "H200", backend="engine")
     wished = plan_training(LLAMA, "H200", backend="engine", gradient_checkpointing="selective")
@@ -266,16 +273,16 @@ ADVERTISED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("name", KNOWN_CARDS)
 def test_each_card_is_found_by_its_names(name):
     for written in (name, name.lower(), f"NVIDIA {name}", name.replace(" ", "-")):
-        assert find_card(written) is CARDS[name]
-    assert 0.91 < CARDS[name].bytes / (ADVERTISED[name] * GiB) <= 1
+        assert find_card(written) is KNOWN_CARDS[name]
+    assert 0.91 < KNOWN_CARDS[name].bytes / (ADVERTISED[name] * GiB) <= 1
 
 
 def test_names_that_are_no_card():
     for name in ("", "RTX", "NVIDIA", "A1000", "T400", "L400", "RTX A6000"):
-        assert known_card(name) is None, name
+        assert match_card(name) is None, name
     for device in ("T5", "", "-1 GB", "0 GB", 5, -1, 10**30, None, True, [1]):
         with pytest.raises(UserError, match="there is no card|give bytes"):
             find_card(device)
@@ -375,10 +382,10 @@ def test_lengths_are_those_of_the_trainer():
 
     tokenizer, data = AutoTokenizer.from_pretrained(EMBEDDED_MODEL), load_sft_dataset(limit=250)
     rows, dropped = encode_dataset(data, tokenizer, 2048)
-    assert row_lengths(data, tokenizer) == [len(ids) for ids in rows["input_ids"]] and not dropped
-    assert row_lengths(iter(torch.arange(1, 4).numpy())) == [1, 2, 3]
+    assert measure_row_lengths(data, tokenizer) == [len(ids) for ids in rows["input_ids"]] and not dropped
+    assert measure_row_lengths(iter(torch.arange(1, 4).numpy())) == [1, 2, 3]
     bad = [*data, {"messages": [{"role": "user", "content": None}]}]
-    assert len(row_lengths(bad, tokenizer)) == 250
+    assert len(measure_row_lengths(bad, tokenizer)) == 250
 
 
 def test_choose_length_keeps_99_percent():

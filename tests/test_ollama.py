@@ -38,7 +38,7 @@ from qlora_nb.ollama_export import (
     write_modelfile,
 )
 from qlora_nb.run import RUN_FORMAT
-from qlora_nb.template import TEMPLATES, render
+from qlora_nb.template import CHAT_TEMPLATES, render
 
 # One template and its data a line in; one line out: what Go wrote (base64, since it may be cut within a character).
 PROGRAM = """
@@ -369,7 +369,7 @@ def test_trim_takes_white_space_from_both_ends(go, text):
 # --- the templates --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
 @properties
 @given(messages=conversations)
 def test_named_templates_write_what_training_writes(chatml, name, messages):
@@ -588,7 +588,7 @@ USED = {
     "one tag": "{{ content.split('<think>') }}",
     "cuts, but has the reasoning by itself": "{{ content.split('</think>') }}{{ m.reasoning_content }}",
     "a tool": "{% if m.role == 'tool' %}{% endif %}",
-    **TEMPLATES,
+    **CHAT_TEMPLATES,
 }
 
 
@@ -660,7 +660,7 @@ def test_what_a_template_offers(template, offers):
 
 @pytest.mark.parametrize("name", GO_TEMPLATES)
 def test_our_templates_offer_nothing_but_replies(name):
-    assert find_go_offers(GO_TEMPLATES[name]) == set() == find_jinja_offers(TEMPLATES["llama-3.1"])
+    assert find_go_offers(GO_TEMPLATES[name]) == set() == find_jinja_offers(CHAT_TEMPLATES["llama-3.1"])
 
 
 @pytest.fixture
@@ -751,7 +751,7 @@ def test_a_modelfile_without_template_needs_the_template_of_training_in_the_file
     with pytest.raises(UserError, match="can't be read as a GGUF"):
         write_modelfile(gguf.parent, gguf, tokenizer=both, without_template=True)
     assert not (gguf.parent / "Modelfile").exists()
-    dated = TEMPLATES["llama-3.1"]  # its date is pinned in the file
+    dated = CHAT_TEMPLATES["llama-3.1"]  # its date is pinned in the file
     path = write_modelfile(
         gguf.parent, headed(pin_date(dated)), dated, tokenizer=both, system="Hi.", without_template=True
     )

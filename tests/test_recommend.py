@@ -8,24 +8,24 @@ from hypothesis import strategies as st
 
 from qlora_nb.core import UserError
 from qlora_nb.memory import estimate_memory
-from qlora_nb.plan import CARDS
+from qlora_nb.plan import KNOWN_CARDS
 from qlora_nb.recommendation import (
-    ARGUMENTS,
-    SOURCES,
-    Facts,
-    adapter_parameters,
+    ADVICE_SOURCES,
+    ADVISED_ARGUMENTS,
+    AdviceFacts,
+    _adapter_parameters,
+    advise_batch,
+    advise_dropout,
+    advise_epochs,
+    advise_learning_rate,
+    advise_rank,
+    advise_schedule,
     count_data,
-    dropout,
-    effective_batch,
-    epochs,
-    learning_rate,
-    rank,
+    count_steps,
+    rate_for_width,
     recommend,
-    schedule,
-    steps_of,
-    width_rule,
 )
-from qlora_nb.shapes import model_shape, parameter_count
+from qlora_nb.shapes import count_decoder_parameters, model_shape
 
 LLAMA_3B = {
     "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
@@ -41,7 +41,7 @@ ROWS = st.one_of(st.none(), st.integers(1, 10**7))
 
 def facts(rows=None, tokens=None, method="qlora", config=LLAMA_3B, parameters=None):
     shape = model_shape(config)
-    return Facts(shape, parameters or parameter_count(shape)["total"], method, rows, tokens, "cpu")
+    return AdviceFacts(shape, parameters or count_decoder_parameters(shape)["total"], method, rows, tokens, "cpu")
 
 
 # --- the rules ------------------------------------------------------------------------------------------------------
@@ -56,36 +56,36 @@ def facts(rows=None, tokens=None, method="qlora", config=LLAMA_3B, parameters=No
     ],
 )  # fmt: skip
 def test_the_papers_rates(parameters, method, rate):
-    assert learning_rate(facts(method=method, parameters=parameters)).value == pytest.approx(rate)
+    assert advise_learning_rate(facts(method=method, parameters=parameters)).value == pytest.approx(rate)
 
 
 @pytest.mark.quick
 def test_small_models_follow_the_width():
     "By hand, for a Llama of width 256: 5e-4 * (2000 / 256) ** 0.781."
-    assert width_rule(256) == pytest.approx(5e-4 * 7.8125**0.781)
-    assert width_rule(256, "full") == pytest.approx(width_rule(256) / 10)
-    assert width_rule(4096, family="qwen3") == pytest.approx(5e-4 * (2000 / 4096) ** 0.0775)
-    assert width_rule(2000) == pytest.approx(5e-4)
+    assert rate_for_width(256) == pytest.approx(5e-4 * 7.8125**0.781)
+    assert rate_for_width(256, "full") == pytest.approx(rate_for_width(256) / 10)
+    assert rate_for_width(4096, family="qwen3") == pytest.approx(5e-4 * (2000 / 4096) ** 0.0775)
+    assert rate_for_width(2000) == pytest.approx(5e-4)
 
 
 @pytest.mark.quick
 @given(st.integers(1, 10**9))
 def test_the_rank_has_room_for_the_tokens_or_says_so(tokens):
-    advice = rank(facts(10**5, tokens))[0]
+    advice = advise_rank(facts(10**5, tokens))[0]
     shape = model_shape(LLAMA_3B)
     assert advice.value in (16, 32, 64, 128)
-    if adapter_parameters(shape, advice.value) < tokens:
+    if _adapter_parameters(shape, advice.value) < tokens:
         assert advice.value == 128 and "full fine-tuning" in advice.reason
     elif advice.value > 16:
-        assert adapter_parameters(shape, advice.value // 2) < tokens, "half the rank would have had room"
+        assert _adapter_parameters(shape, advice.value // 2) < tokens, "half the rank would have had room"
 
 
 @pytest.mark.quick
 def test_few_rows_get_a_smaller_rank_and_steps_enough():
-    assert rank(facts(499))[0].value == 8 and rank(facts(500))[0].value == rank(facts())[0].value == 16
+    assert advise_rank(facts(499))[0].value == 8 and advise_rank(facts(500))[0].value == advise_rank(facts())[0].value == 16
     for rows in (10, 60, 100, 300, 700, 3000):
         found = facts(rows)
-        assert steps_of(found) >= 100 or epochs(found).value == 8, rows
+        assert count_steps(found) >= 100 or advise_epochs(found).value == 8, rows
 
 
 @pytest.mark.quick
@@ -94,16 +94,16 @@ def test_adapter_parameters_against_peft():
 
     model, _ = load_model("qlora_nb:embedded", load_in_4bit=False, dtype="float32", backend="transformers")
     counted = count_parameters(add_lora(model, r=8))["trainable"]
-    assert adapter_parameters(model_shape(model.config), 8) == counted
+    assert _adapter_parameters(model_shape(model.config), 8) == counted
 
 
 @pytest.mark.quick
 @given(ROWS)
 def test_batch_epochs_and_warm_up_hang_together(rows):
     found = facts(rows)
-    batch, passes, steps = effective_batch(found).value, epochs(found).value, steps_of(found)
+    batch, passes, steps = advise_batch(found).value, advise_epochs(found).value, count_steps(found)
     assert 1 <= batch <= 32 and 1 <= passes <= 8
-    warm = next(a.value for a in schedule(found) if a.name == "warmup_steps")
+    warm = next(a.value for a in advise_schedule(found) if a.name == "warmup_steps")
     if rows is None:
         assert steps is None and warm == 5
     else:
@@ -116,9 +116,9 @@ def test_batch_epochs_and_warm_up_hang_together(rows):
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
 def test_more_rows_never_mean_more_passes(a, b):
     few, many = sorted((a, b))
-    assert epochs(facts(few)).value >= epochs(facts(many)).value
-    assert effective_batch(facts(few)).value <= effective_batch(facts(many)).value
-    assert dropout(facts(few)).value >= dropout(facts(many)).value
+    assert advise_epochs(facts(few)).value >= advise_epochs(facts(many)).value
+    assert advise_batch(facts(few)).value <= advise_batch(facts(many)).value
+    assert advise_dropout(facts(few)).value >= advise_dropout(facts(many)).value
 
 
 # --- the data -------------------------------------------------------------------------------------------------------
@@ -159,13 +159,13 @@ def test_no_data(data, said):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("device", ["cpu", *CARDS])
+@pytest.mark.parametrize("device", ["cpu", *KNOWN_CARDS])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_every_setting_has_a_reason_and_a_source(device, method):
     found = recommend(LLAMA_3B, 1000, device, method=method)
     assert len({a.name for a in found.advice}) == len(found.advice)
     for advice in found.advice:
-        assert advice.reason and all(source in SOURCES.values() for source in known_sources(advice.source)), advice
+        assert advice.reason and all(source in ADVICE_SOURCES.values() for source in known_sources(advice.source)), advice
     batch = found["per_device_train_batch_size"] * found["gradient_accumulation_steps"]
     assert batch == found["effective_batch"]
     assert found["lora_alpha"] == found["r"]
@@ -175,7 +175,7 @@ def test_every_setting_has_a_reason_and_a_source(device, method):
 
 def known_sources(text):
     "The sources that a line names: some hold a semicolon themselves."
-    for source in SOURCES.values():
+    for source in ADVICE_SOURCES.values():
         if source in text:
             text = text.replace(source, "")
             yield source
@@ -197,7 +197,7 @@ def test_what_is_advised_is_taken():
         assert set(found["train"]) <= set(settings_of_part("trainer"))
         taken = dataclasses.asdict(resolve_settings(found["train"]))
         assert {name: taken[name] for name in found["train"]} == found["train"]
-    assert set(ARGUMENTS) == {"load_model", "add_lora", "train"}
+    assert set(ADVISED_ARGUMENTS) == {"load_model", "add_lora", "train"}
 
 
 @pytest.mark.quick
@@ -225,9 +225,9 @@ def test_full_fine_tuning_takes_the_largest_batch_that_fits(card):
     found = recommend(small, 1000, card, method="full")
     batch, accumulation = found["per_device_train_batch_size"], found["gradient_accumulation_steps"]
     assert batch * accumulation == found["effective_batch"] == 8
-    assert found["dtype"] == ("bfloat16" if CARDS[card].bf16 else "float32"), "pure fp16 weights can't be trained"
+    assert found["dtype"] == ("bfloat16" if KNOWN_CARDS[card].bf16 else "float32"), "pure fp16 weights can't be trained"
 
-    known = CARDS[card]
+    known = KNOWN_CARDS[card]
 
     def fits(rows, checkpointing):
         estimate = estimate_memory(

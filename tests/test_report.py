@@ -23,28 +23,30 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from markupsafe import Markup
 from PIL import Image, ImageChops
 
 from qlora_nb.core import UserError, write_jsonl
 from qlora_nb.report import (
-    Html,
+    Chart,
     Line,
-    chart,
-    clean,
+    RunFacts,
+    choose_ticks,
+    choose_window,
+    clean_text,
     compare,
-    curve,
-    cut,
-    figure,
-    loss_chart,
-    marked,
-    read_folder,
-    report_page,
+    draw_loss,
+    format_value,
+    gather_facts,
+    load_templates,
+    mark_changes,
+    render_markdown,
+    render_page,
+    render_part,
+    shorten_text,
     show_report,
     sign_test,
-    tag,
-    ticks,
-    window_of,
-    write_report,
+    write_reports,
 )
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -97,7 +99,7 @@ def hostile(place):
 
 
 def finding(code, severity, text):
-    said = dict.fromkeys(("cause", "fix", "cure"), text)
+    said = dict.fromkeys(("cause", "fix"), text)
     return {"code": code, "severity": severity, "count": 3, "rows": [0, 4, text], **said}
 
 
@@ -200,7 +202,7 @@ OUTSIDE = """() => [...document.querySelectorAll('body *')].filter(e => {
 @sizes
 @schemes
 def test_it_loads_and_fits(browser, request, run, width, scheme):
-    path = write_report(request.getfixturevalue(run))
+    path = write_reports(request.getfixturevalue(run))
     with opened(browser, path, width, scheme) as (page, wrong):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(OUTSIDE) == [], "sticks out of the page"
@@ -216,7 +218,7 @@ def test_the_plots_are_seen(browser, full, plain, width, scheme):
     "Every plot has a size and stands inside the page; without its lines, dots and bars each looks different."
     hide = "document.querySelectorAll('polyline, .dot, .bar').forEach(e => e.style.visibility = 'hidden')"
     for run, plots in ((plain, {".chart": 4, ".shares": 4}), (full, {".chart": 4, ".shares": 6, ".track": 5})):
-        with opened(browser, write_report(run), width, scheme, unfold=False) as (page, _):
+        with opened(browser, write_reports(run), width, scheme, unfold=False) as (page, _):
             for kind, count in plots.items():
                 boxes = [one.bounding_box() for one in page.query_selector_all(f"svg{kind}")]
                 assert len(boxes) == count, kind
@@ -271,7 +273,7 @@ CONTRAST = """() => {
 def test_text_can_be_read(browser, full, plain, scheme, media):
     "Contrast of every piece of text with what is behind it: 4.5 (WCAG AA); of the marks of plots: 3."
     for run in (full, plain):
-        with opened(browser, write_report(run), scheme=scheme) as (page, _):
+        with opened(browser, write_reports(run), scheme=scheme) as (page, _):
             page.emulate_media(media=media, color_scheme=scheme)
             found = page.evaluate(CONTRAST)
             paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -284,7 +286,7 @@ def test_text_can_be_read(browser, full, plain, scheme, media):
 @pytest.mark.parametrize("policy", [True, False], ids=["as it is", "without its policy"])
 def test_hostile_content_is_inert(browser, full, place, policy):
     "Escaping alone must do: also without the page's own Content-Security-Policy nothing runs and nothing is asked for."
-    text = write_report(full).read_text(encoding="utf-8")
+    text = write_reports(full).read_text(encoding="utf-8")
     if not policy:
         text, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
         assert count == 1
@@ -315,7 +317,7 @@ def test_the_test_of_hostile_content_can_fail(browser, place):
 @needs_browser
 @each_run
 def test_it_prints(browser, request, run, place):
-    with opened(browser, write_report(request.getfixturevalue(run)), width=680) as (page, wrong):
+    with opened(browser, write_reports(request.getfixturevalue(run)), width=680) as (page, wrong):
         page.emulate_media(media="print")
         assert page.evaluate("document.documentElement.scrollWidth") <= 680  # A4 less its margins
         pdf = page.pdf(format="A4")
@@ -386,7 +388,7 @@ TAGS = set(
 
 @each_run
 def test_only_our_own_elements(request, run):
-    page = Page(report_page(request.getfixturevalue(run)))
+    page = Page(render_page(request.getfixturevalue(run)))
     assert page.tags <= TAGS, page.tags - TAGS
     outside = {pair for pair in page.attributes if pair[1].startswith("on") or pair[1] in ("href", "src", "srcdoc")}
     assert outside == {("link", "href")}
@@ -398,7 +400,7 @@ text = st.text(st.one_of(st.sampled_from("<>\"'&;/=!-[]\x00\ud800\u202e\n"), st.
 @settings(max_examples=60, deadline=None)
 @given(text)
 def test_any_text_is_escaped(value):
-    made = tag("p", value, title=value, class_=value)
+    made = load_templates().from_string('<p title="{{ v }}" class="{{ v }}">{{ v }}</p>').render(v=value)
     page = Page(made)
     assert page.tags == {"p"} and page.attributes == {("p", "title"), ("p", "class")}
     made.encode("utf-8")
@@ -407,28 +409,28 @@ def test_any_text_is_escaped(value):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(text, text)
 def test_marking_keeps_the_text(before, after):
-    for made, wanted in zip(marked(before, after), (before, after)):
-        assert isinstance(made, Html) and Page(made).tags <= {"ins", "del"}
-        assert html.unescape(re.sub("</?(?:ins|del)>", "", made)) == clean(wanted)
+    for made, wanted in zip(mark_changes(before, after), (before, after)):
+        assert isinstance(made, Markup) and Page(made).tags <= {"ins", "del"}
+        assert html.unescape(re.sub("</?(?:ins|del)>", "", made)) == clean_text(wanted)
 
 
 def test_marking_hostile_lengths():
     start = time.process_time()
-    marked(cut("a " * 100_000), cut("a b " * 100_000))
-    marked(cut("ab" * 100_000 + "()" * 9), cut("()" * 100_000))
+    mark_changes(shorten_text("a " * 100_000), shorten_text("a b " * 100_000))
+    mark_changes(shorten_text("ab" * 100_000 + "()" * 9), shorten_text("()" * 100_000))
     assert time.process_time() - start < 5
 
 
 def test_the_page_asks_for_nothing(full):
-    page = report_page(full)
+    page = render_page(full)
     assert page.count("<link") == 1 and '<link rel="icon" href="data:,">' in page
     assert not re.search(r"url\(|@import|@font-face|<script|<img", page.partition("<body>")[0])
-    assert "default-src &#x27;none&#x27;" in page
+    assert "default-src 'none'" in page
 
 
 def test_the_command_gives_the_same_adapter(hostile, place):
     "What stands under 'Run it again' is run as it stands, in a shell."
-    command = next(code for code in Page(report_page(hostile)).code if code.startswith("qlora_nb train --config"))
+    command = next(code for code in Page(render_page(hostile)).code if code.startswith("qlora_nb train --config"))
     program = place / "bin" / "qlora_nb"
     program.parent.mkdir(exist_ok=True)
     program.write_text(f"#!{sys.executable}\nfrom qlora_nb.cli import main\nmain()\n")
@@ -442,26 +444,26 @@ def test_the_command_gives_the_same_adapter(hostile, place):
 
 
 def test_the_four_lines_give_the_reply(hostile, place):
-    lines = next(code for code in Page(report_page(hostile)).code if code.startswith("from qlora_nb import"))
+    lines = next(code for code in Page(render_page(hostile)).code if code.startswith("from qlora_nb import"))
     assert len(lines.splitlines()) == 4
     done = subprocess.run([sys.executable, "-c", lines], cwd=place, env=ENV, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    reply = next(row["reply"] for row in read_folder(hostile).replies if row["stage"] == "after")
+    reply = next(row["reply"] for row in gather_facts(hostile).replies if row["stage"] == "after")
     said = done.stdout.decode("utf-8", "replace")
     assert reply.strip()[:40] in said  # the evaluation stops at 48 tokens
 
 
 def test_figures_are_those_of_the_folder(plain):
-    page, folder = Page(report_page(plain)), read_folder(plain)
+    page, folder = Page(render_page(plain)), gather_facts(plain)
     config, summary, versions = folder.config, folder.summary, folder.versions
     for value in (config["r"], config["learning_rate"], summary["trainable"], versions["torch"]):
-        assert figure(value) in page.text
+        assert format_value(value) in page.text
     for stage in ("before", "after"):
         assert f"{100 * folder.summary[stage]['exact']:.1f} %" in page.text
         assert f"{folder.summary[stage]['loss']:.3f}" in page.text
         assert folder.summary[stage]["form"] is None and "form that was asked for" not in page.text
         assert f"{folder.summary[stage]['base_perplexity']:.3f}" in page.text
-    assert "held-out" in page.text and "mean of 10" in page.text and "shortened above 1" in page.text
+    assert "held-out" in page.text and "mean of 10" in page.text and "clipped above 1" in page.text
 
 
 def without_answers(path):
@@ -478,7 +480,7 @@ def without_answers(path):
 def test_the_held_out_loss_leads_where_nothing_can_be_judged(plain, tmp_path):
     path = shutil.copytree(plain, tmp_path / "copy")
     summary = without_answers(path)
-    page = report_page(path)
+    page = render_page(path)
     (big,) = re.findall(r'<p class="big">([^<]*)</p>', page)
     before, after = (f"{summary[stage]['loss']:.3f}" for stage in ("before", "after"))
     assert big == after and f"<b>{before}</b> before training" in page
@@ -497,23 +499,23 @@ def test_a_mixture_says_how_many_rows_were_judged(plain, tmp_path):
     replies = [json.loads(line) for line in open(path / "evaluation.jsonl")]
     replies = [{**row, "exact": row["exact"] if i % 3 else None} for i, row in enumerate(replies)]
     write_jsonl(path / "evaluation.jsonl", replies)
-    said = Page(report_page(path)).text
+    said = Page(render_page(path)).text
     assert "of the 4 of 6 held-out problems that can be judged answered right" in said
     assert "Right answers: the 4 of 6 held-out problems that can be judged" in said
     assert "Stops by itself: " not in said
 
 
 def test_a_run_that_went_on_from_a_trained_adapter_says_so(plain, tmp_path):
-    assert "trained adapter" not in Page(report_page(plain)).text
+    assert "trained adapter" not in Page(render_page(plain)).text
     path = shutil.copytree(plain, tmp_path / "copy")
     config = yaml.safe_load((path / "config.yaml").read_text())
     (path / "config.yaml").write_text(yaml.safe_dump({**config, "started_from": "ab" * 32}))
-    said = Page(report_page(path)).text
-    assert f"this run went on from a trained adapter, SHA-256 {'ab' * 32}" in said.partition("Run it again")[2]
+    said = Page(render_page(path)).text
+    assert f"this run started from a trained adapter, SHA-256 {'ab' * 32}" in said.partition("Run it again")[2]
 
 
 def test_the_full_report_says_all(full):
-    text = Page(report_page(full)).text
+    text = Page(render_page(full)).text
     assert "Predicted 6.00 GiB allocated, measured 5.00 GiB: 20.0 % too much." in text
     assert "The run was stopped at step 3" in text and "budget of the card" in text
     assert text.count("passed") == 1 and text.count("failed") == 1 and "abababababab…" in text
@@ -521,30 +523,42 @@ def test_the_full_report_says_all(full):
 
 def test_held_out_loss_at_both_ends(plain, tmp_path):
     path = shutil.copytree(plain, tmp_path / "copy")
-    rows = [{k: v for k, v in row.items() if k != "eval_loss"} for row in read_folder(path).metrics]
+    rows = [{k: v for k, v in row.items() if k != "eval_loss"} for row in gather_facts(path).metrics]
     write_jsonl(path / "metrics.jsonl", rows)
     summary = json.loads((path / "summary.json").read_text())
     for stage in ("before", "after"):
         summary[stage].pop("loss")
     (path / "summary.json").write_text(json.dumps(summary))
-    assert "held-out: " not in report_page(path)
+    assert "held-out: " not in render_page(path)
     summary["before"]["loss"], summary["after"]["loss"] = 2.5, 1.25
     (path / "summary.json").write_text(json.dumps(summary))
-    page = report_page(path)
+    page = render_page(path)
     assert "held-out: 2.5 at step 0, 1.25 at the last" in page
     assert "2.500 before, 1.250 after, 0.50 times as much" in Page(page).text
 
 
 def test_the_file_replaces_the_old_one(plain):
-    path = write_report(str(plain))
-    assert path == plain / "report.html" and path.read_text(encoding="utf-8") == report_page(plain)
+    path = write_reports(str(plain))
+    assert path == plain / "report.html" and path.read_text(encoding="utf-8") == render_page(plain)
     (plain / "report.html").write_text("old")
-    assert write_report(plain).stat().st_size > 20_000
+    assert write_reports(plain).stat().st_size > 20_000
     assert [p.name for p in plain.iterdir() if p.name.startswith(".report")] == []
 
 
 def test_a_report_is_the_same_twice(full):
-    assert report_page(full) == report_page(full)
+    assert render_page(full) == render_page(full)
+
+
+def test_markdown_of_the_same_facts(full, plain):
+    "report.md is written beside the page; texts of others leave no mark of Markdown or HTML in its tables."
+    path = write_reports(plain).with_name("report.md")
+    said = path.read_text(encoding="utf-8")
+    assert said == render_markdown(plain) and said.startswith("# Run of ") and "not finished" not in said
+    for stage in ("before", "after"):
+        assert f"{gather_facts(plain).summary[stage]['loss']:.3f}" in said.partition("## Before and after")[2]
+    (rows,) = re.findall(r"\| problem \| before \| after \|\n\|---\|---\|---\|\n(.*?)\n\n", render_markdown(full), re.S)
+    assert len(rows.split("\n")) == 3 and all(row.count("|") == 4 for row in rows.split("\n"))
+    assert not set(re.findall(r"<[^>]*>", rows)) - {"<br>"} and "`" not in rows
 
 
 # --- what is missing or broken --------------------------------------------------------------------------------------
@@ -553,7 +567,7 @@ def test_a_report_is_the_same_twice(full):
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("summary.json", "This run is not finished. Go on with: qlora_nb train --resume copy"),
+        ("summary.json", "This run is not finished. Resume it with: qlora_nb train --resume copy"),
         ("metrics.jsonl", "No step was logged yet"),
         ("evaluation.jsonl", "There are no replies to show"),
         ("versions.json", "Run it again"),
@@ -565,7 +579,7 @@ def test_a_report_is_the_same_twice(full):
 def test_a_missing_file(plain, tmp_path, name, said):
     path = shutil.copytree(plain, tmp_path / "copy")
     (path / name).unlink(missing_ok=True)
-    assert said in Page(report_page(path)).text
+    assert said in Page(render_page(path)).text
 
 
 BROKEN = {
@@ -595,7 +609,7 @@ def test_a_broken_file(plain, tmp_path, name):
     path = shutil.copytree(plain, tmp_path / "copy")
     for kind, content in BROKEN.items():
         (path / name).write_bytes(content)
-        text = Page(report_page(path)).text
+        text = Page(render_page(path)).text
         assert text.count("Run it again") == 1, kind
         if kind in ("no text", "deep") or (kind == "cut off" and not name.endswith("l")):
             assert f"{name} can't be read" in text or f"{name}, line 1" in text, kind
@@ -604,9 +618,11 @@ def test_a_broken_file(plain, tmp_path, name):
 def test_metrics_that_are_odd():
     values = [(1, float("nan")), (2, None), (3, 1.0), (3, -1.0)]
     rows = [{"step": step, "loss": loss} for step, loss in values]
-    assert curve(rows, "loss") == [(3, 1.0), (3, -1.0)]
-    assert "polyline" in loss_chart(rows) and "nan" not in loss_chart(rows)
-    assert chart([Line("zero", [(1, 0.0)])], "Zero").count("polyline") == 2
+    run = RunFacts(Path(), {}, metrics=rows)
+    assert run.curve("loss") == [(3, 1.0), (3, -1.0)]
+    drawn = render_part("chart", draw_loss(run))
+    assert "polyline" in drawn and "nan" not in drawn
+    assert render_part("chart", Chart("Zero", [Line("zero", [(1, 0.0)])])).count("polyline") == 2
 
 
 def test_mistakes_are_one_sentence(tmp_path, plain):
@@ -615,11 +631,11 @@ def test_mistakes_are_one_sentence(tmp_path, plain):
     (tmp_path / "bad/config.yaml").write_text("a: [")
     for run, said in [
         (tmp_path / "nothing", "there is no folder .*: name the run folder"),
-        (tmp_path / "other", "is no run folder"),
+        (tmp_path / "other", "is not a run folder"),
         (tmp_path / "bad", "is not YAML"),
         (7, "run is a int: give a run"),
     ]:
-        for function in (write_report, show_report, lambda run: compare([run, plain])):
+        for function in (write_reports, show_report, lambda run: compare([run, plain])):
             with pytest.raises(UserError, match=said) as error:
                 function(run)
             assert "\n" not in str(error.value)
@@ -672,7 +688,7 @@ def test_sign_test_by_counting_coins(better, worse):
 
 @given(st.floats(1e-12, 1e12), st.integers(3, 6))
 def test_ticks(top, most):
-    found = ticks(0, top, most)
+    found = choose_ticks(0, top, most)
     assert 2 <= len(found) <= most + 1 and found[0] == 0
     assert top / 2 * (1 - 1e-6) <= found[-1] <= top * (1 + 1e-6)
-    assert window_of(len(found)) == 3
+    assert choose_window(len(found)) == 3

@@ -111,6 +111,53 @@ def test_only_the_command_line_looks_at_the_workflow():
     assert not {name: found for name, found in users.items() if found}
 
 
+def defined_names():
+    "(module, name) of what each module defines at its top level, names with an underscore left out."
+    for module, path in tool("house")["modules"]():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names = [node.name]
+            else:
+                targets = getattr(node, "targets", [getattr(node, "target", None)])
+                found = [name for target in targets if target for name in ast.walk(target)]
+                names = [name.id for name in found if isinstance(name, ast.Name)]
+            yield from ((module, name) for name in names if not name.startswith("_"))
+
+
+PUBLIC = ROOT / "tests" / "public_names.txt"
+
+
+def test_public_names_are_those_of_the_reviewed_list():
+    "What a user may call is decided, not grown: a name is added to, or taken from, the list on purpose."
+    house = tool("house")
+    names = [
+        f"{module}.{name}" for module, path in house["modules"]() for name in house["public_names"](path.read_text())
+    ]
+    assert sorted(names) == PUBLIC.read_text(encoding="utf-8").split(), "look at the names, then change the list"
+    assert len(names) <= 150
+
+
+# The interface's own verbs and nouns; any other name says more than one everyday word can.
+ONE_WORD = set(
+    """train chat evaluate certify recommend diagnose compare profile check plan export modelfile report doctor
+info main app""".split()
+)
+
+
+def test_no_name_is_an_everyday_word():
+    found = [f"{module}.{name}" for module, name in defined_names() if re.fullmatch("[a-z]+|[A-Z]+", name)]
+    assert [name for name in found if name.split(".")[-1] not in ONE_WORD] == []
+
+
+def test_a_name_has_one_meaning():
+    "The commands of the command line have the names of what they call."
+    homes = {}
+    for module, name in defined_names():
+        if module != "cli":
+            homes.setdefault(name, set()).add(module)
+    assert {name: sorted(modules) for name, modules in homes.items() if len(modules) > 1} == {}
+
+
 @pytest.mark.parametrize("module", [PACKAGE / "__init__.py", *MODULES], ids=lambda path: path.stem)
 def test_no_heavy_import_at_the_top(module):
     heavy = HEAVY | {"torch"} if module.stem == "__init__" else HEAVY

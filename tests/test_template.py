@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.template import (
-    DATE,
+    CHAT_TEMPLATES,
     SYSTEM_PROMPT,
-    TEMPLATES,
+    TEMPLATE_DATE,
     Encoder,
+    adds_bos,
     encode,
     encode_batch,
     prompt_ids,
@@ -75,7 +76,7 @@ def test_random_conversations(tokenizer, chatml, template, messages):
     end = "<|im_end|>" if template == "chatml" else "<|eot_id|>"
     text = template_text(tok, template)
     row = encode(messages, tok, template=template, max_length=10**6)
-    own = tok.apply_chat_template(messages, chat_template=text, date_string=DATE)["input_ids"]
+    own = tok.apply_chat_template(messages, chat_template=text, date_string=TEMPLATE_DATE)["input_ids"]
     assert row["input_ids"] == own
     assert own.count(tok.bos_token_id) == 1 and own[0] == tok.bos_token_id
     assert tok.decode(own) == render(messages, tok, template)
@@ -315,16 +316,16 @@ def test_our_templates_leave_nothing_out(tokenizer, chatml, template):
 
 def test_a_reply_that_melts_with_the_header_is_found(chatml):
     "ChatML without trimming: the header's newline and the reply's become one token."
-    template = TEMPLATES["chatml"].replace(" | trim", "")
+    template = CHAT_TEMPLATES["chatml"].replace(" | trim", "")
     assert encode_batch([chat("Hi", "\nHo")], chatml, template=template)[0].code == "prompt_not_prefix"
     assert encode_batch([chat("Hi", "\nHo")], chatml, template="chatml")[0].code is None
 
 
 def test_the_date_does_not_move(tokenizer):
     dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
-    assert render(chat("Hi"), tokenizer, dated) == DATE
+    assert render(chat("Hi"), tokenizer, dated) == TEMPLATE_DATE
     text = render(chat("Hi", system=" Be brief. "), tokenizer, "llama-3.1")
-    assert f"Today Date: {DATE}\n\nBe brief.<|eot_id|>" in text
+    assert f"Today Date: {TEMPLATE_DATE}\n\nBe brief.<|eot_id|>" in text
 
 
 def test_llama_template_to_the_letter(tokenizer):
@@ -368,9 +369,28 @@ def test_the_end_of_turn_is_what_the_template_writes(tokenizer, chatml):
     other.chat_template = tokenizer.chat_template.replace("<|eot_id|>", "<|no one knows this|>")
     row = encode(chat("Hi", "Ho"), other)
     assert other.decode(learned(row)) == "Ho<|no one knows this|>" and turn_end(other) in stop_tokens(other)
-    assert turn_end(tokenizer, TEMPLATES["embedded"].replace("<|eot_id|>", "\n")) is None
+    assert turn_end(tokenizer, CHAT_TEMPLATES["embedded"].replace("<|eot_id|>", "\n")) is None
     other.chat_template = None
     assert turn_end(other) is None
+
+
+def test_the_callers_tokenizer_is_not_changed(tokenizer):
+    "What a caller has set of padding, truncation and special tokens matters to no id, and stays set."
+    other = copy.deepcopy(tokenizer)
+    backend = other.backend_tokenizer
+    backend.enable_padding(length=40, pad_id=other.pad_token_id, pad_token=other.pad_token, direction="left")
+    backend.enable_truncation(max_length=5, stride=1)
+    backend.encode_special_tokens = True
+    before = backend.to_str(), dict(vars(other)), other.chat_template
+    found = []
+    for tok in (tokenizer, other):
+        rows = encode_batch([chat("What?", "That."), chat("a" * 300, "word " * 40)], tok)
+        cut = encode(chat("word " * 80, "Yes."), tok, max_length=60, truncation="cut_prompt")
+        asked = prompt_ids(chat("Hi"), tok), prompt_ids(chat("Hi"), tok, "llama-3.1")
+        ends = stop_tokens(tok), turn_end(tok), adds_bos(tok), template_fingerprint(tok)
+        found.append((rows, cut, asked, ends, tokenize_texts(["Hi<|eot_id|>"], tok, add_special_tokens=True)))
+    assert found[0] == found[1]
+    assert (backend.to_str(), dict(vars(other)), other.chat_template) == before and backend.encode_special_tokens
 
 
 def test_an_unknown_token_does_not_stop(tokenizer):

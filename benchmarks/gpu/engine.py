@@ -22,7 +22,7 @@ import statistics
 from common import SHAPES, add_adapters, now, quantized_llama, torch, write
 
 from qlora_nb import engine as engine_module
-from qlora_nb.engine import Engine, attention_kernel, end_to_end, install_engine, remove_engine
+from qlora_nb.engine import Engine, attention_kernel, install_engine, join_rows, remove_engine
 
 KINDS = {  # words in a kernel's name, the first that fits
     "attention": ("flash", "fmha", "attn", "attention"),
@@ -55,7 +55,7 @@ def some_rows(lengths, words, device):
         "labels": place([row["labels"] + [-100] * (longest - len(row["labels"])) for row in rows]),
         "attention_mask": place([[1] * len(t) + [0] * (longest - len(t)) for t in ids]),
     }
-    return padded, moved(end_to_end(rows), device)
+    return padded, moved(join_rows(rows), device)
 
 
 def moved(batch, device):
@@ -146,7 +146,7 @@ def measure_passes(size, tokens, device):
     }
     fused, found = engine_module._passes(torch.device(device), torch.bfloat16), {}
     for name, (given, count, width) in calls.items():
-        plain = getattr(engine_module.PLAIN, name)
+        plain = getattr(engine_module.PLAIN_PASSES, name)
         ways = {"kernel": getattr(fused, name), "as it stands": plain, "compiled by torch": torch.compile(plain)}
         found[name] = {"bytes": round(2 * count * tokens * width)}
         for way, function in ways.items():
@@ -197,8 +197,8 @@ def measure_attention(size, tokens, device):
     def by_row(query, key, value, bounds, longest, scaling):
         return engine_module._row_by_row(*(t.transpose(0, 1)[None] for t in (query, key, value)), bounds, scaling)[0]
 
-    ways = {name: (kernel, inputs) for name, kernel in engine_module.KERNELS.items()}
-    ways["torch's varlen_attn, key heads repeated"] = (engine_module.KERNELS["torch's varlen_attn"], repeated)
+    ways = {name: (kernel, inputs) for name, kernel in engine_module.ATTENTION_KERNELS.items()}
+    ways["torch's varlen_attn, key heads repeated"] = (engine_module.ATTENTION_KERNELS["torch's varlen_attn"], repeated)
     ways |= {"cuDNN by jagged tensors": (by_cudnn, inputs), "one call a row": (by_row, inputs)}
     found = {"rows": len(lengths), "tokens": tokens, "pairs": sum(n * (n + 1) // 2 for n in lengths)}
     for name, (kernel, tensors) in ways.items():

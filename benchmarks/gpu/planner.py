@@ -51,10 +51,10 @@ def card_of(limit_gb):
 
     import torch
 
-    from qlora_nb.plan import CARDS, find_card
+    from qlora_nb.plan import KNOWN_CARDS, find_card
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "H200"
-    here = CARDS["H100" if "H100" in name else "H200"]
+    here = KNOWN_CARDS["H100" if "H100" in name else "H200"]
     return replace(here, name=f"{limit_gb} GB", bytes=find_card(f"{limit_gb} GB").bytes)
 
 
@@ -158,9 +158,9 @@ def lengths_of_rows():
     from transformers import AutoTokenizer
 
     from qlora_nb.core import EMBEDDED_MODEL
-    from qlora_nb.plan import row_lengths
+    from qlora_nb.plan import measure_row_lengths
 
-    return row_lengths(conversations(240), AutoTokenizer.from_pretrained(EMBEDDED_MODEL))
+    return measure_row_lengths(conversations(240), AutoTokenizer.from_pretrained(EMBEDDED_MODEL))
 
 
 def choice_for(size, limit_gb, lengths):
