@@ -22,7 +22,7 @@ from .adapter import EMBEDDED_NAME, find_adapter, model_info
 from .core import UserError, file_sha256, library_versions, unwrap_base, write_json
 from .evaluation import parse_answer
 from .generation import Reply, as_conversation, generate_replies, generation_mode, to_reply
-from .gguf_export import QUANTIZATIONS, check_no_base, loaded_backend
+from .gguf_export import GGUF_QUANTIZATIONS, check_no_base, loaded_backend
 from .llama import LlamaFile, chat_server
 from .merging import base_weight, merge_adapter
 from .model import load_model, open_run
@@ -394,7 +394,7 @@ DEFAULT_BOUNDS = {
 # %% ../nbs/22_certificate.ipynb #defe0cea
 def find_format(file: LlamaFile) -> str:
     "Return a file's format, as a key of `DEFAULT_BOUNDS`; its number where it isn't known here."
-    known = {str(quantization.file_type): name.upper() for name, quantization in QUANTIZATIONS.items()}
+    known = {str(quantization.file_type): name.upper() for name, quantization in GGUF_QUANTIZATIONS.items()}
     number = file.meta("general.file_type") or "unknown"
     return known.get(number, f"file type {number}")
 

@@ -355,7 +355,7 @@ def test_a_format_without_bounds_fails(subject, files, tmp_path):
     found = fails(short(subject, file), "file type 12: no bounds are known for this format: give thresholds=")
     assert found.failures == found.failures[:1]
     assert short(subject, file, thresholds={"file type 12": Bounds(0.995, 1e-4)}).passed
-    assert all(kind in DEFAULT_BOUNDS for kind in map(str.upper, gguf_export.QUANTIZATIONS))
+    assert all(kind in DEFAULT_BOUNDS for kind in map(str.upper, gguf_export.GGUF_QUANTIZATIONS))
     assert DEFAULT_BOUNDS["BF16"].mean_kl is not None
 
 

@@ -30,7 +30,7 @@ from gguf_models import (
 
 from qlora_nb import gguf_export
 from qlora_nb.core import EMBEDDED_MODEL, UserError, file_sha256
-from qlora_nb.gguf_export import QUANTIZATIONS, export_gguf, quantize_q4_0, quantize_q8_0
+from qlora_nb.gguf_export import GGUF_QUANTIZATIONS, export_gguf, quantize_q4_0, quantize_q8_0
 from qlora_nb.llama import quiet_llama
 from qlora_nb.merging import save_merged
 from qlora_nb.weights import read_header
@@ -150,17 +150,17 @@ def quantized(tokenizers, tmp_path_factory):
     "One model in every format, from one pass. Its rows divide into blocks of 256."
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
     model = random_model("llama", len(tokenizers["llama3"]), **sizes)
-    files = export_gguf(model, tokenizers["llama3"], tmp_path_factory.mktemp("all") / "m", list(QUANTIZATIONS))
-    return model, dict(zip(QUANTIZATIONS, files))
+    files = export_gguf(model, tokenizers["llama3"], tmp_path_factory.mktemp("all") / "m", list(GGUF_QUANTIZATIONS))
+    return model, dict(zip(GGUF_QUANTIZATIONS, files))
 
 
 def test_names_and_types_of_each_format(quantized):
     files = quantized[1]
-    assert [path.name for path in files.values()] == [f"m-{name.upper()}.gguf" for name in QUANTIZATIONS]
+    assert [path.name for path in files.values()] == [f"m-{name.upper()}.gguf" for name in GGUF_QUANTIZATIONS]
     assert sorted(os.listdir(files["f16"].parent)) == sorted(path.name for path in files.values())
     for name, path in files.items():
         found = keys(path)
-        assert found["general.file_type"] == QUANTIZATIONS[name].file_type
+        assert found["general.file_type"] == GGUF_QUANTIZATIONS[name].file_type
         types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
         kind = {"q4_k_m": "Q4_K", "q5_k_m": "Q5_K", "q6_k": "Q6_K"}.get(name, name.upper())
         assert types["blk.0.attn_q.weight"] == kind
