@@ -227,7 +227,7 @@ def measure_kl(
 # %% ../nbs/22_certificate.ipynb #2c6b2ef4
 @dataclass
 class Distance:
-    "How far one model's logits are from the reference's, over many conversations."
+    "The distance of one model's logits from the reference's, over many conversations."
 
     positions: int = 0
     agreed: int = 0  # positions with the same most likely token
@@ -283,7 +283,7 @@ def unpack_4bit(model: torch.nn.Module) -> torch.nn.Module:
 # %% ../nbs/22_certificate.ipynb #c135319b
 @dataclass
 class Subject:
-    "What is certified: the reference, and what is known of it."
+    "The reference to certify against, and what is known about it."
 
     model: torch.nn.Module  # in fp32
     tokenizer: object
@@ -374,7 +374,7 @@ def measure_distances(
 # %% ../nbs/22_certificate.ipynb #defe0ce9
 @dataclass(frozen=True)
 class Bounds:
-    "What a file must reach; None is reported, not bounded."
+    "The figures that a file must reach; None is reported, not bounded."
 
     top1: float | None = None  # share of positions with the same most likely token, at least
     mean_kl: float | None = None  # nats, at most
@@ -401,7 +401,7 @@ def find_format(file: LlamaFile) -> str:
 # %% ../nbs/22_certificate.ipynb #ef7532d5
 @dataclass
 class FileCheck:
-    "What was found for the merged model, or for one file."
+    "The findings for the merged model, or for one file."
 
     name: str
     quantization: str  # a key of `DEFAULT_BOUNDS`
@@ -498,7 +498,7 @@ class CertificateFailed(UserError):
 
 @dataclass
 class Certificate:
-    "What was compared, what was found, and whether it passed."
+    "The comparison of an export with what was trained: its findings, its failures, its verdict."
 
     subject: str  # the run, adapter or model
     rows: dict[str, int]  # conversations by kind
@@ -514,7 +514,7 @@ class Certificate:
 
     @property
     def failures(self) -> list[str]:
-        "All that misses its bound."
+        "Everything that misses its bound, a sentence each."
         known = (check.failures(self.thresholds.get(check.quantization)) for check in self.checks)
         return [*self.notes, *(failure for found in known for failure in found)]
 
@@ -528,7 +528,7 @@ class Certificate:
             raise CertificateFailed(f"the certificate of {self.subject} failed: {'; '.join(failures)}")
 
     def _lines(self) -> list[str]:
-        "What is told above the table."
+        "Return the lines above the table."
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.rows.items())
         paths = next((check.paths for check in self.checks if check.paths), [])
         lines = [
@@ -626,7 +626,7 @@ def compare_replies(
 
 
 def _accuracy(replies: list[Reply], answers: list[str | None]) -> float | None:
-    "Share of right answers, where a number is expected."
+    "Return the share of right answers, where a number is expected."
     known = [parse_answer(reply.text) == answer for reply, answer in zip(replies, answers) if answer is not None]
     return sum(known) / len(known) if known else None
 
@@ -728,7 +728,7 @@ def _find_named(modelfile: Modelfile, path: str | Path, files: list[Path]) -> Pa
 
 
 def _reading(modelfile: Modelfile | None, path: str | Path | None, files: list[Path]) -> dict:
-    "Which template Ollama reads, as fields of certificate.json."
+    "Return the template that Ollama reads, as fields of certificate.json."
     choice = predict_template(modelfile, _find_named(modelfile, path, files) or files[0]) if modelfile else None
     return {"ollama_reads": choice and choice.source, "ollama_reads_reason": choice and str(choice)}
 

@@ -223,7 +223,7 @@ KNOWN_SPLITS = [  # (steps, whether a token that is in the vocabulary as a whole
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-17
 def _split_steps(pre_tokenizer: dict | None) -> list:
-    "What a byte-level tokenizer does before it merges: the regexes and steps, in order."
+    "Return the regexes and steps of a byte-level tokenizer before it merges, in order."
     steps = []
     for part in (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}]):
         kind = part.get("type")
@@ -268,7 +268,7 @@ class Vocabulary:
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-19
 def _list_tokens(tokenizer, rows: int) -> tuple[list[str], list[int]]:
-    "Token and type for each row of the embedding; a row with no token is `[PADi]`, unused."
+    "Return token and type for each row of the embedding; a row with no token is `[PADi]`, unused."
     vocabulary = tokenizer.get_vocab()
     size = max(vocabulary.values(), default=-1) + 1
     if size > rows:
@@ -419,7 +419,7 @@ def read_vocabulary(
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-28
 def _write_shape(writer, config: dict, rows: int) -> None:
-    "The model's shape, for a `gguf.GGUFWriter`."
+    "Write the model's shape."
     import gguf
 
     heads, rope, context = config["num_attention_heads"], read_rope(config), config["max_position_embeddings"]
@@ -443,7 +443,7 @@ def _write_shape(writer, config: dict, rows: int) -> None:
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-29
 def _write_yarn(writer, config: dict, rope: dict) -> None:
-    "YaRN's own keys. Raise `UserError` for a setting that llama.cpp computes differently."
+    "Write YaRN's own keys. Raise `UserError` for a setting that llama.cpp computes differently."
     usual = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True}
     for key, value in usual.items():
         if rope.get(key, value) not in (value, None):
@@ -453,7 +453,7 @@ def _write_yarn(writer, config: dict, rope: dict) -> None:
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-30
 def _write_tokenizer(writer, vocabulary: Vocabulary) -> None:
-    "The tokenizer and the chat template, for a `gguf.GGUFWriter`."
+    "Write the tokenizer and the chat template."
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -472,7 +472,7 @@ def _write_tokenizer(writer, vocabulary: Vocabulary) -> None:
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-31
 @dataclass
 class Provenance:
-    "What the file says about itself."
+    "Name and origin of the model, as the file records them."
 
     name: str
     base: str = ""  # name of the base model
@@ -481,7 +481,7 @@ class Provenance:
 
 
 def _write_provenance(writer, about: Provenance, plans: list[TensorPlan], file_type: int) -> None:
-    "Name, size, licence and origin, for a `gguf.GGUFWriter`."
+    "Write name, size, licence and origin."
     import gguf
 
     writer.add_type("model")
@@ -499,7 +499,7 @@ def _write_provenance(writer, about: Provenance, plans: list[TensorPlan], file_t
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-32
 def _rows_at_once(shape: tuple[int, ...]) -> int:
-    "How many rows hold about a million numbers: what is converted at a time."
+    "Return the number of rows that hold about a million numbers: what is converted at a time."
     return max(1, (1 << 20) // max(1, math.prod(shape[1:])))
 
 
@@ -612,7 +612,7 @@ def check_quantizations(quantization: str | list[str]) -> list[str]:
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-39
 def _target_files(path: str | Path, names: list[str]) -> dict[str, Path]:
-    "Quantization → file. Raise `UserError` where one file is to be several."
+    "Return quantization → file. Raise `UserError` where one file is to be several."
     path = Path(path).expanduser().absolute()
     if path.suffix.lower() != ".gguf":
         if path.is_file():

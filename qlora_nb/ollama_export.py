@@ -66,7 +66,7 @@ _COMMENT = re.compile(r"\{\{(?:-[ \t\r\n])?/\*(?:(?!\*/).)*\*/([ \t\r\n]+-)?\}\}
 
 
 def _action(text: str, start: int) -> tuple[list[_Word], int, bool]:
-    "The words of the action at `start`, where it ends, and whether it takes the white space behind it."
+    "Return the words of the action at `start`, its end, and True where it takes the white space behind it."
     at = start + (3 if re.match(r"-[ \t\r\n]", text[start + 2 : start + 4]) else 2)
     if comment := _COMMENT.match(text, start):
         return [], comment.end(), bool(comment[1])
@@ -84,7 +84,7 @@ def _action(text: str, start: int) -> tuple[list[_Word], int, bool]:
 
 # %% ../nbs/18_ollama.ipynb #7a98fabf
 def _split_pieces(text: str) -> list[tuple[int, str | list[_Word]]]:
-    "The template's texts and actions in order, each with its place."
+    "Return the template's texts and actions in order, each with its place."
     pieces, at, trim = [], 0, False
     while True:
         start = text.find("{{", at)
@@ -109,7 +109,7 @@ _PLAIN = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v":
 
 
 def _unescape(text: str, token: _Word) -> str:
-    "The text that a quoted Go string stands for."
+    "Return the text that a quoted Go string denotes."
     def one(found: re.Match) -> str:
         plain, byte, short, long, octal = found.groups()
         if plain:
@@ -211,7 +211,7 @@ def _string(data: bytes) -> str:
 
 
 def _kind(value) -> str:
-    "What Go's comparisons call the type of a value."
+    "Return the name of a value's type in Go's comparisons."
     kinds = ((bool, "truth value"), (int, "number"), (str, "text"))
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
 
@@ -358,24 +358,25 @@ class GoTemplate:
         return ("template", name, action.pipeline() if action.i < len(action.words) else ("constant", None), first.at)
 
     def render(self, data: dict) -> str:
-        "The text that Go would write. Nodes wait on a stack: a part may call itself 100,000 times, as in Go."
+        "Return the text that Go would write. Nodes wait on a stack: a part may call itself 100,000 times, as in Go."
         out, stack = [], [(iter(self.nodes), data, ChainMap({"$": data}))]
         while stack:
             waiting, dot, scope = stack[-1]
-            match next(waiting, None):
-                case None:
-                    stack.pop()
-                case ("text", text):
-                    out.append(text)
-                case ("print", value, at):
-                    out.append(self._print(self._value(value, dot, scope), at))
-                case ("set", name, declared, value, at):
-                    layer = scope.maps[0] if declared else next((layer for layer in scope.maps if name in layer), None)
-                    if layer is None:
-                        raise _unreadable(self.text, at, f"the variable {name} is not declared")
-                    layer[name] = self._value(value, dot, scope)
-                case node:
-                    stack += self._enter(node, dot, scope)
+            node = next(waiting, None)
+            if node is None:
+                stack.pop()
+            elif node[0] == "text":
+                out.append(node[1])
+            elif node[0] == "print":
+                out.append(self._print(self._value(node[1], dot, scope), node[2]))
+            elif node[0] == "set":
+                _, name, declared, value, at = node
+                layer = scope.maps[0] if declared else next((layer for layer in scope.maps if name in layer), None)
+                if layer is None:
+                    raise _unreadable(self.text, at, f"the variable {name} is not declared")
+                layer[name] = self._value(value, dot, scope)
+            else:
+                stack += self._enter(node, dot, scope)
             if len(stack) > 100_000:
                 raise UserError("the template calls itself without an end")
         return _string(_bytes("".join(out)))
@@ -388,7 +389,7 @@ class GoTemplate:
         return "<no value>" if value is None else str(value)
 
     def _enter(self, node: tuple, dot, scope: ChainMap) -> list[tuple]:
-        "What a block adds to the stack: (nodes, dot, scope), the first last."
+        "Return the additions of a block to the stack: (nodes, dot, scope), the first last."
         match node:
             case ("if", condition, then, other):
                 return [(iter(then if self._value(condition, dot, scope) else other), dot, scope.new_child())]
@@ -408,34 +409,35 @@ class GoTemplate:
         return entered[::-1] or [(iter(other), dot, scope.new_child())]
 
     def _value(self, node: tuple, dot, scope: ChainMap):
-        match node:
-            case ("constant", value):
-                return value
-            case ("dot",):
-                return dot
-            case ("variable", name, at):
-                if name not in scope:
-                    raise _unreadable(self.text, at, f"the variable {name} is not declared")
-                return scope[name]
-            case ("field", base, names, at):
-                value = self._value(base, dot, scope)
-                for name in names:
-                    if not isinstance(value, dict) or name not in value:
-                        raise _unreadable(self.text, at, f"there is no field .{name} here")
-                    value = value[name]
-                return value
-            case ("call", ("and" | "or") as name, (_, *_) as arguments, _):
-                for argument in arguments:  # the value that decides, and none behind it is asked
-                    value = self._value(argument, dot, scope)
-                    if bool(value) == (name == "or"):
-                        break
-                return value
-            case ("call", name, arguments, at):
-                values = [self._value(argument, dot, scope) for argument in arguments]
-                try:
-                    return _call(name, values)
-                except ValueError as error:
-                    raise _unreadable(self.text, at, str(error)) from error
+        kind = node[0]
+        if kind == "constant":
+            return node[1]
+        if kind == "dot":
+            return dot
+        if kind == "variable":
+            try:
+                return scope[node[1]]
+            except KeyError:
+                raise _unreadable(self.text, node[2], f"the variable {node[1]} is not declared") from None
+        if kind == "field":
+            value = self._value(node[1], dot, scope)
+            for name in node[2]:
+                if not isinstance(value, dict) or name not in value:
+                    raise _unreadable(self.text, node[3], f"there is no field .{name} here")
+                value = value[name]
+            return value
+        _, name, arguments, at = node
+        if name in ("and", "or") and arguments:
+            for argument in arguments:  # the value that decides, and none behind it is asked
+                value = self._value(argument, dot, scope)
+                if bool(value) == (name == "or"):
+                    break
+            return value
+        values = [self._value(argument, dot, scope) for argument in arguments]
+        try:
+            return _call(name, values)
+        except ValueError as error:
+            raise _unreadable(self.text, at, str(error)) from error
 
 # %% ../nbs/18_ollama.ipynb #06a509f3
 _parse_go = lru_cache(64)(GoTemplate)
@@ -558,7 +560,7 @@ _ROLES = {"s": "system", "u": "user", "a": "assistant"}
 
 
 def _find_joints(tokenizer, text: str) -> dict[tuple[str, str], str]:
-    "(role before, role after) → what stands between. Raises `NoGoTemplate` where that is not always the same."
+    "Return (role before, role after) → the text between them. Raise `NoGoTemplate` where that is not always the same."
     found = {}
     for roles in ("u", "ua", "uau", "uaua", "su", "sua", "suau", "suaua", "s", "sa", "sau", "a", "au", "us", "uas", "sus", "suas"):
         names = [_ROLES[role] for role in roles]
@@ -578,7 +580,7 @@ def _find_joints(tokenizer, text: str) -> dict[tuple[str, str], str]:
 
 # %% ../nbs/18_ollama.ipynb #1b84d28d
 def _find_trimmed(tokenizer, text: str, joints: dict) -> dict[str, bool]:
-    "Role → whether its content loses the white space around it."
+    "Return the roles; True for those whose content loses the white space around it."
     found = {}
     for roles in ("ua", "sua"):
         messages = [{"role": _ROLES[r], "content": f" \n QZ{i}ZQ \n"} for i, r in enumerate(roles)]
@@ -607,7 +609,7 @@ def quote_go(text: str) -> str:
 
 
 def _printable(character: str) -> bool:
-    "Whether Go calls it printable (strconv.IsPrint): letters, marks, numbers, punctuation, symbols and the ASCII space."
+    "Return True for what Go calls printable (strconv.IsPrint): letters, marks, numbers, punctuation, symbols and the ASCII space."
     return character == " " or unicodedata.category(character)[0] in "LMNPS"
 
 
@@ -737,7 +739,7 @@ def _unquote(text: str) -> str | None:
 
 
 def _read_value(text: str, at: int, where: str) -> tuple[str, int]:
-    "The value that begins at `at`, and where it ends. What Go can't print is dropped, as Ollama does."
+    "Return the value that begins at `at`, and its end. What Go can't print is dropped, as Ollama does."
     end = at
     while end <= len(text):
         found = re.compile(r"[\r\n]").search(text, end)
@@ -752,7 +754,7 @@ def _read_value(text: str, at: int, where: str) -> tuple[str, int]:
 def parse_modelfile(
     text: str,  # of a Modelfile
 ) -> Modelfile:
-    "Read a Modelfile as Ollama does. Raises `UserError` with the line of what is not one."
+    "Read a Modelfile as Ollama does. Raise `UserError` with the place of what is invalid."
     found, lines, at = [], [], 0
     while line := re.compile(r"\s*(#[^\r\n]*|[^\s]+)").match(text, at):
         word, at = line[1], line.end()
@@ -792,14 +794,14 @@ def find_jinja_offers(text: str) -> set[str]:
 
 # %% ../nbs/18_ollama.ipynb #c0de1806
 def _asks(node, name: str) -> bool:
-    "Whether an expression asks the dot for `.name`."
+    "Return True where an expression asks the dot for `.name`."
     if not isinstance(node, tuple):
         return False
     return (node[:2] == ("field", ("dot",)) and node[2][0] == name) or any(_asks(part, name) for part in node)
 
 
 def _thinking_tags(nodes: list, inside: bool = False) -> set[int]:
-    "Where texts stand around `.Thinking`: 0 for one before it, -1 for one behind it."
+    "Return the places of the texts around `.Thinking`: 0 for one before it, -1 for one behind it."
     found, nodes = set(), [node for node in nodes if node != ("text", "")]  # which is where a part was defined
     for node in nodes:
         asking, blocks = (node[1], node[2:4]) if node[0] == "if" else (node[2], node[3:5]) if node[0] == "range" else (node, ())
@@ -827,7 +829,7 @@ _RECOGNISED = 2_000  # characters: shorter templates may be taken for a well-kno
 
 @dataclass(frozen=True)
 class TemplateChoice:
-    "Which template Ollama 0.30 and later reads."
+    "The template that Ollama 0.30 and later reads, and the reason."
 
     source: str  # "template": the Modelfile's; "gguf": the file's own; "renderer": neither; "unknown"; "none": there is none
     reason: str
@@ -842,7 +844,7 @@ class TemplateChoice:
 
 
 def _without_template(jinja: str) -> TemplateChoice:
-    "What is read where the Modelfile has no TEMPLATE."
+    "Return what is read where the Modelfile has no TEMPLATE."
     if len(jinja) < _RECOGNISED and not find_jinja_offers(jinja):
         return TemplateChoice("unknown", "the Modelfile has no TEMPLATE, and a chat template as short as the GGUF's may be taken for a well-known one, which Ollama replaces by its own (ollama show --modelfile shows it)")
     return TemplateChoice("gguf", "the Modelfile has none")
@@ -880,7 +882,7 @@ _TEXT, _ARRAY = 8, 9
 
 
 def _value_end(data, at: int, kind: int) -> int:
-    "Where a value of the header ends."
+    "Return the end of a value of the header."
     if kind == _TEXT:
         return at + 8 + struct.unpack_from("<Q", data, at)[0]
     if kind != _ARRAY:
@@ -948,7 +950,7 @@ def _parameter_lines(parameters: dict, stops: list[str]) -> list[tuple[str, str]
 
 # %% ../nbs/18_ollama.ipynb #f531cd0f
 def _from_path(gguf: Path, folder: Path) -> str:
-    "How FROM names the file: by a path from the Modelfile's folder where it lies within, else from the root."
+    "Return the file's name for FROM: a path from the Modelfile's folder where it lies within, else from the root."
     if not gguf.is_file():
         raise UserError(f"there is no file {gguf}: export it first (export_gguf), or name another")
     inside = gguf.is_relative_to(folder)
@@ -966,7 +968,7 @@ def format_modelfile(instructions: list[tuple[str, str]]) -> str:
 
 # %% ../nbs/18_ollama.ipynb #c0de1812
 def _check_go_template(go_template: str, tokenizer, template: str | None) -> str:
-    "A template that was given in Ollama's language. Raise `UserError` where it writes anything but what training wrote."
+    "Return a template that was given in Ollama's language. Raise `UserError` where it writes anything but what training wrote."
     try:
         prove_go(go_template, tokenizer, template_text(tokenizer, template))
     except NoGoTemplate as error:
@@ -1074,7 +1076,7 @@ def modelfile_for(
 # %% ../nbs/18_ollama.ipynb #8bbb2b27
 @dataclass
 class OllamaResult:
-    "What Ollama did, or the commands that do it."
+    "The server's answer, or the commands to type."
 
     done: bool  # False: `text` holds commands to type
     text: str
@@ -1139,7 +1141,7 @@ _PARAMETER_KINDS = {
 
 
 def _parse_parameter(name: str, value: str):
-    "A parameter as the server wants it. Raise `ValueError` for one that it doesn't know, or another kind of value."
+    "Return a parameter as the server wants it. Raise `ValueError` for one that it doesn't know, or another kind of value."
     kind = _PARAMETER_KINDS.get(name)
     if kind is None:
         raise ValueError("which Ollama's server doesn't know and would ignore")
