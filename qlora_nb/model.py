@@ -38,7 +38,7 @@ from qlora_nb.adapter import (
 )
 from .core import EMBEDDED_MODEL, UserError, profile, quiet_environment
 from .engine import check_engine, config_refusal
-from .lora import TARGET_MODULES, check_settings, check_targets
+from .lora import TARGET_MODULES, check_lora_settings, check_targets
 from .run import RunFolder
 from .shapes import config_dict, model_folder
 from .weights import TensorFolder, check_numbers, is_finite, model_file
@@ -617,7 +617,7 @@ def check_lora(
     load_in_4bit: bool,  # whether the base was asked for in 4 bits
 ) -> None:
     "Raise `UserError` for an invalid rank, scale, dropout or bias, and for layers that LoRA or 4 bits can't take."
-    check_settings(r, lora_alpha, lora_dropout)
+    check_lora_settings(r, lora_alpha, lora_dropout)
     if bias not in ("none", "all", "lora_only"):
         raise UserError(f"bias is {bias!r}: choose none, all or lora_only")
     for name, layer in targets.items():

@@ -286,8 +286,8 @@ def test_the_first_kernel_that_is_right_is_taken(capsys):
     with patch.object(engine, "ATTENTION_KERNELS", kernels):
         assert engine._first_right("cpu", torch.bfloat16, *place) == ("one call a row", None)
     said = capsys.readouterr().err
-    assert "wrong is not taken on cpu: its results are wrong" in said and "missing" not in said
-    assert "no gradient is not taken on cpu: RuntimeError: The differentiated Tensor at index 2" in said
+    assert "wrong is not used on cpu: its results are wrong" in said and "missing" not in said
+    assert "no gradient is not used on cpu: RuntimeError: The differentiated Tensor at index 2" in said
     with patch.object(engine, "ATTENTION_KERNELS", {**kernels, "right": exact_attention, "never tried": None}):
         assert engine._first_right("cpu", torch.bfloat16, *place) == ("right", exact_attention)
     assert engine._kernel(torch.device("cpu"), torch.bfloat16, *place)[1] is None  # none is tried on a CPU
@@ -545,7 +545,7 @@ def test_mlps_of_other_kinds(more, mlps):
 
 
 def test_selective_keeps_less_and_gives_the_same_to_the_bit():
-    from qlora_nb.qlora import kept_bytes, saved_for_backward
+    from qlora_nb.qlora import count_kept_bytes, trace_saved_tensors
 
     model, batch = peft_of(), join_rows(some_rows((60, 60)))
     install_engine(model)
@@ -553,7 +553,7 @@ def test_selective_keeps_less_and_gives_the_same_to_the_bit():
     own = [*model.parameters(), *model.buffers()]
 
     def kept():
-        return kept_bytes(saved_for_backward(lambda: model(**batch, use_cache=False).loss, own=own)[1])
+        return count_kept_bytes(trace_saved_tensors(lambda: model(**batch, use_cache=False).loss, own=own)[1])
 
     usual = kept()
     install_engine(model, Engine(selective=True))
@@ -872,7 +872,7 @@ def test_packs_hold_every_row_once():
     assert all(batch["labels"][0, a] == -100 and batch["position_ids"][0, a] == 0 for a in bounds[:-1])
     with pytest.raises(UserError, match="a row has 40 tokens"):
         pack_rows(rows, 39)
-    with pytest.raises(UserError, match="no row to pack"):
+    with pytest.raises(UserError, match="no rows to pack"):
         pack_rows(rows.select([]), 39)
 
 
@@ -980,7 +980,7 @@ def test_what_the_command_line_refuses(tmp_path):
     said = cli("train", "--engine", "--backend", "unsloth", cwd=tmp_path, code=2).stderr
     assert "engine=True and backend='unsloth' are both given" in said
     said = cli("train", "--engine", "--lora-dropout", "0.1", cwd=tmp_path, code=2).stderr
-    assert "lora_dropout=0.1, and the engine does lora_dropout=0 alone" in said and "engine=False" in said
+    assert "lora_dropout=0.1, and the engine supports only lora_dropout=0" in said and "engine=False" in said
     said = cli("train", "--use-gradient-checkpointing", "selective", cwd=tmp_path, code=2).stderr
     assert "is the engine's: load the model with engine=True" in said
     said = cli("train", "--packing", "--backend", "transformers", cwd=tmp_path, code=2).stderr
@@ -1264,7 +1264,7 @@ def test_a_weight_put_elsewhere_is_not_trained_in_silence():
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     weights[1].data = weights[1].data.clone()
-    with pytest.raises(UserError, match=r"a trained weight of shape \(256,\) was put elsewhere"):
+    with pytest.raises(UserError, match=r"a trained weight of shape \(256,\) was moved in the middle of a run"):
         adapters.gather()
 
 
