@@ -1405,4 +1405,5 @@ d = { 'settings': { 'branch': 'main',
                                    'qlora_nb.workflow.export_and_certify': ('workflow.html#export_and_certify', 'qlora_nb/workflow.py'),
                                    'qlora_nb.workflow.load_run': ('workflow.html#load_run', 'qlora_nb/workflow.py'),
                                    'qlora_nb.workflow.train': ('workflow.html#train', 'qlora_nb/workflow.py'),
-                                   'qlora_nb.workflow.try_to_report': ('workflow.html#try_to_report', 'qlora_nb/workflow.py')}}}
+                                   'qlora_nb.workflow.try_to_report': ('workflow.html#try_to_report', 'qlora_nb/workflow.py'),
+                                   'qlora_nb.workflow.write_loss_curve': ('workflow.html#write_loss_curve', 'qlora_nb/workflow.py')}}}

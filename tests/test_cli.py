@@ -318,8 +318,8 @@ def small_gpt2(path):
         (["--output", "old"], "holds another run"),
         (["--output", "file.txt"], "is a file"),
         (["--config", "none.yaml"], "can't be read"),
-        (["--config", "odd.yaml"], "not known: learning_rat"),
-        (["--resume", "empty"], "no run folder"),
+        (["--config", "odd.yaml"], "unknown settings: learning_rat"),
+        (["--resume", "empty"], "is not a run folder"),
         (["--optim", "magic"], "optim.*magic"),
         (["--lr-scheduler-type", "magic"], "lr_scheduler_type.*magic"),
         (["--template", "magic"], "magic"),
@@ -539,7 +539,7 @@ def test_a_mistake_with_plan_is_one_sentence(arguments, message, mistake):
     "arguments, message",
     [
         (["--plan", "T5"], "there is no card 'T5'"),
-        (["--plan", "auto", "--resume", "x"], "no run folder"),
+        (["--plan", "auto", "--resume", "x"], "is not a run folder"),
         (["--truncation", "left"], "truncation is 'left'"),
     ],
 )
