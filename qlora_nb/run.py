@@ -36,7 +36,7 @@ from qlora_nb.core import (
 )
 
 # %% ../nbs/50_run.ipynb #50a00011
-def setting(default, help_text: str, *, part: str = "trainer", positive: bool = False):
+def settings_field(default, help_text: str, *, part: str = "trainer", positive: bool = False):
     "A dataclass field with its help text, the part of a run that it belongs to, and whether a number must be above 0."
     return field(default=default, metadata={"help": help_text, "part": part, "positive": positive})
 
@@ -45,44 +45,44 @@ def setting(default, help_text: str, *, part: str = "trainer", positive: bool = 
 class Settings:
     "Every setting of a run, with its default for real models. None leaves the choice to the model, the data or the machine."
 
-    model: str | None = setting(None, "Hub name or folder; default: the profile's model", part="model")
-    revision: str | None = setting(None, "commit or tag of the model on the Hub", part="model")
-    backend: str = setting("auto", "auto, unsloth or transformers", part="model")
-    engine: bool | None = setting(None, "train with this package's own engine, on the backend transformers, or not; default: where it was measured", part="model")
-    load_in_4bit: bool = setting(True, "base in NF4 (the default), or in 16 bits", part="model")
-    dtype: str | None = setting(None, "float32, float16 or bfloat16; default: by hardware", part="model")
-    data: str | None = setting(None, "Hub name, folder, or a JSONL, JSON, CSV or Parquet file; default: by model", part="data")
-    data_name: str | None = setting(None, "configuration of a Hub data set", part="data")
-    eval_data: str | None = setting(None, "held-out rows; default: split off the data", part="data")
-    limit: int | None = setting(None, "rows to take from the data", part="data", positive=True)
-    add_system: str | bool | None = setting(None, "system text for rows that have none; False adds none; default: one that asks for <think>, where replies have it", part="data")
-    r: int = setting(16, "rank of the adapter [16]", part="adapter", positive=True)
-    lora_alpha: float = setting(16, "scale of the adapter [16]", part="adapter", positive=True)
-    lora_dropout: float = setting(0.0, "share of the adapter's inputs dropped [0]", part="adapter")
-    target_modules: tuple | None = setting(None, "layers that get an adapter, with commas [all seven projections]", part="adapter")
-    bias: str = setting("none", "none, all or lora_only [none]", part="adapter")
-    use_rslora: bool = setting(False, "scale by alpha over the root of r", part="adapter")
-    use_gradient_checkpointing: bool | str = setting("unsloth", "unsloth, true, false, or selective with --engine [unsloth]", part="adapter")
-    random_state: int = setting(3407, "seed of the adapter's start [3407]", part="adapter")
-    per_device_train_batch_size: int = setting(2, "rows in one forward pass", positive=True)
-    gradient_accumulation_steps: int = setting(4, "forward passes before an update", positive=True)
-    warmup_steps: int = setting(5, "steps in which the learning rate climbs")
-    max_steps: int = setting(60, "updates in all", positive=True)
-    num_train_epochs: float | None = setting(None, "passes over the data, instead of max-steps", positive=True)
-    learning_rate: float = setting(2e-4, "peak of the schedule", positive=True)
-    optim: str = setting("adamw_8bit", "optimizer, as transformers names it")
-    weight_decay: float = setting(0.01, "pull to zero")
-    lr_scheduler_type: str = setting("linear", "linear, cosine, …")
-    max_grad_norm: float = setting(1.0, "longer gradients are shortened to this", positive=True)
-    packing: bool = setting(False, "several rows in one sequence")
-    logging_steps: int = setting(1, "steps between two lines of metrics", positive=True)
-    save_steps: int = setting(50, "steps between two checkpoints", positive=True)
-    seed: int = setting(3407, "order of the rows, and all that is random [3407]")
-    max_seq_length: int = setting(2048, "longest row in tokens", positive=True)
-    truncation: str = setting("drop", "what happens to longer rows: drop, or cut_prompt [drop]")
-    eval_rows: int = setting(16, "held-out rows answered before and after; 0 for none")
-    max_new_tokens: int = setting(512, "limit of such an answer", positive=True)
-    template: str | None = setting(None, "a named chat template; default: the model's own")
+    model: str | None = settings_field(None, "Hub name or folder; default: the profile's model", part="model")
+    revision: str | None = settings_field(None, "commit or tag of the model on the Hub", part="model")
+    backend: str = settings_field("auto", "auto, unsloth or transformers", part="model")
+    engine: bool | None = settings_field(None, "train with this package's own engine, on the backend transformers, or not; default: where it was measured", part="model")
+    load_in_4bit: bool = settings_field(True, "base in NF4 (the default), or in 16 bits", part="model")
+    dtype: str | None = settings_field(None, "float32, float16 or bfloat16; default: by hardware", part="model")
+    data: str | None = settings_field(None, "Hub name, folder, or a JSONL, JSON, CSV or Parquet file; default: by model", part="data")
+    data_name: str | None = settings_field(None, "configuration of a Hub data set", part="data")
+    eval_data: str | None = settings_field(None, "held-out rows; default: split off the data", part="data")
+    limit: int | None = settings_field(None, "rows to take from the data", part="data", positive=True)
+    add_system: str | bool | None = settings_field(None, "system text for rows that have none; False adds none; default: one that asks for <think>, where replies have it", part="data")
+    r: int = settings_field(16, "rank of the adapter [16]", part="adapter", positive=True)
+    lora_alpha: float = settings_field(16, "scale of the adapter [16]", part="adapter", positive=True)
+    lora_dropout: float = settings_field(0.0, "share of the adapter's inputs dropped [0]", part="adapter")
+    target_modules: tuple | None = settings_field(None, "layers that get an adapter, with commas [all seven projections]", part="adapter")
+    bias: str = settings_field("none", "none, all or lora_only [none]", part="adapter")
+    use_rslora: bool = settings_field(False, "scale by alpha over the root of r", part="adapter")
+    use_gradient_checkpointing: bool | str = settings_field("unsloth", "unsloth, true, false, or selective with --engine [unsloth]", part="adapter")
+    random_state: int = settings_field(3407, "seed of the adapter's start [3407]", part="adapter")
+    per_device_train_batch_size: int = settings_field(2, "rows in one forward pass", positive=True)
+    gradient_accumulation_steps: int = settings_field(4, "forward passes before an update", positive=True)
+    warmup_steps: int = settings_field(5, "steps in which the learning rate climbs")
+    max_steps: int = settings_field(60, "updates in all", positive=True)
+    num_train_epochs: float | None = settings_field(None, "passes over the data, instead of max-steps", positive=True)
+    learning_rate: float = settings_field(2e-4, "peak of the schedule", positive=True)
+    optim: str = settings_field("adamw_8bit", "optimizer, as transformers names it")
+    weight_decay: float = settings_field(0.01, "pull to zero")
+    lr_scheduler_type: str = settings_field("linear", "linear, cosine, …")
+    max_grad_norm: float = settings_field(1.0, "longer gradients are shortened to this", positive=True)
+    packing: bool = settings_field(False, "several rows in one sequence")
+    logging_steps: int = settings_field(1, "steps between two lines of metrics", positive=True)
+    save_steps: int = settings_field(50, "steps between two checkpoints", positive=True)
+    seed: int = settings_field(3407, "order of the rows, and all that is random [3407]")
+    max_seq_length: int = settings_field(2048, "longest row in tokens", positive=True)
+    truncation: str = settings_field("drop", "what happens to longer rows: drop, or cut_prompt [drop]")
+    eval_rows: int = settings_field(16, "held-out rows answered before and after; 0 for none")
+    max_new_tokens: int = settings_field(512, "limit of such an answer", positive=True)
+    template: str | None = settings_field(None, "a named chat template; default: the model's own")
 
     def of_part(self, part: str) -> dict:
         "Return the settings of `model`, `data`, `adapter` or `trainer`, by name."
@@ -176,7 +176,7 @@ def resolve_settings(
 # %% ../nbs/50_run.ipynb #50a00021
 RUN_FORMAT = 2  # of the run folders that this version reads and writes; folders without a number have format 1
 DATA_FROM_PYTHON = "(given in Python)"  # in config.yaml, for data that has no name
-RECORDED = ("format", "fingerprints", "rows_read", "system", "plan", "started_from")  # in config.yaml, beside the settings
+RECORDED_KEYS = ("format", "fingerprints", "rows_read", "system", "plan", "started_from")  # in config.yaml, beside the settings
 
 
 def read_config(path: str | Path) -> dict:
@@ -206,7 +206,7 @@ def read_own_config(path: str | Path) -> dict:
     config = read_config(path)
     if "fingerprints" in config or "format" in config:
         check_format(config, Path(path))
-    if unknown := sorted(map(str, set(config) - set(_FIELDS) - set(RECORDED))):
+    if unknown := sorted(map(str, set(config) - set(_FIELDS) - set(RECORDED_KEYS))):
         raise UserError(f"the configuration {path} has unknown settings: {', '.join(unknown)}")
     if not isinstance(config.get("fingerprints", {}), dict | None):
         raise UserError(f"the configuration {path} has fingerprints that are not a mapping: leave them out")

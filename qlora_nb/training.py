@@ -1158,7 +1158,7 @@ def follow_plan(model, found: Plan, settings: Settings) -> Plan:
     return found
 
 # %% ../nbs/15_training.ipynb #5d1a9e00
-ADVISED = ("lr_scheduler_type", "max_grad_norm", "weight_decay")  # what no profile holds
+ADVISED_SETTINGS = ("lr_scheduler_type", "max_grad_norm", "weight_decay")  # what no profile holds
 
 
 def advise_settings(model, rows: int) -> dict:
@@ -1167,7 +1167,7 @@ def advise_settings(model, rows: int) -> dict:
         found = recommend(model, rows, "cpu").settings["train"]
     except UserError:
         return {}
-    return {name: found[name] for name in ADVISED}
+    return {name: found[name] for name in ADVISED_SETTINGS}
 
 # %% ../nbs/15_training.ipynb #54aea6c3
 @dataclass
