@@ -55,7 +55,7 @@ setup(
     packages=find_packages(include=["qlora_nb", "qlora_nb.*"]),
     package_data={
         "qlora_nb": [f"embedded/**/*.{suffix}" for suffix in ("json", "safetensors", "jinja", "parquet", "md")]
-        + ["templates/*.j2", "templates/*.css"]
+        + ["templates/*.j2", "templates/*.css", "doctor.yaml"]
     },
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

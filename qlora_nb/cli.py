@@ -109,12 +109,12 @@ def choose_plan(flag: str | None, resume: str | None, config: dict):
 # %% ../nbs/21_cli.ipynb #a2f61c09
 def check_exportable(model, tokenizer, template: str | None = None) -> None:
     "Raise `UserError` before the training where the export or its certificate would fail after it; report on stderr where Ollama gets no TEMPLATE."
-    from qlora_nb.gguf_export import architecture_of, read_vocabulary
+    from qlora_nb.gguf_export import find_architecture, read_vocabulary
     from qlora_nb.merging import check_mergeable
     from qlora_nb.ollama_export import modelfile_refusal
 
     check_mergeable(model)
-    architecture_of({**model.config.to_dict(), "architectures": [type(model.get_base_model()).__name__]})
+    find_architecture({**model.config.to_dict(), "architectures": [type(model.get_base_model()).__name__]})
     read_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     for name in ("llama_cpp", "xllamacpp"):
         try:

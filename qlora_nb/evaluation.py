@@ -138,6 +138,11 @@ def row_losses(
     return found
 
 # %% ../nbs/14_evaluation.ipynb #ae97706b
+def _ratio(pairs: list[tuple[float, float]]) -> float | None:
+    "Sum of the first over the sum of the second; None for none."
+    return math.fsum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None
+
+
 def answer_loss(
     model: torch.nn.Module,  # base or peft model
     tokenizer,
@@ -270,11 +275,6 @@ def _hide_rare(rows: list[dict]) -> list[dict]:
     "The rows; `exact` or `form` is None in all of them where fewer than a fifth can be judged by it."
     rare = [name for name in ("exact", "form") if sum(row[name] is not None for row in rows) < _JUDGED_SHARE * len(rows)]
     return [{**row, **dict.fromkeys(rare)} for row in rows]
-
-
-def _ratio(pairs: list[tuple[float, float]]) -> float | None:
-    "Sum of the first over the sum of the second; None for none."
-    return math.fsum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-13
 def evaluate(

@@ -95,7 +95,7 @@ def _half(P, c, stride, stride_r, r, i, R: tl.constexpr):
 
 @triton.jit
 def _whole(P, place, inside, thin, half):
-    "A block of an output: the base's product and the adapter's, in fp32."
+    "Compute a block of an output: the base's product and the adapter's, in fp32."
     return tl.load(P + place, inside, 0.0).to(tl.float32) + tl.dot(thin, half, input_precision="ieee")
 
 

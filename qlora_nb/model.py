@@ -38,7 +38,7 @@ from qlora_nb.adapter import (
 )
 from .core import EMBEDDED_MODEL, UserError, profile, quiet_environment
 from .engine import check_engine, config_refusal
-from .lora import TARGET_MODULES, check_settings, check_targets
+from .lora import TARGET_MODULES, check_lora_settings, check_targets
 from .run import RunFolder
 from .shapes import config_dict, model_folder
 from .weights import TensorFolder, check_numbers, is_finite, model_file
@@ -617,7 +617,7 @@ def check_lora(
     load_in_4bit: bool,  # whether the base was asked for in 4 bits
 ) -> None:
     "Raise `UserError` for an invalid rank, scale, dropout or bias, and for layers that LoRA or 4 bits can't take."
-    check_settings(r, lora_alpha, lora_dropout)
+    check_lora_settings(r, lora_alpha, lora_dropout)
     if bias not in ("none", "all", "lora_only"):
         raise UserError(f"bias is {bias!r}: choose none, all or lora_only")
     for name, layer in targets.items():
@@ -730,14 +730,14 @@ def open_run(
     """
     adapter = _adapter_of(path)
     run = RunFolder.around(adapter)
-    trained = run.loading if run else {"model": base or adapter_base(adapter), "load_in_4bit": None, "dtype": None, "revision": None}
-    name = base or trained["model"]
-    revision = None if base else trained["revision"]
-    bits = adapter_bits(adapter, name, trained["load_in_4bit"] if load_in_4bit is None else load_in_4bit)
-    if max_seq_length is None:
-        context = config_dict(model_path(name), revision).get("max_position_embeddings") or 2048
-        max_seq_length = trained.get("max_seq_length") or min(2048, context)
+    trained = run.loading if run else {}
+    name = base or trained.get("model") or adapter_base(adapter)
+    revision = None if base else trained.get("revision")
+    bits = adapter_bits(adapter, name, trained.get("load_in_4bit") if load_in_4bit is None else load_in_4bit)
+    length = max_seq_length or trained.get("max_seq_length")
+    if length is None:
+        length = min(2048, config_dict(name, revision).get("max_position_embeddings") or 2048)
     return load_model(
-        name, adapter=adapter, load_in_4bit=bits, dtype=dtype or trained["dtype"], backend=backend,
-        max_seq_length=max_seq_length, revision=revision,
+        name, adapter=adapter, load_in_4bit=bits, dtype=dtype or trained.get("dtype"), backend=backend,
+        max_seq_length=length, revision=revision,
     )

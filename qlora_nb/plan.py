@@ -367,7 +367,7 @@ class Plan:
 
     def __str__(self) -> str:
         card, c, rows = self.card, self.choice, self.rows
-        lines = [f"{card.name}: {format_gib(card.bytes)} to be had, {format_gib(self.budget)} with the margin"]
+        lines = [f"{card.name}: {format_gib(card.bytes)} available, {format_gib(self.budget)} with the margin"]
         lines += [f"take {c}, {c.optimizer}: {format_gib(c.estimate.total_bytes)}, about {c.tokens_per_second:,.0f} tokens/s" if c else self.why]
         if not card.bf16:
             lines += ["computes in fp16: this card has no bf16"]

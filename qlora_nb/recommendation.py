@@ -207,7 +207,7 @@ def advise_dropout(facts: AdviceFacts) -> Advice:
     "Advise on the share of the adapters' inputs that is dropped."
     passes = advise_epochs(facts).value
     if facts.rows is not None and facts.rows < FEW_ROWS and passes > 1:
-        reason = f"only {facts.rows} rows, seen {passes} times; a smaller rank does more against learning by heart"
+        reason = f"only {facts.rows} rows, seen {passes} times; a smaller rank does more against memorising"
         return _advise("lora_dropout", 0.05, reason, "qlora", "study")
     return _advise("lora_dropout", 0.0, "enough rows; and 0 is the fast path", "custom")
 
@@ -324,7 +324,7 @@ def advise_memory(facts: AdviceFacts, data, tokenizer, batch: int) -> list[Advic
     if facts.device == "cpu":
         largest = next(n for n in range(min(batch, 8), 0, -1) if batch % n == 0)
         return [
-            _advise("per_device_train_batch_size", largest, "on a CPU memory is no question", "custom"),
+            _advise("per_device_train_batch_size", largest, "on a CPU, memory is not the limit", "custom"),
             _advise("gradient_accumulation_steps", batch // largest, f"{batch} rows make a step", "custom"),
         ]
     sample = None

@@ -98,7 +98,7 @@ def load_templates() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )
     found.filters |= {"value": format_value, "fixed": format_fixed, "percent": format_percent, "size": format_bytes,
-                      "cell": escape_cell, "repr": repr}
+                      "duration": format_duration, "cell": escape_cell, "repr": repr}
     found.tests["finite"] = is_finite_number
     return found
 
@@ -143,7 +143,8 @@ class RunFacts:
     @property
     def plan(self) -> dict | None:
         "The plan that the run was made by, with the measured memory where the run is finished."
-        return next((found["plan"] for found in (self.summary, self.config) if isinstance(found.get("plan"), dict)), None)
+        plans = (found.get("plan") for found in (self.summary, self.config))
+        return next((plan for plan in plans if isinstance(plan, dict)), None)
 
     @property
     def from_python(self) -> bool:
@@ -178,18 +179,15 @@ class RunFacts:
         "Return how many held-out problems a measure was taken of."
         return sum(pair[1].get(name) is not None for pair in self.pairs)
 
-    def curve(self, *names: str) -> Points:
-        "Return (step, value) of the first of these names that the metrics have; steps without a number are left out."
-        for name in names:
-            if found := [(row["step"], row[name]) for row in self.metrics if is_finite_number(row.get(name))]:
-                return found
-        return []
+    def curve(self, name: str) -> Points:
+        "Return (step, value) of one of the metrics; steps without a number are left out."
+        return [(row["step"], row[name]) for row in self.metrics if is_finite_number(row.get(name))]
 
 # %% ../nbs/20_report.ipynb #3107dd0b
 def gather_facts(
     run,  # a run or its folder, finished or not; facts that were gathered stay as they are
 ) -> RunFacts:
-    "Read a run folder. Raise `UserError` for another folder or a damaged config.yaml; other damaged files are named in `problems`."
+    "Read a run folder. Raise `UserError` for another folder or a damaged config.yaml; `problems` names other damaged files."
     if isinstance(run, RunFacts):
         return run
     folder = RunFolder.open(run)
@@ -339,14 +337,15 @@ def format_tick(value: float) -> str:
 
 # %% ../nbs/20_report.ipynb #6ffc9231
 def draw_loss(run: RunFacts) -> Chart:
-    "Return the loss of each step, its running mean, and the held-out loss where it was measured: on the way, or at both ends."
+    "Return the loss of each step, its running mean, and the held-out loss, along the way or at both ends."
     loss = run.curve("loss")
-    held = run.curve("eval_loss", "held_out_loss", "heldout_loss")
+    held = run.curve("eval_loss")
     before, after = run.both("loss")
     if not held and loss and before is not None and after is not None:
         held = [(0, before), (run.metrics[-1]["step"], after)]
     window = choose_window(len(loss))
-    lines = [Line("each step", loss, "faint"), Line(f"mean of {window}", running_mean(loss, window)), Line("held-out", held, "other")]
+    mean = Line(f"mean of {window}", running_mean(loss, window))
+    lines = [Line("each step", loss, "faint"), mean, Line("held-out", held, "other")]
     return Chart("Loss", lines, "nats per labelled token", 240)
 
 
@@ -354,9 +353,11 @@ def draw_small_charts(run: RunFacts) -> list[Chart]:
     "Return learning rate, gradient norm and tokens per second over the steps."
     limit = run.config.get("max_grad_norm")
     level = (f"clipped above {format_value(limit)}", limit) if is_finite_number(limit) and limit > 0 else None
-    names = {"learning_rate": None, "grad_norm": level, "tokens_per_second": None}
-    titles = ("Learning rate", "Gradient norm", "Tokens per second")
-    return [Chart(title, [Line(title.lower(), run.curve(name))], level=names[name]) for name, title in zip(names, titles)]
+    return [
+        Chart("Learning rate", [Line("learning rate", run.curve("learning_rate"))]),
+        Chart("Gradient norm", [Line("gradient norm", run.curve("grad_norm"))], level=level),
+        Chart("Tokens per second", [Line("tokens per second", run.curve("tokens_per_second"))]),
+    ]
 
 # %% ../nbs/20_report.ipynb #0dac5c32
 def sign_test(better: int, worse: int) -> float:
@@ -385,7 +386,8 @@ MEASURE_TITLES = {  # field of summary.json and evaluation.jsonl: (in a table, i
 def judge_change(pairs: list[Pair], name: str) -> str:
     "Return a sentence on the rows that changed, and what chance alone would do; less `loss` is better."
     if name == "loss":
-        falls = [a["loss"] - b["loss"] for a, b in pairs if is_finite_number(a.get("loss")) and is_finite_number(b.get("loss"))]
+        losses = [(a.get("loss"), b.get("loss")) for a, b in pairs]
+        falls = [a - b for a, b in losses if is_finite_number(a) and is_finite_number(b)]
         better = sum(fall > 0 for fall in falls)
         worse = sum(fall < 0 for fall in falls)
     else:
@@ -428,34 +430,15 @@ def choose_headline(run: RunFacts) -> tuple[str, str, str, str, str | None] | No
         return format_percent(after), words, format_percent(before), "before training", note
     if not (loss := run.curve("loss")):
         return None
-    return (format_value(running_mean(loss)[-1][1]), f"mean loss of the last {min(10, len(loss))} steps",
-            format_value(loss[0][1]), "at the first", "No held-out problems were answered, so this says nothing about new ones.")
-
-# %% ../nbs/20_report.ipynb #4cd503cd
-def describe_data(config: dict) -> str:
-    "Return the name of a run's data set."
-    name = config.get("data")
-    if name is None:
-        return "the embedded data set"
-    if name == DATA_FROM_PYTHON:
-        return "data given in Python"
-    parts = [str(name), *([f"({config['data_name']})"] if config.get("data_name") else [])]
-    return " ".join(parts) + (f", first {format_value(config['limit'])} rows" if config.get("limit") else "")
-
-
-def describe_length(run: RunFacts) -> str:
-    "Return the steps that were trained, and the time that they took."
-    steps = run.summary.get("steps") or (run.metrics[-1]["step"] if run.metrics else 0)
-    epochs = run.config.get("num_train_epochs")
-    wanted = f"{format_value(epochs)} epochs" if epochs else f"{format_value(run.config.get('max_steps'))} steps"
-    done = f"{format_value(steps)} steps" if run.finished else f"{format_value(steps)} of {wanted}"
-    seconds = run.summary.get("train_seconds")
-    return done + (f" in {format_duration(seconds)}" if is_finite_number(seconds) else "")
+    note = "No held-out problems were answered, so this says nothing about new ones."
+    words = f"mean loss of the last {min(10, len(loss))} steps"
+    return format_value(running_mean(loss)[-1][1]), words, format_value(loss[0][1]), "at the first", note
 
 # %% ../nbs/20_report.ipynb #f755006c
 def list_settings(config: dict) -> dict:
     "Return settings without fingerprints and plan; seeds as text, since they are names and not amounts."
-    found = {name: value for name, value in config.items() if name not in ("format", "fingerprints", "plan", "rows_read")}
+    records = ("format", "fingerprints", "plan", "rows_read")
+    found = {name: value for name, value in config.items() if name not in records}
     return {name: str(value) if name in ("seed", "random_state") else value for name, value in found.items()}
 
 
@@ -463,7 +446,8 @@ def list_notes(run: RunFacts) -> list[str]:
     "Return what a reader must know first: a run that is not finished, files that can't be read."
     notes = []
     if run.stopped:
-        notes.append(f"The run was stopped at step {format_value(run.stopped.get('step'))}: {format_value(run.stopped.get('cause'))}.")
+        step = format_value(run.stopped.get("step"))
+        notes.append(f"The run was stopped at step {step}: {format_value(run.stopped.get('cause'))}.")
     elif not run.finished:
         notes.append(f"This run is not finished. Resume it with: qlora_nb train --resume {shlex.quote(run.name)}")
     return notes + [f"{problem}." for problem in run.problems]
@@ -487,12 +471,11 @@ def list_findings(items) -> list[dict]:
 
 # %% ../nbs/20_report.ipynb #c305621c
 def find_memory(run: RunFacts) -> dict[str, dict[str, float]]:
-    "Return the bytes `predicted` and `measured`, each by kind: allocated, reserved, total; None where they are not known."
+    "Return the bytes `predicted` and `measured`, by kind: allocated, reserved, total; None where not known."
     plan = run.plan or {}
     found = {}
-    for side, names in (("predicted", ("predicted", "predicted_bytes")), ("measured", ("measured", "measured_peak", "measured_bytes"))):
-        value = next((plan[name] for name in names if plan.get(name)), {})
-        value = value if isinstance(value, dict) else {"allocated_bytes": value}
+    for side in ("predicted", "measured"):
+        value = plan[side] if isinstance(plan.get(side), dict) else {}
         known = {kind: value.get(f"{kind}_bytes") for kind in ("allocated", "reserved", "total")}
         found[side] = {kind: count if is_finite_number(count) else None for kind, count in known.items()}
     peaks = [peak for _, peak in run.curve("peak_allocated")]
@@ -510,7 +493,8 @@ def list_memory_bars(run: RunFacts) -> list[dict]:
     if rows and is_finite_number(budget) and budget > 0:
         rows.append(("budget of the card", budget, "budget"))
     top = max((count for _, count, _ in rows), default=0) or 1
-    return [{"label": label, "bytes": count, "kind": kind, "width": f"{100 * count / top:.2f}%"} for label, count, kind in rows]
+    return [{"label": label, "bytes": count, "kind": kind, "width": f"{100 * count / top:.2f}%"}
+            for label, count, kind in rows]
 
 # %% ../nbs/20_report.ipynb #2ee559f0
 def count_interval(pairs: list[Pair], side: int, name: str) -> tuple[float, float] | None:
@@ -568,7 +552,8 @@ def describe_example(pair: Pair) -> dict:
     marked = mark_changes(*(shorten_text(row.get("reply")) for row in pair))
     sides = [(title, text, list_verdicts(row)) for title, text, row in zip(("Before", "After"), marked, pair)]
     expected = pair[1].get("expected")
-    return {"problem": shorten_text(pair[1].get("problem")), "sides": sides, "expected": shorten_text(expected) if expected else None}
+    expected = shorten_text(expected) if expected else None
+    return {"problem": shorten_text(pair[1].get("problem")), "sides": sides, "expected": expected}
 
 
 def pick_examples(run: RunFacts, first: int = 3, more: int = 5) -> tuple[list[dict], list[tuple[str, list[dict]]]]:
@@ -596,17 +581,19 @@ def make_table(title: str, rows: list) -> tuple[str, list, list[list], int] | No
     Up to four dictionaries stand side by side, a column each. Nested values are left out.
     """
     rows = [row for row in rows if isinstance(row, dict)][:60]
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row)
-            if not any(isinstance(row.get(key), (dict, list)) for row in rows) and any(row.get(key) is not None for row in rows)][:20]
+    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+    nested = {key for key, values in columns.items() if any(isinstance(value, (dict, list)) for value in values)}
+    keys = [key for key, values in columns.items() if key not in nested and set(map(type, values)) != {type(None)}][:20]
     if not keys:
         return None
-    keys.sort(key=lambda key: not any(isinstance(row.get(key), str) for row in rows))  # names first
+    texts = [key for key in keys if str in map(type, columns[key])]
+    keys.sort(key=lambda key: key not in texts)  # names first
     body = [[shorten_value(row.get(key)) for key in keys] for row in rows]
     heads = [key.replace("_", " ") for key in keys]
     if len(rows) <= 4:
         heads, *body = [list(column) for column in zip(heads, *body)]
         return title.replace("_", " "), heads, body, 1
-    return title.replace("_", " "), heads, body, sum(any(isinstance(row.get(key), str) for row in rows) for key in keys)
+    return title.replace("_", " "), heads, body, len(texts)
 
 # %% ../nbs/20_report.ipynb #a4d8a7d7
 def describe_certificate(name: str, found: dict) -> dict:
@@ -636,13 +623,14 @@ def write_pins(run: RunFacts) -> str:
 def render_template(name: str, facts: RunFacts) -> str:
     "Return a template of the package, filled with the facts of a run; it calls the functions above by their names."
     functions = (
-        choose_headline, describe_certificate, describe_data, describe_length, draw_loss, draw_small_charts, find_memory, list_findings,
-        list_measures, list_memory_bars, list_notes, list_settings, list_verdicts, pick_examples, write_loading_arguments, write_pins,
+        choose_headline, describe_certificate, draw_loss, draw_small_charts, find_memory, list_findings, list_measures,
+        list_memory_bars, list_notes, list_settings, list_verdicts, pick_examples, write_loading_arguments, write_pins,
         shlex.quote,
     )
     model = facts.config.get("model") or "a model without a name"
-    return load_templates().get_template(name).render(
-        run=facts, model=model, title=f"{model}: fine-tuning report", **{function.__name__: function for function in functions})
+    called = {function.__name__: function for function in functions}
+    title = f"{model}: fine-tuning report"
+    return load_templates().get_template(name).render(run=facts, model=model, title=title, **called)
 
 
 def render_page(run) -> str:
@@ -701,7 +689,8 @@ def show_report(
 def flatten_settings(config: dict) -> dict[str, str]:
     "Return settings as text, fingerprints by their first 12 digits."
     plain = {name: format_value(value) for name, value in list_settings(config).items()}
-    return {**plain, **{f"{name} fingerprint": format_value(value)[:12] for name, value in (config.get("fingerprints") or {}).items()}}
+    fingerprints = config.get("fingerprints") or {}
+    return {**plain, **{f"{name} fingerprint": format_value(value)[:12] for name, value in fingerprints.items()}}
 
 
 def list_results(run: RunFacts) -> dict[str, str]:
@@ -715,7 +704,8 @@ def list_results(run: RunFacts) -> dict[str, str]:
         before, after = run.both(name)
         reach = count_interval(run.pairs, 1, name)
         found[f"{title.lower()}, before"] = format_percent(before)
-        found[f"{title.lower()}, after"] = format_percent(after) + (f" ({100 * reach[0]:.0f} to {100 * reach[1]:.0f})" if reach else "")
+        ends = f" ({100 * reach[0]:.0f} to {100 * reach[1]:.0f})" if reach else ""
+        found[f"{title.lower()}, after"] = format_percent(after) + ends
     found["perplexity on the base task, after"] = format_value(run.both("base_perplexity")[1])
     found["tokens per second, median"] = format_value(round(speed[len(speed) // 2]) if speed else None)
     seconds = run.summary.get("train_seconds")
@@ -738,10 +728,10 @@ class Comparison:
     window: int = 10  # steps in the running mean
 
     def __str__(self) -> str:
-        rows = [["", *self.names], *([name, *values] for part in (self.settings, self.figures) for name, values in part.items())]
+        rows = [["", *self.names]]
+        rows += [[name, *values] for part in (self.settings, self.figures) for name, values in part.items()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:])) for row in rows]
-        lines = [line.rstrip() for line in lines]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
         lines.insert(1 + len(self.settings), "")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
@@ -777,7 +767,8 @@ class Comparison:
         colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
         for i, (name, points) in enumerate(self.curves.items()):
             if points:
-                ax.plot(*zip(*points), label=name.replace("$", r"\$"), color=colours[i % 6], ls=("-", "--", ":")[i // 6 % 3], lw=2)
+                style = {"color": colours[i % 6], "ls": ("-", "--", ":")[i // 6 % 3], "lw": 2}
+                ax.plot(*zip(*points), label=name.replace("$", r"\$"), **style)
         ax.set(xlabel="optimizer step", ylabel="loss (nats per labelled token)", ylim=(0, None))
         ax.legend(frameon=False)
         ax.spines[["top", "right"]].set_visible(False)

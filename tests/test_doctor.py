@@ -14,10 +14,12 @@ import sys
 import pytest
 from repository import NBS, NOTEBOOKS, ROOT, module_of
 
-from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.doctor import LOOKS, RULES, SEVERITIES, TODAY, explain_old_code, parse_cell, read_code
+from qlora_nb.core import EMBEDDED_MODEL, Findings, UserError
+from qlora_nb.doctor import _LOOKS, OLD_CODE_RULES, TESTED_VERSIONS, explain_old_code, parse_cell, read_code
 
-BY_ARGUMENT = [(rule, call) for rule in RULES.values() for call in rule.calls if rule.arguments]
+BY_ARGUMENT = [
+    (rule, call) for rule in OLD_CODE_RULES.values() for call in rule.calls if rule.arguments and rule.value is None
+]
 PARAMETERS = [
     (rule, call) for rule, call in BY_ARGUMENT if "from_pretrained" not in call and "load_dataset" not in call
 ]
@@ -44,12 +46,14 @@ def parameters(dotted):
 
 def test_the_versions_are_those_that_are_tested():
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
-    assert TODAY == {name: pins[name] for name in TODAY}
-    for name in TODAY:
+    assert TESTED_VERSIONS == {name: pins[name] for name in TESTED_VERSIONS}
+    for name in TESTED_VERSIONS:
         if importlib.util.find_spec(name):
             from importlib.metadata import version
 
-            assert version(name) == TODAY[name], f"{name} has moved: run every rule again, then change TODAY"
+            assert version(name) == TESTED_VERSIONS[name], (
+                f"{name} has moved: run every rule again, then change TESTED_VERSIONS"
+            )
 
 
 @pytest.mark.parametrize("rule, call", PARAMETERS, ids=lambda x: getattr(x, "code", x))
@@ -66,9 +70,9 @@ def test_every_argument_stood_somewhere():
     fields = {f.name for f in dataclasses.fields(installed("trl.SFTConfig"))}
     fields |= {f.name for f in dataclasses.fields(installed("transformers.TrainingArguments"))}
     for code in ("warmup_ratio", "setting_renamed", "config_max_seq_length", "trainer_setting"):
-        assert set(RULES[code].arguments.values()) <= fields, code
+        assert set(OLD_CODE_RULES[code].arguments.values()) <= fields, code
         if code != "trainer_setting":
-            assert not set(RULES[code].arguments) & fields, code
+            assert not set(OLD_CODE_RULES[code].arguments) & fields, code
 
 
 @pytest.mark.parametrize("rule, call", FORWARDED, ids=lambda x: getattr(x, "code", x))
@@ -86,7 +90,7 @@ def test_arguments_that_are_passed_on(rule, call, tmp_path):
         return model.from_pretrained(EMBEDDED_MODEL, **given)
 
     for old in rule.arguments:
-        if rule.severity == "breaks":
+        if rule.severity == "error":
             with pytest.raises(TypeError, match=f"argument '{old}'"):
                 use(**{old: True})
         else:
@@ -112,7 +116,7 @@ def parameters_of_load_dataset():
     return set(inspect.signature(datasets.load_dataset).parameters)
 
 
-NAMES = [(old, new) for rule in RULES.values() for old, new in rule.names.items()]
+NAMES = [(old, new) for rule in OLD_CODE_RULES.values() for old, new in rule.names.items()]
 
 
 @pytest.mark.parametrize("old, new", NAMES, ids=lambda name: name or "none")
@@ -177,9 +181,9 @@ def test_assistant_only_loss_is_refused(tmp_path):
 
 
 def test_rules_are_whole():
-    for code, rule in RULES.items():
-        assert rule.code == code and rule.severity in SEVERITIES and rule.today and rule.now and rule.source
-        left = re.sub(r"\$(old|new|call)\b", "", rule.today + " " + rule.now)
+    for code, rule in OLD_CODE_RULES.items():
+        assert rule.code == code and rule.severity in Findings.severities and rule.cause and rule.fix and rule.source
+        left = re.sub(r"\$(old|new|call)\b", "", rule.cause + " " + rule.fix)
         assert "$" not in left, code
 
 
@@ -279,7 +283,7 @@ SAMPLES = {  # code: (what meets it, what comes near and doesn't)
 
 
 def test_every_rule_has_a_sample():
-    assert set(SAMPLES) == set(RULES)
+    assert set(SAMPLES) == set(OLD_CODE_RULES)
 
 
 @pytest.mark.parametrize("code", SAMPLES)
@@ -354,7 +358,7 @@ def test_cells_share_their_names():
     report = explain_old_code(["from trl import SFTTrainer as T", "x = 1\n%time\nT(a,\n  tokenizer=t)"])
     found = report.findings[0]
     assert (found.cell, found.line, found.column, found.old) == (2, 4, 3, "tokenizer=t")
-    assert found.place == "cell 2, line 4, column 3"
+    assert found.where == "cell 2, line 4, column 3"
 
 
 def test_a_result_used_in_a_later_cell():
@@ -400,15 +404,15 @@ def test_nothing_is_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "source, words",
     [
-        ("x = 1\ny = = 2", "line 2 is no Python"),
-        ("def f(:\n", "line 1 is no Python"),
-        ("print 'old'", "line 1 is no Python"),
-        ("  x = 1", "line 1 is no Python"),
-        ("'''never closed", "line 1 is no Python"),
+        ("x = 1\ny = = 2", "line 2 is not Python"),
+        ("def f(:\n", "line 1 is not Python"),
+        ("print 'old'", "line 1 is not Python"),
+        ("  x = 1", "line 1 is not Python"),
+        ("'''never closed", "line 1 is not Python"),
         ("x = 1\n\0", "null bytes"),
         ("x = '\ud800'", "can't be read as Python"),
-        ("(" * 5000, "no Python|can't be read"),
-        ("-" * 100_000 + "1", "no Python|can't be read|too deep"),
+        ("(" * 5000, "not Python|can't be read"),
+        ("-" * 100_000 + "1", "not Python|can't be read|too deep"),
         ("+".join(["'a'"] * 20_000), "can't be read|too deep"),
         ("old.ipynb", "is the name of a file"),
         (" train.py ", "is the name of a file"),
@@ -416,7 +420,7 @@ def test_nothing_is_run(tmp_path, monkeypatch):
         (None, "is a NoneType"),
         (b"x = 1", "is a bytes"),
         (["x = 1", None], "give a cell as text"),
-        (["x = 1", "y = = 2"], "cell 2, line 1 is no Python"),
+        (["x = 1", "y = = 2"], "cell 2, line 1 is not Python"),
     ],
     ids=range(17),
 )
@@ -492,12 +496,12 @@ def test_names_in_a_circle():
 
 def test_report():
     report = explain_old_code("SFTTrainer(tokenizer='<b>&', packing=True)\nload_dataset('a/b', split='train[:1]')")
-    assert not report.ok and report.summary == {"breaks": 2, "silently wrong": 1, "unneeded": 1}
+    assert not report.ok and report.summary == {"error": 2, "warning": 1, "info": 1}
     assert "<b>" not in report._repr_html_() and "&lt;b&gt;&amp;" in report._repr_html_()
     assert repr(report) == str(report) and "processing_class=tokenizer" in str(report)
     found = json.loads(json.dumps(report.to_dict()))
     assert found["ok"] is False and len(found["findings"]) == 4
-    assert set(found["findings"][0]) == {"code", "severity", "cell", "line", "column", "old", "today", "now", "source"}
+    assert set(found["findings"][0]) == {"code", "severity", "cell", "line", "column", "old", "cause", "fix", "source"}
     assert explain_old_code("load_dataset('a/b', split='train[:1]')").ok
     assert (
         explain_old_code("").ok
@@ -527,14 +531,14 @@ def test_nothing_of_ours_is_old():
                 if path.stem in ("11_template", "12_data", "52_preflight")
                 else set()
             )
-            assert {f.code for f in found} <= allowed, (path.name, [(f.code, f.place, f.old) for f in found])
+            assert {f.code for f in found} <= allowed, (path.name, [(f.code, f.where, f.old) for f in found])
 
 
 def test_every_look_is_in_the_list():
     import qlora_nb.doctor as doctor
 
-    looks = {f for name, f in vars(doctor).items() if name.startswith("look_") and name != "look_pip"}
-    assert looks == set(LOOKS)
+    looks = {f for name, f in vars(doctor).items() if name.startswith("look_")}
+    assert looks == set(_LOOKS)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -577,7 +581,7 @@ def test_notebooks(tmp_path):
         ("old.ipynb", b"", "is not JSON"),
         ("old.ipynb", b'{"cells": [', "is not JSON"),
         ("old.ipynb", b"[" * 100_000, "is not JSON"),
-        ("old.ipynb", b"[1]", "no notebook: it is a list"),
+        ("old.ipynb", b"[1]", "not a notebook: it is a list"),
         ("old.ipynb", b"{}", "no list of cells"),
         ("old.ipynb", b'{"cells": 3}', "no list of cells"),
         ("old.ipynb", b'{"cells": [3]}', "no list of cells"),

@@ -205,6 +205,7 @@ def test_more_of_anything_takes_no_less(backend, checkpointing):
 
 def test_the_engine_takes_less_and_less():
     "Unsloth, the engine, selective, checkpointed: the same 16,384 tokens; and the part of the inputs in main memory."
+
     def found(**more):
         return estimate_memory(LLAMA, batch_size=8, packing=True, **more)
 

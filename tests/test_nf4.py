@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from qlora_nb.core import UserError
 from qlora_nb.nf4 import (
-    BLOCKSIZES,
     CODE8,
-    DTYPES,
+    KNOWN_BLOCKSIZES,
     NF4_CODE,
+    NF4_DTYPES,
     _grid8,
     _quantize_constants,
+    create_normal_float_code,
     fake_quantize,
-    normal_float_code,
     quantize_nf4,
 )
 
@@ -103,8 +103,8 @@ shapes = st.one_of(
 @given(
     shape=shapes,
     kind=st.sampled_from(KINDS),
-    dtype=st.sampled_from(DTYPES),
-    blocksize=st.sampled_from(BLOCKSIZES),
+    dtype=st.sampled_from(NF4_DTYPES),
+    blocksize=st.sampled_from(KNOWN_BLOCKSIZES),
     double_quant=st.booleans(),
     seed=st.integers(0, 10**6),
 )
@@ -115,7 +115,7 @@ def test_bit_for_bit(shape, kind, dtype, blocksize, double_quant, seed):
     assert_same(weight.to(dtype), blocksize, double_quant)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", NF4_DTYPES, ids=str)
 def test_more_than_one_chunk(dtype):
     "Weights are worked through 2^19 at a time: the seams must not show."
     assert_same(torch.randn(1100, 1000, generator=torch.Generator().manual_seed(0)).to(dtype), 64, True)
@@ -250,12 +250,12 @@ def test_other_refusals():
             fake_quantize(weight, "int4", blocksize)
     for ends in (0.5, 1.0, float("nan")):
         with pytest.raises(UserError, match="ends="):
-            normal_float_code(ends)
+            create_normal_float_code(ends)
 
 
 def test_fake_quantize_is_quantize():
     weight = torch.randn(77, 31, generator=torch.Generator().manual_seed(0))
-    for blocksize in BLOCKSIZES:
+    for blocksize in KNOWN_BLOCKSIZES:
         exact = quantize_nf4(weight, blocksize, double_quant=False).dequantize()
         torch.testing.assert_close(fake_quantize(weight, "nf4", blocksize), exact, rtol=1e-5, atol=1e-7)
 

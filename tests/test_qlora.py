@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from qlora_nb.core import UserError
 from qlora_nb.nf4 import quantize_nf4
 from qlora_nb.qlora import (
-    PARTS,
+    NF4_PARTS,
     QLoRAFunction,
     QLoRALinear,
-    dequantizer,
-    kept_bytes,
+    count_kept_bytes,
+    make_dequantizer,
     qlora_matmul,
-    saved_for_backward,
+    trace_saved_tensors,
 )
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -114,11 +114,11 @@ def test_only_the_gradients_that_are_wanted(wanted):
         calls.append(dtype)
         return W.to(dtype)
 
-    y, kept = saved_for_backward(lambda: qlora_matmul(x, dequantize, bias, A, B, 2.0), [A, B])
+    y, kept = trace_saved_tensors(lambda: qlora_matmul(x, dequantize, bias, A, B, 2.0), [A, B])
     y.sum().backward()
     assert [t.grad is not None for t in tensors] == flags
     assert len(calls) == 1 + flags[0], "the weight is made again only for the gradient of x"
-    assert kept_bytes(kept) == 4 * (4 * 10 * flags[2] + 4 * 3 * flags[3])
+    assert count_kept_bytes(kept) == 4 * (4 * 10 * flags[2] + 4 * 3 * flags[3])
 
 
 def test_inputs_of_any_layout():
@@ -174,16 +174,16 @@ def test_a_weight_of_any_kind():
     dense = torch.randn(32, 64).to(torch.bfloat16)
     ours, theirs = quantize_nf4(dense), bnb.nn.Params4bit(dense, requires_grad=False, quant_type="nf4").to("cpu")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert torch.equal(dequantizer(ours)(dtype), dequantizer(theirs)(dtype))
-        assert dequantizer(ours)(dtype).dtype == dtype
-    assert torch.equal(dequantizer(dense)(torch.float32), dense.float())
-    assert dequantizer(len) is len
+        assert torch.equal(make_dequantizer(ours)(dtype), make_dequantizer(theirs)(dtype))
+        assert make_dequantizer(ours)(dtype).dtype == dtype
+    assert torch.equal(make_dequantizer(dense)(torch.float32), dense.float())
+    assert make_dequantizer(len) is len
     theirs.quant_state.packing_format_for_cpu = True
     with pytest.raises(UserError, match="repacked by bitsandbytes"):
-        dequantizer(theirs)
+        make_dequantizer(theirs)
     for wrong in ("weight", None, nn.Linear(2, 2), torch.zeros(2, 2, dtype=torch.uint8)):
         with pytest.raises(UserError, match="give an NF4Weight"):
-            dequantizer(wrong)
+            make_dequantizer(wrong)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -194,8 +194,8 @@ def test_x_and_its_narrow_product_are_all_that_is_kept(dtype):
     n, width, out, r = 7, 128, 256, 4
     layer = QLoRALinear(nn.Linear(width, out).to(dtype), r=r).to(dtype)
     x = torch.randn(n, width, dtype=dtype, requires_grad=True)
-    y, kept = saved_for_backward(lambda: layer(x), [*layer.parameters(), *layer.buffers()])
-    assert kept_bytes(kept) == dtype.itemsize * n * (width + r)
+    y, kept = trace_saved_tensors(lambda: layer(x), [*layer.parameters(), *layer.buffers()])
+    assert count_kept_bytes(kept) == dtype.itemsize * n * (width + r)
     assert max(t.numel() for t in kept) < width * out
     node = y.grad_fn if isinstance(y.grad_fn, QLoRAFunction._backward_cls) else y.grad_fn.next_functions[0][0]
     held = [value for value in vars(node).values() if torch.is_tensor(value)]
@@ -204,9 +204,9 @@ def test_x_and_its_narrow_product_are_all_that_is_kept(dtype):
 
 def test_kept_blocks_are_counted_once():
     x = torch.randn(8, 8, requires_grad=True)
-    _, kept = saved_for_backward(lambda: (x * x).sum() + (x[0] * x[1]).sum())
-    assert kept_bytes(kept) == 8 * 8 * 4
-    _, kept = saved_for_backward(lambda: (x * x).sum(), own=[x])
+    _, kept = trace_saved_tensors(lambda: (x * x).sum() + (x[0] * x[1]).sum())
+    assert count_kept_bytes(kept) == 8 * 8 * 4
+    _, kept = trace_saved_tensors(lambda: (x * x).sum(), own=[x])
     assert kept == []
 
 
@@ -274,7 +274,7 @@ def test_takes_over_a_layer_of_bitsandbytes(dtype, nested):
 
     theirs = quantized_layer("nf4")
     ours = QLoRALinear(theirs, r=4)
-    assert torch.equal(ours.weight.dequantize(), dequantizer(theirs.weight)(dtype))
+    assert torch.equal(ours.weight.dequantize(), make_dequantizer(theirs.weight)(dtype))
     assert ours.weight.dequantize().dtype == dtype and torch.equal(ours.bias, theirs.bias)
     with pytest.raises(UserError, match="weight is in fp4"):
         QLoRALinear(quantized_layer("fp4"), r=4)
@@ -322,7 +322,7 @@ def test_dropout_acts_on_the_adapter_alone():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_cast_leaves_the_scales(dtype):
     layer = QLoRALinear(nn.Linear(64, 32), r=4)
-    before, weight = {part: getattr(layer, part) for part in PARTS}, layer.weight.dequantize()
+    before, weight = {part: getattr(layer, part) for part in NF4_PARTS}, layer.weight.dequantize()
     layer = nn.Sequential(layer).to(dtype)[0]
     for part, old in before.items():
         assert torch.equal(getattr(layer, part), old) and getattr(layer, part).dtype == old.dtype
@@ -371,7 +371,7 @@ def test_compute_dtype_is_that_of_the_base_product():
     layer, x = QLoRALinear(nn.Linear(64, 32), r=4, compute_dtype=torch.bfloat16), torch.randn(3, 64)
     seen, dense = [], layer.weight.dequantize()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qlora_nb.qlora.dequantizer", lambda _: lambda dtype: seen.append(dtype) or dense.to(dtype))
+        patch.setattr("qlora_nb.qlora.make_dequantizer", lambda _: lambda dtype: seen.append(dtype) or dense.to(dtype))
         y = layer(x)
     assert (seen, y.dtype) == ([torch.bfloat16], torch.float32)
 

@@ -10,7 +10,7 @@ import statistics
 import bitsandbytes.functional as bnb
 from common import now, torch, write
 
-from qlora_nb.nf4 import NF4_CODE, NF4Weight, code_bounds, quantize_nf4
+from qlora_nb.nf4 import NF4_CODE, NF4Weight, find_code_bounds, quantize_nf4
 
 
 def rate(function, weights, device, repeats=20):
@@ -69,7 +69,7 @@ def theirs_against_ours(weight, device):
     restored, step = bnb.dequantize_4bit(packed, state), (indices(packed) - indices(ours.packed)).abs()
     same = NF4Weight(packed1, state1.absmax, single.code, None, None, None, 64, weight.shape, weight.dtype)
     blocks = weight.float().view(-1, 64)
-    near = (blocks / blocks.abs().amax(1, keepdim=True)).view(-1)[step > 0].unsqueeze(1) - code_bounds(NF4_CODE)
+    near = (blocks / blocks.abs().amax(1, keepdim=True)).view(-1)[step > 0].unsqueeze(1) - find_code_bounds(NF4_CODE)
     return {
         "indices_that_differ": int((step > 0).sum()),
         "indices": step.numel(),
@@ -89,7 +89,7 @@ def speeds(weight, device):
     "Billion weights a second: bitsandbytes, ours as it is, and the definition compiled by torch."
     n, dtype = weight.numel(), weight.dtype
     code = NF4_CODE.to(device)
-    bounds = code_bounds(code)
+    bounds = find_code_bounds(code)
     quantize, dequantize = torch.compile(plain_quantize), torch.compile(plain_dequantize)
     packed, absmax = quantize(weight, bounds)
     single = quantize_nf4(weight, double_quant=False)
