@@ -571,7 +571,7 @@ class _Checker:
             if not others and all([type(m) is dict and len(m) == 2 and type(m.get("content")) is str for m in turns]):
                 continue
             columns = {name: batch[name][row] for name in others}
-            for mark in unused_marks({"messages": turns, **columns}, Schema("messages", messages="messages")):
+            for mark in unused_marks({"messages": turns, **columns}, Schema("messages", messages="messages"), turns):
                 severity, place, name = mark.split(" ", 2)
                 if severity == "info":
                     self.collector.add("unused_column", self.rows + row, PLAIN_COLUMNS)
