@@ -399,7 +399,7 @@ def load_tokenizer_and_config(model: str, revision: str | None):
 
 # %% ../nbs/21_cli.ipynb #7872092f
 def check_named_data(model: str, revision: str | None, data: str | None, data_name: str | None, eval_data: str | None, limit: int | None,
-                     max_length: int, system: str | bool | None = None, **settings):
+                     max_seq_length: int, system: str | bool | None = None, **settings):
     "Load what is named and check it; return the `DatasetReport`. Rows of a file are streamed."
     from qlora_nb.preflight import check_dataset
     from qlora_nb.rows import load_sft_dataset
@@ -411,7 +411,7 @@ def check_named_data(model: str, revision: str | None, data: str | None, data_na
     else:
         rows = load_sft_dataset(data, data_name, limit=limit, streaming=True, system=system)
         held_out = load_sft_dataset(eval_data, system=system) if eval_data is not None else None
-    return check_dataset(rows, tokenizer, max_length, eval_data=held_out, model=config, **settings)
+    return check_dataset(rows, tokenizer, max_seq_length, eval_data=held_out, model=config, **settings)
 
 # %% ../nbs/21_cli.ipynb #048a4b8e
 @app.command()
@@ -421,7 +421,7 @@ def check(
     data_name: Annotated[str | None, typer.Option(help="configuration of a Hub data set")] = None,
     eval_data: Annotated[str | None, typer.Option(help="held-out rows: none of their questions may be trained on")] = None,
     limit: Annotated[int | None, typer.Option(help="rows to take from the data")] = None,
-    max_length: Annotated[int, typer.Option("--max-seq-length", "--max-length", help="longest row in tokens")] = 2048,
+    max_seq_length: Annotated[int, typer.Option("--max-seq-length", "--max-length", help="longest row in tokens")] = 2048,
     template: Annotated[str | None, typer.Option(help="a named chat template; default: the model's own")] = None,
     max_steps: Annotated[int | None, typer.Option(help="planned updates")] = None,
     effective_batch: Annotated[int, typer.Option(help="rows in an update")] = 8,
@@ -434,7 +434,7 @@ def check(
 ):
     "Check a data set as the model will see it, and say what would go wrong. Exit code 1 where there are errors."
     with quiet_stdout():
-        report = check_named_data(default_model(model), revision, data, data_name, eval_data, limit, max_length, template=template,
+        report = check_named_data(default_model(model), revision, data, data_name, eval_data, limit, max_seq_length, template=template,
                          max_steps=max_steps, effective_batch=effective_batch, min_rows=min_rows, truncation=truncation,
                          system=choose_system(system, no_system))
     print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else report)

@@ -228,7 +228,7 @@ def mistake(capfd, monkeypatch, tmp_path):
         (["--data", "ok.jsonl", "--eval-data", "broken.jsonl"], "broken.jsonl, line 2, is not JSON"),
         (["--data", "columns.csv"], "found colour, size; known are"),
         (["--model", "./none"], r"no folder \./none"),
-        (["--max-length", "0"], "max_length is 0"),
+        (["--max-length", "0"], "max_seq_length is 0"),
         (["--effective-batch", "-1"], "effective_batch is -1"),
         (["--limit", "0"], "limit is 0"),
         (["--template", "magic"], "no template 'magic'"),
