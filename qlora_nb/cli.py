@@ -236,23 +236,21 @@ def quiet_stdout():
 # %% ../nbs/21_cli.ipynb #826fda92-14
 def open_for_chat(run: str | None, model: str | None, adapter: str | None, backend: str | None, base: str | None = None):
     "Return (model, tokenizer, configuration) for a run's folder, or for a model with or without an adapter. `base` replaces the trained one."
-    from qlora_nb.adapter import adapter_base, adapter_bits
-    from qlora_nb.model import load_model
+    from qlora_nb.model import load_model, open_run
 
+    backend = backend or "auto"
     if run is None:
-        if model and base or (base and not adapter):
+        if base and (model or not adapter):
             raise UserError("--base is for a run or an --adapter, in place of the base that it names: with --model alone leave it out")
-        name = model or base or (adapter_base(adapter) if adapter else default_model(None))
-        bits = adapter_bits(adapter, name) if adapter else True
-        return *load_model(name, adapter=adapter, load_in_4bit=bits, backend=backend or "auto"), {}
+        if adapter:
+            return *open_run(adapter, base=model or base, backend=backend), {}
+        return *load_model(default_model(model), backend=backend), {}
     if model or adapter:
         raise UserError("a run and --model or --adapter are both given: a run brings its own")
     folder = RunFolder.open(run)
     if not folder.finished:
         raise UserError(f"the run {folder.path} is not finished: {folder.how_to_resume()}")
-    how = folder.loading
-    trained_on = how.pop("model")
-    return *load_model(base or trained_on, adapter=folder.adapter, backend=backend or "auto", **how), folder.config
+    return *open_run(folder.path, base=base, backend=backend), folder.config
 
 # %% ../nbs/21_cli.ipynb #a2f61c08
 def config_around(file: Path) -> dict:

@@ -567,6 +567,39 @@ def test_a_plan_takes_what_auto_takes_on_that_card():
     assert (taken("H200", "unsloth"), taken("T4", "engine")) == ("unsloth", "engine")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("chat", "old", "--message", "hi"),
+        ("evaluate", "old"),
+        ("export", "old"),
+        ("export", "old/adapter"),
+        ("modelfile", "old", "old/x.gguf"),
+        ("certify", "old", "old/x.gguf"),
+        ("report", "old"),
+        ("compare", "old", "old"),
+        ("diagnose", "old"),
+        ("train", "--resume", "old"),
+        ("train", "--config", "old/config.yaml"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_run_of_another_format_is_refused(command, tmp_path, demo, arguments):
+    "The number came with format 2: a folder without one is from before."
+    import shutil
+
+    old = tmp_path / "old"
+    shutil.copytree(demo[0], old, ignore=shutil.ignore_patterns("*.gguf", "checkpoints"))
+    (old / "x.gguf").write_bytes(b"GGUF")
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    assert config.pop("format") == 2
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    if "--resume" in arguments:
+        (old / "summary.json").unlink()
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "") and "format 1" in err and "reads format 2" in err, err[-1500:]
+
+
 # --- signals --------------------------------------------------------------------------------------------------------
 
 
