@@ -363,7 +363,7 @@ def plan(
     data: Annotated[str | None, typer.Option(help="rows whose lengths count; default: full rows")] = None,
     data_name: Annotated[str | None, typer.Option(help="configuration of a Hub data set")] = None,
     limit: Annotated[int, typer.Option(help="rows to look at")] = 5000,
-    seq_length: Annotated[int | None, typer.Option("--seq-length", "--max-seq-length", help="longest row in tokens")] = None,
+    max_seq_length: Annotated[int | None, typer.Option("--max-seq-length", "--seq-length", help="longest row in tokens")] = None,
     effective_batch: Annotated[int, typer.Option(help="rows in an update")] = 8,
     r: Annotated[int, typer.Option(help="rank of the adapter")] = 16,
     method: Annotated[str | None, typer.Option(help="qlora or lora; default: the faster of those that fit")] = None,
@@ -372,7 +372,7 @@ def plan(
 ):
     "Settings that fit a card and should be fastest, before anything is loaded. Exit code 1 where nothing fits."
     with quiet_stdout():
-        found = make_plans(default_model(model), gpu, data, data_name, limit, seq_length=seq_length, effective_batch=effective_batch, r=r, method=method,
+        found = make_plans(default_model(model), gpu, data, data_name, limit, max_seq_length=max_seq_length, effective_batch=effective_batch, r=r, method=method,
                       backend=backend)
     if as_json:
         print(json.dumps([p.to_dict() for p in found] if len(found) > 1 else found[0].to_dict(), indent=2, ensure_ascii=False))

@@ -782,7 +782,7 @@ def make_plan(model, lengths: list[int], plan, settings: Settings, fixed: Mappin
     effective = batch * steps if batch and steps else usual.per_device_train_batch_size * usual.gradient_accumulation_steps
     found = plan_training(
         shape, card, lengths, effective_batch=effective, batch_size=batch or (steps and max(1, round(effective / steps))),
-        seq_length=fixed.get("max_seq_length") or min(choose_length(lengths, shape.context), settings.max_seq_length),
+        max_seq_length=fixed.get("max_seq_length") or min(choose_length(lengths, shape.context), settings.max_seq_length),
         packing=fixed.get("packing", None if cuda or engine_of(model) else False),
         optimizer=fixed.get("optim", "adamw_8bit"), backend=estimated_backend(model), **adapter_settings(model),
     )
