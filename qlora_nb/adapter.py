@@ -89,7 +89,8 @@ def base_name(
     model: torch.nn.Module,  # a peft model
 ) -> str:
     "What the base of an adapter is called in its files."
-    name = model_info(model, required=False).get("model") or model.peft_config[find_active_adapter(model)].base_model_name_or_path or ""
+    name = model_info(model, required=False).get("model")
+    name = name or model.peft_config[find_active_adapter(model)].base_model_name_or_path or ""
     return EMBEDDED_NAME if name and Path(name) == EMBEDDED_MODEL else str(name)
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-5
@@ -150,7 +151,7 @@ def _write_adapter(model: torch.nn.Module, tokenizer, folder: Path) -> None:
 def replace_folder(path: str | Path, content: str) -> Iterator[Path]:
     """Yield a new folder to fill; it takes the place of `path` when the body ends well. `content` says what goes there.
 
-    Raise `UserError` for a file at `path`, for a folder with files that the new one doesn't have, and for a disk that is full or write-protected.
+    Raise `UserError` for a file at `path`, for a folder with files that the new one doesn't have, and where nothing can be written.
     """
     path = Path(path).expanduser().absolute()
     if path.exists() and not path.is_dir():
@@ -158,10 +159,10 @@ def replace_folder(path: str | Path, content: str) -> Iterator[Path]:
     with write_aside(path, folder=True) as part:
         yield part
         written = {file.name for file in part.iterdir()}
+        present = {file.name for file in path.iterdir()} if path.exists() else set()
         # A model in fewer or more shards than before is still the same model.
-        others = [f.name for f in path.iterdir() if f.name not in written and not f.name.startswith("model")] if path.exists() else []
-        if others:
-            raise UserError(f"{path} holds other files ({', '.join(sorted(others)[:3])}): name a folder that is new, empty or of the same kind")
+        if others := sorted(name for name in present - written if not name.startswith("model")):
+            raise UserError(f"{path} holds other files ({', '.join(others[:3])}): name a folder that is new, empty or of the same kind")
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-8b
 def save_adapter(
@@ -211,7 +212,9 @@ def _check_shapes(model: torch.nn.Module, header: dict[str, dict], path: Path) -
 
 # %% ../nbs/56_adapter.ipynb #a11e0070
 def _check_tensors(loaded: torch.nn.Module, header: dict[str, dict], file: Path) -> None:
-    "Raise `UserError` where a file lacks a tensor of its adapter, or holds one without a place in this model. A copy of the base's own embedding is ignored."
+    """Raise `UserError` where a file lacks a tensor of its adapter, or holds one without a place in this model.
+
+    A copy of the base's own embedding is ignored."""
     from safetensors import safe_open
 
     path, wanted = file.parent, set(_adapter_tensors(loaded))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from .core import EMBEDDED, Finding, Findings, UserError
+from .core import EMBEDDED_FOLDER, Finding, Findings, UserError
 
 # %% ../nbs/09_doctor.ipynb #7369949b
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def read_rules(table: dict) -> dict[str, Rule]:
     return rules
 
 
-_TABLE = yaml.safe_load((EMBEDDED.parent / "doctor.yaml").read_text(encoding="utf-8"))
+_TABLE = yaml.safe_load((EMBEDDED_FOLDER.parent / "doctor.yaml").read_text(encoding="utf-8"))
 TESTED_VERSIONS = _TABLE["versions"]
 OLD_CODE_RULES = read_rules(_TABLE)
 

@@ -864,12 +864,14 @@ class CheckpointFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run, x):
-        kind, notes = x.device.type, _notes(getattr(getattr(run, "func", None), "__self__", None))
+        notes = _notes(getattr(getattr(run, "func", None), "__self__", None))
+        kind = x.device.type
         ctx.run, ctx.autocast = run, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.parked = _park(notes, x)
         if ctx.parked is None:
             ctx.save_for_backward(x)
-        ctx.replay, before, _Again.later = notes.replay, _Again.later, True
+        ctx.replay = notes.replay
+        before, _Again.later = _Again.later, True
         try:  # autograd is off in here, and the layers go through the engine all the same: what is made again must be what was there
             y = ctx.replay and ctx.replay.forward(run, x)
             return run(x) if y is None else y
@@ -1102,10 +1104,14 @@ class Replay:
     "Checkpointed layers, all alike, by recordings of one copy; `run` is as in `run_checkpointed`, with (1, T, width) for x and y."
 
     def __init__(self, layers: list[torch.nn.Module]):
-        self.layers, self.copied, self.weights, self.broken = layers, None, {}, False
+        self.layers = layers
+        self.copied = None  # the `_Copy`, made at the first run
+        self.weights = {}  # id of a layer -> its `_Weights`
+        self.broken = False  # whether a recording failed: layers run as before
 
     def __getstate__(self):
-        return {"layers": self.layers, "copied": None, "weights": {}, "broken": False}
+        "Copy without recordings."
+        return {**vars(self), "copied": None, "weights": {}, "broken": False}
 
     def forward(self, run: Callable, x: torch.Tensor) -> torch.Tensor | None:
         "Return y; None where no recording is for it."
@@ -1147,7 +1153,8 @@ class Replay:
 
     def _ready(self, name, run, x, dy):
         "Copy weights and inputs into their places, and return the recording, made where there is none yet."
-        key, layer = _key(run.keywords, x), run.func.__self__
+        layer = run.func.__self__
+        key = _key(run.keywords, x)
         if id(layer) not in self.weights:
             self.weights[id(layer)] = _Weights(layer)
         weights = self.weights[id(layer)]
@@ -1157,7 +1164,8 @@ class Replay:
             self.release()
             self.weights, self.copied = {id(layer): weights}, _Copy(layer, self, x.shape[1], x.device)
         copied = self.copied
-        given, inputs = _in_buffers(copied, run.keywords), (copied.buffer("x", x), copied.buffer("y", x))
+        given = _in_buffers(copied, run.keywords)
+        inputs = copied.buffer("x", x), copied.buffer("y", x)
         if weights.seen is not copied.filled:
             weights.fits = weights.like(copied.filled) == copied.like
         if weights.state() != copied.state or not weights.fits:

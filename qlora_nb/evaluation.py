@@ -96,7 +96,7 @@ def encode_rows(
 ) -> EncodedRows:
     "Encode rows that fit into the model's context, at most 2,048 tokens. Raise `UserError` for a row that can't be learned."
     limit = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
-    rows = encode_batch([row["messages"] for row in data], tokenizer, template=template, max_length=limit)
+    rows = encode_batch([row["messages"] for row in data], tokenizer, template=template, max_seq_length=limit)
     for number, row in enumerate(rows, 1):
         if row.code not in (None, "too_long"):
             raise UserError(f"row {number}: {row.why} ({row.code}): fix these messages or leave them out")

@@ -24,7 +24,7 @@ from .core import UserError
 
 # %% ../nbs/55_llama.ipynb #55a1000b
 def import_extra(name: str):
-    "Import a package of the extra `gguf`. Raises `UserError` where it is missing or broken."
+    "Import a package of the extra `gguf`. Raise `UserError` where it is missing or broken."
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError, OSError) as error:
@@ -80,7 +80,7 @@ def quantize_with_llama(
     target: Path,
     quantization: str,  # q4_k_m, q5_k_m, q6_k …
 ) -> None:
-    "Have llama.cpp write a K-quant. Raises `UserError` where that fails."
+    "Have llama.cpp write a K-quant. Raise `UserError` where that fails."
     with quiet_llama() as llama_cpp:
         settings = llama_cpp.llama_model_quantize_default_params()
         settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}")
@@ -97,7 +97,7 @@ def chat_server(
     gguf: str | Path,
     context: int = 256,  # tokens of a conversation; rendering a template needs few
 ):  # yields ask(place, body, timeout=seconds), which returns the server's answer
-    "llama.cpp's server with this file, in this process, its Jinja on; always stopped at the end. Raises `UserError`."
+    "llama.cpp's server with this file, in this process, its Jinja on; always stopped at the end. Raise `UserError`."
     xllamacpp = import_extra("xllamacpp")
     settings = xllamacpp.CommonParams()
     settings.model.path = str(gguf)
@@ -127,7 +127,7 @@ def chat_server(
 
 # %% ../nbs/55_llama.ipynb #55a10018
 def _keep_signals():
-    "A function that gives Ctrl-C and SIGTERM back to those who handle them now."
+    "Return a function that gives Ctrl-C and SIGTERM back to those who handle them now."
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     main = threading.current_thread() is threading.main_thread()
 
@@ -144,7 +144,7 @@ def _post(
     body: dict,
     timeout: float | None = 120,  # seconds to wait; None waits as long as it takes
 ) -> dict:
-    "POST JSON to the server. Raises `UserError` in its words."
+    "POST JSON to the server. Raise `UserError` in its words."
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine, whatever the proxy settings say
     try:
@@ -165,7 +165,7 @@ def gguf_chat(
     gguf: str | Path,
     context: int = 4096,  # tokens of prompt and reply
 ):  # yields reply(message_or_messages, system, max_new_tokens, temperature, do_sample), as `chat` takes them
-    "A file that is open for any number of questions. Raises `UserError` where it can't be opened."
+    "A file that is open for any number of questions. Raise `UserError` where it can't be opened."
 
     def reply(message_or_messages, system=None, max_new_tokens=512, temperature=0.7, do_sample=True) -> str:
         asked = message_or_messages
@@ -182,7 +182,7 @@ def gguf_chat(
 
 # %% ../nbs/55_llama.ipynb #55a1001e
 class LlamaFile:
-    "A GGUF in llama.cpp, on the CPU: tokens, logits, greedy replies. Use it in a `with` block. Raises `UserError`."
+    "A GGUF in llama.cpp, on the CPU: tokens, logits, greedy replies. Use it in a `with` block. Raise `UserError`."
 
     def __init__(self, path: str | Path, context: int = 512):  # context: tokens of one conversation
         self.path = Path(path)
@@ -227,13 +227,13 @@ class LlamaFile:
         stack.callback(self.lib.llama_batch_free, self.batch)
 
     def meta(self, key: str) -> str | None:
-        "A value of the file's header, as text; None for an unknown key."
+        "Return a value of the file's header, as text; None for an unknown key."
         buffer = ctypes.create_string_buffer(1 << 16)
         size = self.lib.llama_model_meta_val_str(self.model, key.encode(), buffer, len(buffer))
         return buffer.value.decode("utf-8", "replace") if size >= 0 else None
 
     def tokenize(self, text: str) -> list[int]:
-        "Ids of a text: control tokens are read as such, and the BOS is added where the file says so."
+        "Return the ids of a text: control tokens are read as such, and the BOS is added where the file says so."
         data = text.encode()
         room = len(data) + 8
         ids = (self.lib.llama_token * room)()
@@ -260,12 +260,12 @@ class LlamaFile:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.state), True)
 
     def logits(self, ids: list[int]) -> torch.Tensor:
-        "Logits at every position, (tokens, vocabulary) in fp32."
+        "Return the logits at every position, (tokens, vocabulary) in fp32."
         self._forget()
         return self._decode([(token, position, 0, True) for position, token in enumerate(ids)])
 
     def reply_greedily(self, prompts: list[list[int]], limit: int, stops: set[int]) -> list[list[int]]:
-        "The new ids for each prompt, at most `limit` of them, the stop included; `parallel` conversations at a time."
+        "Return the new ids for each prompt, at most `limit` of them, the stop included; `parallel` conversations at a time."
         replies = []
         for start in range(0, len(prompts), self.parallel):
             replies += self._reply(prompts[start : start + self.parallel], limit, stops)

@@ -316,7 +316,7 @@ def estimate_memory(
     r: int = 16,  # rank of the adapters
     target_modules: Sequence[str] = TARGET_MODULES,  # layers with an adapter
     batch_size: int = 2,  # rows in one forward pass
-    seq_length: int = 2048,  # tokens in a row
+    max_seq_length: int | None = None,  # longest row in tokens; None is `seq_length`, or 2,048
     packing: bool = False,  # rows filled up with several conversations: as many tokens, none of them padding
     gradient_checkpointing: bool | str = True,  # True, "unsloth" (the same here), False, or "selective" (the engine's)
     optimizer: str = "adamw_8bit",  # a key of `OPTIMIZER_KINDS`
@@ -328,12 +328,14 @@ def estimate_memory(
     card: float | None = None,  # bytes of the GPU in all; None is one over 24.5 GiB
     bf16: bool = True,  # whether the GPU has bf16 (compute capability 8.0)
     hopper: bool = True,  # whether it is an H100 or H200
-    max_seq_length: int | None = None,  # what the model was loaded for; None is `seq_length`
+    seq_length: int | None = None,  # tokens in the rows of this batch, where they are shorter; None is `max_seq_length`
     loss_rows: int | None = None,  # a plain loss in so many rows at a time, instead of the backend's
 ) -> MemoryEstimate:
     "Predict the peak memory of training, by component. Load no weights. Raise `UserError` for an unknown architecture and invalid settings."
     s = {name: value for name, value in locals().items() if name != "model"}
     shape = model_shape(model)
+    if seq_length is None:
+        s["seq_length"] = 2048 if max_seq_length is None else max_seq_length
     s["target_modules"] = tuple(target_modules.split(",") if isinstance(target_modules, str) else target_modules)
     _check(shape, s)
     return _estimate(shape, {**s, "backend": "transformers" if method == "full" else backend})

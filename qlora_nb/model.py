@@ -730,14 +730,14 @@ def open_run(
     """
     adapter = _adapter_of(path)
     run = RunFolder.around(adapter)
-    trained = run.loading if run else {"model": base or adapter_base(adapter), "load_in_4bit": None, "dtype": None, "revision": None}
-    name = base or trained["model"]
-    revision = None if base else trained["revision"]
-    bits = adapter_bits(adapter, name, trained["load_in_4bit"] if load_in_4bit is None else load_in_4bit)
-    if max_seq_length is None:
-        context = config_dict(model_path(name), revision).get("max_position_embeddings") or 2048
-        max_seq_length = trained.get("max_seq_length") or min(2048, context)
+    trained = run.loading if run else {}
+    name = base or trained.get("model") or adapter_base(adapter)
+    revision = None if base else trained.get("revision")
+    bits = adapter_bits(adapter, name, trained.get("load_in_4bit") if load_in_4bit is None else load_in_4bit)
+    length = max_seq_length or trained.get("max_seq_length")
+    if length is None:
+        length = min(2048, config_dict(name, revision).get("max_position_embeddings") or 2048)
     return load_model(
-        name, adapter=adapter, load_in_4bit=bits, dtype=dtype or trained["dtype"], backend=backend,
-        max_seq_length=max_seq_length, revision=revision,
+        name, adapter=adapter, load_in_4bit=bits, dtype=dtype or trained.get("dtype"), backend=backend,
+        max_seq_length=length, revision=revision,
     )

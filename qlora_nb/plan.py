@@ -206,7 +206,7 @@ def _keep_rows(lengths: Sequence[int], seq_length: int) -> Rows:
     "Return the rows that are not longer than `seq_length`. Raise `UserError` where none is left."
     kept = sorted((n for n in lengths if n <= seq_length), reverse=True)
     if lengths and not kept:
-        raise UserError(f"every row is longer than seq_length={seq_length}: choose a longer one (the shortest has {min(lengths)})")
+        raise UserError(f"every row is longer than max_seq_length={seq_length}: choose a longer one (the shortest has {min(lengths)})")
     return Rows(tuple(kept), seq_length, len(lengths) - len(kept))
 
 # %% ../nbs/53_plan.ipynb #8c7d66d4-4
@@ -397,14 +397,14 @@ def _reject(choices: list[Choice], chosen: Choice | None, budget: float) -> tupl
 # %% ../nbs/53_plan.ipynb #092a7ce2
 def _check_wishes(shape: Shape, want: dict) -> None:
     "Raise `UserError` for impossible wishes; what `estimate_memory` checks is left to it."
-    for name in ("effective_batch", "seq_length", "batch_size"):
+    for name in ("effective_batch", "max_seq_length", "batch_size"):
         if want[name] is not None or name == "effective_batch":
             check_whole_number(name, want[name])
     check_choice("method", want["method"], (None, "lora", "qlora"))
     check_choice("packing", want["packing"], (None, True, False))
     check_choice("gradient_checkpointing", want["gradient_checkpointing"], (None, *CHECKPOINTING_KINDS))
-    if (want["seq_length"] or 1) > shape.context:
-        raise UserError(f"seq_length is {want['seq_length']}, but the model has a context of {shape.context} tokens: choose a shorter one")
+    if (want["max_seq_length"] or 1) > shape.context:
+        raise UserError(f"max_seq_length is {want['max_seq_length']}, but the model has a context of {shape.context} tokens: choose a shorter one")
     if isinstance(want["margin"], bool) or not isinstance(want["margin"], (int, float)) or not 0 <= want["margin"] < 1:
         raise UserError(f"margin is {want['margin']!r}: give a share from 0 up to, but not including, 1")
 
@@ -423,7 +423,7 @@ def plan_training(
     *,
     tokenizer=None,  # to count the tokens of messages
     effective_batch: int = 8,  # rows that make one step
-    seq_length: int | None = None,  # longest row; None keeps 99 % of the data's rows, or is 2,048
+    max_seq_length: int | None = None,  # longest row in tokens; None keeps 99 % of the data's rows, or is 2,048
     r: int = 16,  # rank of the adapters
     target_modules: Sequence[str] = TARGET_MODULES,  # layers with an adapter
     method: str | None = None,  # lora or qlora; None takes the faster of those that fit
@@ -433,13 +433,15 @@ def plan_training(
     optimizer: str = "adamw_8bit",  # a key of `OPTIMIZER_KINDS`
     backend: str = "unsloth",  # unsloth, transformers or engine
     margin: float = MEMORY_MARGIN,  # share of the card that is left free
+    seq_length: int | None = None,  # another name of `max_seq_length`
 ) -> Plan:
     "Return settings that fit the card and should be fastest, and what was rejected. Raise `UserError` for an unknown model or card and impossible wishes."
-    want = {name: value for name, value in locals().items() if name not in ("model", "device", "data", "tokenizer")}
+    max_seq_length = seq_length if max_seq_length is None else max_seq_length
+    want = {name: value for name, value in locals().items() if name not in ("model", "device", "data", "tokenizer", "seq_length")}
     shape, card = model_shape(model), find_card(device)
     _check_wishes(shape, want)
     lengths = measure_row_lengths(data, tokenizer) if data is not None else []
-    rows = _keep_rows(lengths, seq_length or choose_length(lengths, shape.context))
+    rows = _keep_rows(lengths, max_seq_length or choose_length(lengths, shape.context))
     want["methods"] = (method,) if method else ("lora", "qlora")
     choices, budget = _choices(shape, card, rows, want), card.bytes * (1 - margin)
     chosen = _choose(choices, budget)
@@ -469,5 +471,5 @@ def _remedies(shape: Shape, card: Card, rows: Rows, want: dict, choices: list[Ch
         if length < 64 or (lengths and not kept):
             break
         if fits(_keep_rows(kept, length)):
-            return [*found, f"or seq_length={length}" + (f", which keeps {len(kept) / len(lengths):.0%} of the rows" if lengths else "")]
+            return [*found, f"or max_seq_length={length}" + (f", which keeps {len(kept) / len(lengths):.0%} of the rows" if lengths else "")]
     return found

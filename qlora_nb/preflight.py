@@ -86,7 +86,7 @@ class DatasetReport(Findings):
             raise UserError(f"the data set is not fit for training: {'; '.join(errors)}")
 
     def plot(self, ax=None):
-        "Plot rows by length, the share of their tokens that is learned, and `max_length`; returns the Axes."
+        "Plot rows by length, the share of their tokens that is learned, and `max_seq_length`; returns the Axes."
         import matplotlib.pyplot as plt
 
         ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
@@ -98,9 +98,9 @@ class DatasetReport(Findings):
         read = [rows - part for (rows, _), part in zip(self.lengths.values(), learned)]
         ax.hist([sizes, sizes], range(low, high + width + 1, width), weights=[learned, read], stacked=True,
                 color=["#0072B2", "#9ecae1"], label=["share of tokens learned", "share of tokens read only"])
-        max_length = self.summary.get("max_length")
-        if max_length is not None and max_length < 4 * high:
-            ax.axvline(max_length, color="#D55E00", ls="--", lw=1.5, label=f"max_length = {max_length}")
+        max_seq_length = self.summary.get("max_seq_length")
+        if max_seq_length is not None and max_seq_length < 4 * high:
+            ax.axvline(max_seq_length, color="#D55E00", ls="--", lw=1.5, label=f"max_seq_length = {max_seq_length}")
         ax.set(xlabel="length of a row (tokens)", ylabel="rows")
         ax.legend(frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
@@ -124,17 +124,17 @@ DATASET_CODES = {
     "double_bos": ("error", "give messages, not rendered text: template and tokenizer each add a BOS"),
     "all_masked": ("error", "leave these rows out, or label the reply"),
     "bad_ids": ("error", "encode the rows again with this tokenizer, or give messages"),
-    "end_cut": ("error", "raise max_length or leave these rows out: their end would be cut away"),
+    "end_cut": ("error", "raise max_seq_length or leave these rows out: their end would be cut away"),
     "leakage": ("error", "remove these rows from the training data"),
     "prompt_labelled": ("warning", "give messages: then only the replies are labelled"),
-    "too_long": ("warning", "raise max_length where memory allows, or accept that they are left out"),
+    "too_long": ("warning", "raise max_seq_length where memory allows, or accept that they are left out"),
     "content_changed": ("warning", "look at render(messages, tokenizer): choose another template if the reasoning is gone"),
     "unbalanced_think": ("warning", "fix the tags, or leave these rows out: the reasoning has no end"),
     "duplicate": ("warning", "remove the repeated rows, unless they should count twice"),
-    "prompt_cut": ("info", "raise max_length to keep these prompts whole"),
+    "prompt_cut": ("info", "raise max_seq_length to keep these prompts whole"),
     "special_token_in_content": ("error", "fix the content, or leave these rows out"),
     "empty_content": ("error", "fix the content, or leave these rows out"),
-    "row_dropped": ("warning", "raise max_length, or accept that they are left out"),
+    "row_dropped": ("warning", "raise max_seq_length, or accept that they are left out"),
     "length_outlier": ("info", "look at them: are they two rows in one, a log, or a whole document?"),
     "pad_is_eos": ("warning", "set a padding token of its own, e.g. <|finetune_right_pad_id|>"),
     "date_in_template": ("warning", "remove the date from the template"),
@@ -343,7 +343,7 @@ class RowStatistics:
         return sum(self.lengths[length].rows for length in longer), rows
 
     def length_limit(self, share: float = 0.99) -> int | None:
-        "Return the smallest `max_length` that keeps this share of the rows; None without rows."
+        "Return the smallest `max_seq_length` that keeps this share of the rows; None without rows."
         left = max(math.ceil(share * sum(found.rows for found in self.lengths.values())), 1)
         for length in sorted(self.lengths):
             left -= self.lengths[length].rows
@@ -440,11 +440,11 @@ def _check_arguments(truncation: str, **numbers: int) -> None:
 class _Checker:
     "Checks rows batch by batch, each once; what is kept of them doesn't grow with their number unless `keep_rows` is True."
 
-    def __init__(self, tokenizer, max_length: int, template=None, truncation: str = "drop", keep_rows: bool = False):
-        _check_arguments(truncation, max_length=max_length)
+    def __init__(self, tokenizer, max_seq_length: int, template=None, truncation: str = "drop", keep_rows: bool = False):
+        _check_arguments(truncation, max_seq_length=max_seq_length)
         self.tokenizer = tokenizer
         self.template = template
-        self.max_length = max_length
+        self.max_seq_length = max_seq_length
         self.truncation = truncation
         names = sorted({*control_tokens(tokenizer).values()} - {"<think>", "</think>"})  # those two are content
         self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")
@@ -501,12 +501,12 @@ class _Checker:
     def check_messages(self, batch: list):
         "Check a batch of conversations."
         kept = []
-        for row, (messages, found) in enumerate(zip(batch, self.encoder.encode(batch, self.max_length)), self.rows):
+        for row, (messages, found) in enumerate(zip(batch, self.encoder.encode(batch, self.max_seq_length)), self.rows):
             if find_content_problem(messages) is None:
                 self.check_contents(row, messages)
                 self.check_turns(row, messages, found)
-            fits = found.code is None and len(found.input_ids) <= self.max_length
-            cut = None if fits or found.code else fit_row(found, self.tokenizer, self.max_length, self.truncation)
+            fits = found.code is None and len(found.input_ids) <= self.max_seq_length
+            cut = None if fits or found.code else fit_row(found, self.tokenizer, self.max_seq_length, self.truncation)
             if cut:
                 lost = found.length - cut.length
                 self.collector.add("prompt_cut", row, f"a prompt loses {lost} tokens from its middle")
@@ -571,7 +571,7 @@ class _Checker:
             if not others and all([type(m) is dict and len(m) == 2 and type(m.get("content")) is str for m in turns]):
                 continue
             columns = {name: batch[name][row] for name in others}
-            for mark in unused_marks({"messages": turns, **columns}, Schema("messages", messages="messages")):
+            for mark in unused_marks({"messages": turns, **columns}, Schema("messages", messages="messages"), turns):
                 severity, place, name = mark.split(" ", 2)
                 if severity == "info":
                     self.collector.add("unused_column", self.rows + row, PLAIN_COLUMNS)
@@ -620,16 +620,16 @@ class _Checker:
         "Note what is too long. Returns how many rows fit."
         note = self.collector.note
         total = sum(found.rows for found in self.stats.lengths.values())
-        dropped, rows = self.stats.rows_longer_than(self.max_length)
+        dropped, rows = self.stats.rows_longer_than(self.max_seq_length)
         if dropped:
             rows.sort()
             longest = max(self.stats.lengths)
-            note("too_long", f"rows are longer than max_length={self.max_length} (the longest has {longest} tokens)", dropped, rows)
+            note("too_long", f"rows are longer than max_seq_length={self.max_seq_length} (the longest has {longest} tokens)", dropped, rows)
             if ready:
-                note("end_cut", f"a trainer cuts rows to max_length={self.max_length}, and their end of turn with it", dropped, rows)
+                note("end_cut", f"a trainer cuts rows to max_seq_length={self.max_seq_length}, and their end of turn with it", dropped, rows)
             else:
-                note("row_dropped", f"{100 * dropped / total:.1f} % of the rows don't fit max_length={self.max_length} and are left out",
-                     dropped, rows, "error" if dropped == total else None, f"max_length={self.stats.length_limit()} keeps 99 % of the rows")
+                note("row_dropped", f"{100 * dropped / total:.1f} % of the rows don't fit max_seq_length={self.max_seq_length} and are left out",
+                     dropped, rows, "error" if dropped == total else None, f"max_seq_length={self.stats.length_limit()} keeps 99 % of the rows")
         if total >= 16:
             limit = self.stats.outlier_limit()
             count, longest = self.stats.rows_longer_than(limit)
@@ -704,7 +704,7 @@ class _Checker:
         learned = sum(part for _, part in lengths.values())
         missed = f"repeated rows were looked for among the first {REMEMBERED_ROWS} different ones"
         summary = {
-            "rows": self.rows, "usable": usable, "tokens": tokens, "learned_tokens": learned, "max_length": self.max_length,
+            "rows": self.rows, "usable": usable, "tokens": tokens, "learned_tokens": learned, "max_seq_length": self.max_seq_length,
             "median_length": stats.length_limit(0.5), "longest": max(lengths, default=None),
             "keeps_99_percent": stats.length_limit(), "learned_share": round(learned / tokens, 3) if tokens else None,
             "note": missed if self.rows > REMEMBERED_ROWS and REMEMBERED_ROWS in stats.remembered.values() else None,
@@ -715,7 +715,7 @@ class _Checker:
 def check_dataset(
     data,  # rows of `messages` (also ready `input_ids`, or `text`): a data set, streamed or not, or a list
     tokenizer,  # the model's tokenizer
-    max_length: int = 2048,  # tokens
+    max_seq_length: int = 2048,  # tokens
     *,
     eval_data=None,  # held-out rows of `messages`: none of their questions may be trained on
     template: str | None = None,  # as for `template.encode`
@@ -724,16 +724,18 @@ def check_dataset(
     effective_batch: int = 8,  # rows in an optimizer step
     min_rows: int = 16,  # fewer usable rows are worth a warning
     truncation: str = "drop",  # as for `encode_dataset`: rows that are too long are left out, or "cut_prompt"
+    max_length: int | None = None,  # TRL's name for `max_seq_length`
 ) -> DatasetReport:
     "Check every row as the model will see it. Raises `UserError` where there is nothing to check."
-    return _Checker(tokenizer, max_length, template, truncation).check(
+    max_seq_length = max_seq_length if max_length is None else max_length
+    return _Checker(tokenizer, max_seq_length, template, truncation).check(
         data, eval_data=eval_data, model=model, max_steps=max_steps, effective_batch=effective_batch, min_rows=min_rows)
 
 # %% ../nbs/52_preflight.ipynb #7742c7f4-38
 def encode_dataset(
     data,  # rows of `messages`: a data set or a list
     tokenizer,  # the model's tokenizer
-    max_length: int = 2048,  # tokens
+    max_seq_length: int = 2048,  # tokens
     template: str | None = None,  # as for `template.encode`
     truncation: str = "drop",  # a row that is too long is left out, or its prompt loses its middle ("cut_prompt")
 ) -> tuple:  # (datasets.Dataset with input_ids and labels, indices of the rows left out)
@@ -742,16 +744,16 @@ def encode_dataset(
     encoded = _EncodedRows()
     lengths = []
     for batch in iterate_messages(data):
-        found = encoder.encode(batch, max_length)
+        found = encoder.encode(batch, max_seq_length)
         for index, row in enumerate(found, encoded.count):
             if row.code not in (None, "too_long"):
                 raise UserError(f"row {index}: {row.why} ({row.code}); check_dataset lists all such rows")
         lengths += [row.length for row in found]
-        encoded.add([fit_row(row, tokenizer, max_length, truncation) for row in found])
+        encoded.add([fit_row(row, tokenizer, max_seq_length, truncation) for row in found])
     if not lengths:
         raise UserError("the data set is empty: give at least one row")
     if len(encoded.dropped) == len(lengths):
-        raise UserError(f"no row fits max_length={max_length}: the shortest has {min(lengths)} tokens, the longest {max(lengths)}; raise it")
+        raise UserError(f"no row fits max_seq_length={max_seq_length}: the shortest has {min(lengths)} tokens, the longest {max(lengths)}; raise it")
     return encoded.dataset(), encoded.dropped
 
 # %% ../nbs/52_preflight.ipynb #7742c7f4-34
@@ -765,12 +767,12 @@ class CheckedRows:
 
 
 def check_and_encode(
-    data, tokenizer, max_length: int = 2048, *, template: str | None = None, truncation: str = "drop", **settings
+    data, tokenizer, max_seq_length: int = 2048, *, template: str | None = None, truncation: str = "drop", **settings
 ) -> CheckedRows:
     """Check rows of messages as `check_dataset` does and keep their ids and labels as `encode_dataset` does, encoded once.
 
     `settings` are the other arguments of `check_dataset`. A row that can't be used is an error of the report, and missing
     in the rows: call `report.raise_for_errors()` before you train. Raises `UserError` where there is nothing to check."""
-    checker = _Checker(tokenizer, max_length, template, truncation, keep_rows=True)
+    checker = _Checker(tokenizer, max_seq_length, template, truncation, keep_rows=True)
     report = checker.check(data, **settings)
     return CheckedRows(report, checker.encoded.dataset(), checker.encoded.dropped)

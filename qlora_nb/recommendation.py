@@ -91,7 +91,7 @@ def _count_learned(rows, tokenizer) -> int:
     from qlora_nb.template import encode
 
     chosen = range(0, len(rows), max(1, len(rows) // COUNTED_ROWS))
-    encoded = (encode(rows[i]["messages"], tokenizer, max_length=10**9) for i in chosen)
+    encoded = (encode(rows[i]["messages"], tokenizer, max_seq_length=10**9) for i in chosen)
     counts = [sum(label != -100 for label in row["labels"]) for row in encoded]
     return round(sum(counts) * len(rows) / len(counts))
 

@@ -314,9 +314,13 @@ def _text(value) -> str | None:
     "Return a text; None for what is not text. Lone surrogates, which no file can hold, become U+FFFD."
     if isinstance(value, list) and value and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
         value = "".join(part["text"] for part in value)
-    if isinstance(value, str) and value.isascii():
-        return value
-    return re.sub("[\ud800-\udfff]", "\ufffd", value) if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    return value
 
 # %% ../nbs/12_data.ipynb #0178fded
 def _role(message: dict) -> str:
@@ -356,9 +360,9 @@ def _written_turns(row: dict, schema: Schema) -> list:
     return [m for role, side in sides for m in (side if _are_turns(side) else [{"role": role, "content": side}])]
 
 
-def _own_turns(row: dict, schema: Schema) -> list[dict]:
-    "Return the turns of one row as {role, content}, with the system text of its own column."
-    turns = [_turn(m) for m in _written_turns(row, schema)]
+def _own_turns(row: dict, schema: Schema, written: list) -> list[dict]:
+    "Return the written turns of a row as {role, content}, with the system text of its own column."
+    turns = [_turn(m) for m in written]
     system = row.get(schema.system) if schema.system else None
     if not isinstance(system, str) or not system.strip() or any(m["role"] == "system" for m in turns):
         return turns
@@ -487,9 +491,10 @@ def describe_mark(severity: str, place: str, name: str) -> tuple[str, str | None
     return f"{places[place]} {name!r}, which training doesn't use{what}", rule.fix if rule else None
 
 
-def unused_marks(row: dict, schema: Schema) -> list[str]:
-    "Return what of a row (columns and their values) isn't used, each once: 'error key tool_calls', 'info column id'."
-    turns = _written_turns(row, schema)
+def unused_marks(row: dict, schema: Schema, turns: list) -> list[str]:
+    """Return what of a row isn't used, each once: 'error key tool_calls', 'info column id'.
+
+    `row` holds columns and their values, `turns` its turns as they were written."""
     marks = [mark for turn in turns for mark in _turn_marks(turn)]
     if len(row) > 1:
         read = schema.reads(row)
@@ -507,6 +512,8 @@ def unused_marks(row: dict, schema: Schema) -> list[str]:
 def _describes_tools(row: dict, turns: list) -> bool:
     "Return True where the turns before the replies name all the tools that a row's column lists."
     listed = next((row[name] for name in row if _rule_of(name) is _TOOLS and row[name]), None)
+    if listed is None:
+        return False
     names = re.findall(r'"name": *"([^"]+)"', listed if isinstance(listed, str) else json.dumps(listed, default=str))
     asking = [turn for turn in turns if isinstance(turn, dict) and _role(turn) in ("system", "developer", "user")]
     text = " ".join(_turn(turn)["content"] or "" for turn in asking)
@@ -590,12 +597,13 @@ class _RowReader:
 
     def read_row(self, row: dict) -> tuple[list[dict], list[str]]:
         "Return messages and marks; of columns that say nothing about the replies, the names are enough."
-        turns = _own_turns(row, self.schema)
-        marks = unused_marks(row, self.schema)
+        written = _written_turns(row, self.schema)
+        turns = _own_turns(row, self.schema, written)
+        marks = unused_marks(row, self.schema, written)
         messages = _with_system(turns, self.system)
         self.rows += 1
         self.put_in += len(messages) > len(turns)
-        self.missing += sum(turn["content"] is None for turn in turns)
+        self.missing += [turn["content"] for turn in turns].count(None)
         plain = [mark for mark in marks if mark.startswith("info column ")]
         if plain and len(self.plain) < 100:
             self.plain.update(dict.fromkeys(mark.removeprefix("info column ") for mark in plain))

@@ -268,9 +268,9 @@ class Encoder:
         self.tail_ids = functools.lru_cache(1000)(self._tail_ids)
         self.written_turns = functools.lru_cache(1000)(self._written_turns)
 
-    def encode(self, rows: list[list[dict]], max_length: int | None = None) -> list[Encoded]:
+    def encode(self, rows: list[list[dict]], max_seq_length: int | None = None) -> list[Encoded]:
         "Return the ids and labels of many conversations, as `encode_batch` does."
-        spans = [self._find_spans(messages, max_length) for messages in rows]
+        spans = [self._find_spans(messages, max_seq_length) for messages in rows]
         ids = iter(tokenize_texts([found[-1][2] for found in spans if isinstance(found, list)], self.tokenizer))
         return [self._label(messages, found, next(ids)) if isinstance(found, list) else found
                 for messages, found in zip(rows, spans)]
@@ -278,7 +278,7 @@ class Encoder:
     def _render(self, messages: list[dict], ask: bool = False) -> str:
         return _render(messages, self.tokenizer, self.text, ask)
 
-    def _find_spans(self, messages, max_length: int | None) -> list[tuple[int, str, str]] | Encoded:
+    def _find_spans(self, messages, max_seq_length: int | None) -> list[tuple[int, str, str]] | Encoded:
         "Return, for each reply to learn, its turn, the text before it and the text to its end; or why there are none."
         if problem := find_content_problem(messages):
             return Encoded(None, None, *problem)
@@ -305,8 +305,8 @@ class Encoder:
             return Encoded(code="prompt_not_prefix", why=_EARLIER)
         if self.never_asks:
             return Encoded(code="generation_prompt_mismatch", why=_MISMATCH)
-        if max_length and len(whole) >= HUGE_TEXT and (size := estimate_tokens(whole, self.tokenizer)) > 2 * max_length:
-            return Encoded(code="too_long", why=f"the row has about {size} tokens, and max_length is {max_length}", length=size)
+        if max_seq_length and len(whole) >= HUGE_TEXT and (size := estimate_tokens(whole, self.tokenizer)) > 2 * max_seq_length:
+            return Encoded(code="too_long", why=f"the row has about {size} tokens, and max_seq_length is {max_seq_length}", length=size)
         return spans
 
     def _label(self, messages: list[dict], spans: list[tuple[int, str, str]], ids: list[int]) -> Encoded:
@@ -380,54 +380,56 @@ def encode_batch(
     *,
     template: str | None = None,  # None: the tokenizer's own; a name in `CHAT_TEMPLATES`; or Jinja text
     train_on: str = "last",  # the last reply, or "all" of them
-    max_length: int | None = None,  # huge rows that can't fit it get the code "too_long" and no ids
+    max_seq_length: int | None = None,  # huge rows that can't fit it get the code "too_long" and no ids
 ) -> list[Encoded]:
     "Return ids and labels of many conversations. Rows that can't be used come back with a code and a reason; none is cut."
-    return Encoder(tokenizer, template, train_on).encode(rows, max_length)
+    return Encoder(tokenizer, template, train_on).encode(rows, max_seq_length)
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-17
 def encode(
     messages: list[dict],  # turns {role, content}; the last is the assistant's
     tokenizer,  # a transformers tokenizer
     *,
-    max_length: int = 2048,  # tokens
+    max_seq_length: int = 2048,  # tokens
     template: str | None = None,  # None: the tokenizer's own; a name in `CHAT_TEMPLATES`; or Jinja text
     train_on: str = "last",  # the last reply, or "all" of them
     truncation: str = "drop",  # a row that is too long is dropped, or its prompt loses its middle ("cut_prompt")
+    max_length: int | None = None,  # TRL's name for `max_seq_length`
 ) -> dict | None:
-    """Return `input_ids` and `labels`; None for a row that doesn't fit `max_length`. The reply is never cut.
+    """Return `input_ids` and `labels`; None for a row that doesn't fit `max_seq_length`. The reply is never cut.
 
     Raises `UserError` for messages that can't be learned. For many rows take `encode_batch`, which probes the template once."""
-    row = encode_batch([messages], tokenizer, template=template, train_on=train_on, max_length=max_length)[0]
+    max_seq_length = max_seq_length if max_length is None else max_length
+    row = encode_batch([messages], tokenizer, template=template, train_on=train_on, max_seq_length=max_seq_length)[0]
     if row.code not in (None, "too_long"):
         raise UserError(f"{row.why} ({row.code}): fix these messages or leave them out")
-    row = fit_row(row, tokenizer, max_length, truncation)
+    row = fit_row(row, tokenizer, max_seq_length, truncation)
     return row and {"input_ids": row.input_ids, "labels": row.labels}
 
 # %% ../nbs/11_template.ipynb #f2b4e674
-def fit_row(row: Encoded, tokenizer, max_length: int, truncation: str = "drop") -> Encoded | None:
-    """Return the row where it has at most `max_length` tokens; else None.
+def fit_row(row: Encoded, tokenizer, max_seq_length: int, truncation: str = "drop") -> Encoded | None:
+    """Return the row where it has at most `max_seq_length` tokens; else None.
 
     With `truncation="cut_prompt"` a longer row gets a shorter prompt, where that is enough."""
     if truncation not in ("drop", "cut_prompt"):
         raise UserError(f"truncation is {truncation!r}: choose 'drop' or 'cut_prompt'")
-    if row.input_ids is None or len(row.input_ids) <= max_length:
+    if row.input_ids is None or len(row.input_ids) <= max_seq_length:
         return row if row.input_ids is not None else None
-    return _cut_prompt(row, tokenizer, max_length) if truncation == "cut_prompt" else None
+    return _cut_prompt(row, tokenizer, max_seq_length) if truncation == "cut_prompt" else None
 
 # %% ../nbs/11_template.ipynb #a7f9fe89
 _GAP = "\n[…]\n"  # replaces the tokens that are taken out
 _KEPT = 16  # tokens that stay on either side of it
 
 
-def _cut_prompt(row: Encoded, tokenizer, max_length: int) -> Encoded | None:
-    "Return the row with the middle of the prompt's longest turn taken out, `max_length` tokens; None where too few would stay."
+def _cut_prompt(row: Encoded, tokenizer, max_seq_length: int) -> Encoded | None:
+    "Return the row with the middle of the prompt's longest turn taken out, `max_seq_length` tokens; None where too few would stay."
     controls = control_tokens(tokenizer)
     first = next(i for i, label in enumerate(row.labels) if label != -100)
     walls = [-1, *(i for i in range(first) if row.input_ids[i] in controls), first]
     left, right = max(itertools.pairwise(walls), key=lambda wall: wall[1] - wall[0])
     gap = tokenize_texts([_GAP], tokenizer)[0]
-    stay = right - left - 1 - (len(row.input_ids) - max_length) - len(gap)
+    stay = right - left - 1 - (len(row.input_ids) - max_seq_length) - len(gap)
     if stay < 2 * _KEPT:
         return None
     start = left + 1 + stay // 2

@@ -17,27 +17,26 @@ from gguf_models import needed
 
 from qlora_nb import certificate, gguf_export, llama, merging
 from qlora_nb.certificate import (
-    THRESHOLDS,
+    DEFAULT_BOUNDS,
     Bounds,
     Case,
     CertificateFailed,
     Distance,
     FileCheck,
     certify,
-    divergence,
-    failures_of,
+    encode_as_training,
+    encode_by_tokenizer,
     is_greedy,
     make_cases,
+    measure_kl,
     open_subject,
-    spread,
-    tokenizer_ids,
-    training_ids,
+    spread_evenly,
 )
 from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.gguf_export import export_gguf
 from qlora_nb.llama import LlamaFile, chat_server, gguf_chat
 from qlora_nb.model import add_lora, load_model
-from qlora_nb.ollama_export import modelfile_for, modelfile_refusal, modelfile_text, parse_modelfile, write_modelfile
+from qlora_nb.ollama_export import format_modelfile, modelfile_for, modelfile_refusal, parse_modelfile, write_modelfile
 from qlora_nb.rows import load_sft_dataset
 from qlora_nb.template import CHAT_TEMPLATES, SYSTEM_PROMPT
 
@@ -96,7 +95,7 @@ def test_a_right_export_passes(whole):
     assert whole.passed, str(whole)
     whole.raise_for_failures()
     assert sum(whole.rows.values()) == 200 and whole.left_out == 0 and whole.reply_rows == 120
-    assert set(whole.rows) == set(certificate.KINDS)
+    assert set(whole.rows) == set(certificate.CASE_KINDS)
     assert [check.quantization for check in whole.checks] == ["merged", "F16", "Q8_0", "Q4_K_M", "BF16", "F32"]
 
 
@@ -110,7 +109,8 @@ def test_f16_reaches_its_bounds(whole):
     f16 = whole.checks[1].numbers()
     assert f16["top1"] >= 0.995 and f16["mean_kl"] <= 1e-4
     assert f16["replies"] >= 0.98 and abs(f16["accuracy"] - f16["reference_accuracy"]) <= 0.01
-    assert (THRESHOLDS["F16"].top1, THRESHOLDS["F16"].mean_kl, THRESHOLDS["F16"].replies) == (0.995, 1e-4, 0.98)
+    bounds = DEFAULT_BOUNDS["F16"]
+    assert (bounds.top1, bounds.mean_kl, bounds.replies) == (0.995, 1e-4, 0.98)
 
 
 def test_each_format_loses_more_than_the_one_before(whole):
@@ -236,9 +236,9 @@ def test_no_permutation_fails(run, place, subject):
 
 
 def test_another_rope_base_fails(run, place, subject):
-    real = gguf_export.rope_of
+    real = gguf_export.read_rope
     fails(
-        short(subject, wrong(run, place, gguf_export, "rope_of", lambda c: {**real(c), "rope_theta": 500_000.0})),
+        short(subject, wrong(run, place, gguf_export, "read_rope", lambda c: {**real(c), "rope_theta": 500_000.0})),
         "F16: the mean KL",
     )
 
@@ -281,7 +281,7 @@ def edited(modelfile, name, value):
     else:
         lines = [(k, value(v) if k == name else v) for k, v in lines if k != name or value(v) is not None]
     path = modelfile.with_name("Modelfile-edited")
-    path.write_text(modelfile_text(lines), encoding="utf-8")
+    path.write_text(format_modelfile(lines), encoding="utf-8")
     return path
 
 
@@ -355,8 +355,8 @@ def test_a_format_without_bounds_fails(subject, files, tmp_path):
     found = fails(short(subject, file), "file type 12: no bounds are known for this format: give thresholds=")
     assert found.failures == found.failures[:1]
     assert short(subject, file, thresholds={"file type 12": Bounds(0.995, 1e-4)}).passed
-    assert all(kind in THRESHOLDS for kind in certificate.FILE_TYPES.values())
-    assert THRESHOLDS["BF16"].mean_kl is not None
+    assert all(kind in DEFAULT_BOUNDS for kind in map(str.upper, gguf_export.GGUF_QUANTIZATIONS))
+    assert DEFAULT_BOUNDS["BF16"].mean_kl is not None
 
 
 def test_logits_that_are_no_numbers_fail(subject, files, tmp_path):
@@ -368,7 +368,7 @@ def test_logits_that_are_no_numbers_fail(subject, files, tmp_path):
     reader = gguf.GGUFReader(file, "r+")
     next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight").data[:] = float("nan")
     reader.data.flush()
-    found = fails(short(subject, file, max_new_tokens=4), "BF16: the logits are no numbers")
+    found = fails(short(subject, file, max_new_tokens=4), "BF16: the logits are NaN or infinite")
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
@@ -390,7 +390,7 @@ def test_the_base_passed_off_as_the_run_fails(subject, files, place):
     try:
         base = export_gguf(EMBEDDED_MODEL, None, place / "base.gguf", "q4_0")
         found = short(gentle, base)
-        assert found.checks[1].distance.mean_kl < THRESHOLDS["Q4_0"].mean_kl
+        assert found.checks[1].distance.mean_kl < DEFAULT_BOUNDS["Q4_0"].mean_kl
         fails(found, "Q4_0: the mean KL is", "nearer to the base than to what was trained")
         assert found.failures[0].startswith("Q4_0: the mean KL is") and "above" not in found.failures[0]
     finally:
@@ -400,7 +400,7 @@ def test_the_base_passed_off_as_the_run_fails(subject, files, place):
 
 def test_an_adapter_that_changes_nothing_is_not_held_against_a_file():
     check = FileCheck("a", "F16", Distance(positions=1, agreed=1, kl=1e-7), base_kl=0.0)
-    assert failures_of(check, THRESHOLDS["F16"]) == []
+    assert check.failures(DEFAULT_BOUNDS["F16"]) == []
 
 
 def test_one_answer_of_forty_is_no_failure():
@@ -408,24 +408,24 @@ def test_one_answer_of_forty_is_no_failure():
         near = Distance(positions=1, agreed=1)
         return FileCheck("a", "F16", near, accuracy=right / answers, reference_accuracy=1.0, answers=answers)
 
-    assert failures_of(check(39, 40), THRESHOLDS["F16"]) == []
-    assert failures_of(check(38, 40), THRESHOLDS["F16"]) == [
+    assert check(39, 40).failures(DEFAULT_BOUNDS["F16"]) == []
+    assert check(38, 40).failures(DEFAULT_BOUNDS["F16"]) == [
         "F16: held-out accuracy is 95.0%, and the trained model's 100.0%"
     ]
-    assert failures_of(check(989, 1000), THRESHOLDS["F16"]) and not failures_of(check(991, 1000), THRESHOLDS["F16"])
+    assert check(989, 1000).failures(DEFAULT_BOUNDS["F16"]) and not check(991, 1000).failures(DEFAULT_BOUNDS["F16"])
 
 
 def test_replies_are_asked_for_the_rows_whose_logits_are_compared(subject, files):
     found = short(subject, files[1], max_new_tokens=8, rows=20, model_rows=10)
     kinds = [case.kind for case in make_cases(load_sft_dataset(split="heldout"), subject.tokenizer, 20)]
-    assert found.reply_rows == sum(kinds[i] == "held out" for i in spread(20, 10)) == 6
+    assert found.reply_rows == sum(kinds[i] == "held out" for i in spread_evenly(20, 10)) == 6
     assert found.checks[1].answers == 6
 
 
 def test_a_reply_that_parts_at_a_tie(subject):
     "Another token counts as the same if the trained model finds it as likely, and not if it doesn't."
     (case, *_), model = make_cases(load_sft_dataset(split="heldout"), subject.tokenizer, 20), subject.model
-    (row,) = training_ids([case.messages], subject.tokenizer)
+    (row,) = encode_as_training([case.messages], subject.tokenizer)
     prompt, reply = row.prompt, []
     for _ in range(6):
         with torch.no_grad():
@@ -457,36 +457,36 @@ def test_cases(run):
     kinds = {case.kind: case.messages for case in cases}
     assert kinds["other system turn"][0]["role"] == "user" and len(kinds["several turns"]) == 5
     assert kinds["white space"][1]["content"] != kinds["white space"][1]["content"].strip()
-    assert all(training_ids([case.messages for case in cases], run.tokenizer))
+    assert all(encode_as_training([case.messages for case in cases], run.tokenizer))
     assert len(make_cases(data.select(range(3)), run.tokenizer, 200)) == 200
     with pytest.raises(UserError, match="found 0 held-out rows"):
         make_cases([], run.tokenizer)
 
 
 def test_spread():
-    assert spread(10, 3) == [0, 3, 6] and spread(5, 5) == [0, 1, 2, 3, 4] and spread(5, 0) == []
+    assert spread_evenly(10, 3) == [0, 3, 6] and spread_evenly(5, 5) == [0, 1, 2, 3, 4] and spread_evenly(5, 0) == []
 
 
 def test_divergence_is_zero_only_for_the_same():
     logits = torch.randn(70, 50, generator=torch.Generator().manual_seed(0))
-    assert float(divergence(logits, logits + 3).max()) < 1e-12  # a constant changes no probability
-    assert float(divergence(logits, logits.flip(-1)).min()) > 0.01
+    assert float(measure_kl(logits, logits + 3).max()) < 1e-12  # a constant changes no probability
+    assert float(measure_kl(logits, logits.flip(-1)).min()) > 0.01
 
 
 def test_the_reference_is_the_adapter_model_and_no_merge(run, subject):
     "Unpacked or not, merged by peft or not: one model. With the adapter taken off, another."
-    ids = torch.tensor([training_ids([load_sft_dataset(split="heldout")[0]["messages"]], run.tokenizer)[0].whole])
+    ids = torch.tensor([encode_as_training([load_sft_dataset(split="heldout")[0]["messages"]], run.tokenizer)[0].whole])
     with torch.no_grad():
         reference = subject.model(ids).logits
         torch.testing.assert_close(run.model.eval()(ids).logits, reference, atol=1e-4, rtol=1e-4)
         with subject.model.disable_adapter():
-            assert float(divergence(reference[0], subject.model(ids).logits[0]).mean()) > 0.01
+            assert float(measure_kl(reference[0], subject.model(ids).logits[0]).mean()) > 0.01
 
 
 def test_greedy_is_one_token_after_the_other(run, files):
     "Many conversations at once give what each gives alone, by the logits of the whole."
     data = load_sft_dataset(split="heldout")
-    prompts = [row.prompt for row in training_ids([data[i]["messages"] for i in range(40)], run.tokenizer)]
+    prompts = [row.prompt for row in encode_as_training([data[i]["messages"] for i in range(40)], run.tokenizer)]
     with LlamaFile(files[0]) as file:
         many = file.reply_greedily(prompts, 24, {run.tokenizer.eos_token_id})
         assert [len(row) for row in many] == [24] * 40
@@ -665,8 +665,8 @@ def test_mistakes_are_named(run, place, files, tmp_path):
 
 def test_the_tokenizers_path_is_its_own(run):
     case = Case("held out", load_sft_dataset(split="heldout")[0]["messages"])
-    want = training_ids([case.messages], run.tokenizer)[0]
-    assert tokenizer_ids(case.messages, run.tokenizer) == want
+    want = encode_as_training([case.messages], run.tokenizer)[0]
+    assert encode_by_tokenizer(case.messages, run.tokenizer) == want
     tokenizer = copy.deepcopy(run.tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace("| trim", "| upper")
-    assert tokenizer_ids(case.messages, tokenizer) != want
+    assert encode_by_tokenizer(case.messages, tokenizer) != want

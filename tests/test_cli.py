@@ -228,7 +228,7 @@ def mistake(capfd, monkeypatch, tmp_path):
         (["--data", "ok.jsonl", "--eval-data", "broken.jsonl"], "broken.jsonl, line 2, is not JSON"),
         (["--data", "columns.csv"], "found colour, size; known are"),
         (["--model", "./none"], r"no folder \./none"),
-        (["--max-length", "0"], "max_length is 0"),
+        (["--max-length", "0"], "max_seq_length is 0"),
         (["--effective-batch", "-1"], "effective_batch is -1"),
         (["--limit", "0"], "limit is 0"),
         (["--template", "magic"], "no template 'magic'"),
@@ -318,8 +318,8 @@ def small_gpt2(path):
         (["--output", "old"], "holds another run"),
         (["--output", "file.txt"], "is a file"),
         (["--config", "none.yaml"], "can't be read"),
-        (["--config", "odd.yaml"], "not known: learning_rat"),
-        (["--resume", "empty"], "no run folder"),
+        (["--config", "odd.yaml"], "unknown settings: learning_rat"),
+        (["--resume", "empty"], "is not a run folder"),
         (["--optim", "magic"], "optim.*magic"),
         (["--lr-scheduler-type", "magic"], "lr_scheduler_type.*magic"),
         (["--template", "magic"], "magic"),
@@ -539,7 +539,7 @@ def test_a_mistake_with_plan_is_one_sentence(arguments, message, mistake):
     "arguments, message",
     [
         (["--plan", "T5"], "there is no card 'T5'"),
-        (["--plan", "auto", "--resume", "x"], "no run folder"),
+        (["--plan", "auto", "--resume", "x"], "is not a run folder"),
         (["--truncation", "left"], "truncation is 'left'"),
     ],
 )
@@ -565,6 +565,39 @@ def test_a_plan_takes_what_auto_takes_on_that_card():
 
     assert [taken(card) for card in ("H100", "H200", "A100 80GB", "T4")] == ["engine", "engine", "unsloth", "unsloth"]
     assert (taken("H200", "unsloth"), taken("T4", "engine")) == ("unsloth", "engine")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("chat", "old", "--message", "hi"),
+        ("evaluate", "old"),
+        ("export", "old"),
+        ("export", "old/adapter"),
+        ("modelfile", "old", "old/x.gguf"),
+        ("certify", "old", "old/x.gguf"),
+        ("report", "old"),
+        ("compare", "old", "old"),
+        ("diagnose", "old"),
+        ("train", "--resume", "old"),
+        ("train", "--config", "old/config.yaml"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_run_of_another_format_is_refused(command, tmp_path, demo, arguments):
+    "The number came with format 2: a folder without one is from before."
+    import shutil
+
+    old = tmp_path / "old"
+    shutil.copytree(demo[0], old, ignore=shutil.ignore_patterns("*.gguf", "checkpoints"))
+    (old / "x.gguf").write_bytes(b"GGUF")
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    assert config.pop("format") == 2
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    if "--resume" in arguments:
+        (old / "summary.json").unlink()
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "") and "format 1" in err and "reads format 2" in err, err[-1500:]
 
 
 # --- signals --------------------------------------------------------------------------------------------------------

@@ -649,7 +649,7 @@ def test_lengths(tokenizer):
     report = check_dataset(rows, tokenizer, 128)
     best = report.summary["keeps_99_percent"]
     finding = next(f for f in report.findings if f.code == "row_dropped")
-    assert "0.5 % of the rows" in finding.cause and f"max_length={best} keeps 99 %" in finding.fix
+    assert "0.5 % of the rows" in finding.cause and f"max_seq_length={best} keeps 99 %" in finding.fix
     sizes = [len(encode(row["messages"], tokenizer, max_length=9999)["input_ids"]) for row in rows]
     assert sum(n <= best for n in sizes) >= 0.99 * 200 > sum(n < best for n in sizes)
     everything = check_dataset(rows, tokenizer, 8)
@@ -1404,7 +1404,7 @@ def test_a_check_leaves_the_tokenizer_as_it_was(tokenizer):
 
 
 def test_encode_dataset_errors(tokenizer):
-    with pytest.raises(UserError, match="no row fits max_length=8: the shortest has .* tokens, the longest"):
+    with pytest.raises(UserError, match="no row fits max_seq_length=8: the shortest has .* tokens, the longest"):
         encode_dataset(good(), tokenizer, 8)
     with pytest.raises(UserError, match="row 20: the last turn is the user's"):
         encode_dataset([*good(), {"messages": PAIR[:1]}], tokenizer)

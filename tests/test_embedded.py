@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from repository import NBS, PACKAGE, read
 
-EMBEDDED = PACKAGE / "embedded"
-MODEL = EMBEDDED / "model"
+EMBEDDED_FOLDER = PACKAGE / "embedded"
+MODEL = EMBEDDED_FOLDER / "model"
 SPLITS = {"train": (3000, "train"), "heldout": (400, "heldout"), "base_task": (300, "heldout")}
 CORPUS = "d99be8b1c74e3d5ba0e97590ad39077ebbbcf8de15450293b39de6aea15b903e"
 WEIGHTS = "257763dd13818fdc72772e30bd8be10a4891e3c20901c8dc19fcb3f92f99a156"
@@ -60,7 +60,7 @@ def corpus(recipe):
 
 @pytest.fixture(scope="module")
 def tables():
-    return {name: pq.read_table(EMBEDDED / "data" / f"{name}.parquet") for name in SPLITS}
+    return {name: pq.read_table(EMBEDDED_FOLDER / "data" / f"{name}.parquet") for name in SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_files_are_what_the_recipe_writes(recipe, tables, tmp_path):
     recipe["write_data"](tmp_path / "twice")
     for name, table in tables.items():
         once, twice, ours = (
-            folder / f"{name}.parquet" for folder in (tmp_path / "once", tmp_path / "twice", EMBEDDED / "data")
+            folder / f"{name}.parquet" for folder in (tmp_path / "once", tmp_path / "twice", EMBEDDED_FOLDER / "data")
         )
         assert once.read_bytes() == twice.read_bytes()
         assert pq.read_table(once).equals(table, check_metadata=True), f"{name}.parquet was made differently"
@@ -257,7 +257,7 @@ def test_order_is_mixed(rows):
 def test_datasets_reads_it():
     from datasets import Value, load_dataset
 
-    files = {name: str(EMBEDDED / "data" / f"{name}.parquet") for name in SPLITS}
+    files = {name: str(EMBEDDED_FOLDER / "data" / f"{name}.parquet") for name in SPLITS}
     loaded = load_dataset("parquet", data_files=files)
     assert {name: len(split) for name, split in loaded.items()} == {name: count for name, (count, _) in SPLITS.items()}
     assert loaded["train"].features["verified"] == Value("null")
@@ -316,7 +316,7 @@ def test_the_tokenizer_is_what_the_recipe_makes(recipe, corpus, tmp_path):
 
 @pytest.mark.quick
 def test_sizes():
-    files = [path for path in EMBEDDED.rglob("*") if path.is_file()]
+    files = [path for path in EMBEDDED_FOLDER.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors", ".jinja", ".parquet", ".md"}
     assert sum(path.stat().st_size for path in files) <= 12 * MEGABYTE
     assert sum(path.stat().st_size for path in files if path.suffix == ".parquet") < MEGABYTE / 2
@@ -334,7 +334,7 @@ def test_weights():
 
 @pytest.mark.quick
 def test_card():
-    card = (EMBEDDED / "README.md").read_text(encoding="utf-8")
+    card = (EMBEDDED_FOLDER / "README.md").read_text(encoding="utf-8")
     assert WEIGHTS in card and "Apache-2.0" in card
     for name, (count, _) in SPLITS.items():
         assert f"| `{name}.parquet` | {count} |" in card

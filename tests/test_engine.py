@@ -1213,9 +1213,8 @@ def test_pieces_of_an_mlp():
     chance = torch.Generator().manual_seed(0)
     some = functools.partial(torch.randn, generator=chance)
     gate, up, down = some(24, 8), some(24, 8), some(8, 24)
-    terms = [
-        LayerTerm(lambda dtype, w=w: w, None, some(2, w.shape[1]), some(w.shape[0], 2), 0.5) for w in (gate, up, down)
-    ]
+    weights = (gate, up, down)
+    terms = [LayerTerm(lambda dtype, w=w: w, None, some(2, w.shape[1]), some(w.shape[0], 2), 0.5) for w in weights]
     rows, dy = some(23, 8), some(23, 8)
     whole = _mlp_back(rows, _thin(rows, terms[:2]), terms, dy, PLAIN_PASSES, torch.float32, True)
     for least, want_x in ((1, True), (5, True), (9, False), (100, True)):
@@ -1353,9 +1352,11 @@ def test_nobody_waits_for_bitsandbytes(tmp_path, monkeypatch):
     from qlora_nb import training
 
     before, asked = optimizer.sync_gpu, []
-    monkeypatch.setattr(
-        training, "wait_unless_queued", lambda tensor: asked.append((id(tensor), training._here.unpaged))
-    )
+
+    def note_call(tensor):
+        asked.append((id(tensor), training._here.unpaged))
+
+    monkeypatch.setattr(training, "wait_unless_queued", note_call)
     trainer, _ = small_run(tmp_path / "run", Engine(), "adamw_8bit")
     tensors = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(asked) == 3 * len(tensors) and set(asked) == {(id(p), True) for p in tensors}

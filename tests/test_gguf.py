@@ -30,7 +30,7 @@ from gguf_models import (
 
 from qlora_nb import gguf_export
 from qlora_nb.core import EMBEDDED_MODEL, UserError, file_sha256
-from qlora_nb.gguf_export import QUANTIZATIONS, export_adapter_gguf, export_gguf, to_q4_0, to_q8_0
+from qlora_nb.gguf_export import GGUF_QUANTIZATIONS, export_gguf, quantize_q4_0, quantize_q8_0
 from qlora_nb.llama import quiet_llama
 from qlora_nb.merging import save_merged
 from qlora_nb.weights import read_header
@@ -131,8 +131,8 @@ def tensors_of(path):
     "harm",
     [
         lambda m: m.setattr(gguf_export, "permute_rows", lambda weight, heads: weight),
-        lambda m: m.setattr(gguf_export, "rope_factors", lambda rope, dim: torch.ones(dim // 2)),
-        lambda m: m.setattr(gguf_export, "head_dim", lambda config: 32),
+        lambda m: m.setattr(gguf_export, "compute_rope_factors", lambda rope, dim: torch.ones(dim // 2)),
+        lambda m: m.setattr(gguf_export, "head_size", lambda config: 32),
     ],
     ids=["no permutation", "no rope scaling", "nothing"],
 )
@@ -150,17 +150,17 @@ def quantized(tokenizers, tmp_path_factory):
     "One model in every format, from one pass. Its rows divide into blocks of 256."
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
     model = random_model("llama", len(tokenizers["llama3"]), **sizes)
-    files = export_gguf(model, tokenizers["llama3"], tmp_path_factory.mktemp("all") / "m", list(QUANTIZATIONS))
-    return model, dict(zip(QUANTIZATIONS, files))
+    files = export_gguf(model, tokenizers["llama3"], tmp_path_factory.mktemp("all") / "m", list(GGUF_QUANTIZATIONS))
+    return model, dict(zip(GGUF_QUANTIZATIONS, files))
 
 
 def test_names_and_types_of_each_format(quantized):
     files = quantized[1]
-    assert [path.name for path in files.values()] == [f"m-{name.upper()}.gguf" for name in QUANTIZATIONS]
+    assert [path.name for path in files.values()] == [f"m-{name.upper()}.gguf" for name in GGUF_QUANTIZATIONS]
     assert sorted(os.listdir(files["f16"].parent)) == sorted(path.name for path in files.values())
     for name, path in files.items():
         found = keys(path)
-        assert found["general.file_type"] == QUANTIZATIONS[name].file_type
+        assert found["general.file_type"] == GGUF_QUANTIZATIONS[name].file_type
         types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
         kind = {"q4_k_m": "Q4_K", "q5_k_m": "Q5_K", "q6_k": "Q6_K"}.get(name, name.upper())
         assert types["blk.0.attn_q.weight"] == kind
@@ -191,7 +191,7 @@ def rows_to_pack():
     yield torch.randn(64, 1024, generator=draw).bfloat16().float()
 
 
-@pytest.mark.parametrize("pack, name", [(to_q8_0, "Q8_0"), (to_q4_0, "Q4_0")], ids=["q8_0", "q4_0"])
+@pytest.mark.parametrize("pack, name", [(quantize_q8_0, "Q8_0"), (quantize_q4_0, "Q4_0")], ids=["q8_0", "q4_0"])
 def test_packed_bit_for_bit_as_the_reference(pack, name):
     for rows in rows_to_pack():
         reference = gguf.quants.quantize(rows.numpy(), gguf.GGMLQuantizationType[name])
@@ -393,31 +393,15 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("name", ["llama, biases", "qwen2"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_adapters_alone_and_merged(name, adapter, tokenizers, judge, tmp_path):
+def test_merged_adapters(name, adapter, tokenizers, judge, tmp_path):
     tokenizer = tokenizers["qwen2" if "qwen" in name else "llama3"]
     model, ids = random_model(name, len(tokenizer)), prompt(tokenizer)
     plain = torch_logits(model, ids)
-    base = export_gguf(model, tokenizer, tmp_path / "base.gguf", "f32")
     model = with_adapter(model, **ADAPTERS[adapter])
     wanted = torch_logits(model, ids)
     assert (wanted - plain).abs().max() > 0.5
     llama = judge(export_gguf(model, tokenizer, tmp_path / "merged.gguf", "f32"))
     torch.testing.assert_close(llama_logits(llama, ids), wanted, rtol=0, atol=1e-4)
-    if adapter in ("dora", "modules_to_save", "bias"):
-        with pytest.raises(UserError, match=f"{'use_dora' if adapter == 'dora' else adapter}=.*LoRA file can't hold"):
-            export_adapter_gguf(model, tmp_path / "a.gguf", "f32")
-        return
-    file = export_adapter_gguf(model, tmp_path / "a.gguf", "f32")
-    llama = judge(base, lora_path=str(file))
-    torch.testing.assert_close(llama_logits(llama, ids), wanted, rtol=0, atol=1e-4)
-
-
-def test_alpha_of_rslora(tokenizers, tmp_path):
-    "llama.cpp divides by r: what stands there is alpha·√r, and B is as it was trained."
-    model = with_adapter(random_model("llama", len(tokenizers["llama3"]), **SMALL), use_rslora=True)
-    found = keys(export_adapter_gguf(model, tmp_path / "a.gguf"))
-    assert math.isclose(found["adapter.lora.alpha"], 12 * math.sqrt(8), rel_tol=1e-6)
-    assert found["general.type"] == "adapter" and found["adapter.type"] == "lora"
 
 
 def test_a_4_bit_model_and_its_saved_adapter(judge, tmp_path):
@@ -490,7 +474,7 @@ REFUSED = {
     "sizes": (edit_config(hidden_size=64), "has the shape .*, 128.* in the files, and .*64.* by config.json"),
     "heads": (edit_config(num_key_value_heads=4), "k_proj.weight has the shape .64, 128. in .*, and .128, 128. by"),
     "layers": (edit_config(num_hidden_layers=2), "has no model.layers.1.input_layernorm.weight"),
-    "config": (lambda f: (f / "config.json").write_text("[1]"), "holds no settings"),
+    "config": (lambda f: (f / "config.json").write_text("[1]"), "a list where a dict was expected"),
     "no json": (lambda f: (f / "config.json").write_text("{"), "config.json can't be read"),
     "missing": (edit_tensors(lambda t: t.pop(NORM)), f"the model has no {NORM}"),
     "unknown": (
@@ -499,15 +483,15 @@ REFUSED = {
     ),
     "nan": (
         edit_tensors(lambda t: t[GATE].view(-1)[7:8].fill_(math.nan)),
-        "gate_proj.weight holds a number that is not finite",
+        "gate_proj.weight holds NaN or infinity",
     ),
-    "infinite": (edit_tensors(lambda t: t[GATE].view(-1)[7:8].fill_(-math.inf)), "not finite"),
+    "infinite": (edit_tensors(lambda t: t[GATE].view(-1)[7:8].fill_(-math.inf)), "NaN or infinity"),
     "too large": (
         edit_tensors(lambda t: t[GATE].view(-1)[7:8].fill_(1e6)),
         "holds 1e.06, which fp16 can't hold: export bf16",
     ),
-    "cut short": (lambda f: os.truncate(f / "model.safetensors", 100_000), "damaged or not whole"),
-    "empty": (lambda f: os.truncate(f / "model.safetensors", 0), "damaged or not whole"),
+    "cut short": (lambda f: os.truncate(f / "model.safetensors", 100_000), "damaged or incomplete"),
+    "empty": (lambda f: os.truncate(f / "model.safetensors", 0), "damaged or incomplete"),
     "index": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
         "lacks model-2.safetensors, which its index names",
@@ -628,7 +612,7 @@ def test_a_full_disk(quantization, asked_first, disk, tmp_path, monkeypatch):
     old = export_gguf(EMBEDDED_MODEL, None, place / "m" / "m-Q8_0.gguf", "q8_0")
     before = file_sha256(old)
     if not asked_first:
-        monkeypatch.setattr(gguf_export, "check_space", lambda *_: None)
+        monkeypatch.setattr(gguf_export, "_check_disk", lambda *_: None)
     with pytest.raises(UserError, match="free some") as caught:
         export_gguf(EMBEDDED_MODEL, None, place / "m", quantization)
     assert "\n" not in str(caught.value)
@@ -638,7 +622,7 @@ def test_a_full_disk(quantization, asked_first, disk, tmp_path, monkeypatch):
 def test_llama_cpp_runs_out_of_space(disk, monkeypatch):
     "What it is made from fits, the K-quant doesn't."
     place = disk("size=6000k")
-    monkeypatch.setattr(gguf_export, "check_space", lambda *_: None)
+    monkeypatch.setattr(gguf_export, "_check_disk", lambda *_: None)
     with pytest.raises(UserError, match="could not quantize to q6_k .no space left"):
         export_gguf(EMBEDDED_MODEL, None, place / "m.gguf", "q6_k")
     assert os.listdir(place) == []
@@ -775,7 +759,7 @@ def test_a_tied_head_that_is_stored_after_all(tokenizers, judge, tmp_path):
     assert "output.weight" not in tensors_of(tmp_path / "m.gguf")
     tensors["lm_head.weight"][3, 3] += 1
     safetensors.torch.save_file(tensors, file)
-    with pytest.raises(UserError, match="hold different numbers"):
+    with pytest.raises(UserError, match="though config.json ties them"):
         export_gguf(tmp_path / "f", tokenizer, tmp_path / "m.gguf", "f32")
 
 
@@ -785,6 +769,7 @@ def test_a_run_is_merged_into_what_it_was_trained_on(bits, judge, tmp_path):
     from qlora_nb.adapter import save_adapter
     from qlora_nb.core import write_yaml
     from qlora_nb.model import add_lora, load_model
+    from qlora_nb.run import RUN_FORMAT
 
     model, tokenizer = load_model("qlora_nb:embedded", load_in_4bit=bits == 4, backend="transformers")
     model = add_lora(model, r=4).eval()
@@ -793,7 +778,9 @@ def test_a_run_is_merged_into_what_it_was_trained_on(bits, judge, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     save_adapter(model, tokenizer, tmp_path / "run" / "adapter")
-    write_yaml(tmp_path / "run" / "config.yaml", {"load_in_4bit": bits == 4, "dtype": "float32", "revision": None})
+    settings = {"format": RUN_FORMAT, "model": "qlora_nb:embedded", "revision": None, "max_seq_length": 512}
+    settings |= {"load_in_4bit": bits == 4, "dtype": "float32"}
+    write_yaml(tmp_path / "run" / "config.yaml", settings)
     files = [export_gguf(tmp_path / place, None, tmp_path / "m.gguf", "f32") for place in ("run", "run/adapter")]
     assert files[0] == files[1]
     ids = prompt(tokenizer)

@@ -365,7 +365,7 @@ def test_nothing_fits_and_what_to_change():
         ({"data": [0, 5]}, "a length of 0"),
         ({"data": ["text"]}, "neither whole numbers nor rows of messages"),
         ({"data": [{"messages": []}]}, "give tokenizer="),
-        ({"data": [900], "seq_length": 100}, "every row is longer than seq_length=100"),
+        ({"data": [900], "seq_length": 100}, "every row is longer than max_seq_length=100"),
         ({"optimizer": "adafactor"}, "optimizer is 'adafactor'"),
     ],
 )

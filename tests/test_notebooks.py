@@ -105,7 +105,7 @@ def test_a_notebook_that_is_opened_alone(name, tmp_path):
     (installed / "__init__.py").symlink_to(ROOT / "qlora_nb/__init__.py")
     (installed / "results").symlink_to(NBS / "results")
     notebook = read(NBS / f"{name}.ipynb")
-    ask = "import qlora_nb.core\nqlora_nb.core.RESULTS"
+    ask = "import qlora_nb.core\nqlora_nb.core.RESULTS_FOLDER"
     notebook["cells"].append(tool("notebook_heads")["new_cell"]("code", ask, name, "where"))
     (alone / f"{name}.ipynb").write_text(json.dumps(notebook))
     env = {**os.environ, "PYTHONPATH": str(installed.parent)}

@@ -1,4 +1,4 @@
-"""Ollama's templates and Modelfiles: our renderer against Go's own text/template, and what a file can hold."""
+"""Ollama's templates and Modelfiles: our renderer against Go's own text/template, and what a file can quote_value."""
 
 import base64
 import copy
@@ -14,30 +14,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.gguf_export import pinned
+from qlora_nb.gguf_export import pin_date
 from qlora_nb.ollama_export import (
     GO_TEMPLATES,
-    TRIM,
+    GO_TRIM,
     choose_template,
-    go_offers,
-    go_template_for,
-    header_texts,
-    hold,
-    jinja_offers,
+    derive_go_template,
+    find_go_offers,
+    find_jinja_offers,
+    format_modelfile,
     modelfile_for,
     modelfile_refusal,
-    modelfile_text,
     ollama_commands,
     ollama_create,
-    ollama_data,
-    ollama_messages,
-    ollama_reads,
-    ollama_run,
     parse_modelfile,
+    predict_template,
     quote_go,
+    quote_value,
+    read_header_texts,
     render_go,
+    to_ollama_data,
+    to_ollama_messages,
     write_modelfile,
 )
+from qlora_nb.run import RUN_FORMAT
 from qlora_nb.template import CHAT_TEMPLATES, render
 
 # One template and its data a line in; one line out: what Go wrote (base64, since it may be cut within a character).
@@ -174,7 +174,7 @@ def alternating(messages):
 @properties
 @given(messages=conversations)
 def test_our_templates_render_as_in_go(go, name, messages):
-    data = ollama_data(ollama_messages(messages))
+    data = to_ollama_data(to_ollama_messages(messages))
     want, error = go(GO_TEMPLATES[name], data)
     assert error is None
     assert render_go(GO_TEMPLATES[name], data) == want
@@ -260,7 +260,7 @@ templates = a_template()
 def test_random_templates_render_as_in_go(go, template, messages):
     "What we render, Go renders alike. What we refuse, Go refuses, or it is outside the part that we read."
     template = '{{ $x := "s" }}{{ $y := 1 }}' + template
-    data = {**ollama_data(messages), "Number": 2}
+    data = {**to_ollama_data(messages), "Number": 2}
     (want, error), (got, _) = go(template, data), ours(template, data)
     if got is not None:
         assert (got, error) == (want, None)
@@ -299,7 +299,7 @@ def test_random_templates_render_as_in_go(go, template, messages):
     ).map("".join)
 )
 def test_broken_templates_are_not_rendered(go, template):
-    data = ollama_data([{"role": "user", "content": "x"}])
+    data = to_ollama_data([{"role": "user", "content": "x"}])
     (want, error), (got, refused) = go(template, data), ours(template, data)
     if got is not None:
         assert (got, error) == (want, None), template
@@ -308,8 +308,8 @@ def test_broken_templates_are_not_rendered(go, template):
 
 
 def test_most_random_templates_render(go):
-    "The property above would hold for a renderer that refuses everything: this one doesn't."
-    data = {**ollama_data([{"role": "user", "content": " hé "}, {"role": "assistant", "content": "b"}]), "Number": 2}
+    "The property above would quote_value for a renderer that refuses everything: this one doesn't."
+    data = {**to_ollama_data([{"role": "user", "content": " hé "}, {"role": "assistant", "content": "b"}]), "Number": 2}
     samples = {
         "{{ range $i, $m := .Messages }}{{ $i }}{{ len $m.Content }}{{ end }}": "0511",
         '{{ $x := "" }}{{ range .Messages }}{{ $x = .Role }}{{ end }}{{ $x }}': "assistant",
@@ -347,7 +347,7 @@ def test_most_random_templates_render(go):
 )
 def test_a_broken_template_is_named_with_its_place(template, where):
     with pytest.raises(UserError) as error:
-        render_go(template, ollama_data([{"role": "user", "content": "x"}]))
+        render_go(template, to_ollama_data([{"role": "user", "content": "x"}]))
     assert where in str(error.value)
 
 
@@ -356,13 +356,13 @@ def test_a_broken_template_is_named_with_its_place(template, where):
 def test_quoted_strings(go, text):
     assert render_go("{{ " + quote_go(text) + " }}", {}) == text
     assert go("{{ " + quote_go(text) + " }}", {})[0] == text
-    hold(quote_go(text).replace('"""', ""), "a quoted string")  # printable throughout
+    quote_value(quote_go(text).replace('"""', ""), "a quoted string")  # printable throughout
 
 
 @properties
 @given(text=st.text(st.sampled_from(" \t\n\r\v\fab é東"), max_size=30))
 def test_trim_takes_white_space_from_both_ends(go, text):
-    template = TRIM + '{{ template "trim" .System }}'
+    template = GO_TRIM + '{{ template "trim" .System }}'
     assert render_go(template, {"System": text}) == go(template, {"System": text})[0] == text.strip(" \t\n\r\v\f")
 
 
@@ -376,7 +376,7 @@ def test_named_templates_write_what_training_writes(chatml, name, messages):
     messages = [{**m, "content": m["content"].strip().strip("\x1c\x1d\x1e\x1f\x85")} for m in alternating(messages)]
     messages = [{**m, "content": f" \n{m['content']}\t "} if m["content"] else m for m in messages]
     want = render(messages, chatml, name, add_generation_prompt=messages[-1]["role"] != "assistant")
-    got = render_go(GO_TEMPLATES[name], ollama_data(ollama_messages(messages)))
+    got = render_go(GO_TEMPLATES[name], to_ollama_data(to_ollama_messages(messages)))
     assert got == want.removeprefix(chatml.bos_token)
 
 
@@ -406,13 +406,13 @@ def test_derived_templates_write_what_training_writes(tokenizer, go, name, messa
     messages = [{**m, "content": f"\n {m['content']} "} if m["content"] else m for m in messages]
     template = derived(tokenizer, name)
     want = render(messages, tokenizer, DERIVED[name], add_generation_prompt=messages[-1]["role"] != "assistant")
-    data = ollama_data(ollama_messages(messages))
+    data = to_ollama_data(to_ollama_messages(messages))
     assert render_go(template, data) == go(template, data)[0] == want.removeprefix(tokenizer.bos_token)
 
 
 def derived(tokenizer, name, known={}):  # noqa: B006
     if name not in known:
-        known[name] = go_template_for(tokenizer, DERIVED[name])
+        known[name] = derive_go_template(tokenizer, DERIVED[name])
     return known[name]
 
 
@@ -429,19 +429,19 @@ def derived(tokenizer, name, known={}):  # noqa: B006
 )
 def test_templates_that_cannot_be_derived_are_refused(tokenizer, jinja, why):
     with pytest.raises(UserError) as error:
-        go_template_for(tokenizer, jinja)
+        derive_go_template(tokenizer, jinja)
     assert why in str(error.value)
 
 
 def test_neighbours_of_one_role_are_merged():
     turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
-    assert [t["content"] for t in ollama_messages(turns)] == ["a\n\nb", "c"]
+    assert [t["content"] for t in to_ollama_messages(turns)] == ["a\n\nb", "c"]
     assert turns[0]["content"] == "a"  # what was passed in stays
-    assert ollama_messages(turns, "S")[0] == {"role": "system", "content": "S"}
+    assert to_ollama_messages(turns, "S")[0] == {"role": "system", "content": "S"}
     own = [{"role": "system", "content": "mine"}, *turns]
-    assert ollama_messages(own, "S")[0]["content"] == "mine"
+    assert to_ollama_messages(own, "S")[0]["content"] == "mine"
     examples = [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]
-    assert [t["role"] for t in ollama_messages(turns, "S", examples)] == [
+    assert [t["role"] for t in to_ollama_messages(turns, "S", examples)] == [
         "system",
         "user",
         "assistant",
@@ -458,7 +458,7 @@ def test_neighbours_of_one_role_are_merged():
 def test_reading_back_gives_what_was_written(text, name):
     instructions = [("FROM", "./m.gguf"), (name, text), ("SYSTEM", "last")]
     try:
-        written = modelfile_text(instructions)
+        written = format_modelfile(instructions)
     except UserError as error:
         assert name in str(error)
         # No needless refusal: this text, written all the same, doesn't come back.
@@ -474,7 +474,7 @@ def test_reading_back_gives_what_was_written(text, name):
 @pytest.mark.parametrize(
     "text, why",
     [
-        ("nothing\n", "'nothing' is no instruction"),
+        ("nothing\n", "'nothing' is not an instruction"),
         ("SYSTEM hello\n", "no FROM line"),
         ('FROM m\nSYSTEM """open\n', "line 2, column 1: the value is never closed"),
         ("FROM m\nPARAMETER\n", "PARAMETER needs a name"),
@@ -535,7 +535,7 @@ def test_write_modelfile(tokenizer, gguf):
         ({"system": 'say """'}, 'SYSTEM holds """'),
         ({"system": "a\u00a0b"}, "SYSTEM holds U+00A0 (NO-BREAK SPACE) at line 1, column 2"),
         ({"license": "x\x07"}, "LICENSE holds U+0007"),
-        ({"parameters": {"num ctx": 1}}, "the parameter 'num ctx' is no name"),
+        ({"parameters": {"num ctx": 1}}, "the parameter 'num ctx' can't be written to a Modelfile"),
         ({"parameters": {"num_ctx": None}}, "the parameter num_ctx is None"),
         ({"template": "chatml"}, "needs the token <|im_end|>"),
         ({"template": "alpaca"}, "there is no template 'alpaca'"),
@@ -655,12 +655,12 @@ def test_the_rule_of_choice(jinja, template, source):
     ],
 )
 def test_what_a_template_offers(template, offers):
-    assert go_offers(template) == offers
+    assert find_go_offers(template) == offers
 
 
 @pytest.mark.parametrize("name", GO_TEMPLATES)
 def test_our_templates_offer_nothing_but_replies(name):
-    assert go_offers(GO_TEMPLATES[name]) == set() == jinja_offers(CHAT_TEMPLATES["llama-3.1"])
+    assert find_go_offers(GO_TEMPLATES[name]) == set() == find_jinja_offers(CHAT_TEMPLATES["llama-3.1"])
 
 
 @pytest.fixture
@@ -693,21 +693,21 @@ def test_the_header_is_read_as_by_the_gguf_package(headed):
     path = headed("{{ é }}")
     reader = gguf.GGUFReader(path)
     texts = {key: part.contents() for key, part in reader.fields.items() if part.types == [gguf.GGUFValueType.STRING]}
-    assert header_texts(path) == texts and texts["last"] == "naïve 東京"
+    assert read_header_texts(path) == texts and texts["last"] == "naïve 東京"
     whole = path.read_bytes()
     for end in range(len(whole)):
         path.write_bytes(whole[:end])
         with pytest.raises(UserError, match="m.gguf can't be read as a GGUF"):
-            header_texts(path)
+            read_header_texts(path)
     for size in (2**31, 2**63 - 1, 2**64 - 1):  # a length that leads far beyond the end
         path.write_bytes(whole[:24] + size.to_bytes(8, "little") + whole[32:])
         with pytest.raises(UserError, match="m.gguf can't be read as a GGUF"):
-            header_texts(path)
+            read_header_texts(path)
     path.write_bytes(b"PK" + whole[2:])
     with pytest.raises(UserError, match="it begins with b'PKUF'"):
-        header_texts(path)
+        read_header_texts(path)
     with pytest.raises(UserError, match="can't be read as a GGUF"):
-        header_texts(path.parent)
+        read_header_texts(path.parent)
 
 
 def test_the_template_counts_that_is_in_the_file(tokenizer, headed, capsys):
@@ -716,7 +716,7 @@ def test_the_template_counts_that_is_in_the_file(tokenizer, headed, capsys):
     path = write_modelfile(headed(own).parent, headed(own), tokenizer=tokenizer)
     assert (
         capsys.readouterr().err == ""
-        and ollama_reads(parse_modelfile(path.read_text()), headed(own)).source == "template"
+        and predict_template(parse_modelfile(path.read_text()), headed(own)).source == "template"
     )
     write_modelfile(path, headed("{# tools #}" + own), tokenizer=tokenizer)
     said = capsys.readouterr()
@@ -732,7 +732,7 @@ def test_the_template_counts_that_is_in_the_file(tokenizer, headed, capsys):
     write_modelfile(path, headed(own, "laguna"), tokenizer=tokenizer)
     assert "reads neither TEMPLATE nor the chat template in the GGUF" in capsys.readouterr().err
     path.write_text("FROM ./m.gguf\nPARSER qwen3\n")
-    assert ollama_reads(parse_modelfile(path.read_text()), headed(own)).source == "renderer"
+    assert predict_template(parse_modelfile(path.read_text()), headed(own)).source == "renderer"
 
 
 def test_a_file_that_is_no_gguf_is_said(tokenizer, gguf, capsys):
@@ -753,7 +753,7 @@ def test_a_modelfile_without_template_needs_the_template_of_training_in_the_file
     assert not (gguf.parent / "Modelfile").exists()
     dated = CHAT_TEMPLATES["llama-3.1"]  # its date is pinned in the file
     path = write_modelfile(
-        gguf.parent, headed(pinned(dated)), dated, tokenizer=both, system="Hi.", without_template=True
+        gguf.parent, headed(pin_date(dated)), dated, tokenizer=both, system="Hi.", without_template=True
     )
     found = parse_modelfile(path.read_text())
     assert found.one("TEMPLATE") is None and found.one("SYSTEM") == "Hi." and "<|eot_id|>" in found.parameters["stop"]
@@ -777,7 +777,7 @@ def test_a_run_whose_template_cannot_be_derived_gets_a_modelfile_without_one(tok
     with pytest.raises(UserError, match="there is no template 'alpaca'"):
         modelfile_refusal(thinks, "alpaca")
     thinks.save_pretrained(tmp_path / "run" / "adapter")
-    (tmp_path / "run" / "config.yaml").write_text("system: Be brief.\nmax_seq_length: 256\n")
+    (tmp_path / "run" / "config.yaml").write_text(f"format: {RUN_FORMAT}\nsystem: Be brief.\nmax_seq_length: 256\n")
     found = parse_modelfile(modelfile_for(tmp_path / "run", headed(THOUGHT)).read_text())
     assert (
         found.one("TEMPLATE") is None and found.one("SYSTEM") == "Be brief." and found.parameters["num_ctx"] == ["256"]
@@ -819,16 +819,7 @@ class StandIn(BaseHTTPRequestHandler):
         else:
             body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.seen.append((self.path, body))
-        if self.path == "/api/chat":
-            message = {"role": "assistant", "content": "It learns."}
-            if json.loads(body)["messages"][0]["content"] == "Think.":
-                message = {"role": "assistant", "content": "", "thinking": "Hm.\n"}
-            known = json.loads(body)["model"] == "my-model"
-            self.answer(
-                {"model": "my-model", "message": message, "done": True} if known else {"error": "model not found"}
-            )
-        else:
-            self.answer({"status": "success"})
+        self.answer({"status": "success"})
 
     def log_message(self, *args):
         pass
@@ -863,10 +854,6 @@ def test_the_real_client_sends_the_modelfile_to_a_stand_in_server(tokenizer, ggu
     assert request["template"] == GO_TEMPLATES["embedded"]
     assert request["parameters"]["num_ctx"] == 64 and request["parameters"]["temperature"] == 0.7
     assert request["parameters"]["stop"] == ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
-    assert str(ollama_run("my-model", "What is it?", host=host)) == "It learns."
-    assert str(ollama_run("my-model", "Think.", host=host)) == "<think>\nHm.\n</think>\n\n"
-    with pytest.raises(UserError, match="could not ask other .model not found."):
-        ollama_run("other", host=host)
     gguf.unlink()
     with pytest.raises(UserError, match="names .*m.gguf, which isn't there"):
         ollama_create("my-model", path, host=host)
@@ -935,9 +922,9 @@ def test_without_a_server_the_commands_come_back(tokenizer, gguf):
     path = write_modelfile(gguf.parent, gguf, tokenizer=tokenizer)
     result = ollama_create("my-model", path, host="127.0.0.1:9")
     assert not result.done and f"ollama create my-model -f {path}" in str(result) and "ollama serve" in str(result)
-    assert "ollama run my-model 'What is machine learning?'" in str(ollama_run("my-model", host="127.0.0.1:9"))
+    assert "ollama run my-model 'What is machine learning?'" in str(result)
     assert "'a b'" in ollama_commands("m", "a b")
     with pytest.raises(UserError, match="can't be a model's name"):
-        ollama_run("my model")
+        ollama_create("my model", path)
     with pytest.raises(UserError, match="there is no Modelfile"):
         ollama_create("my-model", path.parent / "none")

@@ -82,10 +82,8 @@ def test_the_rank_has_room_for_the_tokens_or_says_so(tokens):
 
 @pytest.mark.quick
 def test_few_rows_get_a_smaller_rank_and_steps_enough():
-    assert (
-        advise_rank(facts(499))[0].value == 8
-        and advise_rank(facts(500))[0].value == advise_rank(facts())[0].value == 16
-    )
+    assert advise_rank(facts(499))[0].value == 8
+    assert advise_rank(facts(500))[0].value == advise_rank(facts())[0].value == 16
     for rows in (10, 60, 100, 300, 700, 3000):
         found = facts(rows)
         assert count_steps(found) >= 100 or advise_epochs(found).value == 8, rows
@@ -168,9 +166,8 @@ def test_every_setting_has_a_reason_and_a_source(device, method):
     found = recommend(LLAMA_3B, 1000, device, method=method)
     assert len({a.name for a in found.advice}) == len(found.advice)
     for advice in found.advice:
-        assert advice.reason and all(source in ADVICE_SOURCES.values() for source in known_sources(advice.source)), (
-            advice
-        )
+        assert advice.reason, advice
+        assert all(source in ADVICE_SOURCES.values() for source in known_sources(advice.source)), advice
     batch = found["per_device_train_batch_size"] * found["gradient_accumulation_steps"]
     assert batch == found["effective_batch"]
     assert found["lora_alpha"] == found["r"]

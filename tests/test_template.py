@@ -127,7 +127,7 @@ def test_the_middle_of_the_prompt_is_cut(tokenizer):
 
 
 def test_a_huge_row_is_not_tokenized(tokenizer):
-    row = encode_batch([chat("Hi", "many words " * 200_000)], tokenizer, max_length=2048)[0]
+    row = encode_batch([chat("Hi", "many words " * 200_000)], tokenizer, max_seq_length=2048)[0]
     assert row.code == "too_long" and row.input_ids is None and row.length > 400_000
     assert encode(chat("Hi", "many words " * 200_000), tokenizer) is None
 

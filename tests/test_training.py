@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from qlora_nb import training
+from qlora_nb import training, workflow
 from qlora_nb.adapter import load_adapter, model_info
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError, file_sha256
 from qlora_nb.engine import engine_of, install_engine
@@ -458,7 +458,7 @@ def test_copies_are_few_after_the_first_steps():
         ((9, 0.0, 1e-3, True, False), "nothing to learn"),
         ((9, math.nan, 1e-3, False, False), "base model's weights are damaged or overflow"),
         ((9, math.nan, 1e-3, True, False), "lower the learning rate .it was 0.001"),
-        ((9, math.inf, 1e-3, True, True), "fp16 ends at 65,504"),
+        ((9, math.inf, 1e-3, True, True), "fp16 overflowed"),
     ],
 )
 def test_causes(arguments, said):
@@ -707,9 +707,10 @@ def test_a_signal_before_the_steps_and_after_them(data, tmp_path, monkeypatch):
     settings = {"output": tmp_path / "run", "eval_rows": 2, "max_new_tokens": 4, "max_steps": 1, "warmup_steps": 0}
 
     def stops_in(name, message, **more):
-        function = getattr(training, name)
+        home = workflow if name == "write_reports" else training
+        function = getattr(home, name)
         with monkeypatch.context() as patch:
-            patch.setattr(training, name, lambda *a, **k: (send(signal.SIGTERM), function(*a, **k))[1])
+            patch.setattr(home, name, lambda *a, **k: (send(signal.SIGTERM), function(*a, **k))[1])
             with pytest.raises(TrainingInterrupted, match=message) as stopped:
                 train(model, tokenizer, data, **more)
         assert stopped.value.exit_code == 143 and "Ctrl-C" not in str(stopped.value)
@@ -717,7 +718,7 @@ def test_a_signal_before_the_steps_and_after_them(data, tmp_path, monkeypatch):
     stops_in("check_trainable", "stopped by SIGTERM: nothing was trained yet", **settings)
     stops_in("evaluate", "stopped by SIGTERM: resume it with qlora_nb train --resume", **settings)
     stops_in("tidy_checkpoints", "stopped by SIGTERM: resume it with", resume=settings["output"])
-    stops_in("report_page", "is finished, and what comes after it is not: qlora_nb report", resume=settings["output"])
+    stops_in("write_reports", "is finished, and its report is not written: qlora_nb report", resume=settings["output"])
     assert (settings["output"] / "summary.json").exists()
 
 
