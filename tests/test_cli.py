@@ -539,7 +539,7 @@ def test_a_mistake_with_plan_is_one_sentence(arguments, message, mistake):
     "arguments, message",
     [
         (["--plan", "T5"], "there is no card 'T5'"),
-        (["--plan", "auto", "--resume", "x"], "is not a run folder"),
+        (["--plan", "auto", "--resume", "x"], "there is no folder"),
         (["--truncation", "left"], "truncation is 'left'"),
     ],
 )

@@ -249,21 +249,17 @@ def test_names_are_linked():
 
 
 @pytest.mark.quick
-def test_a_name_in_several_modules_is_linked_where_it_is_meant():
-    "On its own page, else the public one, else the one that is no command; else nowhere: which `Plan` is meant?"
+def test_only_public_names_are_linked():
+    "What modules share among themselves is in nbdev's index, and on no page."
     from nbdev.config import get_config
 
     assert get_config().lib_name == "qlora_nb"
-    lookup = (names := names_of("prepare_docs"))["Lookup"]()
-    known = importlib.import_module("qlora_nb._modidx").d["syms"]
-    assert {f"qlora_nb.{module}.Plan" for module in ("memory", "gguf_export")} <= {n for d in known.values() for n in d}
-    assert lookup.doc("Plan") is None
-    assert lookup.doc("train") == "training.html#train" and lookup.doc("diagnose") == "diagnose.html#diagnose"
-    names["Lookup"].own = "memory"
-    assert lookup.doc("Plan") == "memory.html#plan"
-    names["Lookup"].own = "cli"
-    assert lookup.doc("train") == "cli.html#train"
-    assert lookup.doc("numpy") is None
+    lookup = names_of("prepare_docs")["Lookup"]()
+    known = {name for names in importlib.import_module("qlora_nb._modidx").d["syms"].values() for name in names}
+    assert {"qlora_nb.run.check_setting", "qlora_nb.cli.train"} <= known
+    assert lookup.doc("check_setting") is None and lookup.doc("numpy") is None
+    assert lookup.doc("train") == "workflow.html#train" and lookup.doc("diagnose") == "diagnose.html#diagnose"
+    assert lookup.doc("Plan") == "plan.html#plan"
 
 
 @each_notebook

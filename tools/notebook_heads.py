@@ -108,7 +108,7 @@ def set_install(cells, at, stem, cfg):
 
 
 def results_from_package(text):
-    "`Path(\"results/x.json\")` becomes `(RESULTS / \"x.json\")`; an own RESULTS is dropped."
+    '`Path("results/x.json")` becomes `(RESULTS / "x.json")`; an own RESULTS is dropped.'
     text = re.sub(r'^RESULTS = Path\("results"\).*\n', "", text, flags=re.M)
     text = re.sub(r'json\.loads\(Path\((f?)"results/([^"]+)"\)', r'json.loads((RESULTS / \1"\2")', text)
     text = re.sub(r'json\.loads\(Path\("results", (f?"[^"]+")\)', r"json.loads((RESULTS / \1)", text)

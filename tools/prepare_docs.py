@@ -213,27 +213,18 @@ class KeepInstall:
 
 
 class Lookup(NbdevLookup):
-    """Where a name is documented, as an address within the site.
+    """Where a name is documented, as an address within the site: nowhere for what modules share among themselves.
 
-    One that several modules define is the page's own, then the public one, and the command line's last of all; where
-    two are left, it is not linked: nobody knows which is meant.
+    nbdev's index lists that, too, but no page shows it.
     """
 
-    own = None  # the module of the page that is being made
-
     def __getitem__(self, name):
-        package = importlib.import_module(get_config().lib_name)
-        known = importlib.import_module(f"{package.__name__}._modidx").d["syms"]
+        known = importlib.import_module(f"{get_config().lib_name}._modidx").d["syms"]
         places = [module for module, names in known.items() if f"{module}.{name}" in names]
-        thing = getattr(package, name, None) if name in package.__all__ else None
-        kinds = (f"{package.__name__}.{self.own}", getattr(thing, "__module__", None))
-        first = next((kind for kind in kinds if kind in places), None)
-        others = [module for module in places if not module.endswith(".cli")] or places
-        if first or len(others) == 1:
-            name = f"{first or others[0]}.{name}"
-        elif places:
+        public = [place for place in places if name.partition(".")[0] in importlib.import_module(place).__all__]
+        if places and not public:
             return None
-        return super().__getitem__(name)
+        return super().__getitem__(f"{public[0]}.{name}" if public else name)
 
     def doc(self, name):
         config = get_config()
@@ -252,11 +243,6 @@ def needed(cell):
 
 class RunNeeded(exec_show_docs):
     "nbdev also runs each cell with an import anywhere in it, functions included: half of an experiment."
-
-    def begin(self):
-        super().begin()
-        exports = (cell.directives_["default_exp"] for cell in self.nb.cells if "default_exp" in cell.directives_)
-        Lookup.own = next(exports, [None])[0]
 
     def __call__(self, cell):
         with warnings.catch_warnings():
