@@ -105,6 +105,28 @@ def choose_plan(flag: str | None, resume: str | None, config: dict):
         return None
     return found if found == "auto" else find_card(found)
 
+# %% ../nbs/21_cli.ipynb #21b00001
+def warn_of_large_model(name: str, settings: Settings, card=None) -> None:
+    "Warn on stderr before the loading where not even one short row fits into `card` (None: this machine's, if it has one)."
+    import torch
+
+    from qlora_nb.model import choose_backend
+    from qlora_nb.plan import Rows, estimate_for_rows, find_card
+    from qlora_nb.shapes import model_shape
+    from qlora_nb.training import warn_of_memory
+
+    if card is None and not torch.cuda.is_available():
+        return
+    card = card or find_card("cuda")
+    way = choose_backend(settings.backend, settings.engine, name, settings.revision)
+    adapter = drop_missing(r=settings.r, target_modules=settings.target_modules)
+    with contextlib.suppress(UserError):  # an architecture or optimizer that isn't covered; loading says what is really wrong
+        estimate = estimate_for_rows(
+            model_shape(name), card, Rows((64,), 64, 0), "qlora" if settings.load_in_4bit else "lora", batch_size=1, packing=False,
+            optimizer=settings.optim, backend="engine" if way.engine else way.backend, gradient_checkpointing=True, **adapter)
+        if warning := warn_of_memory(estimate, card):
+            print(warning, file=sys.stderr)
+
 # %% ../nbs/21_cli.ipynb #a2f61c09
 def check_exportable(model, tokenizer, template: str | None = None) -> None:
     "Raise `UserError` before the training where the export or its certificate would fail after it; report on stderr where Ollama gets no TEMPLATE."
@@ -127,8 +149,7 @@ def check_exportable(model, tokenizer, template: str | None = None) -> None:
 def train_from_flags(flags: dict, formats: list[str]):
     "Load, attach, train: what `qlora_nb train` does. Return the `Run`. `formats` are what it will be exported in."
     from qlora_nb.model import add_lora, check_checkpointing, choose_backend, load_model, model_path
-    from qlora_nb.training import train_adapter
-    from qlora_nb.workflow import Run, try_to_report
+    from qlora_nb.workflow import train_and_report
 
     config = read_train_config(flags["config"], flags["resume"], flags["output"])
     given = {f.name: flags.get(f.name) for f in fields(Settings)}
@@ -141,18 +162,18 @@ def train_from_flags(flags: dict, formats: list[str]):
     data, held_out, source = load_rows(settings)
     wanted = settings.use_gradient_checkpointing
     check_checkpointing(wanted, choose_backend(settings.backend, settings.engine, name, settings.revision).engine)
+    warn_of_large_model(name, settings)
     how = {**settings.of_part("model"), "max_seq_length": settings.max_seq_length}
     model, tokenizer = load_model(how.pop("model"), **how)
     model = add_lora(model, **drop_missing(**settings.of_part("adapter")))
     if formats:
         check_exportable(model, tokenizer, settings.template)
     trainer = {name: value for name, value in given.items() if name in settings_of_part("trainer")}
-    folder, held_out = train_adapter(
+    run = train_and_report(
         model, tokenizer, data, trainer, config=None if flags["resume"] else config, eval_data=held_out, output=flags["output"],
         plan=plan, resume=flags["resume"], source=source, started=process_start())
-    try_to_report(folder)
-    compare_fingerprints(config, folder.config)
-    return Run(folder.path, folder.summary, folder.metrics, model, tokenizer, held_out)
+    compare_fingerprints(config, RunFolder.open(run).config)
+    return run
 
 # %% ../nbs/21_cli.ipynb #826fda92-9
 def process_start() -> float:
@@ -530,7 +551,7 @@ def report(
     run: Annotated[str, typer.Argument(help="a run folder, finished or not")],
     show: Annotated[bool, typer.Option("--open", help="show it in the browser")] = False,
 ):
-    "Write report.html into a run's folder; the last line is its path."
+    "Write report.md and report.html into a run's folder; the last line is the page's path."
     with quiet_stdout():
         from qlora_nb.report import write_reports
 

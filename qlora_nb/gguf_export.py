@@ -642,6 +642,7 @@ def open_source(model, tokenizer, base: str | Path | None = None, load_in_4bit: 
         if tokenizer is None:
             raise UserError("no tokenizer was given: pass the one that load_model returned")
         return ModelSource(model), tokenizer
+    model = getattr(model, "path", model)  # a `Run` stands for its folder
     path = EMBEDDED_MODEL if str(model) == EMBEDDED_NAME else Path(model).expanduser()
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: name a model's or an adapter's folder, or pass the model itself")

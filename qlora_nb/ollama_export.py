@@ -959,7 +959,7 @@ def _from_path(gguf: Path, folder: Path) -> str:
 
 
 def format_modelfile(instructions: list[tuple[str, str]]) -> str:
-    "Return a Modelfile that reads back as these instructions. Raise `UserError` for a value that a Modelfile can't quote_value."
+    "Return a Modelfile that reads back as these instructions. Raise `UserError` for a value that a Modelfile can't hold."
     lines = []
     for name, value in instructions:
         plain = name == "FROM" or (name.startswith("PARAMETER ") and re.fullmatch(r"[\w.+-]+", value, re.A))

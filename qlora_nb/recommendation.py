@@ -88,11 +88,13 @@ def count_data(
 # %% ../nbs/05_recommend.ipynb #680e5786
 def _count_learned(rows, tokenizer) -> int:
     "Count the labelled tokens of all rows, estimated from every n-th where there are many."
-    from qlora_nb.template import encode
+    from qlora_nb.template import encode_batch
 
     chosen = range(0, len(rows), max(1, len(rows) // COUNTED_ROWS))
-    encoded = (encode(rows[i]["messages"], tokenizer, max_seq_length=10**9) for i in chosen)
-    counts = [sum(label != -100 for label in row["labels"]) for row in encoded]
+    encoded = encode_batch([rows[i]["messages"] for i in chosen], tokenizer)
+    if bad := next((row for row in encoded if row.code), None):
+        raise UserError(f"{bad.why} ({bad.code}): fix these messages or leave them out")
+    counts = [sum(label != -100 for label in row.labels) for row in encoded]
     return round(sum(counts) * len(rows) / len(counts))
 
 # %% ../nbs/05_recommend.ipynb #7037965b

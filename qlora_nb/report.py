@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from .core import Findings, UserError, is_number, read_json, write_aside
-from .diagnosis import diagnose
+from .diagnosis import diagnose, plot_loss
 from .evaluation import wilson_interval
 from .run import DATA_FROM_PYTHON, RunFolder
 
@@ -644,15 +644,27 @@ def render_markdown(
     "Return the report as Markdown. Raise `UserError` for another folder."
     return render_template("report.md.j2", gather_facts(run))
 
+# %% ../nbs/20_report.ipynb #20b00001
+def write_loss_curve(folder: RunFolder, metrics: list[dict]) -> None:
+    "Write loss.png."
+    import matplotlib.pyplot as plt
+
+    ax = plot_loss(metrics)
+    with write_aside(folder.path / "loss.png") as part:
+        ax.figure.savefig(part, format="png", dpi=120)
+    plt.close(ax.figure)
+
 # %% ../nbs/20_report.ipynb #cb1eb24e
 def write_reports(
     run,  # a run or its folder
 ) -> Path:  # of report.html
-    "Write report.md and report.html into the run folder, atomically. Raise `UserError`; damaged files are named on stderr."
+    "Write loss.png, report.md and report.html into the run folder, atomically. Raise `UserError`; damaged files are named on stderr."
     facts = gather_facts(run)
     for problem in facts.problems:
         print(f"damaged, and left out of the report: {problem}", file=sys.stderr)
     folder = RunFolder.open(facts.path)
+    if facts.metrics:
+        write_loss_curve(folder, facts.metrics)
     folder.write("report.md", render_markdown(facts))
     return folder.write("report.html", render_page(facts))
 

@@ -112,7 +112,7 @@ def _converted(value, kinds: tuple[type, ...]):
     for kind in kinds:
         fits = isinstance(value, (int, float) if kind is float else kind)
         if fits and (kind not in (int, float) or not isinstance(value, bool)):
-            return value
+            return value if kind is float and type(value) is int else kind(value)
     return None
 
 
@@ -162,6 +162,8 @@ def resolve_settings(
     "Decide every setting: argument, config, plan, profile, advice, default, in this order. Raise `UserError` for an invalid one."
     arguments = dict(arguments or {})
     given = {**{name: value for name, value in (config or {}).items() if name in _FIELDS}, **arguments}
+    if given.get("model") is None:
+        given.pop("model", None)
     usual = _of_profile(profile, given) if profile else {}
     values = {**(advice or {}), **usual, **(plan or {})}
     if usual.get("data"):  # a profile's data is taken as a whole
@@ -273,7 +275,10 @@ class RunFolder:
         place = Path(place).expanduser().absolute()
         signs = ("adapter", "checkpoints", "versions.json", "metrics.jsonl", "summary.json")
         for folder in (place, place.parent):
-            if (folder / "config.yaml").is_file() and any((folder / name).exists() for name in signs):
+            if not (folder / "config.yaml").is_file() or not any((folder / name).exists() for name in signs):
+                continue
+            config = read_config(folder / "config.yaml")
+            if {"format", "fingerprints"} & set(config) or not set(config) & set(_FIELDS):  # else it is a file of the user's own
                 return cls.open(folder)
         return None
 

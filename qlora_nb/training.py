@@ -36,7 +36,7 @@ from qlora_nb.core import (
     library_versions,
     write_json,
 )
-from .preflight import check_and_encode, encode_dataset
+from .preflight import DatasetFinding, check_and_encode, encode_dataset
 from .rows import data_fingerprint, load_sft_dataset, question_hash
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2e
@@ -1020,11 +1020,19 @@ class TrainingRows:
         return None if self.report is None else sum(f.count for f in self.report.findings if f.code == "prompt_cut")
 
     def keep_within(self, limit: int) -> "TrainingRows":
-        "Return the rows of at most `limit` tokens."
+        "Return the rows of at most `limit` tokens, and note those that are dropped in the report. Raise `UserError` where none is left."
         lengths = count_row_tokens(self.rows)
         numbers = sorted(set(range(self.total)) - set(self.dropped))  # of the rows that are here
         longer = [number for number, length in zip(numbers, lengths) if length > limit]
         kept = self.rows.select([i for i, length in enumerate(lengths) if length <= limit])
+        if not len(kept):
+            raise UserError(f"no row fits max_seq_length={limit}: the shortest has {min(lengths)} tokens, the longest {max(lengths)}; raise it")
+        if self.report:
+            self.report.summary["max_seq_length"] = limit
+            self.report.findings.append(DatasetFinding(
+                "row_dropped", "warning", f"{len(longer)} rows are longer than max_seq_length={limit}, which the plan chose, and are left out",
+                "set max_seq_length, or accept that they are left out", len(longer), longer[:5]))
+            self.report.findings.sort(key=self.report.order)
         return replace(self, rows=kept, dropped=sorted([*self.dropped, *longer]))
 
     def summary(self) -> dict:
@@ -1252,13 +1260,13 @@ def train_adapter(
     resume: str | Path | None = None,  # a run to resume
     source: dict | None = None,  # where the data came from, for config.yaml
     started: float | None = None,  # when the clock of `seconds` began; None is now
-) -> tuple[RunFolder, object]:  # and the held-out rows
+) -> tuple:  # (the run's folder, the tokenizer with the template that was trained, the held-out rows)
     "Train, evaluate before and after, and leave a finished run folder, but for its reports. Raises as `train` does."
     from transformers import set_seed
 
     started = started or time.time()
     prepared = None
-    with explain_interrupts(lambda: describe_remains(prepared)):
+    with explain_interrupts(lambda: describe_remains(prepared.folder if prepared else RunFolder(resume) if resume else None)):
         prepared = prepare_run(
             model, tokenizer, data, eval_data, arguments, config, plan, resume, output, check, source or {"data": DATA_FROM_PYTHON})
         folder, config, rows = prepared.folder, prepared.config, prepared.rows
@@ -1270,18 +1278,18 @@ def train_adapter(
         folder.write("config.yaml", config)
         folder.write("versions.json", {**library_versions(), "device": device_name(), "date": f"{datetime.now():%Y-%m-%d}"})
         set_seed(prepared.settings.seed)
+        tokenizer = with_template(tokenizer, prepared.settings.template)
         train_and_evaluate(model, tokenizer, prepared, started)
-        return folder, prepared.eval_data
+        return folder, tokenizer, prepared.eval_data
 
 # %% ../nbs/15_training.ipynb #96a31b6b-3a
-def describe_remains(prepared: PreparedRun | None) -> str:
-    "Say what a stop left, and how to go on."
-    if prepared is None or not (prepared.folder.path / "config.yaml").exists():
+def describe_remains(folder: RunFolder | None) -> str:
+    "Say what a stop left, and how to continue."
+    if folder is None or not (folder.path / "config.yaml").exists():
         return "nothing was trained yet, so start again"
-    path = prepared.folder.path
-    if prepared.folder.finished:
-        return f"the run {path} is finished, and what follows it is not: qlora_nb report {path}, qlora_nb export {path}"
-    return prepared.folder.how_to_resume()
+    if folder.finished:
+        return f"the run {folder.path} is finished, and what follows it is not: qlora_nb report {folder.path}, qlora_nb export {folder.path}"
+    return folder.how_to_resume()
 
 
 def record_plan(model, prepared: PreparedRun) -> None:
@@ -1320,7 +1328,7 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float) 
             torch.cuda.reset_peak_memory_stats()
         seconds = run_trainer(trainer, watch, progress, folder, interrupted, prepared.checkpoint)
     plan = config.get("plan") and {"plan": {**config["plan"], "measured": measure_peak_memory()}}
-    sha = save_adapter(model, with_template(tokenizer, settings.template), folder.adapter)
+    sha = save_adapter(model, tokenizer, folder.adapter)
     tidy_checkpoints(folder, config["model"])
     after = _evaluate(model, tokenizer, eval_data, base_data, settings, base=False)
     write_results(folder, watch, before, after, {

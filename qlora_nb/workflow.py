@@ -17,34 +17,29 @@ import torch
 
 # %% ../nbs/54_workflow.ipynb #54a00005
 from .certificate import certify
-from .core import UserError, write_aside
-from .diagnosis import plot_loss
+from .core import UserError
 from .gguf_export import export_gguf
 from .ollama_export import modelfile_for
-from .report import show_report, write_reports
+from .report import render_markdown, show_report, write_reports
 from .run import RunFolder, check_setting, settings_of_part
 from .training import explain_interrupts, train_adapter
 
 # %% ../nbs/54_workflow.ipynb #54a00011
-def write_loss_curve(folder: RunFolder) -> None:
-    "Write loss.png."
-    import matplotlib.pyplot as plt
-
-    ax = plot_loss(folder.metrics)
-    with write_aside(folder.path / "loss.png") as part:
-        ax.figure.savefig(part, format="png", dpi=120)
-    plt.close(ax.figure)
-
-
 def try_to_report(folder: RunFolder) -> None:
     "Write the reports of a finished run. Where that fails the run is complete all the same, and stderr says so."
     path = folder.path
     with explain_interrupts(lambda: f"the run {path} is finished, and its report is not written: qlora_nb report {path}"):
         try:
-            write_loss_curve(folder)
             write_reports(folder)
         except Exception as error:
             print(f"the report was not written ({error}): make it with qlora_nb report {path}", file=sys.stderr)
+
+# %% ../nbs/54_workflow.ipynb #54a00012
+def train_and_report(model, tokenizer, data, arguments: dict, **how) -> "Run":  # as for `train_adapter`
+    "Train, write the reports, and return the run."
+    folder, tokenizer, held_out = train_adapter(model, tokenizer, data, arguments, **how)
+    try_to_report(folder)
+    return Run(folder.path, folder.summary, folder.metrics, model, tokenizer, held_out)
 
 # %% ../nbs/54_workflow.ipynb #54a00021
 @dataclass
@@ -60,7 +55,7 @@ class Run:
 
     def report(self) -> str:
         "Return the run's report as Markdown."
-        return (self.path / "report.md").read_text(encoding="utf-8")
+        return render_markdown(self.path)
 
     def _repr_markdown_(self) -> str:
         return self.report()
@@ -120,10 +115,8 @@ def train(
         raise UserError("output and resume are both given: a resumed run stays in its folder")
     if resume and (plan or config):
         raise UserError("plan and resume are both given: a resumed run keeps its settings")
-    folder, held_out = train_adapter(
+    return train_and_report(
         model, tokenizer, data, settings, config=config, eval_data=eval_data, output=output, check=check, plan=plan, resume=resume)
-    try_to_report(folder)
-    return Run(folder.path, folder.summary, folder.metrics, model, tokenizer, held_out)
 
 # %% ../nbs/54_workflow.ipynb #54a00026
 def check_trainer_settings(given: dict) -> None:
@@ -158,4 +151,5 @@ def export_and_certify(
     print(found, file=sys.stderr)
     run.summary = {**run.summary, "seconds": round(time.time() - started, 2), "certified": found.passed}
     folder.write("summary.json", run.summary)
+    try_to_report(folder)
     return found.passed

@@ -557,6 +557,28 @@ def test_train_follows_a_plan_and_its_configuration_is_taken_back(command, tmp_p
     assert code == 0 and "plan for" not in err and sha(tmp_path / "again") == sha(tmp_path / "run")
 
 
+def test_train_warns_before_it_loads_a_model_that_can_not_fit(tmp_path, capsys):
+    "From config.json alone: there are no weights."
+    import shutil
+
+    from qlora_nb.cli import warn_of_large_model
+    from qlora_nb.core import EMBEDDED_MODEL
+    from qlora_nb.memory import CUDA_CONTEXT
+    from qlora_nb.plan import Card
+    from qlora_nb.run import Settings
+
+    shutil.copy(EMBEDDED_MODEL / "config.json", tmp_path)
+    for mib, settings, said in [
+        (2000, Settings(), ""),
+        (1, Settings(), "warning: this run should need"),
+        (1, Settings(engine=True), "warning: this run should need"),
+        (1, Settings(optim="adafactor"), ""),
+    ]:
+        warn_of_large_model(str(tmp_path), settings, Card("a card", CUDA_CONTEXT + mib * 2**20))
+        err = capsys.readouterr().err
+        assert err.startswith(said) if said else err == ""
+
+
 def test_a_plan_takes_what_auto_takes_on_that_card():
     from qlora_nb.cli import make_plans
 

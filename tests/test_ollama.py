@@ -1,4 +1,4 @@
-"""Ollama's templates and Modelfiles: our renderer against Go's own text/template, and what a file can quote_value."""
+"""Ollama's templates and Modelfiles: our renderer against Go's own text/template, and what a file can hold."""
 
 import base64
 import copy
@@ -308,7 +308,7 @@ def test_broken_templates_are_not_rendered(go, template):
 
 
 def test_most_random_templates_render(go):
-    "The property above would quote_value for a renderer that refuses everything: this one doesn't."
+    "The property above would hold for a renderer that refuses everything: this one doesn't."
     data = {**to_ollama_data([{"role": "user", "content": " hé "}, {"role": "assistant", "content": "b"}]), "Number": 2}
     samples = {
         "{{ range $i, $m := .Messages }}{{ $i }}{{ len $m.Content }}{{ end }}": "0511",
