@@ -32,7 +32,7 @@ ADVICE_SOURCES = {
     "tinker": "Tinker cookbook, hyperparam_utils.get_lr",
     "study": "our study, notebook 34",
     "custom": "common practice; the quick start's setting",
-    "memory": "our memory planner, notebook 04",
+    "memory": "our memory planner, notebook 53",
 }
 
 # %% ../nbs/05_recommend.ipynb #077634bc
