@@ -348,6 +348,7 @@ def make_plans(model: str, gpu: str | None, data: str | None, data_name: str | N
     "Return a `Plan` for the card, for this machine's, or for each of the usual ones."
     import torch
 
+    from qlora_nb.model import load_tokenizer_and_config
     from qlora_nb.plan import KNOWN_CARDS, find_card, measure_row_lengths, plan_training
     from qlora_nb.rows import load_sft_dataset
     from qlora_nb.shapes import model_shape
@@ -402,24 +403,11 @@ def plan(
     if not any(p.fits for p in found):
         raise typer.Exit(1)
 
-# %% ../nbs/21_cli.ipynb #cbd9bf89
-def load_tokenizer_and_config(model: str, revision: str | None):
-    "Return (tokenizer, configuration) of a model, without its weights."
-    from transformers import AutoConfig
-
-    from qlora_nb.model import _loading, load_tokenizer, model_path, set_pad_token
-
-    name = model_path(model)
-    tokenizer = load_tokenizer(name, revision)
-    with _loading(name):
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    set_pad_token(tokenizer)
-    return tokenizer, config.get_text_config()
-
 # %% ../nbs/21_cli.ipynb #7872092f
 def check_named_data(model: str, revision: str | None, data: str | None, data_name: str | None, eval_data: str | None, limit: int | None,
                      max_seq_length: int, system: str | bool | None = None, **settings):
     "Load what is named and check it; return the `DatasetReport`. Rows of a file are streamed."
+    from qlora_nb.model import load_tokenizer_and_config
     from qlora_nb.preflight import check_dataset
     from qlora_nb.rows import load_sft_dataset
 
@@ -605,6 +593,7 @@ def recommend(
 ):
     "Settings to start from for this model and data, each with its reason and source."
     with quiet_stdout():
+        from qlora_nb.model import load_tokenizer_and_config
         from qlora_nb.recommendation import recommend as advise
 
         model = default_model(model)

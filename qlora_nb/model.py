@@ -440,6 +440,18 @@ def set_pad_token(tokenizer) -> str:
         tokenizer.pad_token = next(free, tokenizer.eos_token)
     return tokenizer.pad_token
 
+# %% ../nbs/10_model.ipynb #10b00001
+def load_tokenizer_and_config(model: str | Path, revision: str | None = None) -> tuple:  # (tokenizer, configuration)
+    "Return a model's tokenizer and its text configuration, without its weights."
+    from transformers import AutoConfig
+
+    name = model_path(model)
+    tokenizer = load_tokenizer(name, revision)
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    set_pad_token(tokenizer)
+    return tokenizer, config.get_text_config()
+
 # %% ../nbs/10_model.ipynb #a11e0015
 def check_special_tokens(tokenizer, rows: int, name: str) -> None:
     "Raise `UserError` for a special token that the model's embedding of `rows` rows has no row for. Other tokens may lie beyond it."

@@ -214,6 +214,11 @@ def read_own_config(path: str | Path) -> dict:
         raise UserError(f"the configuration {path} has fingerprints that are not a mapping: leave them out")
     return config
 
+# %% ../nbs/50_run.ipynb #50a00035
+def checkpoint_step(checkpoint: Path) -> int:
+    "Return the step after which a checkpoint was written."
+    return int(checkpoint.name.rpartition("-")[2])
+
 # %% ../nbs/50_run.ipynb #50a00031
 class RunFolder:
     "A run's folder: the only reader and writer of its files. Each property reads its file anew, and raises `UserError` where that is damaged."
@@ -286,6 +291,27 @@ class RunFolder:
     def adapter(self) -> Path:
         "The folder of its adapter."
         return self.path / "adapter"
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        "The folder of its checkpoints."
+        return self.path / "checkpoints"
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        "Its checkpoints, damaged ones included, the newest first."
+        found = [p for p in self.checkpoint_folder.glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
+        return sorted(found, key=checkpoint_step, reverse=True)
+
+    @property
+    def gguf_files(self) -> list[Path]:
+        "The GGUF files that were exported into it."
+        return sorted(self.path.glob("*.gguf"))
+
+    @property
+    def modelfile(self) -> Path:
+        "The Modelfile that is written beside them."
+        return self.path / "Modelfile"
 
     @property
     def finished(self) -> bool:

@@ -60,6 +60,7 @@ from qlora_nb.run import (
     RunFolder,
     Settings,
     check_setting,
+    checkpoint_step,
     profile_for,
     resolve_settings,
     settings_of_part,
@@ -598,7 +599,7 @@ def stop_diverged_run(folder: RunFolder, watch, step: int, logs: dict, targets: 
     cause = likely_cause(targets, loss, logs["learning_rate"], trained, watch.wire.fp16)
     good = watch.wire.put_back()
     kept = "no step before was good"
-    for checkpoint in list_checkpoints(folder):
+    for checkpoint in folder.checkpoints:
         if checkpoint_step(checkpoint) > (good or 0):
             shutil.rmtree(checkpoint)
     if good is not None:
@@ -610,17 +611,6 @@ def stop_diverged_run(folder: RunFolder, watch, step: int, logs: dict, targets: 
     return TrainingDiverged(f"stopped at step {step}, where {what}: {cause}; {kept}")
 
 # %% ../nbs/15_training.ipynb #96a31b6b-14
-def checkpoint_step(checkpoint: Path) -> int:
-    "Return the step after which a checkpoint was written."
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def list_checkpoints(folder: RunFolder) -> list[Path]:
-    "Return the checkpoints of a run, damaged ones included, the newest first."
-    found = [p for p in (folder.path / "checkpoints").glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
-    return sorted(found, key=checkpoint_step, reverse=True)
-
-
 def _check_torch(file: Path) -> None:
     "Raise some exception where a file of torch is damaged. Tensors are not read into memory."
     with zipfile.ZipFile(file) as archive:
@@ -668,7 +658,7 @@ def find_damage(checkpoint: Path) -> str | None:
 def last_checkpoint(folder: RunFolder) -> Path | None:
     "Return the newest undamaged checkpoint of a run; None where there is none. Damaged ones are named on stderr."
     damaged = []
-    for checkpoint in list_checkpoints(folder):
+    for checkpoint in folder.checkpoints:
         if not (why := find_damage(checkpoint)):
             for name, reason in damaged:
                 print_to_stderr(f"the checkpoint {name} is damaged ({reason}): resuming from {checkpoint.name}")
@@ -681,7 +671,7 @@ def last_checkpoint(folder: RunFolder) -> Path | None:
 
 def set_damaged_aside(folder: RunFolder, checkpoint: Path | None) -> None:
     "Rename the checkpoints after this one (None: all), which are damaged, so that they are neither resumed from nor counted."
-    for other in list_checkpoints(folder):
+    for other in folder.checkpoints:
         if checkpoint is None or checkpoint_step(other) > checkpoint_step(checkpoint):
             aside = other.with_name(f"damaged-{other.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -709,7 +699,7 @@ def restore_checkpoint(model, checkpoint: Path) -> None:
 
 def tidy_checkpoints(folder: RunFolder, base: str) -> None:
     "Remove what names folders of this machine from a run's checkpoints; they can still be resumed from. Damaged ones are deleted."
-    for checkpoint in list_checkpoints(folder):
+    for checkpoint in folder.checkpoints:
         for name in ("training_args.bin", "README.md"):
             (checkpoint / name).unlink(missing_ok=True)
         try:
@@ -717,7 +707,7 @@ def tidy_checkpoints(folder: RunFolder, base: str) -> None:
             write_json(checkpoint / "adapter_config.json", {**config, "base_model_name_or_path": base})
         except (OSError, TypeError, ValueError, RecursionError):  # damaged, and the run is complete without it
             shutil.rmtree(checkpoint)
-    for damaged in (folder.path / "checkpoints").glob("damaged-*"):
+    for damaged in folder.checkpoint_folder.glob("damaged-*"):
         shutil.rmtree(damaged)
 
 # %% ../nbs/15_training.ipynb #5c1e7b09
@@ -1323,7 +1313,7 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float) 
     with gentle_interrupt() as interrupted:
         watch = make_watch(folder, progress, interrupted)
         clock = make_loader_clock()
-        trainer = make_trainer(model, tokenizer, prepared.rows.rows, settings, folder.path / "checkpoints", [watch, clock])
+        trainer = make_trainer(model, tokenizer, prepared.rows.rows, settings, folder.checkpoint_folder, [watch, clock])
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         seconds = run_trainer(trainer, watch, progress, folder, interrupted, prepared.checkpoint)

@@ -75,10 +75,11 @@ class Run:
 
     def certify(self, **settings):  # -> Certificate
         "Compare the run's exported files with what was trained, and write the certificate; settings as in `certify`."
+        folder = RunFolder.open(self)
         settings = {"data": self.eval_data, **settings}
-        found = certify(self.path, gguf=sorted(self.path.glob("*.gguf")), modelfile=self.path / "Modelfile", **settings)
+        found = certify(self.path, gguf=folder.gguf_files, modelfile=folder.modelfile, **settings)
         found.to_json()
-        try_to_report(RunFolder(self.path))
+        try_to_report(folder)
         return found
 
 # %% ../nbs/54_workflow.ipynb #54a00022

@@ -41,7 +41,6 @@ from qlora_nb.training import (
     get_checkpointing,
     last_checkpoint,
     likely_cause,
-    list_checkpoints,
     load_base_task,
     make_plan,
     make_trainer,
@@ -752,7 +751,7 @@ def stopped_run(data, tmp_path_factory):
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over(stopped_run, tmp_path, capsys, name, how):
     path = Path(shutil.copytree(stopped_run.path, tmp_path / "run"))
-    newest, older = list_checkpoints(RunFolder(path))
+    newest, older = RunFolder(path).checkpoints
     assert find_damage(newest) is find_damage(older) is None and last_checkpoint(RunFolder(path)) == newest
     assert capsys.readouterr().err == ""
     DAMAGE[how](newest / name)
@@ -771,7 +770,7 @@ def test_checkpoints_are_known_by_their_names(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-8-copy", "checkpoint-", "damaged-checkpoint-12", "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints/checkpoint-11").write_text("a file")
-    assert [folder.name for folder in list_checkpoints(RunFolder(tmp_path))] == ["checkpoint-10", "checkpoint-9"]
+    assert [folder.name for folder in RunFolder(tmp_path).checkpoints] == ["checkpoint-10", "checkpoint-9"]
     assert last_checkpoint(RunFolder(tmp_path / "nothing")) is None
 
 
@@ -789,8 +788,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bytes(stopped_run,
     assert [m["loss"] for m in run.metrics] == [m["loss"] for m in stopped_run.metrics]
     assert [m["step"] for m in load_run(path).metrics] == [1, 2, 3, 4, 5, 6]
     assert run.metrics[1]["tokens_per_second"] is None and run.summary["mean_loss"] == stopped_run.summary["mean_loss"]
-    assert [folder.name for folder in list_checkpoints(RunFolder(path))] == ["checkpoint-6", "checkpoint-4"]
-    assert all(find_damage(folder) is None for folder in list_checkpoints(RunFolder(path)))
+    assert [folder.name for folder in RunFolder(path).checkpoints] == ["checkpoint-6", "checkpoint-4"]
+    assert all(find_damage(folder) is None for folder in RunFolder(path).checkpoints)
     assert not list((path / "checkpoints").glob("damaged-*"))
 
 
