@@ -40,7 +40,7 @@ def check_base(
     "Raise `UserError` unless `base` is an `nn.Linear` with finite floating-point weights and no adapter."
     kind, weight = type(base).__name__, getattr(base, "weight", None)
     if hasattr(base, "lora_A"):
-        raise UserError(f"base is a {kind}, which carries an adapter already: give the plain nn.Linear inside it")
+        raise UserError(f"base is a {kind}, which has an adapter already: give the plain nn.Linear inside it")
     if hasattr(weight, "quant_state") or type(base).__module__.startswith("bitsandbytes"):
         raise UserError(
             f"base is a {kind}, whose weight is quantized: take qlora_nb.qlora.QLoRALinear for 4 bits, "

@@ -116,7 +116,7 @@ def _check_shapes(x, shape, bias, lora_A, lora_B) -> None:
         return
     rows, width = shape
     if x.shape[-1] != width:
-        raise UserError(f"x is {tuple(x.shape)}, but the layer takes {width} values going in: give x of shape (…, {width})")
+        raise UserError(f"x is {tuple(x.shape)}, but the layer takes {width} inputs: give x of shape (…, {width})")
     if bias is not None and tuple(bias.shape) != (rows,):
         raise UserError(f"bias is {tuple(bias.shape)}, but the weight has {rows} rows: give a bias of shape ({rows},)")
 

@@ -222,7 +222,7 @@ def find_troubles(folder: RunFolder) -> list[dict]:
         return diagnose(folder.path).to_dict()["findings"]
     found = saved.get("findings") if isinstance(saved, dict) else saved
     if not isinstance(found, list):
-        raise UserError("diagnosis.json holds no list of findings: make it again")
+        raise UserError("diagnosis.json holds no list of findings: create it again")
     return found
 
 # %% ../nbs/20_report.ipynb #7bf5d3b9

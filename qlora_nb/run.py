@@ -307,7 +307,7 @@ class RunFolder:
         "The arguments that its model was loaded with: `model`, `revision`, `dtype`, `load_in_4bit` and `max_seq_length`."
         file, config = self.path / "config.yaml", self.config
         if "revision" not in config:
-            raise UserError(f"{file} has no revision: make it again")
+            raise UserError(f"{file} has no revision: create it again")
         kinds = {"model": str, "dtype": str, "load_in_4bit": bool, "max_seq_length": float}
         check_fields(file, config, tuple(kinds), **kinds, revision=str, system=str)
         return {name: config[name] for name in ("model", "revision", "dtype", "load_in_4bit", "max_seq_length")}

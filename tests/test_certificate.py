@@ -288,16 +288,16 @@ def edited(modelfile, name, value):
 @pytest.mark.parametrize(
     "name, value, words",
     [
-        ("TEMPLATE", lambda v: "<|begin_of_text|>" + v, ("don't begin with the BOS of training, once", "other tokens")),
-        ("TEMPLATE", lambda v: v.replace("<|eot_id|>", ""), ("another number of end-of-turn tokens",)),
+        ("TEMPLATE", lambda v: "<|begin_of_text|>" + v, ("don't begin with the BOS of training", "different tokens")),
+        ("TEMPLATE", lambda v: v.replace("<|eot_id|>", ""), ("different number of end-of-turn tokens",)),
         (
             "TEMPLATE",
             lambda v: v.replace('{{ template "trim" .Content }}', "{{ .Content }}"),
-            ("of 40 conversations have other tokens", "white space"),
+            ("of 40 conversations have different tokens", "white space"),
         ),
         ("SYSTEM", lambda v: None, ("SYSTEM is not the system text",)),
         ("PARAMETER stop", lambda v: None, ("no stop for <|eot_id|>",)),
-        ("FROM", lambda v: "./other.gguf", ("names ./other.gguf, which is none of the files",)),
+        ("FROM", lambda v: "./other.gguf", ("names ./other.gguf, which is not one of the certified files",)),
         ("+ADAPTER", "./other-lora.gguf", ("has ADAPTER ./other-lora.gguf",)),
         ("+RENDERER", "qwen3-coder", ("has RENDERER qwen3-coder",)),
         ("+PARSER", "qwen3-coder", ("has PARSER qwen3-coder",)),

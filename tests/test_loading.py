@@ -431,7 +431,7 @@ def test_an_adapter_of_a_16_bit_base_is_merged_into_it(tmp_path, capfd):
     wanted = merge_adapter(load_adapter(model, folder)).model.layers[0].mlp.up_proj.weight
     assert torch.equal(dequantized(file)["blk.0.ffn_up.weight"], wanted)
     asked = export_gguf(folder, None, tmp_path / "y.gguf", "f32", load_in_4bit=True)
-    assert "in 4 bits: that was asked for, although neither" in capfd.readouterr().err
+    assert "in 4 bits: as requested, although neither" in capfd.readouterr().err
     assert not torch.equal(dequantized(asked)["blk.0.ffn_up.weight"], wanted)
     load_model(adapter=folder)
     assert "nothing says that it was trained on it so" in capfd.readouterr().err
@@ -608,7 +608,7 @@ def test_an_adapter_alone_is_opened_on_its_base(tmp_path, capfd):
     assert (model_info(model)["load_in_4bit"], model_info(model)["max_seq_length"]) == (False, 300)
     assert "neither its run nor its files" in capfd.readouterr().err
     assert open_run(alone, load_in_4bit=True)[0].get_base_model().is_loaded_in_4bit
-    assert "that was asked for, although neither" in capfd.readouterr().err
+    assert "as requested, although neither" in capfd.readouterr().err
     wanted = load_adapter(load_model(EMBEDDED_MODEL, load_in_4bit=False)[0], alone)
     assert torch.equal(greedy_logits(model, tokenizer), greedy_logits(wanted, tokenizer))
 
