@@ -86,7 +86,7 @@ def next_token_probabilities(
     temperature: float = 1.0,  # above 0
     template: str | None = None,  # another chat template than the tokenizer's
 ) -> torch.Tensor:  # (vocabulary,), fp32, sums to 1
-    "Return the probability of each token of the vocabulary to be the first of the reply."
+    "Return, for each token of the vocabulary, the probability that the reply begins with it."
     _check_settings(1, temperature, do_sample=True)
     ids = prompt_ids(as_conversation(message_or_messages), tokenizer, template)
     with generation_mode(model):
@@ -108,7 +108,7 @@ def input_device(model: torch.nn.Module) -> torch.device:
 
 # %% ../nbs/13_generate.ipynb #568ea01c-7
 def left_pad(
-    rows: list[list[int]],  # token ids, each row as long as it is
+    rows: list[list[int]],  # token ids, rows of any lengths
     pad: int,  # the padding id
 ) -> tuple[torch.Tensor, torch.Tensor]:  # both (rows, longest), int64
     "Return rows of token ids as one rectangle, padded on the left, and its attention mask."

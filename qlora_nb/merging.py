@@ -23,14 +23,14 @@ from .weights import write_shard
 def base_weight(
     layer: torch.nn.Module,  # a linear layer, 4-bit or not
 ) -> torch.Tensor:  # (out, in), fp32
-    "The matrix that a layer computes with, in fp32. Raise `UserError` for a storage that is not known here."
+    "The matrix that a layer computes with, in fp32. Raise `UserError` for an unknown storage."
     weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
     if state is None:
         if not weight.is_floating_point():
             raise UserError(f"a weight is stored as {weight.dtype}, neither 4-bit nor 16-bit: load the model with load_in_4bit=True or False")
         return weight.detach().float()
     if getattr(state, "packing_format_for_cpu", False):
-        raise UserError("bitsandbytes has repacked this model's weights for its CPU: load it again with qlora_nb.load_model, which keeps them")
+        raise UserError("bitsandbytes has repacked this model's weights for the CPU: load it again with qlora_nb.load_model, which keeps them")
     import bitsandbytes
 
     return bitsandbytes.functional.dequantize_4bit(weight.data, state).float().reshape(state.shape)
@@ -82,7 +82,7 @@ def check_mergeable(
 # %% ../nbs/16_merge.ipynb #bd01c831-18
 @dataclass
 class LayerMerge:
-    "What merging did to one layer: Frobenius norms (roots of sums of squares), in fp32."
+    "The effect of merging on one layer: Frobenius norms (roots of sums of squares), in fp32."
 
     name: str  # e.g. model.layers.0.self_attn.q_proj
     base: float  # the matrix that was trained on
@@ -112,11 +112,11 @@ class MergedTensors:
 
     @property
     def dtype(self) -> torch.dtype:
-        "What the model computes in."
+        "The dtype that the model computes in."
         return choose_dtype(model_info(self.model, required=False).get("dtype") or self.base.dtype)
 
     def _find_parameters(self) -> dict[str, tuple[torch.nn.Module, torch.Tensor]]:
-        "Name in an ordinary model → (its layer, the parameter). What peft put around a layer is taken away."
+        "Return name in an ordinary model → (its layer, the parameter), without what peft puts around a layer."
         found = {}
         for name, parameter in self.base.named_parameters(remove_duplicate=False):
             place, _, leaf = name.rpartition(".")
@@ -249,7 +249,7 @@ def save_merged(
     dtype: str | torch.dtype | None = None,  # of the files; None is what the model computes in
     shard_size: float = 4e9,  # bytes of weights in one file
 ) -> list[LayerMerge]:  # what it did to each layer
-    "Write the model that `merge_adapter` makes atomically, layer by layer. Raise `UserError` as that does."
+    "Write the model that `merge_adapter` makes, atomically and layer by layer. Raise `UserError` as that does."
     find_active_adapter(model)
     tensors = MergedTensors(model)
     with replace_folder(path, "the merged model") as part:

@@ -241,7 +241,7 @@ class Schema:
 
     @property
     def columns(self) -> list[str]:
-        "The columns that it is known by."
+        "The columns that identify it."
         return [c for c in (self.messages, self.system, self.prompt, self.input, self.response) if c]
 
     def reads(self, columns: Iterable[str]) -> list[str]:
@@ -384,7 +384,7 @@ def _with_system(turns: list[dict], system: str | bool | None) -> list[dict]:
 class UnusedRule:
     "Names that training doesn't use."
 
-    names: str  # separated by blanks
+    names: str  # separated by spaces
     severity: str  # error where leaving them out teaches something else
     what: str  # what would be learned
     fix: str  # what to do about it
@@ -416,7 +416,7 @@ _ASKED = UnusedRule("context contexts passage passages document documents option
 
 # %% ../nbs/12_data.ipynb #a0f6b7c4
 def bare_name(name: str) -> str:
-    "Return a name without case, blanks, - and _."
+    "Return a name without case, spaces, - and _."
     return re.sub("[-_ ]", "", str(name)).lower()
 
 
@@ -556,7 +556,7 @@ def format_count(rows: int) -> str:
 
 # %% ../nbs/12_data.ipynb #31536acf
 class _RowReader:
-    "Turns rows into messages, and counts what of them wasn't used."
+    "A reader that turns rows into messages, and counts what of them wasn't used."
 
     def __init__(self, columns: dict | None, system: str | bool | None, what: str):
         self.columns = columns  # as for `load_sft_dataset`
@@ -801,7 +801,7 @@ def load_sft_dataset(
     streaming: bool | None = None,  # read from the Hub without storing; None: when there is a limit
     system: str | bool | None = None,  # text for rows with no system turn; None: one that asks for <think>, where replies have it; False: none
 ):  # datasets.Dataset; an IterableDataset for streaming=True without a limit
-    "Return a data set with the column `messages`. Reports on stderr what was recognised, put in and not used. Raises `UserError`."
+    "Return a data set with the column `messages`. Report on stderr what was recognised, added and not used. Raises `UserError`."
     _check_loading(limit, system)
     what = "the embedded set" if source is None else str(source) if isinstance(source, (str, Path)) else "the data"
     reader = _RowReader(columns, system, what)

@@ -339,7 +339,7 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
     if engine and engine.attention:
         trainer.train_dataset = trainer.train_dataset.with_format("numpy")  # whole rows at a time, no Python number for each token
     if len(trainer.train_dataset) == 0:  # TRL leaves out rows without a label
-        raise UserError("no row has a token with a label, so there is nothing to learn: look at the data with check_dataset")
+        raise UserError("no row has a token with a label, so there is nothing to learn: check the data with check_dataset")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -821,7 +821,7 @@ def set_checkpointing(model, kind: bool | str) -> None:
     engine = engine_of(model)
     selective = kind == "selective"
     if selective and not engine:
-        raise UserError("checkpointing is 'selective', which is the engine's: load the model with engine=True, or choose True or False")
+        raise UserError("checkpointing is 'selective', which only the engine has: load the model with engine=True, or choose True or False")
     on = bool(kind) and not selective
     _checkpoint_layers(model, on, info)
     if engine:

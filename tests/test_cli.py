@@ -490,7 +490,7 @@ def test_plan_says_it_to_people_and_to_machines(command):
     assert code == 0 and found["fits"] and found["choice"]["method"] == "lora" and found["choice"]["seq_length"] == 512
     assert found["settings"]["load_model"]["load_in_4bit"] is False and found["rejected"]
     code, out, _ = command("plan", "--model", "8b", "--gpu", "4 GB")
-    assert code == 1 and "nothing fits; the smallest way" in out
+    assert code == 1 and "nothing fits; the smallest option" in out
     code, out, _ = command("plan", "--model", "8b", "--gpu", "4 GB", "--json")
     assert code == 1 and json.loads(out)["fits"] is False and json.loads(out)["advice"]
 

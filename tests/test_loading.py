@@ -434,7 +434,7 @@ def test_an_adapter_of_a_16_bit_base_is_merged_into_it(tmp_path, capfd):
     assert "in 4 bits: as requested, although neither" in capfd.readouterr().err
     assert not torch.equal(dequantized(asked)["blk.0.ffn_up.weight"], wanted)
     load_model(adapter=folder)
-    assert "nothing says that it was trained on it so" in capfd.readouterr().err
+    assert "nothing shows that it was trained on one" in capfd.readouterr().err
 
 
 def test_another_base_by_name(tmp_path):
