@@ -90,7 +90,7 @@ class Profile:
     per_device_train_batch_size: int = 2  # rows in one forward pass
     gradient_accumulation_steps: int = 4  # forward passes for one optimizer step
     max_steps: int = 60  # optimizer steps
-    warmup_steps: int = 5  # steps in which the learning rate climbs to its peak
+    warmup_steps: int = 5  # steps in which the learning rate rises to its peak
     learning_rate: float = 2e-4  # the peak
     optim: str = "adamw_8bit"  # a name that transformers' `TrainingArguments(optim=…)` knows
     eval_rows: int = 16  # held-out rows that are answered before and after training
@@ -374,7 +374,7 @@ class Findings:
 
 # %% ../nbs/00_core.ipynb #8278cb14-15
 def make_private_folder(path: str | Path) -> Path:
-    "Create a folder that only this user can read and write. Raises `OSError` where that fails, or it is another user's."
+    "Create a folder that only this user can read and write. Raise `OSError` where that fails, or it is another user's."
     path = Path(path)
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if {path.lstat().st_uid, path.stat().st_uid} != {os.getuid()}:

@@ -63,7 +63,7 @@ class Diagnosis(Findings):
         self.evidence = evidence
 
     def plot(self, ax=None):
-        "Plot the loss by step, with the held-out loss before and after; returns the Axes."
+        "Plot the loss by step, with the held-out loss before and after; return the Axes."
         seen = self.evidence
         rows = [row for row in seen.metrics if row.get("loss") is not None and math.isfinite(row["loss"])]
         ax = plot_loss(rows, ax)
@@ -79,7 +79,7 @@ def plot_loss(
     ax=None,  # a matplotlib Axes; None makes one
     window: int = 10,  # steps in the running mean
 ):
-    "Plot the loss by step and its running mean; returns the Axes."
+    "Plot the loss by step and its running mean; return the Axes."
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]

@@ -75,7 +75,7 @@ def create_adapter_matrices(
 
 # %% ../nbs/01_lora.ipynb #b08423a0
 class LoRALayer(nn.Module):
-    """The trained path of LoRA: `scaling * B(A(dropout(x)))`. Raises `UserError` for invalid settings.
+    """The trained path of LoRA: `scaling * B(A(dropout(x)))`. Raise `UserError` for invalid settings.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; names, dtypes and starting values are peft 0.21's.
     """
@@ -115,7 +115,7 @@ class LoRALayer(nn.Module):
 
 # %% ../nbs/01_lora.ipynb #d46c9d07
 class LoRALinear(LoRALayer):
-    """An `nn.Linear`, frozen, and a trained path beside it. Raises `UserError` for an unusable base or invalid settings.
+    """An `nn.Linear`, frozen, and a trained path beside it. Raise `UserError` for an unusable base or invalid settings.
 
     Equal to peft 0.21's `lora.Linear` in outputs, gradients and merged weights; `unmerge` is exact, peft's is not.
     """

@@ -1015,7 +1015,7 @@ def write_modelfile(
     go_template: str | None = None,  # a template in Ollama's language, if you have one
     without_template: bool = False,  # True writes no TEMPLATE: Ollama 0.30 and later reads the GGUF's own
 ) -> Path:
-    "Write a Modelfile that serves what was trained; reports on stderr where Ollama won't read its TEMPLATE. Raise `UserError`."
+    "Write a Modelfile that serves what was trained; report on stderr where Ollama won't read its TEMPLATE. Raise `UserError`."
     path, file = Path(path).expanduser().absolute(), Path(gguf).expanduser().absolute()
     path = path / "Modelfile" if path.is_dir() else path
     template = "llama-3.1" if template == "llama-3.2" else template

@@ -332,7 +332,7 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, dict]:
-        "Keyword arguments for `load_model`, `add_lora` and `train`. Raises `UserError` where nothing fits."
+        "Keyword arguments for `load_model`, `add_lora` and `train`. Raise `UserError` where nothing fits."
         if not self.fits:
             raise UserError(f"nothing fits {self.card.name} ({format_gib(self.budget)} with the margin): {'; '.join(self.advice)}")
         c = self.choice

@@ -86,7 +86,7 @@ class DatasetReport(Findings):
             raise UserError(f"the data set is not fit for training: {'; '.join(errors)}")
 
     def plot(self, ax=None):
-        "Plot rows by length, the share of their tokens that is learned, and `max_seq_length`; returns the Axes."
+        "Plot rows by length, the share of their tokens that is learned, and `max_seq_length`; return the Axes."
         import matplotlib.pyplot as plt
 
         ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
@@ -483,7 +483,7 @@ class _Checker:
         return self.report(usable)
 
     def read(self, data) -> bool:
-        "Check all rows. Return True where they hold ids or text instead of messages. Raises `UserError` for no rows."
+        "Check all rows. Return True where they hold ids or text instead of messages. Raise `UserError` for no rows."
         ready = False
         kinds = ("messages",) if self.encoded else ("messages", "input_ids", "text")
         for batch in iterate_batches(data.with_marks() if hasattr(data, "with_marks") else data, 250):
@@ -726,7 +726,7 @@ def check_dataset(
     truncation: str = "drop",  # as for `encode_dataset`: rows that are too long are left out, or "cut_prompt"
     max_length: int | None = None,  # TRL's name for `max_seq_length`
 ) -> DatasetReport:
-    "Check every row as the model will see it. Raises `UserError` where there is nothing to check."
+    "Check every row as the model will see it. Raise `UserError` where there is nothing to check."
     max_seq_length = max_seq_length if max_length is None else max_length
     return _Checker(tokenizer, max_seq_length, template, truncation).check(
         data, eval_data=eval_data, model=model, max_steps=max_steps, effective_batch=effective_batch, min_rows=min_rows)
@@ -739,7 +739,7 @@ def encode_dataset(
     template: str | None = None,  # as for `template.encode`
     truncation: str = "drop",  # a row that is too long is left out, or its prompt loses its middle ("cut_prompt")
 ) -> tuple:  # (datasets.Dataset with input_ids and labels, indices of the rows left out)
-    "Return ids and labels of all rows that fit, in their order, in memory. Raises `UserError` where a row can't be used, or none fits."
+    "Return ids and labels of all rows that fit, in their order, in memory. Raise `UserError` where a row can't be used, or none fits."
     encoder = Encoder(tokenizer, template)
     encoded = _EncodedRows()
     lengths = []
@@ -772,7 +772,7 @@ def check_and_encode(
     """Check rows of messages as `check_dataset` does and keep their ids and labels as `encode_dataset` does, encoded once.
 
     `settings` are the other arguments of `check_dataset`. A row that can't be used is an error of the report, and missing
-    in the rows: call `report.raise_for_errors()` before you train. Raises `UserError` where there is nothing to check."""
+    in the rows: call `report.raise_for_errors()` before you train. Raise `UserError` where there is nothing to check."""
     checker = _Checker(tokenizer, max_seq_length, template, truncation, keep_rows=True)
     report = checker.check(data, **settings)
     return CheckedRows(report, checker.encoded.dataset(), checker.encoded.dropped)

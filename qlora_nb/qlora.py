@@ -148,7 +148,7 @@ NF4_PARTS = ("packed", "absmax", "code", "offset", "absmax2", "code2")  # the te
 
 # %% ../nbs/03_qlora.ipynb #a6e30dc0
 class QLoRALinear(LoRALayer):
-    """A linear layer with a frozen NF4 weight and a trained LoRA path. Raises `UserError` for an unusable base or invalid settings.
+    """A linear layer with a frozen NF4 weight and a trained LoRA path. Raise `UserError` for an unusable base or invalid settings.
 
     Equal to `bitsandbytes.nn.Linear4bit` with peft 0.21's adapter, in outputs and gradients, within rounding.
     """

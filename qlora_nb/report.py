@@ -760,7 +760,7 @@ class Comparison:
         return path
 
     def plot(self, ax=None):
-        "Plot the loss of each run, as a running mean, over the steps; takes and returns a matplotlib Axes."
+        "Plot the loss of each run, as a running mean, over the steps; take and return a matplotlib Axes."
         import matplotlib.pyplot as plt
 
         ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]

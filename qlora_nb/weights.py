@@ -82,7 +82,7 @@ STORED_DTYPES = {
 
 
 class StoredTensor(NamedTuple):
-    "Where a tensor is, and what it is."
+    "The place of a tensor, and its kind."
 
     file: Path
     dtype: torch.dtype | None  # None: one that isn't read here
@@ -111,7 +111,7 @@ class TensorFolder:
             raise UserError(f"the folder {self.path} holds no tensor {name}: it is another model's, or incomplete")
         file, dtype, shape = self.entries[name]
         if dtype is None:
-            raise UserError(f"the type of {name} in {file} is not read here: save the model in 16 or 32 bits")
+            raise UserError(f"the type of {name} in {file} is not supported: save the model in 16 or 32 bits")
         with _opened(file) as tensors:
             return tensors.get_slice(name)[start:stop] if shape else tensors.get_tensor(name)
 
