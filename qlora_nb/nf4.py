@@ -272,7 +272,7 @@ def quantize_nf4(
 ) -> NF4Weight:
     """4-bit NormalFloat, bit for bit as bitsandbytes 0.50.2's `quantize_4bit` on a CPU (arXiv 2305.14314).
 
-    Raise `UserError` for an empty weight, another dtype, NaN or infinity (with its place), or an unknown blocksize. Warns
+    Raise `UserError` for an empty weight, another dtype, NaN or infinity (with its place), or an unknown blocksize. Warn
     where the mean of the absmax overflows fp32: bitsandbytes then dequantizes to NaN, and so does this.
     """
     _check_weight(weight, blocksize)

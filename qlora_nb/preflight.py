@@ -59,13 +59,13 @@ class DatasetFinding(Finding):
 
     @property
     def where(self) -> str:
-        "How many rows have it, and the first few."
+        "The number of rows that have it, and the first few."
         more = "…" if self.count > len(self.rows) else ""
         return f"{self.count}; rows {', '.join(map(str, self.rows))}{more}" if self.rows else str(self.count)
 
 # %% ../nbs/52_preflight.ipynb #7742c7f4-21
 class DatasetReport(Findings):
-    """What `check_dataset` found: `findings`, `summary` (figures of all rows), `lengths`. `ok` is True where there is no error.
+    """The result of `check_dataset`: `findings`, `summary` (figures of all rows), `lengths`. `ok` is True where there is no error.
 
     `lengths` maps the tokens of a row to (rows of that length, their learned tokens)."""
 

@@ -114,7 +114,7 @@ Pair = tuple[dict, dict]  # rows of evaluation.jsonl before and after that answe
 
 @dataclass
 class RunFacts:
-    "What a run folder holds. What is missing is empty or None; `problems` names the damaged files."
+    "The contents of a run folder. What is missing is empty or None; `problems` names the damaged files."
 
     path: Path
     config: dict

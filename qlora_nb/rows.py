@@ -230,7 +230,7 @@ def read_rows(path: Path, choose: Callable[[list[str]], list[str]] | None = None
 # %% ../nbs/12_data.ipynb #7742c7f4-7
 @dataclass(frozen=True)
 class Schema:
-    "How columns become messages."
+    "A mapping of columns to messages."
 
     name: str  # what it is known as
     messages: str | None = None  # the column with whole conversations
@@ -624,7 +624,7 @@ class _RowReader:
         return "" if known else ", ".join(str(name) for name in self.plain if name not in named)
 
     def notes(self, rows: str = "") -> list[str]:
-        "Return what to tell the user; `rows` says which were looked at."
+        "Return what to tell the user; `rows` says which were examined."
         notes = []
         if self.put_in and self.system is None:
             notes.append(f"{rows}a system prompt that asks for reasoning in <think> was added to {format_count(self.put_in)}: "

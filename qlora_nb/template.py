@@ -382,7 +382,7 @@ def encode_batch(
     train_on: str = "last",  # the last reply, or "all" of them
     max_seq_length: int | None = None,  # huge rows that can't fit it get the code "too_long" and no ids
 ) -> list[Encoded]:
-    "Return ids and labels of many conversations. Rows that can't be used come back with a code and a reason; none is cut."
+    "Return ids and labels of many conversations. Rows that can't be used come with a code and a reason; none is cut."
     return Encoder(tokenizer, template, train_on).encode(rows, max_seq_length)
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-17

@@ -314,7 +314,7 @@ def small_gpt2(path):
         (["--dtype", "int8"], "no dtype 'int8'"),
         (["--max-steps", "0"], "max_steps is 0"),
         (["--learning-rate", "nan"], "learning_rate is nan"),
-        (["--max-seq-length", "4096"], "context of 1 to 2048"),
+        (["--max-seq-length", "4096"], "takes 1 to 2048"),
         (["--output", "old"], "holds another run"),
         (["--output", "file.txt"], "is a file"),
         (["--config", "none.yaml"], "can't be read"),

@@ -486,7 +486,7 @@ def test_layers_that_take_no_adapter(tmp_path):
         ),
         (
             lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight": torch.zeros(4)}),
-            "lora_C.weight, which nothing",
+            "lora_C.weight, which has no place",
         ),
         (
             lambda t: t.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),

@@ -317,7 +317,7 @@ def linear_4bit():
         (lambda: nn.Conv1d(8, 8, 1), "base is a Conv1d: give an nn.Linear"),
         (lambda: torch.ones(8, 8), "base is a Tensor: give an nn.Linear"),
         (lambda: LoRALinear(nn.Linear(8, 8), r=2), "has an adapter already"),
-        (linear_4bit, "base is a Linear4bit, whose weight is quantized: take qlora_nb.qlora.QLoRALinear"),
+        (linear_4bit, "base is a Linear4bit, whose weight is quantized: use qlora_nb.qlora.QLoRALinear"),
         (lambda: with_weight(torch.ones(8, 8, dtype=torch.int8)), "a weight of torch.int8"),
         (lambda: with_weight(torch.ones(8, 8).to(torch.float8_e4m3fn)), "a weight of torch.float8_e4m3fn"),
         (lambda: with_weight(torch.ones(8, 8, dtype=torch.complex64)), "a weight of torch.complex64"),

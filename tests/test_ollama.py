@@ -336,7 +336,7 @@ def test_most_random_templates_render(go):
         ("{{ if .System }}{{ $x }}{{ end }}", "line 1, column 20: the variable $x is not declared"),
         ("{{ range $m := .Messages }}{{ end }}{{ if .System }}{{ $m }}{{ end }}", "the variable $m is not declared"),
         ('{{ $x := 1 }}{{ define "a" }}{{ $x }}{{ end }}', "the variable $x is not declared"),
-        ("é{{ printf 1 }}", "line 1, column 5: 'printf' is not in the part of the language"),
+        ("é{{ printf 1 }}", "line 1, column 5: 'printf' is not in the supported part of the language"),
         ("{{ (len .System }}", "a bracket is not closed"),
         ('{{ slice "é" 0 9 }}', "slice from 0 to 9 of 2 is out of range"),
         ('{{ template "none" }}', "there is no part named 'none'"),

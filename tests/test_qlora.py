@@ -400,7 +400,7 @@ def empty_linear():
         (nn.Linear(64, 32), {"r": 4, "blocksize": 100}, "blocksize=100: choose one of 32, 64"),
         (nn.Linear(64, 32), {"r": 4, "compute_dtype": torch.int8}, "compute_dtype is torch.int8"),
         (nn.Linear(64, 32), {"r": 4, "compute_dtype": "bfloat16"}, "compute_dtype is 'bfloat16'"),
-        (nn.Linear(64, 32), {"r": 4, "bias": torch.zeros(32)}, "bias was given beside a layer"),
+        (nn.Linear(64, 32), {"r": 4, "bias": torch.zeros(32)}, "bias was given with a layer"),
         (nn.Linear(64, 32, dtype=torch.float64), {"r": 4}, "torch.float64"),
         (nn.Embedding(64, 32), {"r": 4}, "base is a Embedding: give an nn.Linear"),
         (torch.randn(64, 32), {"r": 4}, "base is a Tensor"),
