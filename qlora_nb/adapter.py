@@ -64,7 +64,7 @@ def has_adapter(model: torch.nn.Module) -> bool:
 
 
 def find_active_adapter(model: torch.nn.Module) -> str:
-    "The name of the one active adapter. Raise `UserError` where there is none, or more than one."
+    "Return the name of the one active adapter. Raise `UserError` where there is none, or more than one."
     active = model.active_adapters if unwrap_base(model) is not model else []
     if not active and has_adapter(model):
         raise UserError("this is the base inside a model with an adapter: add_lora returns that model, so write model = add_lora(model)")
@@ -256,7 +256,7 @@ def load_adapter(
     if (kind := _read_config(path)["peft_type"]) != "LORA":
         raise UserError(f"the adapter {path} is of type {kind}: only LORA can be loaded here")
     if not file.exists():
-        raise UserError(f"{path} holds no {file.name} (other formats are not read): copy the adapter again")
+        raise UserError(f"{path} holds no {file.name} (other formats are not supported): copy the adapter again")
     if has_adapter(model):
         raise UserError("the model has an adapter already: load the base alone, then its adapter")
     header = read_header(file)
@@ -273,14 +273,14 @@ def load_adapter(
 
 # %% ../nbs/56_adapter.ipynb #fca80c77-14
 def adapter_base(adapter: str | Path) -> str:
-    "The base model that an adapter was trained on, as its `adapter_config.json` names it. Raise `UserError`."
+    "Return the base model that an adapter was trained on, as its `adapter_config.json` names it. Raise `UserError`."
     if not (found := _read_config(Path(adapter).expanduser()).get("base_model_name_or_path")):
         raise UserError(f"the adapter {adapter} names no base model: name it (model in Python, --base on the command line)")
     return found
 
 # %% ../nbs/56_adapter.ipynb #fca80c77-14b
 def find_adapter(folder: Path) -> Path | None:
-    "The adapter's folder: `folder` itself, or the one in a run's; None where there is none."
+    "Return an adapter's folder: `folder` itself, or the one in a run's; None where it has none."
     return next((place for place in (folder / "adapter", folder) if (place / "adapter_config.json").exists()), None)
 
 # %% ../nbs/56_adapter.ipynb #a11e0021

@@ -323,7 +323,7 @@ def open_subject(
         base, info = unwrap_base(subject), model_info(subject, required=False)
         dtype = info.get("dtype") or str(base.dtype).removeprefix("torch.")
         if dtype != "float32":
-            raise UserError(f"the model computes in {dtype}, and the reference must be fp32: pass the run's folder instead")
+            raise UserError(f"the model computes in {dtype}, but the reference must be fp32: pass the run's folder instead")
         return Subject(subject, tokenizer, str(info.get("model", type(base).__name__)))
     path = Path(getattr(subject, "path", subject)).expanduser()
     if not path.is_dir():
@@ -693,7 +693,7 @@ def _check_positive(**numbers: int | None) -> None:
 
 
 def _list_files(gguf) -> list[Path]:
-    "One file or several, as a list. Raise `UserError` where one isn't there."
+    "Return one file or several as a list. Raise `UserError` where one isn't there."
     files = [Path(file).expanduser() for file in (gguf if isinstance(gguf, (list, tuple)) else [gguf])]
     if not files:
         raise UserError("no GGUF was given: name one, or several")

@@ -56,7 +56,7 @@ def load_rows(settings: Settings) -> tuple:  # (training rows, held-out rows or 
     from qlora_nb.rows import load_sft_dataset
 
     if settings.data == DATA_FROM_PYTHON:
-        raise UserError("that run got its data in Python, where it has no name: name it with --data")
+        raise UserError("that run's data was given in Python and has no name: name it with --data")
     source = {name: getattr(settings, name) for name in ("data", "data_name", "limit", "add_system")}
     load = partial(load_sft_dataset, system=settings.add_system)
     if settings.data is None:

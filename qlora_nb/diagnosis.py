@@ -279,7 +279,7 @@ def find_gradient_trouble(seen: Evidence) -> Finding | None:
     if half[len(half) // 10] > 5 * bound:
         return Finding(
             "gradients_cut", "warning",
-            f"gradients are {statistics.median(half) / bound:.0f} times as long as max_grad_norm={bound:g} to the end: "
+            f"gradients are {statistics.median(half) / bound:.0f} times as long as max_grad_norm={bound:g} until the end: "
             "every step is clipped, so the learning rate no longer sets its size",
             f"lower the learning rate to a third or less ({seen.config['learning_rate'] / 3:.2g}), or warm up for longer",
         )

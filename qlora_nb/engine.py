@@ -1207,7 +1207,7 @@ class FlatAdapters:
         self.weights = list(weights)
         kinds = {(w.dtype, w.device) for w in self.weights}
         if len(kinds) != 1:
-            raise UserError(f"the trained weights are of {len(kinds)} kinds ({', '.join(sorted(map(str, kinds)))}): train them with engine=False")
+            raise UserError(f"the trained weights differ in dtype or device ({', '.join(sorted(map(str, kinds)))}): train them with engine=False")
         self.starts = [0, *itertools.accumulate(-(-w.numel() // block) * block for w in self.weights)]
         self.flat = torch.nn.Parameter(self.weights[0].new_zeros(self.starts[-1]))
         for weight, view in zip(self.weights, self.views(self.flat.data)):

@@ -189,7 +189,7 @@ def split_reply(
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-11
 @dataclass(repr=False)
 class Evaluation:
-    "A model's results on held-out rows. Shares are 0 to 1."
+    "A model's results on held-out rows. Shares range from 0 to 1."
 
     exact: float | None  # right answers, of the rows whose expected reply ends with a number; None where too few do
     form: float | None  # replies with <think>…</think> and something after it, of the rows where that was expected; else None
@@ -266,7 +266,7 @@ def _judge(prompt: list[dict], expected: str, reply, loss: tuple[float, int] | N
 
 
 def _share(values: Iterable[bool | None]) -> float | None:
-    "The share of True among the values that are not None."
+    "Return the share of True among the values that are not None."
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

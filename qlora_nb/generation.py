@@ -103,7 +103,7 @@ def _check_settings(max_new_tokens: int, temperature: float, do_sample: bool) ->
 
 # %% ../nbs/13_generate.ipynb #568ea01c-5b
 def input_device(model: torch.nn.Module) -> torch.device:
-    "The device that token ids have to be on."
+    "Return the device that token ids have to be on."
     return model.get_input_embeddings().weight.device
 
 # %% ../nbs/13_generate.ipynb #568ea01c-7
@@ -165,7 +165,7 @@ def _generate(model, rows: list[list[int]], limit: int, stops: list[int], pad: i
 
 # %% ../nbs/13_generate.ipynb #568ea01c-13
 def _prompts(conversations: list[list[dict]], tokenizer, template: str | None, context: int | None) -> list[list[int]]:
-    "Token ids of each prompt. Raise `UserError` for one that doesn't fit into the model's context."
+    "Return the token ids of each prompt. Raise `UserError` for one that doesn't fit into the model's context."
     rows = [prompt_ids(as_conversation(turns), tokenizer, template) for turns in conversations]
     for number, row in enumerate(rows, 1):
         if context is not None and len(row) >= context:

@@ -53,7 +53,7 @@ def find_architecture(config: dict) -> GGUFArchitecture:
 
 
 def head_size(config: dict) -> int:
-    "Numbers in one attention head."
+    "Return the width of one attention head."
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-5
@@ -136,7 +136,7 @@ def plan_tensors(
     if unknown := sorted(set(shapes) - set(names)):
         raise UserError(f"{config['architectures'][0]} in GGUF has no place for {', '.join(unknown[:3])}: this model can't be exported")
     if missing := [name for name in names if name not in shapes and name not in optional]:
-        raise UserError(f"the model has no {', '.join(missing[:3])}: its files are incomplete, or its config is another model's")
+        raise UserError(f"the model has no {', '.join(missing[:3])}: its files are incomplete, or its config belongs to another model")
     left_out = {"lm_head.weight"} if tied else set()
     plans = [TensorPlan(new, old, shapes[old], heads) for old, (new, heads) in names.items() if old in shapes and old not in left_out]
     rope = read_rope(config)
@@ -272,7 +272,7 @@ def _list_tokens(tokenizer, rows: int) -> tuple[list[str], list[int]]:
     vocabulary = tokenizer.get_vocab()
     size = max(vocabulary.values(), default=-1) + 1
     if size > rows:
-        raise UserError(f"the tokenizer has {size} tokens and the embedding {rows} rows: it is another model's tokenizer, or the model has to be resized")
+        raise UserError(f"the tokenizer has {size} tokens and the embedding {rows} rows: it belongs to another model, or the model has to be resized")
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [_UNUSED] * rows
     if clash := sorted(set(tokens[size:]) & set(vocabulary)):
         raise UserError(f"the tokenizer has a token {clash[0]}, the name of an unused row: rename it")
@@ -659,12 +659,12 @@ def check_no_base(path: Path, base, load_in_4bit) -> None:
 
 
 def loaded_backend() -> str:
-    "The backend that loads a model just to export or compare it: Unsloth only where this process has loaded it already."
+    "Return the backend that loads a model just to export or compare it: Unsloth only where this process has loaded it already."
     return "auto" if "unsloth" in sys.modules else "transformers"
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-41
 def _read_card(file: Path) -> dict:
-    "The settings at the head of a model card (licence, base model); an empty dict where there is none."
+    "Return the settings at the head of a model card (licence, base model); {} where it has none."
     try:
         parts = file.read_text(encoding="utf-8").split("---\n", 2)
         found = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}

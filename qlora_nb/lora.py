@@ -169,7 +169,7 @@ def _refuse_saving(layer, prefix, keep_vars) -> None:
     "Raise `UserError` where a merged layer is about to save its state."
     if layer.merged:
         where = prefix.rstrip(".") or "the layer"
-        raise UserError(f"{where} is merged, and its state would hold the change twice: unmerge() first, or save its .base")
+        raise UserError(f"{where} is merged, and its state would contain the change twice: unmerge() first, or save its .base")
 
 
 def _refuse_loading(layer, state_dict, prefix, *rest) -> None:

@@ -178,12 +178,12 @@ def check_4bit_layers(model: torch.nn.Module) -> None:
 
 # %% ../nbs/10_model.ipynb #fca80c77-7
 def model_path(model: str | Path) -> str:
-    "The folder or Hub name behind `model`. Raise `UserError` for a folder that isn't there or holds no model."
+    "Return the folder or Hub name behind `model`. Raise `UserError` for a folder that isn't there or holds no model."
     folder = model_folder(model)
     if folder is None:
         return str(model)
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"the folder {folder} holds no .safetensors weights (others are not read): save the model with safetensors")
+        raise UserError(f"the folder {folder} holds no .safetensors weights (others are not supported): save the model with safetensors")
     return str(folder)
 
 # %% ../nbs/10_model.ipynb #fca80c77-8
@@ -242,7 +242,7 @@ def report_problem(report: str) -> str | None:
 
 # %% ../nbs/10_model.ipynb #a11e0003
 def unusable_model(name: str, problem: str) -> UserError:
-    "The error for a model whose files don't belong together."
+    "Return the error for a model whose files don't belong together."
     return UserError(
         f"the model {name} can't be used: {problem}; the files are incomplete or don't belong to its config.json; download or copy the model again")
 
@@ -346,7 +346,7 @@ _TRIAL_TEXTS = (
 
 
 def tokenizer_difference(tokenizer, file: Path) -> str | None:
-    "The first text that a tokenizer encodes or decodes otherwise than its tokenizer.json, in words; None where there is none."
+    "Return the first text that a tokenizer encodes or decodes unlike its tokenizer.json, in words; None where all agree."
     from tokenizers import Tokenizer
 
     own = Tokenizer.from_file(str(file))
@@ -473,7 +473,7 @@ def _load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, 
 
 # %% ../nbs/10_model.ipynb #d104000c
 def _choose_way(name: str, backend: str, engine: bool | None, adapter: object, revision: str | None) -> BackendChoice:
-    "The way to load a model; what `auto` could not take goes to stderr. An adapter that is only used needs no engine."
+    "Return the way to load a model; what `auto` had to leave out goes to stderr. An adapter that is only used needs no engine."
     way = choose_backend(backend, False if adapter and not engine else engine, name, revision)
     if "too late to patch" in way.why or "can't train this model" in way.why:
         print(f"backend {way.backend}: {way.why}", file=sys.stderr)
@@ -592,7 +592,7 @@ def find_targets(
     model: torch.nn.Module,
     target_modules: tuple[str, ...] | list[str] = TARGET_MODULES,  # last part of the layers' names
 ) -> dict[str, torch.nn.Module]:
-    "The layers that get an adapter, by name. Raise `UserError` for a target that the model doesn't have, or that can't be trained."
+    "Return the layers that get an adapter, by name. Raise `UserError` for a target that the model doesn't have, or that can't be trained."
     layers = {name: layer for name, layer in model.named_modules() if getattr(layer, "weight", None) is not None}
     found = {name: layer for name, layer in layers.items() if name.rsplit(".", 1)[-1] in target_modules}
     if missing := sorted(set(target_modules) - {name.rsplit(".", 1)[-1] for name in found}):

@@ -46,7 +46,7 @@ _BLANK = " \t\r\n"
 
 
 def _place(text: str, at: int) -> str:
-    "Line and column in a template, in words."
+    "Return line and column in a template, in words."
     return f"line {text.count(chr(10), 0, at) + 1}, column {at - text.rfind(chr(10), 0, at)}"
 
 
@@ -614,7 +614,7 @@ def _printable(character: str) -> bool:
 
 
 def _write_go(joints: dict, trimmed: dict) -> str:
-    "The Go template that writes these joints."
+    "Return the Go template that writes these joints."
     known = " ".join(quote_go(role) for role in trimmed)
     trims = " ".join(quote_go(role) for role, cut in trimmed.items() if cut)
     lines = ['{{- $last := "start" }}', "{{- range .Messages }}", f"{{{{- if eq .Role {known} }}}}"]
@@ -1171,7 +1171,7 @@ def _sent_parameters(found: Modelfile, path: Path, command: str) -> dict:
 
 
 def _sent_file(found: Modelfile, path: Path, command: str) -> Path:
-    "The one file to send. Raise `UserError` where FROM names several, a folder, a model or nothing."
+    "Return the one file to send. Raise `UserError` where FROM names several, a folder, a model or nothing."
     name, lines = found.one("FROM"), [line for (key, _), line in zip(found.instructions, found.lines) if key == "FROM"]
     gguf, where = path.parent / Path(name).expanduser(), f"line {lines[-1]} of {path} says FROM {name}"
     if len(lines) > 1:

@@ -198,7 +198,7 @@ def advise_schedule(facts: AdviceFacts) -> list[Advice]:
     return [
         _advise("warmup_steps", warm, why, "qlora", "custom"),
         _advise("lr_scheduler_type", "linear", "ends at 0, so the last steps settle", "custom"),
-        _advise("max_grad_norm", 1.0, "cuts the rare long gradient, and leaves the others", "custom"),
+        _advise("max_grad_norm", 1.0, "clips the rare large gradient and leaves the others alone", "custom"),
         _advise("weight_decay", 0.01, "hardly matters for adapters; the quick start's", "custom"),
     ]
 

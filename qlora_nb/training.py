@@ -1125,7 +1125,7 @@ def find_starting_adapter(model, config: Mapping | None, folder: RunFolder | Non
     if found and not folder:
         print_to_stderr(f"continues from the trained adapter that the model carries (sha256 {found[:12]}…); for a new one, load the base again and add_lora")
     elif before and not folder:
-        print_to_stderr(f"note: the configuration's run continued from a trained adapter (sha256 {str(before)[:12]}…), and this one starts from a new one")
+        print_to_stderr(f"note: the configuration's run continued from a trained adapter (sha256 {str(before)[:12]}…), but this one starts from a new one")
     return {"started_from": found} if found else {}
 
 # %% ../nbs/15_training.ipynb #96a31b6b-30

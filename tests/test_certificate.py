@@ -301,7 +301,7 @@ def edited(modelfile, name, value):
         ("+ADAPTER", "./other-lora.gguf", ("has ADAPTER ./other-lora.gguf",)),
         ("+RENDERER", "qwen3-coder", ("has RENDERER qwen3-coder",)),
         ("+PARSER", "qwen3-coder", ("has PARSER qwen3-coder",)),
-        ("+PARAMETER stop", "answer", ("a stop 'answer', which training doesn't know",)),
+        ("+PARAMETER stop", "answer", ("a stop 'answer', which training doesn't use",)),
     ],
 )
 def test_a_wrong_modelfile_fails(subject, files, modelfile, name, value, words):

@@ -81,7 +81,7 @@ def test_chat_with_the_file(demo, tmp_path):
     gone = qlora_nb("chat", "gone.gguf", *asked, cwd=tmp_path)
     assert gone.returncode == 2 and "there is no file gone.gguf" in gone.stderr
     mixed = qlora_nb("chat", gguf, "--backend", "unsloth", *asked, cwd=tmp_path)
-    assert mixed.returncode == 2 and "a GGUF and" in mixed.stderr
+    assert mixed.returncode == 2 and "a GGUF is given with" in mixed.stderr
 
 
 def test_the_commands_after_a_run(demo, tmp_path):

@@ -391,7 +391,7 @@ def empty_linear():
 @pytest.mark.parametrize(
     "base, kwargs, message",
     [
-        (nn.Linear(64, 32), {"r": 0}, "r is 0: .* from 1"),
+        (nn.Linear(64, 32), {"r": 0}, "r is 0: .* at least 1"),
         (nn.Linear(64, 32), {"r": 33}, "r is 33, .* 32 rows or columns"),
         (nn.Linear(64, 32), {"r": 4.0}, "r is 4.0"),
         (nn.Linear(64, 32), {"r": True}, "r is True"),
