@@ -26,9 +26,9 @@ def model_info(
     model: torch.nn.Module,  # base or peft model
     required: bool = True,  # False: {} for a model that load_model didn't load
 ) -> dict:
-    """How `load_model` loaded this model: `model`, `backend`, `engine`, `engine_asked`, `load_in_4bit`, `dtype`, `max_seq_length`, `revision`.
+    """Return how `load_model` loaded this model: `model`, `backend`, `engine`, `engine_asked`, `load_in_4bit`, `dtype`, `max_seq_length`, `revision`.
 
-    After `add_lora` also `use_gradient_checkpointing` and `random_state`. Raise `UserError` for a model that was loaded otherwise.
+    After `add_lora` also `use_gradient_checkpointing` and `random_state`. Raise `UserError` for a model that was loaded any other way.
     """
     notes = getattr(unwrap_base(model), "qlora_nb", None)
     info = notes.info if notes else None
@@ -64,7 +64,7 @@ def has_adapter(model: torch.nn.Module) -> bool:
 
 
 def find_active_adapter(model: torch.nn.Module) -> str:
-    "The name of the one active adapter. Raise `UserError` where there is none, or more than one."
+    "Return the name of the one active adapter. Raise `UserError` where there is none, or more than one."
     active = model.active_adapters if unwrap_base(model) is not model else []
     if not active and has_adapter(model):
         raise UserError("this is the base inside a model with an adapter: add_lora returns that model, so write model = add_lora(model)")
@@ -76,7 +76,7 @@ def find_active_adapter(model: torch.nn.Module) -> str:
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-3
 def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    "What peft would save of the active adapter. Raise `UserError` for a model without one."
+    "Return what peft would save of the active adapter. Raise `UserError` for a model without one."
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model, adapter_name=find_active_adapter(model), save_embedding_layers=False)
@@ -88,7 +88,7 @@ EMBEDDED_NAME = "qlora_nb:embedded"
 def base_name(
     model: torch.nn.Module,  # a peft model
 ) -> str:
-    "What the base of an adapter is called in its files."
+    "Return the base's name for an adapter's files."
     name = model_info(model, required=False).get("model")
     name = name or model.peft_config[find_active_adapter(model)].base_model_name_or_path or ""
     return EMBEDDED_NAME if name and Path(name) == EMBEDDED_MODEL else str(name)
@@ -134,7 +134,7 @@ def _write_config_and_card(folder: Path, base: str, in_4bit: bool) -> None:
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-7
 def _write_adapter(model: torch.nn.Module, tokenizer, folder: Path) -> None:
-    "The files of the active adapter and the tokenizer, into `folder`."
+    "Write the files of the active adapter and the tokenizer into `folder`."
     name = find_active_adapter(model)
     # False: "auto" would ask the Hub for the base's config.
     model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
@@ -149,7 +149,7 @@ def _write_adapter(model: torch.nn.Module, tokenizer, folder: Path) -> None:
 # %% ../nbs/56_adapter.ipynb #bd01c831-8
 @contextlib.contextmanager
 def replace_folder(path: str | Path, content: str) -> Iterator[Path]:
-    """Yield a new folder to fill; it takes the place of `path` when the body ends well. `content` says what goes there.
+    """Yield a new folder to fill; it replaces `path` when the body succeeds. `content` names what goes there.
 
     Raise `UserError` for a file at `path`, for a folder with files that the new one doesn't have, and where nothing can be written.
     """
@@ -178,7 +178,7 @@ def save_adapter(
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-11
 def _read_config(path: Path) -> dict:
-    "What an adapter's adapter_config.json holds. Raise `UserError` where there is no such folder or file, or it is damaged."
+    "Return an adapter's adapter_config.json. Raise `UserError` where there is no such folder or file, or it is damaged."
     if not path.is_dir():
         raise UserError(f"there is no adapter folder {path}: name one that save_adapter or a run wrote")
     file = path / "adapter_config.json"
@@ -206,8 +206,8 @@ def _check_shapes(model: torch.nn.Module, header: dict[str, dict], path: Path) -
         wanted = getattr(layers[name], f"{way}_features", size)
         if size != wanted:
             raise UserError(
-                f"the adapter {path} was made for another model: its layer {name} has {size} values going {way}, "
-                f"this model's has {wanted}; load its own base"
+                f"the adapter {path} was made for another model: its layer {name} has {way}_features={size}, "
+                f"and this model's {wanted}; load its own base"
             )
 
 # %% ../nbs/56_adapter.ipynb #a11e0070
@@ -228,7 +228,7 @@ def _check_tensors(loaded: torch.nn.Module, header: dict[str, dict], file: Path)
                         or not torch.equal(tensors.get_tensor(name).to(table.device, table.dtype), table))
     if unused:
         more = f" and {len(unused) - 1} more tensors" if unused[1:] else ""
-        raise UserError(f"the adapter {path} holds {unused[0]}{more}, which nothing in this model takes: load its own base, or train without them")
+        raise UserError(f"the adapter {path} holds {unused[0]}{more}, which has no place in this model: load its own base, or train without them")
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-12b
 def _put_on_base(model: torch.nn.Module, path: Path, trainable: bool) -> torch.nn.Module:
@@ -254,11 +254,11 @@ def load_adapter(
     path = Path(path).expanduser()
     file = path / "adapter_model.safetensors"
     if (kind := _read_config(path)["peft_type"]) != "LORA":
-        raise UserError(f"the adapter {path} is of the kind {kind}: only LORA can be loaded here")
+        raise UserError(f"the adapter {path} is of type {kind}: only LORA can be loaded here")
     if not file.exists():
-        raise UserError(f"{path} holds no {file.name} (other formats are not read): copy the adapter again")
+        raise UserError(f"{path} holds no {file.name} (other formats are not supported): copy the adapter again")
     if has_adapter(model):
-        raise UserError("the model carries an adapter already: load the base alone, then its adapter")
+        raise UserError("the model has an adapter already: load the base alone, then its adapter")
     header = read_header(file)
     check_numbers([file], base=False)
     _check_shapes(model, header, path)
@@ -273,14 +273,14 @@ def load_adapter(
 
 # %% ../nbs/56_adapter.ipynb #fca80c77-14
 def adapter_base(adapter: str | Path) -> str:
-    "The base model that an adapter was trained on, as its `adapter_config.json` names it. Raise `UserError`."
+    "Return the base model that an adapter was trained on, as its `adapter_config.json` names it. Raise `UserError`."
     if not (found := _read_config(Path(adapter).expanduser()).get("base_model_name_or_path")):
         raise UserError(f"the adapter {adapter} names no base model: name it (model in Python, --base on the command line)")
     return found
 
 # %% ../nbs/56_adapter.ipynb #fca80c77-14b
 def find_adapter(folder: Path) -> Path | None:
-    "The adapter's folder: `folder` itself, or the one in a run's; None where there is none."
+    "Return an adapter's folder: `folder` itself, or the one in a run's; None where it has none."
     return next((place for place in (folder / "adapter", folder) if (place / "adapter_config.json").exists()), None)
 
 # %% ../nbs/56_adapter.ipynb #a11e0021
@@ -289,8 +289,8 @@ _IN_4BIT = re.compile(r"\b(?:load_in_4bit|bnb_4bit_quant_type)\W+(?:True|true|nf
 
 def trained_in_4bit(
     adapter: str | Path,  # an adapter's folder, within a run or alone
-    base: str | Path | None = None,  # the base to look at; None is the one that the adapter names
-) -> tuple[bool, str]:  # (whether, what says so)
+    base: str | Path | None = None,  # the base to check; None is the one that the adapter names
+) -> tuple[bool, str]:  # (whether it was, the evidence)
     "Return whether an adapter was trained on a 4-bit base, by its run's config.yaml, its own files, or the base's name and configuration."
     folder = Path(adapter).expanduser().absolute()
     config = _read_config(folder)
@@ -315,6 +315,6 @@ def adapter_bits(adapter: str | Path, base: str | Path | None = None, asked: boo
     found, why = trained_in_4bit(adapter, base)
     bits = found if asked is None else asked
     if bits != found:
-        why = f"that was asked for, although {why}"
+        why = f"as requested, although {why}"
     print(f"precision: the base of {adapter} is loaded in {'4 bits' if bits else '16 bits or more'}: {why}", file=sys.stderr)
     return bits

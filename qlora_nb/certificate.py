@@ -142,12 +142,12 @@ class PathCheck:
     path: str  # tokenizer, GGUF or Modelfile
     rows: int = 0  # conversations
     same: int = 0  # with the same ids, prompt and whole
-    bos: int = 0  # that begin as in training: one BOS, or none where the model knows none
-    ends: int = 0  # with as many end-of-turn tokens
+    bos: int = 0  # that begin as in training: one BOS, or none where the model has none
+    ends: int = 0  # with the same number of end-of-turn tokens
     first: str = ""  # the first difference
 
     def note(self, case: Case, want: Ids, got: Ids | str, tokenizer, end: int | None) -> None:
-        "Count one conversation; `got` is a text where the path refused it."
+        "Count one conversation; `got` is the error's text where the path refused it."
         self.rows += 1
         if isinstance(got, str):
             self.first = self.first or f"{case.kind}: {got}"
@@ -167,9 +167,9 @@ class PathCheck:
             return f"{name}: on the path {self.path}, {self.rows - right} of {self.rows} conversations {what}"
 
         return [
-            *([sentence(self.same, f"have other tokens than in training; {self.first}")] if self.same < share * self.rows else []),
-            *([sentence(self.bos, "don't begin with the BOS of training, once")] if self.bos < self.rows else []),
-            *([sentence(self.ends, "have another number of end-of-turn tokens")] if self.ends < self.rows else []),
+            *([sentence(self.same, f"have different tokens than in training; {self.first}")] if self.same < share * self.rows else []),
+            *([sentence(self.bos, "don't begin with the BOS of training, exactly once")] if self.bos < self.rows else []),
+            *([sentence(self.ends, "have a different number of end-of-turn tokens")] if self.ends < self.rows else []),
         ]
 
 
@@ -179,7 +179,7 @@ def _leading(ids: list[int], bos: int | None) -> int:
 
 
 def _difference(want: list[int], got: list[int], tokenizer) -> str:
-    "Say where two rows of ids part."
+    "Return where two rows of ids first differ, in words."
     at = next((i for i, (a, b) in enumerate(zip(want, got)) if a != b), min(len(want), len(got)))
     texts = [tokenizer.decode(ids[at : at + 4]) if at < len(ids) else "the end" for ids in (want, got)]
     return f"at token {at} training has {texts[0]!r}, this path {texts[1]!r}"
@@ -267,7 +267,7 @@ class Distance:
 
 # %% ../nbs/22_certificate.ipynb #02603fd4
 def unpack_4bit(model: torch.nn.Module) -> torch.nn.Module:
-    "Replace a model's 4-bit matrices by the fp32 ones that they stand for; the adapter stays beside them."
+    "Replace a model's 4-bit matrices by the fp32 ones that they encode; the adapter stays unmerged."
     for name, layer in list(model.named_modules()):
         if hasattr(layer, "lora_A") or getattr(getattr(layer, "weight", None), "quant_state", None) is None:
             continue  # an adapter's layer shows the weight of the one within it
@@ -323,7 +323,7 @@ def open_subject(
         base, info = unwrap_base(subject), model_info(subject, required=False)
         dtype = info.get("dtype") or str(base.dtype).removeprefix("torch.")
         if dtype != "float32":
-            raise UserError(f"the model computes in {dtype}, and the reference must be fp32: pass the run's folder instead")
+            raise UserError(f"the model computes in {dtype}, but the reference must be fp32: pass the run's folder instead")
         return Subject(subject, tokenizer, str(info.get("model", type(base).__name__)))
     path = Path(getattr(subject, "path", subject)).expanduser()
     if not path.is_dir():
@@ -380,7 +380,7 @@ class Bounds:
     mean_kl: float | None = None  # nats, at most
     replies: float | None = None  # share of greedy replies that are the same to the token (or to a tie), at least
     accuracy: float | None = None  # held-out accuracy may be lower by this share, at most
-    base: float = 0.5  # mean KL at most so many times that of the base without its adapter
+    base: float = 0.5  # mean KL at most this many times that of the base without its adapter
     ids: float = 1.0  # share of conversations with the same ids on every path
 
 
@@ -415,7 +415,7 @@ class FileCheck:
     base_kl: float | None = None  # mean KL of the base without its adapter, nats
 
     def numbers(self) -> dict:
-        "Return the figures that the bounds are about, and some more."
+        "Return the figures that the bounds apply to, and a few more."
         same = [check.same / check.rows for check in self.paths if check.rows]
         return {
             "ids": min(same) if same else None, "mean_kl": self.distance.mean_kl, "max_kl": self.distance.max_kl,
@@ -425,7 +425,7 @@ class FileCheck:
         }
 
     def failures(self, bounds: Bounds | None) -> list[str]:
-        "Return what misses its bound, a sentence each. None: no bounds are known for this format."
+        "Return a sentence for each missed bound. `bounds` is None for a format without known bounds."
         name, number = self.quantization, self.numbers()
         if bounds is None:
             return [f"{name}: no bounds are known for this format: give thresholds={{{name!r}: Bounds(…)}}"]
@@ -475,9 +475,9 @@ class FileCheck:
 # %% ../nbs/22_certificate.ipynb #91650285
 _HEADS = ("", "same tokens", "mean KL", "max KL", "top-1", "perplexity", "same replies", "accuracy")
 _SERVED_BY = {
-    "template": "So what it serves is the path Modelfile.", "none": "It can't serve a conversation.",
-    "gguf": "So what it serves is the path GGUF; a conversation that ends with the assistant's turn is left open.",
-    "renderer": "So none of these paths is what it serves.", "unknown": "So it isn't known which of these paths it serves.",
+    "template": "So it serves by the path Modelfile.", "none": "It can't serve a conversation.",
+    "gguf": "So it serves by the path GGUF; a conversation that ends with the assistant's turn is left open.",
+    "renderer": "So it serves by none of these paths.", "unknown": "So it isn't known by which of these paths it serves.",
 }  # by `source` of Ollama's choice
 
 
@@ -502,19 +502,19 @@ class Certificate:
 
     subject: str  # the run, adapter or model
     rows: dict[str, int]  # conversations by kind
-    left_out: int  # conversations that training would not have taken
+    left_out: int  # conversations that training would have left out
     model_rows: int  # conversations whose logits were compared
     reply_rows: int  # held-out rows that were answered
     checks: list[FileCheck]
     thresholds: dict[str, Bounds]
-    notes: list[str]  # failures of the Modelfile as such
+    notes: list[str]  # failures of the Modelfile itself
     facts: dict  # date, versions, fingerprints
     seconds: float = 0.0
     directory: Path | None = None  # of the first GGUF
 
     @property
     def failures(self) -> list[str]:
-        "Everything that misses its bound, a sentence each."
+        "Return a sentence for each missed bound."
         known = (check.failures(self.thresholds.get(check.quantization)) for check in self.checks)
         return [*self.notes, *(failure for found in known for failure in found)]
 
@@ -540,7 +540,7 @@ class Certificate:
         if base := next((check.base_kl for check in self.checks if check.base_kl is not None), None):
             lines.append(f"The base without its adapter is {base:.1e} nats from the trained model (mean KL).")
         if self.left_out:
-            lines.append(f"{self.left_out} conversations were left out: training would not have taken them.")
+            lines.append(f"{self.left_out} conversations were left out, as training would have left them out.")
         return lines
 
     def __str__(self) -> str:
@@ -591,7 +591,7 @@ def is_greedy(
     tie: float = TIE_NATS,
 ) -> bool:
     "Return whether each token of a reply is the most likely one for this model, or less likely by at most `tie` nats."
-    if max(reply) >= model.config.vocab_size:  # a file may have more, to fill it up
+    if max(reply) >= model.config.vocab_size:  # a file may have more, as padding
         return False
     with generation_mode(model):
         ((_, logits),) = compute_logits(model, [prompt + reply], 1)
@@ -618,7 +618,7 @@ def compare_replies(
         served = [to_reply(row, tokenizer, stops) for row in rows]
         same = 0
         for a, b, one, row in zip(trained, served, ids, rows):
-            complete = b.stopped or b.tokens >= limit  # what was cut short is another reply
+            complete = b.stopped or b.tokens >= limit  # a reply that was cut short is not the same
             same += a == b or (complete and is_greedy(model, one.prompt, row))
         check.replies = same / len(cases)
         check.reference_accuracy, check.accuracy = (_accuracy(replies, answers) for replies in (trained, served))
@@ -632,23 +632,23 @@ def _accuracy(replies: list[Reply], answers: list[str | None]) -> float | None:
 
 # %% ../nbs/22_certificate.ipynb #beed0f73
 def check_modelfile(modelfile: Modelfile, path: Path, files: list[Path], subject: Subject) -> list[str]:
-    "Return what is wrong with a Modelfile beside its template."
+    "Return what is wrong with a Modelfile besides its template."
     found, tokenizer = [], subject.tokenizer
     if _find_named(modelfile, path, files) is None:
-        found.append(f"the Modelfile names {modelfile.one('FROM')}, which is none of the files that were certified")
+        found.append(f"the Modelfile names {modelfile.one('FROM')}, which is not one of the certified files")
     if _reading(modelfile, path, files)["ollama_reads"] == "none":
         found.append("the Modelfile has no TEMPLATE and the GGUF no chat template: Ollama has none to read")
     for name in ("ADAPTER", "RENDERER", "PARSER"):
         if modelfile.one(name) is not None:
-            found.append(f"the Modelfile has {name} {modelfile.one(name)}, which changes what was certified: take it out")
+            found.append(f"the Modelfile has {name} {modelfile.one(name)}, which changes what was certified: remove it")
     end, stops = turn_end(tokenizer, subject.template), modelfile.parameters.get("stop", [])
     if end is not None and (word := tokenizer.convert_ids_to_tokens(end)) not in stops:
         found.append(f"the Modelfile has no stop for {word}, which ends a reply")
     known = set(tokenizer.convert_ids_to_tokens(stop_tokens(tokenizer, subject.model, subject.template)))
-    found += [f"the Modelfile has a stop {stop!r}, which training doesn't know: it cuts replies" for stop in stops if stop not in known]
+    found += [f"the Modelfile has a stop {stop!r}, which training doesn't use: it cuts replies" for stop in stops if stop not in known]
     system = subject.config.get("system")
     if "system" in subject.config and not system and modelfile.one("SYSTEM"):
-        found.append("the Modelfile has a SYSTEM text, and training put none before every question")
+        found.append("the Modelfile has a SYSTEM text, but training didn't put one before every question")
     if system and modelfile.one("SYSTEM") != system:
         found.append("the Modelfile's SYSTEM is not the system text that training put before every question")
     return found
@@ -693,7 +693,7 @@ def _check_positive(**numbers: int | None) -> None:
 
 
 def _list_files(gguf) -> list[Path]:
-    "One file or several, as a list. Raise `UserError` where one isn't there."
+    "Return one file or several as a list. Raise `UserError` where one isn't there."
     files = [Path(file).expanduser() for file in (gguf if isinstance(gguf, (list, tuple)) else [gguf])]
     if not files:
         raise UserError("no GGUF was given: name one, or several")
@@ -713,7 +713,7 @@ def read_modelfile(path: str | Path | None) -> Modelfile | None:
 
 
 def _versions() -> dict:
-    "Versions of what takes part."
+    "Return the versions of the software involved."
     found = library_versions()
     for name in ("llama-cpp-python", "xllamacpp", "gguf"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -722,7 +722,7 @@ def _versions() -> dict:
 
 # %% ../nbs/22_certificate.ipynb #c0de2201
 def _find_named(modelfile: Modelfile, path: str | Path, files: list[Path]) -> Path | None:
-    "The file that FROM names; None where it is none of these."
+    "Return the file that FROM names; None where it is not one of these."
     named = (Path(path).expanduser().absolute().parent / (modelfile.one("FROM") or "")).resolve()
     return next((file for file in files if file.resolve() == named), None)
 
@@ -737,7 +737,7 @@ def _prepare(subject: Subject, data, rows: int, modelfile: Modelfile | None) -> 
     "Return conversations as they are served, their ids in training, and how many were left out."
     if data is None:
         if model_info(subject.model, required=False).get("model") != EMBEDDED_NAME:
-            raise UserError("no held-out rows were given: pass data=, rows that the model did not learn")
+            raise UserError("no held-out rows were given: pass data=, rows that the model was not trained on")
         data = load_sft_dataset(split="heldout")
     cases = make_cases(data, subject.tokenizer, rows)
     if modelfile:
@@ -746,7 +746,7 @@ def _prepare(subject: Subject, data, rows: int, modelfile: Modelfile | None) -> 
     context = getattr(subject.model.config, "max_position_embeddings", 2048)
     kept = [(case, row) for case, row in zip(cases, ids) if row and len(row.whole) < context]
     if not kept:
-        raise UserError(f"none of the {len(cases)} held-out conversations can be rendered and fits in {context} tokens: give others")
+        raise UserError(f"none of the {len(cases)} held-out conversations can be rendered within {context} tokens: give others")
     return [case for case, _ in kept], [row for _, row in kept], len(cases) - len(kept)
 
 # %% ../nbs/22_certificate.ipynb #7a8dea17
@@ -788,9 +788,9 @@ def _check_vocabulary(files: list[LlamaFile], tokens: int) -> None:
     "Raise `UserError` for a file that has fewer tokens than the model."
     for file in files:
         if file.vocab_size < tokens:
-            raise UserError(f"{file.path} has {file.vocab_size} tokens and the model {tokens}: it is another model's file, so name the one that was exported from this one")
+            raise UserError(f"{file.path} has {file.vocab_size} tokens and the model {tokens}: it belongs to another model, so name the one that was exported from this one")
 
 
 def spread_evenly(n: int, count: int) -> list[int]:
-    "Return `count` of n places, evenly."
+    "Return `count` of n places, evenly spaced."
     return sorted({i * n // count for i in range(count)}) if count else []

@@ -56,7 +56,7 @@ def load_rows(settings: Settings) -> tuple:  # (training rows, held-out rows or 
     from qlora_nb.rows import load_sft_dataset
 
     if settings.data == DATA_FROM_PYTHON:
-        raise UserError("that run got its data in Python, where it has no name: name it with --data")
+        raise UserError("that run's data was given in Python and has no name: name it with --data")
     source = {name: getattr(settings, name) for name in ("data", "data_name", "limit", "add_system")}
     load = partial(load_sft_dataset, system=settings.add_system)
     if settings.data is None:
@@ -88,10 +88,10 @@ def read_train_config(config: str | None, resume: str | None, output: str | None
 
 # %% ../nbs/21_cli.ipynb #826fda92-7
 def compare_fingerprints(old: dict, new: dict) -> None:
-    "Report on stderr where a configuration was reused, but its data is not the same to the byte."
+    "Report on stderr where a configuration was reused, but its data is not the same byte for byte."
     for name, value in (old.get("fingerprints") or {}).items():
         if value != new["fingerprints"].get(name):
-            print(f"note: {name} is not what it was in the configuration's run", file=sys.stderr)
+            print(f"note: {name} differs from that of the configuration's run", file=sys.stderr)
 
 # %% ../nbs/21_cli.ipynb #eb15a274
 def choose_plan(flag: str | None, resume: str | None, config: dict):
@@ -156,7 +156,7 @@ def train_from_flags(flags: dict, formats: list[str]):
     given["add_system"] = choose_system(flags["system"], flags["no_system"])
     given = {name: check_setting(name, value) for name, value in drop_missing(**given).items()}
     name = resolve_settings(given, config, profile=profile()).model
-    settings = resolve_settings(given, config, profile=profile_for(name))  # a typing error is found before a model is loaded
+    settings = resolve_settings(given, config, profile=profile_for(name))  # a typo is found before a model is loaded
     plan = choose_plan(flags["plan"], flags["resume"], config)
     model_path(name)  # and so is a missing folder
     data, held_out, source = load_rows(settings)
@@ -189,7 +189,7 @@ TRAIN_FLAGS = {  # in addition to the settings; name: (type, help)
     "output": (str, "run folder, new or empty; default ./runs/<time>-<model>"),
     "config": (str, "a run's config.yaml, or one of your own"),
     "resume": (str, "a run folder to resume"),
-    "export": (str, "then export and certify: GGUF formats with commas, such as q8_0,q4_k_m"),
+    "export": (str, "then export and certify: GGUF formats, comma-separated, such as q8_0,q4_k_m"),
     "plan": (str, "auto fits the run to this GPU; or a card's name, such as T4"),
 }
 
@@ -201,7 +201,7 @@ def flag_type(kind) -> type:
 
 # %% ../nbs/21_cli.ipynb #a2f61c07
 def split_quantizations(text: str | None) -> list[str]:
-    "Return the names of a list with commas, checked before anything long begins."
+    "Return the names of a comma-separated list, checked before anything slow begins."
     if text is None:
         return []
     from qlora_nb.gguf_export import check_quantizations
@@ -240,7 +240,7 @@ def train(**flags):
         formats = split_quantizations(flags.pop("export"))
         result = train_from_flags(flags, formats)
         print(result.report().partition("\n| problem")[0], file=sys.stderr)
-    print(result.path, flush=True)  # whatever becomes of the export, the run is there
+    print(result.path, flush=True)  # whatever happens to the export, the run is complete
     with quiet_stdout(), explain_stop(lambda: f"the run is finished; continue with qlora_nb export {result.path}"):
         passed = not formats or export_and_certify(result, formats, process_start())
     if not passed:
@@ -267,7 +267,7 @@ def open_for_chat(run: str | None, model: str | None, adapter: str | None, backe
             return *open_run(adapter, base=model or base, backend=backend), {}
         return *load_model(default_model(model), backend=backend), {}
     if model or adapter:
-        raise UserError("a run and --model or --adapter are both given: a run brings its own")
+        raise UserError("a run and --model or --adapter are both given: a run has its own")
     folder = RunFolder.open(run)
     if not folder.finished:
         raise UserError(f"the run {folder.path} is not finished: {folder.how_to_resume()}")
@@ -303,7 +303,7 @@ def chat(
                 from qlora_nb.llama import gguf_chat
 
                 if model or adapter or backend or base:
-                    raise UserError("a GGUF and --model, --adapter, --base or --backend are given: the file is all that llama.cpp takes")
+                    raise UserError("a GGUF is given with --model, --adapter, --base or --backend: llama.cpp needs the file alone")
 
                 ask, config = stack.enter_context(gguf_chat(run)), config_around(Path(run))
             else:
@@ -329,7 +329,7 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(help="limit of a reply; default: the run's, or 512")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, unsloth or transformers")] = None,
 ):
-    "Answer held-out rows and say how many are exact, in form, and end by themselves; the last line is JSON."
+    "Answer held-out rows and count the replies that are exact, in form, and end by themselves; the last line is JSON."
     with quiet_stdout():
         from qlora_nb.evaluation import evaluate as measure
         from qlora_nb.rows import load_sft_dataset
@@ -382,9 +382,9 @@ def format_cards(found: list) -> str:
 def plan(
     model: Annotated[str | None, typer.Option(help="Hub name or folder; its config.json is enough; default: the profile's")] = None,
     gpu: Annotated[str | None, typer.Option(help="T4, 'A100 80GB', '24 GB', …; default: this machine's, else all the usual ones")] = None,
-    data: Annotated[str | None, typer.Option(help="rows whose lengths count; default: full rows")] = None,
+    data: Annotated[str | None, typer.Option(help="rows whose lengths are measured; default: full rows")] = None,
     data_name: Annotated[str | None, typer.Option(help="configuration of a Hub data set")] = None,
-    limit: Annotated[int, typer.Option(help="rows to look at")] = 5000,
+    limit: Annotated[int, typer.Option(help="rows to read")] = 5000,
     max_seq_length: Annotated[int | None, typer.Option("--max-seq-length", "--seq-length", help="longest row in tokens")] = None,
     effective_batch: Annotated[int, typer.Option(help="rows in an update")] = 8,
     r: Annotated[int, typer.Option(help="rank of the adapter")] = 16,
@@ -392,7 +392,7 @@ def plan(
     backend: Annotated[str | None, typer.Option(help="unsloth, transformers or engine; default: what auto takes on that card")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ):
-    "Settings that fit a card and should be fastest, before anything is loaded. Exit code 1 where nothing fits."
+    "Choose settings that fit a card and should be fastest, before anything is loaded. Exit code 1 where nothing fits."
     with quiet_stdout():
         found = make_plans(default_model(model), gpu, data, data_name, limit, max_seq_length=max_seq_length, effective_batch=effective_batch, r=r, method=method,
                       backend=backend)
@@ -453,7 +453,7 @@ def check(
 def export(
     source: Annotated[str, typer.Argument(help="folder of a run, an adapter or a model; or a model's name on the Hub")],
     output: Annotated[str | None, typer.Option(help="a .gguf file or a folder; default: the folder itself, or ./model")] = None,
-    quantization: Annotated[str, typer.Option(help="f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k; several with commas")] = "q8_0",
+    quantization: Annotated[str, typer.Option(help="f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k; several comma-separated")] = "q8_0",
     license: Annotated[str | None, typer.Option(help="of the model, e.g. llama3.2; default: its card's")] = None,
     base: BASE_OPTION = None,
     load_in_4bit: BITS_OPTION = None,
@@ -556,7 +556,7 @@ def compare(
     runs: Annotated[list[str], typer.Argument(help="two or more run folders")],
     output: Annotated[str | None, typer.Option(help="also a page of HTML with the loss curves, written to this file")] = None,
 ):
-    "Put runs side by side: the settings that differ, and what came of them."
+    "Put runs side by side: the settings that differ, and the results."
     with quiet_stdout():
         from qlora_nb.report import compare as side_by_side
 
@@ -571,7 +571,7 @@ def doctor(
     file: Annotated[Path, typer.Argument(help="a script (.py) or a notebook (.ipynb); it is read, never run")],
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ):
-    "Say what no longer works in older code, and what to write now. Exit code 1 where something breaks or silently goes wrong."
+    "Find what no longer works in older code, and what to write now. Exit code 1 where something breaks or silently goes wrong."
     from qlora_nb.doctor import explain_old_code, read_code
 
     report = explain_old_code(read_code(file))
@@ -586,12 +586,12 @@ def recommend(
     data: Annotated[str | None, typer.Option(help="Hub name, folder or file; default: by model")] = None,
     data_name: Annotated[str | None, typer.Option(help="configuration of a Hub data set")] = None,
     limit: Annotated[int | None, typer.Option(help="rows to take from the data")] = None,
-    rows: Annotated[int | None, typer.Option(help="how many rows there are, instead of the data")] = None,
+    rows: Annotated[int | None, typer.Option(help="the number of rows, instead of the data")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, a card's name, or a size such as '24 GB'; default: this machine")] = None,
     method: Annotated[str, typer.Option(help="lora, qlora or full")] = "qlora",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ):
-    "Settings to start from for this model and data, each with its reason and source."
+    "Recommend settings to start from for this model and data, each with its reason and source."
     with quiet_stdout():
         from qlora_nb.model import load_tokenizer_and_config
         from qlora_nb.recommendation import recommend as advise
@@ -610,7 +610,7 @@ def diagnose(
     run: Annotated[str, typer.Argument(help="a run folder")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ):
-    "Say what went wrong in a run, and how to fix it; from its folder alone. Exit code 1 where something is wrong."
+    "Find what went wrong in a run, and how to fix it, from its folder alone. Exit code 1 where something is wrong."
     with quiet_stdout():
         from qlora_nb.diagnosis import diagnose as look
 
@@ -622,7 +622,7 @@ def diagnose(
 # %% ../nbs/21_cli.ipynb #826fda92-17
 @app.command()
 def info():
-    "Print versions, device, profile, and the backend that `auto` takes, and why."
+    "Print versions, device, profile, and the backend that `auto` chooses, and why."
     with quiet_stdout():
         import torch
 
@@ -647,7 +647,7 @@ def refuse_several_processes() -> None:
     except ValueError:
         return
     if count > 1 and os.environ.get("RANK", "0") != "0":
-        time.sleep(10)  # the launcher ends all with the first that ends, which is to be the one that speaks
+        time.sleep(10)  # the launcher ends all processes with the first that ends: this must be the one with the message
         raise SystemExit(2)
     if count > 1:
         raise UserError(f"several processes are not supported yet, and {count} were started (WORLD_SIZE): start one, without torchrun or accelerate launch")

@@ -40,7 +40,7 @@ def unwrap_base(model):  # a transformers or peft model -> the transformers mode
 # %% ../nbs/00_core.ipynb #8278cb14-u2
 @dataclass(slots=True)
 class ModuleNotes:
-    """What the package keeps on a module of another library: the one attribute that it adds there, `qlora_nb`.
+    """The package's notes on a module of another library: the one attribute that it adds there, `qlora_nb`.
 
     On the base model: how it was loaded (`info`, see `model_info`), the engine that was asked for (`wanted`) and that is on (`engine`),
     and what `remove_engine` puts back (`undo`: owner, name, old value). On any module with another `forward`: the one that it had (`usual`).
@@ -62,7 +62,7 @@ class ModuleNotes:
 
 
 def annotate_module(module) -> ModuleNotes:
-    "Return the notes on a module, which gets empty ones where it has none."
+    "Return a module's notes, after giving it empty ones where it has none."
     if "qlora_nb" not in vars(module):
         module.qlora_nb = ModuleNotes()
     return module.qlora_nb
@@ -79,7 +79,7 @@ RESULTS_FOLDER = next((place for place in _PLACES if place.is_dir()), _PLACES[1]
 # %% ../nbs/00_core.ipynb #8278cb14-4
 @dataclass(frozen=True)
 class Profile:
-    "The settings that depend on the size of the machine. `train` takes each one that nothing else decides."
+    "The settings that depend on the size of the machine. `train` uses each one that nothing else decides."
 
     name: str  # tiny, t4 or large
     model: str  # Hub name or folder of the base model
@@ -90,7 +90,7 @@ class Profile:
     per_device_train_batch_size: int = 2  # rows in one forward pass
     gradient_accumulation_steps: int = 4  # forward passes for one optimizer step
     max_steps: int = 60  # optimizer steps
-    warmup_steps: int = 5  # steps in which the learning rate climbs to its peak
+    warmup_steps: int = 5  # steps in which the learning rate rises to its peak
     learning_rate: float = 2e-4  # the peak
     optim: str = "adamw_8bit"  # a name that transformers' `TrainingArguments(optim=…)` knows
     eval_rows: int = 16  # held-out rows that are answered before and after training
@@ -158,7 +158,7 @@ def write_aside(
     path: str | Path,  # the file or folder that is to appear
     folder: bool = False,  # True: the body fills a folder
 ) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; renames it to `path` when the body succeeds, removes it otherwise.
+    """Yield a path beside `path` to write to; rename it to `path` when the body succeeds, remove it otherwise.
 
     Raise `UserError` where the disk is full or the place is not writable; what was at `path` is then unchanged.
     """
@@ -228,7 +228,7 @@ def read_json(path: Path, kinds: tuple[type, ...] = (dict,), most: int = 20_000_
         if not isinstance(value, kinds):
             raise ValueError(f"a {type(value).__name__} where a {kinds[0].__name__} was expected")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({error}): it is damaged, make it again") from error
+        raise UserError(f"{path} can't be read ({error}): it is damaged, create it again") from error
     return value
 
 
@@ -237,7 +237,7 @@ def read_objects(path: Path) -> list[dict]:
     try:
         rows = read_jsonl(path) if path.exists() else []
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({error}): it is damaged, make it again") from error
+        raise UserError(f"{path} can't be read ({error}): it is damaged, create it again") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}, holds a {type(row).__name__} where an object was expected: remove the line")
@@ -248,18 +248,18 @@ _FIELD_KINDS = {float: "a number", str: "text", bool: "true or false", dict: "a 
 
 
 def is_number(value: object) -> bool:
-    "Return whether this is a number that a float can hold; NaN and infinity are."
+    "Return whether this is a number that a float can hold; NaN and infinity count."
     return isinstance(value, float) or (type(value) is int and abs(value) < 1e300)
 
 
 def check_fields(where: str | Path, row: dict, needed: tuple[str, ...] = (), **kinds: type) -> None:
-    "Raise `UserError` where a field has another type than it should, or a required one is missing. None has every type."
+    "Raise `UserError` where a field has the wrong type, or a required one is missing. None passes as any type."
     for name, kind in kinds.items():
         value = row.get(name)
         if value is None and name in needed:
-            raise UserError(f"{where} has no {name}: make it again")
+            raise UserError(f"{where} has no {name}: create it again")
         if value is not None and not (is_number(value) if kind is float else isinstance(value, kind)):
-            raise UserError(f"{where}: {name} is a {type(value).__name__} where {_FIELD_KINDS[kind]} was expected: make it again")
+            raise UserError(f"{where}: {name} is a {type(value).__name__} where {_FIELD_KINDS[kind]} was expected: create it again")
 
 # %% ../nbs/00_core.ipynb #5f1d0a07
 RECORDED_PACKAGES = ("qlora_nb", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "unsloth")
@@ -295,7 +295,7 @@ def file_sha256(path: str | Path) -> str:
 class Finding:
     "One thing that a check found. A check that knows more about it, such as rows or a line, adds fields in a subclass."
 
-    code: str  # a short name, always the same
+    code: str  # a short, stable name
     severity: str  # error: it fails or does harm; warning: it could be better; info: worth knowing
     cause: str  # what was found, with figures, and where it comes from
     fix: str  # what to do
@@ -374,7 +374,7 @@ class Findings:
 
 # %% ../nbs/00_core.ipynb #8278cb14-15
 def make_private_folder(path: str | Path) -> Path:
-    "Create a folder that only this user can read and write. Raises `OSError` where that fails, or it is another user's."
+    "Create a folder that only this user can read and write. Raise `OSError` where that fails, or it is another user's."
     path = Path(path)
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if {path.lstat().st_uid, path.stat().st_uid} != {os.getuid()}:

@@ -18,7 +18,7 @@ from .run import RunFolder
 # %% ../nbs/19_diagnose.ipynb #f4237bcb
 @dataclass(frozen=True)
 class Evidence:
-    "The files of a run folder that the rules look at."
+    "The files of a run folder that the rules read."
 
     path: Path
     config: dict  # settings
@@ -63,7 +63,7 @@ class Diagnosis(Findings):
         self.evidence = evidence
 
     def plot(self, ax=None):
-        "Plot the loss by step, with the held-out loss before and after; returns the Axes."
+        "Plot the loss by step, with the held-out loss before and after; return the Axes."
         seen = self.evidence
         rows = [row for row in seen.metrics if row.get("loss") is not None and math.isfinite(row["loss"])]
         ax = plot_loss(rows, ax)
@@ -79,7 +79,7 @@ def plot_loss(
     ax=None,  # a matplotlib Axes; None makes one
     window: int = 10,  # steps in the running mean
 ):
-    "Plot the loss by step and its running mean; returns the Axes."
+    "Plot the loss by step and its running mean; return the Axes."
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
@@ -150,7 +150,7 @@ def find_divergence(seen: Evidence) -> Finding | None:
         return None
     # the deviation of a normal step, from the median jump: the rise itself does not count
     noise = statistics.median(abs(b - a) for a, b in zip(losses, losses[1:])) / 0.954
-    start = 1.1 * statistics.fmean(losses[:2]) + 3 * noise / math.sqrt(2)  # two steps are all there is of it
+    start = 1.1 * statistics.fmean(losses[:2]) + 3 * noise / math.sqrt(2)  # the start is only two steps
     if parts[-1] < 1.3 * min(parts) + 0.2 and parts[-1] < start:
         return None
     rate = seen.config["learning_rate"]
@@ -219,7 +219,7 @@ def find_no_gain(seen: Evidence) -> Finding | None:
             return None
         what = f"{new:.0%} of the held-out answers are right, {old:.0%} were before"
     else:
-        what = f"the held-out loss is {after:.3g}, and was {before:.3g} before"
+        what = f"the held-out loss is {after:.3g}, and was {before:.3g} before training"
     return Finding(
         "no_gain", "warning", f"training improved nothing: {what}",
         "lower the learning rate, give more or cleaner rows, and make sure that the held-out rows resemble the training rows; "
@@ -235,7 +235,7 @@ def find_forgetting(seen: Evidence) -> Finding | None:
         return None
     return Finding(
         "forgetting", "warning" if after > 10 * before else "info",
-        f"the base's own task is predicted worse: perplexity {after:.4g}, and {before:.4g} before",
+        f"the base's own task is predicted worse: perplexity {after:.4g}, up from {before:.4g}",
         "lower the learning rate or train fewer steps; mix in rows of the base's own task. The base itself is unchanged: "
         "with the adapter switched off it answers as before",
     )
@@ -254,8 +254,8 @@ def find_endless_replies(seen: Evidence) -> Finding | None:
         return Finding(
             "limit_too_short", "warning",
             f"{1 - stops:.0%} of the replies were cut off, and the expected ones are longer than max_new_tokens={limit}, too: "
-            "what was judged is only the start of the reply",
-            f"raise max_new_tokens to {max(expected)} at least",
+            "only the start of each reply was judged",
+            f"raise max_new_tokens to at least {max(expected)}",
         )
     return Finding(
         "never_stops", "error" if stops < 0.5 else "warning",
@@ -279,16 +279,16 @@ def find_gradient_trouble(seen: Evidence) -> Finding | None:
     if half[len(half) // 10] > 5 * bound:
         return Finding(
             "gradients_cut", "warning",
-            f"gradients are {statistics.median(half) / bound:.0f} times as long as max_grad_norm={bound:g} to the end: "
+            f"gradients are {statistics.median(half) / bound:.0f} times as long as max_grad_norm={bound:g} until the end: "
             "every step is clipped, so the learning rate no longer sets its size",
             f"lower the learning rate to a third or less ({seen.config['learning_rate'] / 3:.2g}), or warm up for longer",
         )
-    # a converged run has small norms: what is hardly clipped does no harm
+    # a converged run has small norms: mild clipping does no harm
     if max(norms[len(norms) // 5 :]) > max(20 * middle, 5 * bound):
         at = max(range(len(norms) // 5, len(norms)), key=norms.__getitem__)
         return Finding(
             "gradient_spikes", "warning", f"the gradient norm jumps to {norms[at]:.3g} at step {at + 1}; {middle:.3g} is usual",
-            "look at the rows of that step (very short replies, odd text), lower the learning rate, keep max_grad_norm at 1",
+            "check the rows of that step (very short replies, odd text), lower the learning rate, keep max_grad_norm at 1",
         )
     return None
 
@@ -303,7 +303,7 @@ def find_lost_rows(seen: Evidence) -> list[Finding]:
             found.append(Finding(
                 code, "error" if lost > 0.5 * whole else "warning",
                 f"{lost:.0f} of {whole:.0f} rows are longer than max_seq_length={seen.config.get('max_seq_length')} and {what}",
-                f"raise max_seq_length (the longest row has {seen.data('longest') or '?'} tokens; plan_training tells what fits "
+                f"raise max_seq_length (the longest row has {seen.data('longest') or '?'} tokens; plan_training shows what fits "
                 "the card), or use shorter rows",
             ))
     return found
@@ -340,7 +340,7 @@ def find_memory_trouble(seen: Evidence) -> list[Finding]:
         return []
     used = f"training took {max(peaks) / 2**30:.1f} of {card / 2**30:.1f} GiB"
     if max(peaks) > 0.9 * card:
-        return [Finding("memory_full", "warning", f"{used}: one longer row can end it", LESS_MEMORY)]
+        return [Finding("memory_full", "warning", f"{used}: one longer row may not fit", LESS_MEMORY)]
     batch = seen.config.get("per_device_train_batch_size") or 1
     found = [Finding("memory_idle", "info", f"{used}: the card could do more at once",
                      f"use a larger batch (per_device_train_batch_size {2 * batch}, with half the accumulation), or packing")]
@@ -370,7 +370,7 @@ DIAGNOSIS_RULES = (
 )
 
 # %% ../nbs/19_diagnose.ipynb #5f1d0b02
-EXPLAINED_CODES = {  # what a finding brings along
+EXPLAINED_CODES = {  # a finding → the ones that it explains
     "nan_loss": {"no_gradient", "gradients_cut", "gradient_spikes", "diverging", "flat", "unfinished", "still_falling"},
     "zero_loss": {"no_gradient", "flat", "no_gain", "unfinished"},
     "diverging": {"flat", "never_stops", "no_gain", "gradients_cut", "gradient_spikes", "forgetting", "overfitting", "still_falling"},

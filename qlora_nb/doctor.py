@@ -112,7 +112,7 @@ def list_roots(tree) -> list[str]:
 
 # %% ../nbs/09_doctor.ipynb #5f161c91
 class CodeReader:
-    "Walks through cells in the order of their lines; knows what names mean there, and what is written anywhere."
+    "A walk through cells in the order of their lines, with what names mean there, and what is written anywhere."
 
     def __init__(self, *trees: ast.AST):
         self.levels = [{}]  # names that are bound so far: a library's dotted name, an expression, or `_OTHER`
@@ -253,7 +253,7 @@ class CodeReader:
                     self.bind(name.id, _OTHER)
 
     def walk(self, node, looks: tuple, whole: bool = True) -> "Iterator[Hit]":
-        "Yield what the looks see in a tree, by its lines; `whole` is False inside a text that was looked at already."
+        "Yield what the looks find in a tree, in line order; `whole` is False inside a text that was checked already."
         is_text = isinstance(node, _TEXTS)
         for look in looks if whole or not is_text else ():
             yield from look(node, self)
@@ -263,7 +263,7 @@ class CodeReader:
         parts = sorted(ast.iter_child_nodes(node), key=lambda part: not isinstance(part, ast.comprehension))  # these come first
         for part in parts:
             if isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
-                continue  # a text that stands alone, as a docstring does
+                continue  # a text by itself, as a docstring is
             yield from self.walk(part, looks, inside or not isinstance(part, _TEXTS))
         if isinstance(node, _FUNCTIONS):
             self.levels.pop()
@@ -272,7 +272,7 @@ class CodeReader:
 # %% ../nbs/09_doctor.ipynb #63d04dee
 @dataclass
 class Hit:
-    "A rule that is met at a node."
+    "A rule that applies at a node."
 
     place: ast.AST
     code: str
@@ -466,7 +466,7 @@ def look_template(node, reader: CodeReader) -> Iterator[Hit]:
         return
     written = (part for part in ast.walk(node) if isinstance(part, (ast.Constant, ast.JoinedStr)))
     place = next((part for part in written if _HEADERS.search(reader.text(part) or "")), None)
-    if place is None:  # all of it is elsewhere, and was looked at there
+    if place is None:  # all of it is elsewhere, and was checked there
         return
     ended = "eos_token" in reader.attributes or reader.says(r"^(<\|eot_id\|>|<\|im_end\|>|</s>|<\|end_of_text\|>)$")
     for code in find_template_faults(text):
@@ -563,11 +563,11 @@ def parse_cell(source: str, where: str = "") -> tuple[ast.Module, list[tuple[int
             else:
                 raise UserError(f"{where}line {at + 1} is not Python ({error.msg}): fix it, or leave it out") from error
         except (ValueError, RecursionError, MemoryError) as error:
-            raise UserError(f"{where or 'the source '}can't be read as Python ({error or 'nested too deep'})") from error
+            raise UserError(f"{where or 'the source '}can't be read as Python ({error or 'nested too deeply'})") from error
 
 # %% ../nbs/09_doctor.ipynb #fed5038b
 def is_old_pin(requirement: str) -> bool:
-    "Return True where a requirement rules out a library's version of today, and nothing newer."
+    "Return True where a requirement rules out a library's current version, and nothing newer."
     from packaging.requirements import InvalidRequirement, Requirement
     from packaging.version import Version
 
@@ -620,7 +620,7 @@ class CodeReport(Findings):
     "The findings of `explain_old_code` in the order of the source. `ok` is True where nothing fails or does harm."
 
     columns = ("severity", "code", "where", "old", "cause", "fix", "source")
-    nothing = f"nothing found: none of the {len(OLD_CODE_RULES)} rules is met (which does not prove that the code is right)"
+    nothing = f"nothing found: none of the {len(OLD_CODE_RULES)} rules applies (which does not prove that the code is right)"
 
     def __init__(self, findings: list[CodeFinding]):
         counts = Counter(finding.severity for finding in findings)
@@ -679,7 +679,7 @@ def explain_old_code(
 
 # %% ../nbs/09_doctor.ipynb #8aa3c4ce
 def explain_cells(parsed: dict, cells: dict) -> Iterator[CodeFinding]:
-    "Yield the findings in parsed cells. Raise `UserError` for code that is nested too deep to be followed."
+    "Yield the findings in parsed cells. Raise `UserError` for code that is nested too deeply to follow."
     for number, (tree, _) in parsed.items():
         for node in ast.walk(tree):
             node.cell = number  # a hit may lie in an earlier cell
@@ -690,7 +690,7 @@ def explain_cells(parsed: dict, cells: dict) -> Iterator[CodeFinding]:
             for hit in reader.walk(tree, _LOOKS):
                 yield explain_hit(hit, hit.place.cell, cells[hit.place.cell])
     except RecursionError as error:
-        raise UserError("the source is nested too deep to be followed: give its parts one by one") from error
+        raise UserError("the source is nested too deeply to follow: give its parts one by one") from error
     for number, (_, magics) in parsed.items():
         for first, text in magics:
             yield from explain_magic(first, text, number)
@@ -719,7 +719,7 @@ def read_cells(text: str, path: Path) -> list[str]:
     try:
         notebook = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}), and a notebook is: save it again from Jupyter") from error
+        raise UserError(f"{path} is not JSON ({error}), as a notebook must be: save it again from Jupyter") from error
     if not isinstance(notebook, dict):
         raise UserError(f"{path} is JSON, but not a notebook: it is a {type(notebook).__name__}")
     try:

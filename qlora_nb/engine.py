@@ -68,7 +68,7 @@ def _row_by_row(query, key, value, bounds, scaling):  # (1, heads, T, d) -> (1, 
 # %% ../nbs/06_engine.ipynb #41b8131e
 def packed_attention(
     module: torch.nn.Module,  # the attention layer
-    query: torch.Tensor,  # (batch, heads, T, d); batch is 1 where bounds come
+    query: torch.Tensor,  # (batch, heads, T, d); batch is 1 where bounds are given
     key: torch.Tensor,  # (batch, kv heads, T, d)
     value: torch.Tensor,  # (batch, kv heads, T, d)
     attention_mask: torch.Tensor | None,  # for the usual attention
@@ -76,7 +76,7 @@ def packed_attention(
     dropout: float = 0.0,  # for the usual attention
     **kwargs,  # `cu_seq_lens_q` and `max_length_q`, and what transformers passes on
 ) -> tuple[torch.Tensor, None]:  # (batch, T, heads, d), and no weights
-    "Compute attention for transformers: rows kept apart where `cu_seq_lens_q` comes, else the usual (`sdpa`)."
+    "Compute attention for transformers: rows kept apart where `cu_seq_lens_q` is given, else the usual (`sdpa`)."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     bounds = kwargs.get("cu_seq_lens_q")
@@ -97,7 +97,7 @@ def _usual(module: torch.nn.Module):
 
 # %% ../nbs/06_engine.ipynb #8919e46d
 def bounded_forward(decoder: torch.nn.Module, *args, **kwargs):
-    "Run a decoder without making a mask where `cu_seq_lens_q` comes; all else is passed on."
+    "Run a decoder without making a mask where `cu_seq_lens_q` is given; all else is passed on."
     length, kwargs = _rounded(decoder, args, {name: kwargs[name] for name in kwargs if name not in ("learned", "num_items_in_batch")})
     if decoder.config._attn_implementation == "qlora_nb" and kwargs.get("cu_seq_lens_q") is not None:
         none = kwargs["cu_seq_lens_q"].new_empty(1, 1, 0, 0)  # four dimensions: passed on as it is
@@ -156,7 +156,7 @@ class LabelledCrossEntropy(torch.autograd.Function):
 
 # %% ../nbs/06_engine.ipynb #195b244f
 LOSS_CHUNK_BYTES = 2**28  # of fp32 logits at a time at least: 512 positions of a vocabulary of 128,256; four times as much at most
-LOSS_CHUNKS = 16  # in between, as many chunks: longer products cost less a position
+LOSS_CHUNKS = 16  # in between, as many chunks: longer products cost less per position
 
 
 def choose_loss_chunk(positions: int, words: int) -> int:
@@ -172,7 +172,7 @@ def labelled_loss(
     weight: torch.Tensor,  # (V, d), the frozen head
     labels: torch.Tensor,  # (batch, T); -100 is not learned
     num_items: "int | torch.Tensor | None" = None,  # learned tokens of the whole effective batch; None counts these
-    chunk: int | None = None,  # positions whose logits are there at a time; None is `loss_chunk`
+    chunk: int | None = None,  # positions whose logits exist at a time; None is `loss_chunk`
     cross_entropy_: Callable = cross_entropy_,  # or a kernel that does the same in two passes
     learned: torch.Tensor | None = None,  # (n,), the positions in (batch * T) whose next token is learned, each once; None looks for them
 ) -> torch.Tensor:  # ()
@@ -223,7 +223,7 @@ _NOTHING = ModuleNotes()
 
 
 def _notes(module) -> ModuleNotes:
-    "Return the notes on a module, and empty ones for a module without."
+    "Return the notes on a module; empty ones where it has none."
     return getattr(module, "qlora_nb", _NOTHING)
 
 
@@ -304,7 +304,7 @@ def _output(rows, xa, term):
 
 
 def _stacked(parts, place=0):
-    "Concatenate; one alone is not copied."
+    "Concatenate; a single tensor is not copied."
     return parts[0] if len(parts) == 1 else torch.cat(parts, place)
 
 
@@ -322,16 +322,16 @@ def _outputs(rows, terms):
 # %% ../nbs/06_engine.ipynb #54b43e2f
 @functools.cache
 def _gives_fp32(device, dtype) -> bool:
-    "Return whether this device gives a product of 16-bit matrices in fp32, as it accumulates it. Tried once in a process."
+    "Return whether this device gives products of 16-bit matrices in fp32, as it accumulates them. Tried once per process."
     some = torch.ones(16, 16, device=device, dtype=dtype)
     try:
         return torch.equal(torch.mm(some, some, out_dtype=torch.float32), some.float() @ some.float())
-    except (RuntimeError, TypeError):  # an older torch, another maker's GPU
+    except (RuntimeError, TypeError):  # an older torch, another vendor's GPU
         return False
 
 
 def _product(a, b, dtype):
-    "Return `a @ b` in the dtype of a weight: where torch allows it, without a rounding to 16 bits on the way."
+    "Return `a @ b` in the dtype of a weight: where torch allows it, without rounding to 16 bits on the way."
     if a.is_cuda and a.dtype.itemsize == 2 and dtype == torch.float32 and _gives_fp32(a.device, a.dtype):
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
@@ -391,7 +391,7 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # la
 
 
 class _Group:
-    "Layers of one input, and the outputs that were computed and not yet asked for."
+    "Layers of one input, and the outputs that were computed but not yet asked for."
 
     def __init__(self, layers):
         self.layers, self.x, self.waiting = layers, None, {}
@@ -405,7 +405,7 @@ class _Group:
         place = self.layers.index(layer)
         if x is self.x and place in self.waiting:
             out = self.waiting.pop(place)
-            self.x = x if self.waiting else None  # nothing is held on to when all have asked
+            self.x = x if self.waiting else None  # nothing is held on to once all have asked
             return out
         self.x, self.waiting = None, {}
         terms = [_term(one) for one in self.layers] if place == 0 else [None]
@@ -512,7 +512,7 @@ def _whole(wides, thins, weights):
 
 
 def _parts(*tensors):
-    "Split into 1,024 rows at a time: little lies beside the results."
+    "Split into 1,024 rows at a time: results need little extra memory."
     return zip(*(t.split(1024) for t in tensors))
 
 
@@ -571,7 +571,7 @@ def _first_line(error: Exception) -> str:
 
 @functools.cache
 def _passes(device: torch.device, dtype: torch.dtype, rank: int = 16) -> Passes:
-    "Return a kernel each, where Triton can compile them for this device and rank and they are right there; else `PLAIN_PASSES`. Tried once in a process."
+    "Return the kernels where Triton can compile them for this device and rank and they are right; else `PLAIN_PASSES`. Tried once per process."
     if device.type not in FUSED_DEVICES:
         return PLAIN_PASSES
     try:
@@ -581,14 +581,14 @@ def _passes(device: torch.device, dtype: torch.dtype, rank: int = 16) -> Passes:
         if _passes_are_right(fused, device, dtype, rank):
             return fused
         why = "their results are wrong"
-    except Exception as error:  # no compiler at hand, or an old card: slower, and as right
+    except Exception as error:  # no compiler, or an old card: slower, but as right
         why = _first_line(error)
     print(f"engine: passes over memory aren't fused on {device} for rank {rank}: {why}", file=sys.stderr)
     return PLAIN_PASSES
 
 # %% ../nbs/06_engine.ipynb #0f1a7905
 def _passes_are_right(fused: Passes, device, dtype, rank: int = 16) -> bool:
-    "Return whether the kernels give what the plain ones give in fp32, to the rounding of 16 bits."
+    "Return whether the kernels give what the plain ones give in fp32, within 16-bit rounding."
     chance = torch.Generator(device).manual_seed(0)
 
     def some(*shape):
@@ -617,7 +617,7 @@ def _base_output(rows, term):
 def _mlp_back(rows, xas, terms, dy, passes, dtype, want_x, last=None, *inner):
     """Return the gradients of x (None unless `want_x`) and, in `dtype`, of all terms' parts, for some rows.
 
-    What isn't given of `A a` and of gate and up is recomputed.
+    Whichever of `A a`, gate and up isn't given is recomputed.
     """
     gate, up, down = terms
     dlast = _scaled(dy @ down.lora_B, down)  # (n, r)
@@ -625,13 +625,13 @@ def _mlp_back(rows, xas, terms, dy, passes, dtype, want_x, last=None, *inner):
     wides = inner or [_base_output(rows, term) for term in (gate, up)]
     *dys, dB_gate, dB_up, dA = passes.swiglu_back(*wides, da, (*xas, dlast), weights, not inner)
     last = _thin(da, [down])[0] if last is None else last  # `a` is there now
-    dB_gate, dB_up, dA = (grad.to(dtype, copy=True) for grad in (dB_gate, dB_up, dA.T))  # or all three stay while one does
-    del inner, wides, da  # wide, and done with
+    dB_gate, dB_up, dA = (grad.to(dtype, copy=True) for grad in (dB_gate, dB_up, dA.T))  # or all three stay alive while one does
+    del inner, wides, da  # wide, and no longer needed
     return *_gradients(rows, xas, [gate, up], dys, dtype, want_x, (dB_gate, dB_up)), None, None, dA, _product(dy.T, last, dtype), None
 
 
 def _mlp_back_in_pieces(rows, xas, terms, dy, passes, dtype, want_x, least=2048):
-    "Do the same for a quarter of the rows at a time, or `least`: what is wide lives for them alone."
+    "Do the same for a quarter of the rows at a time, or `least`: wide tensors exist for them alone."
     count = -(-len(rows) // max(least, len(rows) // 4))
     size = -(-len(rows) // count)
     dx, total = torch.empty_like(rows) if want_x else None, None
@@ -730,7 +730,7 @@ ATTENTION_KERNELS = {"flash-attn-4": _by_flash_attn, "torch's varlen_attn": _by_
 
 # %% ../nbs/06_engine.ipynb #b06d9471
 def _is_right(kernel, device, dtype, heads, kv_heads, width, scaling) -> bool:
-    "Return whether a kernel gives, forward and backward, what one call a row gives, to the rounding of 16 bits."
+    "Return whether a kernel gives, forward and backward, what one call a row gives, within 16-bit rounding."
     bounds = torch.tensor([0, 1, 78, 128, 520], dtype=torch.int32, device=device)
     chance = torch.Generator(device).manual_seed(0)
 
@@ -749,7 +749,7 @@ def _is_right(kernel, device, dtype, heads, kv_heads, width, scaling) -> bool:
 
 
 def _first_right(*place):
-    "Return (name, function) of the first kernel that is right, else (words, None). Report on stderr what is installed and not used."
+    "Return (name, function) of the first kernel that is right, else (words, None). Report on stderr what is installed but not used."
     for name, kernel in ATTENTION_KERNELS.items():
         try:
             if _is_right(kernel, *place):
@@ -765,7 +765,7 @@ def _first_right(*place):
 # %% ../nbs/06_engine.ipynb #ff7aa272
 @functools.cache
 def _kernel(device, dtype, heads, kv_heads, width, scaling):
-    "Return the kernel for such a query on this device, as `_first_right` does; tried once in a process."
+    "Return the kernel for such a query on this device, as `_first_right` does; tried once per process."
     fits = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 and dtype in (torch.float16, torch.bfloat16)
     return _first_right(device, dtype, heads, kv_heads, width, scaling) if fits else ("one call a row", None)
 
@@ -777,7 +777,7 @@ def _has_liger(base: torch.nn.Module) -> bool:
 
 
 def _liger(base: torch.nn.Module) -> None:
-    "Put Liger's kernels into this model. Its classes are kept out of others; its rotary positions are the whole process's, until the engine is removed."
+    "Install Liger's kernels in this model. Other models keep their classes; its rotary positions are the whole process's until the engine is removed."
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
 
     if "LIGER_KERNEL_IMPL" not in os.environ:  # where CUTLASS is installed, Liger would take a far slower one for this
@@ -802,10 +802,10 @@ def _side_stream(device):
 
 
 class ParkedTensor:
-    "A GPU's tensor that is offloaded to main memory. A stream of its own copies it there, and back while the layer after it is at work."
+    "A GPU's tensor that is offloaded to main memory. A stream of its own copies it there, and back while the layer after it runs."
 
-    newest = staticmethod(lambda: None)  # the one that was parked last: of the layer before
-    leaving = collections.defaultdict(collections.deque)  # by device, (tensor, event): not to be overwritten before they are there
+    newest = staticmethod(lambda: None)  # the one that was parked last: the previous layer's
+    leaving = collections.defaultdict(collections.deque)  # by device, (tensor, event): not to be overwritten before they arrive
 
     def __init__(self, x: torch.Tensor):
         self.device, self.back, self.before, self.side = x.device, None, ParkedTensor.newest, _side_stream(x.device)
@@ -820,13 +820,13 @@ class ParkedTensor:
             here.wait_event(leaving.popleft()[1])
 
     def __del__(self):
-        if getattr(self, "back", None) is not None:  # fetched and not taken: its memory is free when the copy is there
+        if getattr(self, "back", None) is not None:  # fetched but not used: its memory is free once the copy is there
             torch.cuda.current_stream(self.device).wait_stream(self.side)
 
     def fetch(self) -> None:
         "Start copying it back."
         self.back = torch.empty_like(self.host, device=self.device)
-        self.side.wait_stream(torch.cuda.current_stream(self.device))  # what lay in that memory may still be read
+        self.side.wait_stream(torch.cuda.current_stream(self.device))  # the old content of that memory may still be read
         with torch.cuda.stream(self.side):
             self.back.copy_(self.host, non_blocking=True)
 
@@ -836,7 +836,7 @@ class ParkedTensor:
             raise RuntimeError("a layer's input was fetched and freed already: call the first backward with retain_graph=True")
         if self.back is None:
             self.fetch()
-        torch.cuda.current_stream(self.device).wait_stream(self.side)  # those that were leaving are there, too
+        torch.cuda.current_stream(self.device).wait_stream(self.side)  # those that were leaving have arrived, too
         ParkedTensor.leaving[self.device].clear()
         x, self.back = self.back, None
         before, self.before = self.before(), lambda: None
@@ -848,7 +848,7 @@ class ParkedTensor:
 
 # %% ../nbs/06_engine.ipynb #0f1a7f01
 def _park(notes: ModuleNotes, x: torch.Tensor) -> ParkedTensor | None:
-    "Park a layer's input, where it is to wait in main memory and there is some."
+    "Park a layer's input, where that is wanted and main memory can be pinned."
     if not notes.offload:
         return None
     try:
@@ -872,7 +872,7 @@ class CheckpointFunction(torch.autograd.Function):
             ctx.save_for_backward(x)
         ctx.replay = notes.replay
         before, _Again.later = _Again.later, True
-        try:  # autograd is off in here, and the layers go through the engine all the same: what is made again must be what was there
+        try:  # autograd is off in here, but the layers still go through the engine: what is recomputed must equal the original
             y = ctx.replay and ctx.replay.forward(run, x)
             return run(x) if y is None else y
         finally:
@@ -881,7 +881,7 @@ class CheckpointFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        if not torch.autograd._is_checkpoint_valid():  # as torch's own says it
+        if not torch.autograd._is_checkpoint_valid():  # as torch's own checkpoint says
             raise RuntimeError("the engine's checkpointed layers need backward() without inputs=, and not autograd.grad: load the model with engine=False")
         again = torch._C._autograd._get_current_graph_task_keep_graph()
         x = ctx.parked.take_back(not again) if ctx.parked else ctx.saved_tensors[0]
@@ -929,13 +929,13 @@ def _rounded(decoder, args, given):
     line = {name: F.pad(given[name], (0, total - length)) for name in ("input_ids", "position_ids")}
     bounds = F.pad(bounds, (0, 2 ** len(bounds).bit_length() - len(bounds)), value=total)
     longest = max(int(given["max_length_q"]), total - length)
-    longest = total if total <= 8192 else min(total, 2 ** (longest - 1).bit_length())  # a bound: larger costs next to nothing
+    longest = total if total <= 8192 else min(total, 2 ** (longest - 1).bit_length())  # a bound: a larger one costs next to nothing
     line |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
     return length, {**given, **line}
 
 # %% ../nbs/06_engine.ipynb #0f1a7c08
 def _quantized(weight: torch.Tensor) -> tuple:
-    "Return what a recording depends on of a weight's quantization."
+    "Return the parts of a weight's quantization that a recording depends on."
     state = getattr(weight, "quant_state", None)
     code = None if state is None else (state.code, state.state2.code if state.nested else None)
     return () if state is None else (state.quant_type, state.blocksize, state.dtype, [None if c is None else c.tolist() for c in code])
@@ -949,7 +949,7 @@ def _tensors(weight: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _constants(module: torch.nn.Module) -> dict:
-    "Return numbers and words of a module that go into a recording, such as a norm's eps."
+    "Return a module's numbers and strings that go into a recording, such as a norm's eps."
     return {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str)) and not k.endswith("idx") and "name" not in k}
 
 # %% ../nbs/06_engine.ipynb #0f1a7f03
@@ -1008,7 +1008,7 @@ def _recorded(function, stream, pool):
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
         with torch.cuda.use_mem_pool(pool):
-            function()  # whatever is made at a first call is made now
+            function()  # whatever a first call creates is created now
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")
         try:
@@ -1133,7 +1133,7 @@ class Replay:
             return self.copied.buffer("x", x).clone()
 
     def release(self) -> None:
-        "Drop copy and recordings, and give back their memory."
+        "Drop copy and recordings, and free their memory."
         cuda = self.copied is not None and self.copied.stream
         self.copied, self.weights = None, {}
         gc.collect()  # a copied layer holds itself, by the forwards in it
@@ -1183,7 +1183,7 @@ class Replay:
 #| code-fold: true
 #| code-summary: "Code: letting go"
 def release_recordings(model: torch.nn.Module) -> None:
-    "Drop what checkpointed layers were replayed from, and give back its memory: after training."
+    "Drop what checkpointed layers were replayed from, and free its memory: after training."
     replays = [_notes(m).replay for m in unwrap_base(model).modules()]
     for replay in {id(r): r for r in replays if r}.values():
         replay.release()
@@ -1207,7 +1207,7 @@ class FlatAdapters:
         self.weights = list(weights)
         kinds = {(w.dtype, w.device) for w in self.weights}
         if len(kinds) != 1:
-            raise UserError(f"the trained weights are of {len(kinds)} kinds ({', '.join(sorted(map(str, kinds)))}): train them with engine=False")
+            raise UserError(f"the trained weights differ in dtype or device ({', '.join(sorted(map(str, kinds)))}): train them with engine=False")
         self.starts = [0, *itertools.accumulate(-(-w.numel() // block) * block for w in self.weights)]
         self.flat = torch.nn.Parameter(self.weights[0].new_zeros(self.starts[-1]))
         for weight, view in zip(self.weights, self.views(self.flat.data)):
@@ -1225,7 +1225,7 @@ class FlatAdapters:
             if w.data_ptr() != base + size * start:
                 raise UserError(f"a trained weight of shape {tuple(w.shape)} was moved in the middle of a run (by model.to or .data =): "
                                 "train the model with engine=False")  # fmt: skip
-            if w.grad is None:  # an optimizer would leave it alone, and not take it for zero
+            if w.grad is None:  # an optimizer would skip it, not treat it as zero
                 raise UserError(f"a trained weight of shape {tuple(w.shape)} got no gradient in a step (frozen in the middle of a run?): "
                                 "train the model with engine=False")  # fmt: skip
         self.flat.grad = torch.zeros_like(self.flat)
@@ -1267,7 +1267,7 @@ class Engine:
     grouped: bool = True  # layers of the same input in one function; a part of `adapters`
     mlp: bool = True  # the MLP in one function, which keeps less; a part of `adapters`
     attention: bool = True  # rows end to end, kept apart; no padding
-    flat: bool = True  # all adapters in one tensor: one call of the optimizer a step, and nothing looked for between steps
+    flat: bool = True  # all adapters in one tensor: one optimizer call a step, and no lookups between steps
     checkpoint: bool = True  # layers that gradient checkpointing runs again do so without hooks on each tensor
     graphs: bool = True  # and are replayed from a recording: on CUDA; a part of `checkpoint`
     offload: bool = True  # and their inputs wait in main memory: on CUDA; a part of `checkpoint`
@@ -1275,12 +1275,12 @@ class Engine:
     kernels: bool = True  # Liger's rotary positions, norms, SwiGLU: on CUDA, where it is installed
     norms: bool = True  # a layer's norms with what is added beside them, a kernel each of our own: on CUDA
     compiled: bool = True  # the middle of `mlp`, adapters' shares and all, and the softmax of `loss`: a kernel each of our own, on CUDA
-    selective: bool = False  # keep still less of the MLP, and make it again in the backward; a part of `mlp`
+    selective: bool = False  # keep still less of the MLP, and recompute it in the backward; a part of `mlp`
     dense: bool = False  # keep the 4-bit weights in 16 bits, too, instead of dequantizing twice a step; a part of `adapters`
 
     def __str__(self) -> str:
         words = {"adapters": "base and adapter in one function", "grouped": "layers of the same input together",
-                 "mlp": "the MLP in one function", "compiled": "passes over memory in one kernel", "selective": "its wide tensors made again",
+                 "mlp": "the MLP in one function", "compiled": "passes over memory in one kernel", "selective": "its wide tensors recomputed",
                  "attention": "rows end to end", "flat": "adapters in one tensor",
                  "checkpoint": "layers run again without hooks", "graphs": "replayed from a recording",
                  "offload": "their inputs in main memory", "loss": "logits of learned tokens", "kernels": "Liger's kernels", "norms": "norms with what is added",
@@ -1303,7 +1303,7 @@ def config_refusal(
     if window and config.get("use_sliding_window", not family.startswith("qwen")):
         return f"its attention has a window of {window} tokens, and the engine's has none"
     if config.get("attention_dropout"):
-        return f"its attention drops out {config['attention_dropout']}, and the engine's doesn't"
+        return f"its attention has dropout {config['attention_dropout']}, and the engine's has none"
     return None
 
 # %% ../nbs/06_engine.ipynb #0c47ecf5
@@ -1470,7 +1470,7 @@ def install_engine(
     model: torch.nn.Module,  # a peft model, from `add_lora`
     engine: Engine = Engine(),
 ) -> Engine:  # the parts that are on
-    """Train this model by the engine; saving, merging and generating are peft's, as before. Raise `UserError` where the engine can't train it.
+    """Train this model with the engine; saving, merging and generating are peft's, as before. Raise `UserError` where the engine can't train it.
 
     With the part `loss`, a forward with labels and gradients gives the loss alone: its `logits` are None.
     """
@@ -1521,7 +1521,7 @@ def attention_kernel(model: torch.nn.Module) -> str:
 
 # %% ../nbs/06_engine.ipynb #195cb2a5
 def remove_engine(model: torch.nn.Module) -> None:
-    "Remove the engine and restore everything as it was before `install_engine`. Nothing happens without one."
+    "Remove the engine and restore everything as it was before `install_engine`. Do nothing without one."
     base = unwrap_base(model)
     release_recordings(model)
     notes = _notes(base)

@@ -21,12 +21,12 @@ from .generation import default_batch_size, generate_replies, generation_mode, i
 from .template import Encoded, encode_batch
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-2
-# A minus sign counts where nothing stands directly before it: "is -3", but "10-3" ends with 3.
+# A minus sign counts where nothing comes directly before it: "is -3", but "10-3" ends with 3.
 _NUMBER = re.compile(r"(?:(?<![\w).\]])[-−])?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)")
 
 
 def _plain(number: str) -> str:
-    "One way to write a number: no separators, no needless zeros, an ordinary minus sign."
+    "Return a number in one spelling: no separators, no needless zeros, an ordinary minus sign."
     sign, digits = ("-", number[1:]) if number[0] in "-−" else ("", number)
     whole, _, part = digits.replace(",", "").partition(".")
     whole, part = whole.lstrip("0") or "0", part.rstrip("0")
@@ -45,7 +45,7 @@ def parse_answer(
 def has_form(
     text: str,  # a reply
 ) -> bool:
-    "Return whether a reply starts with `<think>`, has exactly one `</think>`, and says something after it."
+    "Return whether a reply starts with `<think>`, has exactly one `</think>`, and text after it."
     if not text.startswith("<think>") or text.count("</think>") != 1:
         return False
     return bool(text.partition("</think>")[2].strip())
@@ -63,7 +63,7 @@ def wilson_interval(
     p, scale = hits / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / scale
     reach = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-    return (centre - reach if hits else 0.0), (centre + reach if hits < n else 1.0)  # at the ends exact, not 1e-17 off
+    return (centre - reach if hits else 0.0), (centre + reach if hits < n else 1.0)  # exact at the ends, not 1e-17 off
 
 # %% ../nbs/14_evaluation.ipynb #1c1a4114
 def bootstrap_interval(
@@ -104,7 +104,7 @@ def encode_rows(
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-7
 def _batch_loss(model: torch.nn.Module, batch: list[Encoded]) -> list[tuple[float, int]]:
-    "For each row the sum of the negative log-likelihoods of its labelled tokens, and their number."
+    "Return for each row the sum of the negative log-likelihoods of its labelled tokens, and their number."
     longest = max(len(row.input_ids) for row in batch)
     ids = torch.tensor([row.input_ids + [0] * (longest - len(row.input_ids)) for row in batch])
     labels = torch.tensor([row.labels + [-100] * (longest - len(row.labels)) for row in batch])
@@ -139,7 +139,7 @@ def row_losses(
 
 # %% ../nbs/14_evaluation.ipynb #ae97706b
 def _ratio(pairs: list[tuple[float, float]]) -> float | None:
-    "Sum of the first over the sum of the second; None for none."
+    "Return the sum of the first over the sum of the second; None for no rows."
     return math.fsum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None
 
 
@@ -189,11 +189,11 @@ def split_reply(
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-11
 @dataclass(repr=False)
 class Evaluation:
-    "A model's results on held-out rows. Shares are 0 to 1."
+    "A model's results on held-out rows. Shares range from 0 to 1."
 
     exact: float | None  # right answers, of the rows whose expected reply ends with a number; None where too few do
     form: float | None  # replies with <think>…</think> and something after it, of the rows where that was expected; else None
-    stops: float  # replies that ended by an end-of-turn token
+    stops: float  # replies that ended with an end-of-turn token
     base_perplexity: float | None  # on the base's own task; None where no such data was given
     rows: list[dict] = field(repr=False)  # problem, expected, reply, exact, form, stops, length, loss, tokens
     seconds: float = 0.0  # time taken
@@ -226,7 +226,7 @@ class Evaluation:
         return tuple(math.exp(min(end, 700.0)) for end in found) if name == "base_perplexity" else found
 
 # %% ../nbs/14_evaluation.ipynb #5c1e7a01
-# What may stand after the number, and what before it makes it part of something else: a ticket, a date, a phone number.
+# What may follow the number, and what before it makes it part of something else: a ticket, a date, a phone number.
 _UNIT = r"(?:km/h|m/s|mph|[kcm]?m|[km]?g|ml|l|h|min|s|[CF])[²³]?|\\text\{[^{}]{0,20}\}"
 _END = re.compile(rf"[\W_]*(?:{_UNIT})?[\W_]*")
 _WORDS = re.compile(r"[\W_]*(?:[^\W\d_]+ ?){0,2}[\W_]*")
@@ -266,7 +266,7 @@ def _judge(prompt: list[dict], expected: str, reply, loss: tuple[float, int] | N
 
 
 def _share(values: Iterable[bool | None]) -> float | None:
-    "The share of True among the values that are not None."
+    "Return the share of True among the values that are not None."
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -332,7 +332,7 @@ def measure_change(
     name: str,  # exact, form, stops, length, loss, or base_perplexity
     confidence: float = 0.95,
 ) -> tuple[float, float, float] | None:  # change, and the ends of its interval
-    "Return after less before, row by row (`base_perplexity`: after by before); None where nothing was measured. Raise `UserError`."
+    "Return after minus before, row by row (`base_perplexity`: after by before); None where nothing was measured. Raise `UserError`."
     _check_same_rows(before, after)
     old, new = before.pairs(name), after.pairs(name)
     if len(old) != len(new):
@@ -352,14 +352,14 @@ def _check_same_rows(before: Evaluation, after: Evaluation) -> None:
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-14
 def _cell(text: str, limit: int = 700) -> str:
-    "Any text, safe in one cell of a Markdown table."
+    "Return any text, made safe for one cell of a Markdown table."
     text = text if len(text) <= limit else text[:limit] + " […]"
     marks = {ord(mark): f"&#{ord(mark)};" for mark in "\\|`*_[]$~#"}
     return html.escape(text, quote=False).translate(marks).replace("\r", "").replace("\n", "<br>")
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-15
 def _mark(row: dict) -> str:
-    "How a reply was judged, in words; empty where there is nothing to say."
+    "Return the verdict on a reply, in words; empty where there is nothing to say."
     marks = {"right": row["exact"] is True, "wrong": row["exact"] is False, "no form": row["form"] is False, "cut off": not row["stops"]}
     return ", ".join(word for word, true in marks.items() if true)
 

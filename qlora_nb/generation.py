@@ -86,7 +86,7 @@ def next_token_probabilities(
     temperature: float = 1.0,  # above 0
     template: str | None = None,  # another chat template than the tokenizer's
 ) -> torch.Tensor:  # (vocabulary,), fp32, sums to 1
-    "Return the probability of each token of the vocabulary to be the first of the reply."
+    "Return, for each token of the vocabulary, the probability that the reply begins with it."
     _check_settings(1, temperature, do_sample=True)
     ids = prompt_ids(as_conversation(message_or_messages), tokenizer, template)
     with generation_mode(model):
@@ -103,12 +103,12 @@ def _check_settings(max_new_tokens: int, temperature: float, do_sample: bool) ->
 
 # %% ../nbs/13_generate.ipynb #568ea01c-5b
 def input_device(model: torch.nn.Module) -> torch.device:
-    "The device that token ids have to be on."
+    "Return the device that token ids have to be on."
     return model.get_input_embeddings().weight.device
 
 # %% ../nbs/13_generate.ipynb #568ea01c-7
 def left_pad(
-    rows: list[list[int]],  # token ids, each row as long as it is
+    rows: list[list[int]],  # token ids, rows of any lengths
     pad: int,  # the padding id
 ) -> tuple[torch.Tensor, torch.Tensor]:  # both (rows, longest), int64
     "Return rows of token ids as one rectangle, padded on the left, and its attention mask."
@@ -165,7 +165,7 @@ def _generate(model, rows: list[list[int]], limit: int, stops: list[int], pad: i
 
 # %% ../nbs/13_generate.ipynb #568ea01c-13
 def _prompts(conversations: list[list[dict]], tokenizer, template: str | None, context: int | None) -> list[list[int]]:
-    "Token ids of each prompt. Raise `UserError` for one that doesn't fit into the model's context."
+    "Return the token ids of each prompt. Raise `UserError` for one that doesn't fit into the model's context."
     rows = [prompt_ids(as_conversation(turns), tokenizer, template) for turns in conversations]
     for number, row in enumerate(rows, 1):
         if context is not None and len(row) >= context:

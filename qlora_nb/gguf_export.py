@@ -37,7 +37,7 @@ _MATRICES = (_Q, _K, "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "m
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-4
 def find_architecture(config: dict) -> GGUFArchitecture:
-    "Return the architecture in a model's config. Raise `UserError` for one that was not proved against llama.cpp."
+    "Return the architecture in a model's config. Raise `UserError` for one that was not verified against llama.cpp."
     names = config.get("architectures") or [config.get("model_type", "nothing")]
     known = {row.gguf.model_class: row.gguf for row in KNOWN_ARCHITECTURES.values() if row.gguf}
     if names[0] not in known:
@@ -53,7 +53,7 @@ def find_architecture(config: dict) -> GGUFArchitecture:
 
 
 def head_size(config: dict) -> int:
-    "Numbers in one attention head."
+    "Return the width of one attention head."
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-5
@@ -136,7 +136,7 @@ def plan_tensors(
     if unknown := sorted(set(shapes) - set(names)):
         raise UserError(f"{config['architectures'][0]} in GGUF has no place for {', '.join(unknown[:3])}: this model can't be exported")
     if missing := [name for name in names if name not in shapes and name not in optional]:
-        raise UserError(f"the model has no {', '.join(missing[:3])}: its files are incomplete, or its config is another model's")
+        raise UserError(f"the model has no {', '.join(missing[:3])}: its files are incomplete, or its config belongs to another model")
     left_out = {"lm_head.weight"} if tied else set()
     plans = [TensorPlan(new, old, shapes[old], heads) for old, (new, heads) in names.items() if old in shapes and old not in left_out]
     rope = read_rope(config)
@@ -156,7 +156,7 @@ def quantize_q8_0(
     blocks = rows.reshape(-1, _BLOCK)
     scale = blocks.abs().amax(1, keepdim=True) / 127
     scaled = blocks * torch.where(scale == 0, 0, 1 / scale)
-    code = scaled.to(torch.int8)  # cut off: then one more where half or more is left
+    code = scaled.to(torch.int8)  # truncated: then one more where half or more is left
     code += scaled.sub_(code).mul_(2).to(torch.int8)
     return torch.cat([scale.half().view(torch.uint8), code.view(torch.uint8)], 1).reshape(len(rows), -1)
 
@@ -164,11 +164,11 @@ def quantize_q8_0(
 def quantize_q4_0(
     rows: torch.Tensor,  # (n, in) fp32, `in` a multiple of 32
 ) -> torch.Tensor:  # (n, in / 32 · 18) bytes
-    "Quantize in blocks of 32: an fp16 scale (the largest by size, / −8), then 32 values 0…15 meaning −8…7, two a byte."
+    "Quantize in blocks of 32: an fp16 scale (the largest in magnitude, / −8), then 32 values 0…15 meaning −8…7, two a byte."
     blocks = rows.reshape(-1, _BLOCK)
     high, low = blocks.amax(1), blocks.amin(1)
     largest = torch.where(high > -low, high, low)
-    ties = (high == -low).nonzero().squeeze(1)  # of two as large, the first
+    ties = (high == -low).nonzero().squeeze(1)  # of two equally large, the first
     largest[ties] = blocks[ties].gather(1, blocks[ties].abs().argmax(1, keepdim=True)).squeeze(1)
     scale = largest.unsqueeze(1) / -8
     inverse = torch.where(scale == 0, 0, 1 / scale)
@@ -246,7 +246,7 @@ def name_pre_tokenizer(tokenizer: dict) -> str:  # for tokenizer.ggml.pre
             return name
     raise UserError(
         f"the tokenizer splits text in a way that is not known here ({steps[:3]}, ignore_merges={ignore_merges}): "
-        "llama.cpp would make other tokens; known are the splits of Llama 3, Qwen 2 and 3, GPT-2 and SmolLM")
+        "llama.cpp would make different tokens; known are the splits of Llama 3, Qwen 2 and 3, GPT-2 and SmolLM")
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-18
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # tokenizer.ggml.token_type
@@ -272,7 +272,7 @@ def _list_tokens(tokenizer, rows: int) -> tuple[list[str], list[int]]:
     vocabulary = tokenizer.get_vocab()
     size = max(vocabulary.values(), default=-1) + 1
     if size > rows:
-        raise UserError(f"the tokenizer has {size} tokens and the embedding {rows} rows: it is another model's tokenizer, or the model has to be resized")
+        raise UserError(f"the tokenizer has {size} tokens and the embedding {rows} rows: it belongs to another model, or the model has to be resized")
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [_UNUSED] * rows
     if clash := sorted(set(tokens[size:]) & set(vocabulary)):
         raise UserError(f"the tokenizer has a token {clash[0]}, the name of an unused row: rename it")
@@ -310,7 +310,7 @@ def _spm_space(parts: dict) -> str:
         return "normalizer"
     if pre is None and steps == [replace]:
         return "never"
-    raise UserError(f"the tokenizer prepares text in a way that is not known here ({normal}, {pre}): llama.cpp would make other tokens")
+    raise UserError(f"the tokenizer prepares text in a way that is not known here ({normal}, {pre}): llama.cpp would make different tokens")
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-22
 def _wants_space_prefix(when: str, texts: list[tuple[str, bool]]) -> bool | None:
@@ -356,7 +356,7 @@ def _spm_scores(tokens: list[str], types: list[int], merges: list) -> list[float
     for i, (a, b) in enumerate(pairs):
         rank.setdefault(a + b, i)
         if i and rank[a + b] != i and pairs[i - 1][0] + pairs[i - 1][1] != a + b:
-            raise UserError(f"the tokenizer merges {a!r} and {b!r} at another time than its other ways to {a + b!r}: SentencePiece scores can't express that")
+            raise UserError(f"the tokenizer merges {a!r} and {b!r} at another rank than its other ways to make {a + b!r}: SentencePiece scores can't express that")
     for token in ids:
         for cut in range(1, len(token)):
             a, b = token[:cut], token[cut:]
@@ -366,7 +366,7 @@ def _spm_scores(tokens: list[str], types: list[int], merges: list) -> list[float
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-25
 def _fill_sentencepiece(tokenizer, parts: dict, vocabulary: Vocabulary) -> None:
-    "Fill in a SentencePiece-like BPE (Llama 2, Mistral). Raise `UserError` where llama.cpp would make other tokens."
+    "Fill in a SentencePiece-like BPE (Llama 2, Mistral). Raise `UserError` where llama.cpp would make different tokens."
     types, ids = vocabulary.types, tokenizer.get_vocab()
     for byte in (f"<0x{i:02X}>" for i in range(256)):
         if byte not in ids:
@@ -376,7 +376,7 @@ def _fill_sentencepiece(tokenizer, parts: dict, vocabulary: Vocabulary) -> None:
         types[tokenizer.unk_token_id] = _UNKNOWN
     when = _spm_space(parts)
     if when == "normalizer" and (odd := [t for t in tokenizer.added_tokens_decoder.values() if t.normalized]):
-        raise UserError(f"the token {odd[0].content!r} is searched in normalized text (normalized=True), which GGUF can't express: set normalized=False")
+        raise UserError(f"the token {odd[0].content!r} is matched in normalized text (normalized=True), which GGUF can't express: set normalized=False")
     vocabulary.scores = _spm_scores(vocabulary.tokens, types, parts["model"]["merges"])
     vocabulary.flags["add_space_prefix"] = _space_prefix(tokenizer, when)
 
@@ -425,7 +425,7 @@ def _write_shape(writer, config: dict, rows: int) -> None:
     heads, rope, context = config["num_attention_heads"], read_rope(config), config["max_position_embeddings"]
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     writer.add_vocab_size(rows)
-    writer.add_context_length(min(context, window or context))  # llama.cpp sees all of it: up to the window both are the same
+    writer.add_context_length(min(context, window or context))  # llama.cpp attends to all of it: up to the window both agree
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -612,7 +612,7 @@ def check_quantizations(quantization: str | list[str]) -> list[str]:
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-39
 def _target_files(path: str | Path, names: list[str]) -> dict[str, Path]:
-    "Return quantization → file. Raise `UserError` where one file is to be several."
+    "Return quantization → file. Raise `UserError` where one file is named for several."
     path = Path(path).expanduser().absolute()
     if path.suffix.lower() != ".gguf":
         if path.is_file():
@@ -654,18 +654,18 @@ def open_source(model, tokenizer, base: str | Path | None = None, load_in_4bit: 
 
 
 def check_no_base(path: Path, base, load_in_4bit) -> None:
-    "Raise `UserError` for a base, or its precision, beside a folder that holds no adapter."
+    "Raise `UserError` for a base, or its precision, with a folder that holds no adapter."
     if base is not None or load_in_4bit is not None:
-        raise UserError(f"{path} holds no adapter, so it needs no base and no precision of it: leave base and load_in_4bit out")
+        raise UserError(f"{path} holds no adapter, so base and load_in_4bit don't apply: leave them out")
 
 
 def loaded_backend() -> str:
-    "The backend that loads a model just to export or compare it: Unsloth only where this process has it already."
+    "Return the backend that loads a model just to export or compare it: Unsloth only where this process has loaded it already."
     return "auto" if "unsloth" in sys.modules else "transformers"
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-41
 def _read_card(file: Path) -> dict:
-    "The settings at the head of a model card (licence, base model); an empty dict where there is none."
+    "Return the settings at the head of a model card (licence, base model); {} where it has none."
     try:
         parts = file.read_text(encoding="utf-8").split("---\n", 2)
         found = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
@@ -694,7 +694,7 @@ def describe_source(source, name: str, license: str | None) -> Provenance:
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-48
 def _exact_format(source) -> str:
-    "The quantization that holds what the source holds: what K-quants are made from."
+    "Return the quantization that holds what the source holds, from which K-quants are made."
     return {torch.float16: "f16", torch.bfloat16: "bf16"}.get(source.dtype, "f32")
 
 

@@ -101,7 +101,7 @@ def _whole(P, place, inside, thin, half):
 
 @triton.jit
 def _sigmoid(z):
-    "1 / (1 + 2^(-z log2 e)) as the square of a reciprocal root, for which a GPU has an instruction; a division is a dozen."
+    "1 / (1 + 2^(-z log2 e)) as the square of a reciprocal root, for which a GPU has an instruction; a division takes a dozen."
     root = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
     return root * root
 

@@ -127,7 +127,7 @@ def chat_server(
 
 # %% ../nbs/55_llama.ipynb #55a10018
 def _keep_signals():
-    "Return a function that gives Ctrl-C and SIGTERM back to those who handle them now."
+    "Return a function that gives Ctrl-C and SIGTERM back to their present handlers."
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     main = threading.current_thread() is threading.main_thread()
 
@@ -155,9 +155,9 @@ def _post(
             why = json.load(error)["error"]["message"]
         except (ValueError, KeyError, TypeError):
             why = error.reason
-        raise UserError(f"llama.cpp's server refuses ({why}): look at the chat template in the file") from error
+        raise UserError(f"llama.cpp's server refuses ({why}): check the chat template in the file") from error
     except OSError as error:
-        raise UserError(f"llama.cpp's server doesn't answer ({error}): repeat, with less else on this machine") from error
+        raise UserError(f"llama.cpp's server doesn't answer ({error}): try again with less running on this machine") from error
 
 # %% ../nbs/55_llama.ipynb #55a1001b
 @contextlib.contextmanager

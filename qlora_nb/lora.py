@@ -25,7 +25,7 @@ def check_lora_settings(
 ) -> None:
     "Raise `UserError` for an invalid rank, strength or dropout."
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise UserError(f"r is {r!r}: the rank is a whole number from 1 on, typically 8, 16, 32 or 64")
+        raise UserError(f"r is {r!r}: the rank is a whole number of at least 1, typically 8, 16, 32 or 64")
     if smaller is not None and r > smaller:
         raise UserError(f"r is {r}, but the weight has only {smaller} rows or columns: choose a rank from 1 to {smaller}")
     if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < math.inf:
@@ -40,10 +40,10 @@ def check_base(
     "Raise `UserError` unless `base` is an `nn.Linear` with finite floating-point weights and no adapter."
     kind, weight = type(base).__name__, getattr(base, "weight", None)
     if hasattr(base, "lora_A"):
-        raise UserError(f"base is a {kind}, which carries an adapter already: give the plain nn.Linear inside it")
+        raise UserError(f"base is a {kind}, which has an adapter already: give the plain nn.Linear inside it")
     if hasattr(weight, "quant_state") or type(base).__module__.startswith("bitsandbytes"):
         raise UserError(
-            f"base is a {kind}, whose weight is quantized: take qlora_nb.qlora.QLoRALinear for 4 bits, "
+            f"base is a {kind}, whose weight is quantized: use qlora_nb.qlora.QLoRALinear for 4 bits, "
             "or load the model with load_in_4bit=False"
         )
     if not isinstance(base, nn.Linear):
@@ -64,7 +64,7 @@ def create_adapter_matrices(
     dtype: torch.dtype = torch.float32,  # of the frozen weight
     device: torch.device | str = "cpu",  # of the frozen weight
 ) -> tuple[torch.Tensor, torch.Tensor]:  # A (r, in) and B (out, r), in fp32 where dtype has 16 bits
-    "Create A, random, and B, zero. From one seed the same as peft 0.21's `LoraLayer.update_layer` and `cast_adapter_dtype`."
+    "Create A, random, and B, zero. With the same seed, equal to peft 0.21's `LoraLayer.update_layer` and `cast_adapter_dtype`."
     home = "meta" if torch.device(device).type == "meta" else "cpu"
     A = nn.Linear(in_features, r, bias=False, device=home).weight
     B = nn.Linear(r, out_features, bias=False, device=home).weight
@@ -75,7 +75,7 @@ def create_adapter_matrices(
 
 # %% ../nbs/01_lora.ipynb #b08423a0
 class LoRALayer(nn.Module):
-    """The trained path of LoRA: `scaling * B(A(dropout(x)))`. Raises `UserError` for invalid settings.
+    """The trained path of LoRA: `scaling * B(A(dropout(x)))`. Raise `UserError` for invalid settings.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; names, dtypes and starting values are peft 0.21's.
     """
@@ -85,9 +85,9 @@ class LoRALayer(nn.Module):
         in_features: int,  # width of the input
         out_features: int,  # width of the output
         r: int = 16,  # rank: the width between A and B
-        lora_alpha: float = 16,  # strength: the path counts lora_alpha / r
+        lora_alpha: float = 16,  # strength: the path is scaled by lora_alpha / r
         lora_dropout: float = 0.0,  # share of the path's inputs that is dropped in training
-        use_rslora: bool = False,  # count it lora_alpha / sqrt(r) instead
+        use_rslora: bool = False,  # scale it by lora_alpha / sqrt(r) instead
         dtype: torch.dtype = torch.float32,  # of the frozen weight
         device: torch.device | str = "cpu",  # of the frozen weight
     ):
@@ -115,7 +115,7 @@ class LoRALayer(nn.Module):
 
 # %% ../nbs/01_lora.ipynb #d46c9d07
 class LoRALinear(LoRALayer):
-    """An `nn.Linear`, frozen, and a trained path beside it. Raises `UserError` for an unusable base or invalid settings.
+    """An `nn.Linear`, frozen, and a trained path beside it. Raise `UserError` for an unusable base or invalid settings.
 
     Equal to peft 0.21's `lora.Linear` in outputs, gradients and merged weights; `unmerge` is exact, peft's is not.
     """
@@ -124,9 +124,9 @@ class LoRALinear(LoRALayer):
         self,
         base: nn.Linear,  # frozen here, and kept as `base`
         r: int = 16,  # rank, from 1 to the smaller side of the weight
-        lora_alpha: float = 16,  # strength: the path counts lora_alpha / r
+        lora_alpha: float = 16,  # strength: the path is scaled by lora_alpha / r
         lora_dropout: float = 0.0,  # share of the path's inputs that is dropped in training
-        use_rslora: bool = False,  # count it lora_alpha / sqrt(r) instead
+        use_rslora: bool = False,  # scale it by lora_alpha / sqrt(r) instead
     ):
         check_base(base)
         (rows, columns), like = base.weight.shape, {"dtype": base.weight.dtype, "device": base.weight.device}
@@ -169,7 +169,7 @@ def _refuse_saving(layer, prefix, keep_vars) -> None:
     "Raise `UserError` where a merged layer is about to save its state."
     if layer.merged:
         where = prefix.rstrip(".") or "the layer"
-        raise UserError(f"{where} is merged, and its state would hold the change twice: unmerge() first, or save its .base")
+        raise UserError(f"{where} is merged, and its state would contain the change twice: unmerge() first, or save its .base")
 
 
 def _refuse_loading(layer, state_dict, prefix, *rest) -> None:
@@ -183,7 +183,7 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 def swap_layers(
     model: nn.Module,  # changed in place
-    make: Callable[[nn.Module], nn.Module],  # what takes a layer's place, from that layer
+    make: Callable[[nn.Module], nn.Module],  # makes the replacement for a layer
     target_modules: tuple[str, ...] | list[str] = TARGET_MODULES,  # last part of the layers' names
 ) -> dict[str, nn.Module]:  # the new layers by name
     "Freeze the model and put `make(layer)` where each target layer was. Raise `UserError` for a target that isn't there."
@@ -207,9 +207,9 @@ def swap_layers(
 
 # %% ../nbs/01_lora.ipynb #ce86b31d
 def check_targets(
-    target_modules: tuple[str, ...] | list[str] | str,  # names, or names with commas between
+    target_modules: tuple[str, ...] | list[str] | str,  # names, or comma-separated ones
 ) -> tuple[str, ...]:
-    "Return the names, each once. Raise `UserError` for no name, or something else than names."
+    "Return the names, each once. Raise `UserError` for no name, or anything but names."
     names = target_modules.split(",") if isinstance(target_modules, str) else target_modules
     if not isinstance(names, (tuple, list, set, frozenset)) or not all(isinstance(name, str) for name in names):
         raise UserError(f"target_modules is {target_modules!r}: give names of layers, such as q_proj")

@@ -54,7 +54,7 @@ def count_optimizer_bytes(
     optimizer: str,
     size: int,  # bytes of a trained parameter
 ) -> tuple[float, float]:  # states, temporaries of the step
-    "Count the bytes of the optimizer's states and what its step needs beside them. Source: bitsandbytes 0.50.2, torch 2.11."
+    "Count the bytes of the optimizer's states and what its step needs besides them. Source: bitsandbytes 0.50.2, torch 2.11."
     kind, extra = OPTIMIZER_KINDS[optimizer]
     count = sum(tensors) + sum(embeddings)
     if kind == "8bit":
@@ -71,7 +71,7 @@ def count_layer_bytes(
     r: int = 16,
     target_modules: Sequence[str] = TARGET_MODULES,
     dtype: str = "bf16",
-    padded: bool = False,  # rows of different lengths padded to one: attention gets a mask, and spread keys
+    padded: bool = False,  # rows of different lengths padded to one: attention gets a mask, and keys repeated for each head
 ) -> dict[str, float]:
     "Count the bytes that one layer keeps for each token: `activations`, `attention`."
     h, m, q, kv = shape.hidden, shape.intermediate, shape.query, shape.kv
@@ -136,7 +136,7 @@ def count_backward_bytes(
     method: str,
     backend: str,
 ) -> tuple[float, float]:  # for each token, and the unpacked weight
-    "Count the bytes of a layer's backward, beside what was kept: gradients of the widest tensors, a weight in 16 bits."
+    "Count the bytes of a layer's backward, besides what was kept: gradients of the widest tensors, a weight in 16 bits."
     h, m = shape.hidden, shape.intermediate
     unpacked = 2 * max(a * b for a, b in projection_shapes(shape).values()) if method == "qlora" else 0
     if backend == "unsloth":
@@ -145,7 +145,7 @@ def count_backward_bytes(
 
 # %% ../nbs/04_memory.ipynb #59e900e2
 def _stays(shape: Shape, s: dict, trained: list[int], embeddings: list[int], size: int) -> tuple[dict, float]:
-    "Return the components that are there in every moment, and the temporaries of the optimizer's step."
+    "Return the components that are there at every moment, and the temporaries of the optimizer's step."
     tokens = s["batch_size"] * s["seq_length"]
     found = count_weight_bytes(shape, s["method"], s["dtype"] if s["method"] == "full" else "bf16")
     states, temporaries = count_optimizer_bytes(trained, embeddings, s["optimizer"], size)
@@ -160,7 +160,7 @@ def _stays(shape: Shape, s: dict, trained: list[int], embeddings: list[int], siz
 
 
 def offloads_inputs(shape: Shape, s: dict) -> bool:
-    "Return whether the layers' inputs are sent to the CPU's memory."
+    "Return whether the layers' inputs are offloaded to main memory."
     large = 2 * shape.hidden * s["batch_size"] * s["seq_length"] > 2 * 2**20
     long = (s["max_seq_length"] or s["seq_length"]) >= 512
     if s["backend"] == "engine":
@@ -169,7 +169,7 @@ def offloads_inputs(shape: Shape, s: dict) -> bool:
 
 # %% ../nbs/04_memory.ipynb #439f71fb
 def _moments(shape: Shape, s: dict, gradients: float, temporaries: float) -> dict[str, dict[str, float]]:
-    "Return bytes by component that are there beside what stays, in each moment."
+    "Return bytes by component that come on top of what stays, at each moment."
     tokens, full, checkpoints = s["batch_size"] * s["seq_length"], s["method"] == "full", s["gradient_checkpointing"]
     kept = count_layer_bytes(shape, s["method"], s["backend"], s["r"], s["target_modules"], s["dtype"], s["padded"])
     one = {name: tokens * value for name, value in kept.items()}
@@ -261,9 +261,9 @@ CHECKPOINTING_KINDS = (True, False, "unsloth", "selective")  # of gradient check
 
 
 def check_whole_number(name: str, value, least: int = 1) -> None:
-    "Raise `UserError` where `value` is not a whole number from `least` on."
+    "Raise `UserError` where `value` is not a whole number of at least `least`."
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name} is {value!r}: give a whole number from {least} on")
+        raise UserError(f"{name} is {value!r}: give a whole number of at least {least}")
 
 
 def check_choice(name: str, value, known) -> None:
@@ -291,7 +291,7 @@ def _check(shape: Shape, s: dict) -> None:
     if s["method"] != "full" and s["r"] > min(widths):
         raise UserError(f"r is {s['r']}, but the narrowest target has {min(widths)} rows or columns: choose a smaller rank")
     if s["packing"] and s["backend"] == "transformers":
-        raise UserError("packing needs backend='engine' or 'unsloth' here, or packed rows would see each other: set it to False")
+        raise UserError("packing needs backend='engine' or 'unsloth' here, or packed rows would attend to each other: set it to False")
     _check_engine(shape, s)
 
 # %% ../nbs/04_memory.ipynb #7f89bf01
@@ -304,7 +304,7 @@ def _check_engine(shape: Shape, s: dict) -> None:
     "Raise `UserError` for a setting of the engine's without it, and for a model that it doesn't train."
     engine = s["backend"] == "engine" and s["method"] != "full"
     if s["gradient_checkpointing"] == "selective" and not engine:
-        raise UserError("gradient_checkpointing is 'selective', which is the engine's, for adapters: choose backend='engine', or True or False")
+        raise UserError("gradient_checkpointing is 'selective', which only the engine has, for adapters: choose backend='engine', or True or False")
     if engine and shape.family not in (known := list_architectures("engine")):
         raise UserError(f"the engine doesn't train {shape.family}, only {', '.join(known)}: choose backend='unsloth'")
 
@@ -320,7 +320,7 @@ def estimate_memory(
     packing: bool = False,  # rows filled up with several conversations: as many tokens, none of them padding
     gradient_checkpointing: bool | str = True,  # True, "unsloth" (the same here), False, or "selective" (the engine's)
     optimizer: str = "adamw_8bit",  # a key of `OPTIMIZER_KINDS`
-    dtype: str = "bf16",  # of a fully trained model's weights; adapters are trained beside 16-bit weights always
+    dtype: str = "bf16",  # of a fully trained model's weights; adapters are always trained beside 16-bit weights
     backend: str = "unsloth",  # unsloth, transformers or engine; full fine-tuning is TRL's in any case
     accumulation: int = 1,  # forward passes for one step; above 1 the gradients stay
     padded: bool = False,  # rows of different lengths, padded (backend transformers)
@@ -391,7 +391,7 @@ def count_engine_layer_bytes(
     shape: Shape,
     r: int = 16,
     target_modules: Sequence[str] = TARGET_MODULES,
-    selective: bool = False,  # gate and up are made again
+    selective: bool = False,  # gate and up are recomputed
 ) -> dict[str, float]:
     "Count the bytes that one layer keeps for each token under the engine: `activations`, `attention`. Source: the engine's functions."
     h, m, q, kv, chosen = shape.hidden, shape.intermediate, shape.query, shape.kv, set(target_modules)

@@ -23,14 +23,14 @@ from .weights import write_shard
 def base_weight(
     layer: torch.nn.Module,  # a linear layer, 4-bit or not
 ) -> torch.Tensor:  # (out, in), fp32
-    "The matrix that a layer computes with, in fp32. Raise `UserError` for a storage that is not known here."
+    "Return the matrix that a layer computes with, in fp32. Raise `UserError` for an unknown storage."
     weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
     if state is None:
         if not weight.is_floating_point():
             raise UserError(f"a weight is stored as {weight.dtype}, neither 4-bit nor 16-bit: load the model with load_in_4bit=True or False")
         return weight.detach().float()
     if getattr(state, "packing_format_for_cpu", False):
-        raise UserError("bitsandbytes has repacked this model's weights for its CPU: load it again with qlora_nb.load_model, which keeps them")
+        raise UserError("bitsandbytes has repacked this model's weights for the CPU: load it again with qlora_nb.load_model, which keeps them")
     import bitsandbytes
 
     return bitsandbytes.functional.dequantize_4bit(weight.data, state).float().reshape(state.shape)
@@ -50,7 +50,7 @@ def merge_weight(
     adapter: str,
     base: torch.Tensor,  # (out, in), fp32
 ) -> torch.Tensor:  # (out, in), fp32
-    "The one matrix that does what base and adapter do. DoRA's magnitudes are multiplied in (Liu et al. 2024, equation 5)."
+    "Return the one matrix that does what base and adapter do. DoRA's magnitudes are multiplied in (Liu et al. 2024, equation 5)."
     merged = base + lora_update(layer, adapter)
     if adapter in getattr(layer, "lora_magnitude_vector", {}):
         magnitude = layer.lora_magnitude_vector[adapter].weight.detach().float()
@@ -82,7 +82,7 @@ def check_mergeable(
 # %% ../nbs/16_merge.ipynb #bd01c831-18
 @dataclass
 class LayerMerge:
-    "What merging did to one layer: Frobenius norms (roots of sums of squares), in fp32."
+    "The effect of merging on one layer: Frobenius norms (roots of sums of squares), in fp32."
 
     name: str  # e.g. model.layers.0.self_attn.q_proj
     base: float  # the matrix that was trained on
@@ -112,11 +112,11 @@ class MergedTensors:
 
     @property
     def dtype(self) -> torch.dtype:
-        "What the model computes in."
+        "The dtype that the model computes in."
         return choose_dtype(model_info(self.model, required=False).get("dtype") or self.base.dtype)
 
     def _find_parameters(self) -> dict[str, tuple[torch.nn.Module, torch.Tensor]]:
-        "Name in an ordinary model → (its layer, the parameter). What peft put around a layer is taken away."
+        "Return name in an ordinary model → (its layer, the parameter), without what peft puts around a layer."
         found = {}
         for name, parameter in self.base.named_parameters(remove_duplicate=False):
             place, _, leaf = name.rpartition(".")
@@ -148,7 +148,7 @@ class MergedTensors:
         name: str,
         dtype: torch.dtype | None = None,  # round to it; None leaves computed weights in fp32, others as they are
     ) -> torch.Tensor:
-        "One weight, unpacked and merged where it is 4-bit or adapted. Raise `UserError` where `dtype` can't hold a number."
+        "Return one weight, unpacked and merged where it is 4-bit or adapted. Raise `UserError` where `dtype` can't hold a number."
         layer, parameter = self.parameters[name]
         is_weight, note = name.endswith(".weight"), None
         if is_weight and hasattr(layer, "lora_A"):
@@ -171,7 +171,7 @@ class MergedTensors:
 
 # %% ../nbs/16_merge.ipynb #bd01c831-24
 def _empty_like(base: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    "An ordinary model of the same architecture with no numbers in it yet."
+    "Return an ordinary model of the same architecture, without numbers yet."
     model = build_empty_model(base.config, dtype=dtype, attn_implementation=base.config._attn_implementation)
     model.generation_config = copy.deepcopy(base.generation_config)
     places = dict(model.named_buffers())
@@ -209,7 +209,7 @@ def merge_adapter(
 
 # %% ../nbs/16_merge.ipynb #bd01c831-31
 def merged_config(base: torch.nn.Module, dtype: torch.dtype) -> dict:
-    "config.json of the merged model: no quantization, rope spelt both ways."
+    "Return config.json of the merged model: no quantization, rope spelt both ways."
     config = json.loads(base.config.to_json_string(use_diff=True))
     config.pop("quantization_config", None)
     config |= {"architectures": [type(base).__name__], "dtype": str(dtype).removeprefix("torch.")}
@@ -222,7 +222,7 @@ def merged_config(base: torch.nn.Module, dtype: torch.dtype) -> dict:
 
 # %% ../nbs/16_merge.ipynb #bd01c831-32
 def _write_merged(tensors: MergedTensors, tokenizer, folder: Path, dtype: torch.dtype, shard_size: float) -> None:
-    "Weights in shards, config, generation config, tokenizer."
+    "Write weights in shards, config, generation config and tokenizer."
     from huggingface_hub import split_state_dict_into_shards_factory
 
     shapes = {name: tensors.shape(name) for name in tensors.parameters}
@@ -249,7 +249,7 @@ def save_merged(
     dtype: str | torch.dtype | None = None,  # of the files; None is what the model computes in
     shard_size: float = 4e9,  # bytes of weights in one file
 ) -> list[LayerMerge]:  # what it did to each layer
-    "Write the model that `merge_adapter` makes atomically, layer by layer. Raise `UserError` as that does."
+    "Write the model that `merge_adapter` makes, atomically and layer by layer. Raise `UserError` as that does."
     find_active_adapter(model)
     tensors = MergedTensors(model)
     with replace_folder(path, "the merged model") as part:

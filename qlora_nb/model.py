@@ -53,19 +53,19 @@ _PATCHED = ("trl", "transformers", "peft")  # what Unsloth wants to be imported 
 
 
 def unsloth_refusal() -> str | None:
-    "Why this process can't take Unsloth; None where it can."
+    "Return why this process can't use Unsloth; None where it can."
     loaded = [name for name in _PATCHED if name in sys.modules]
     if "unsloth" in sys.modules:
         return None
     if importlib.util.find_spec("unsloth") is None:
         return "Unsloth is not installed"
     if loaded:
-        return f"{' and '.join(loaded)} came before Unsloth in this process, too late to patch"
+        return f"this process imported {' and '.join(loaded)} before Unsloth, too late to patch"
     return None
 
 # %% ../nbs/10_model.ipynb #fca80c77-3
 class BackendChoice(NamedTuple):
-    "How this process trains a model."
+    "The way this process trains a model."
 
     backend: str  # unsloth or transformers
     engine: bool  # whether this package's own engine is put on top
@@ -84,20 +84,20 @@ def _check_way(backend: str, engine: bool | None) -> None:
         raise UserError("Unsloth has already patched this process: start a new one (restart the kernel) for backend='transformers'")
     refusal = unsloth_refusal()
     if backend == "unsloth" and refusal == "Unsloth is not installed":
-        raise UserError(f"{refusal}: pip install 'qlora_nb[unsloth]', or take backend='transformers'")
+        raise UserError(f"{refusal}: pip install 'qlora_nb[unsloth]', or use backend='transformers'")
     if backend == "unsloth" and refusal:
         raise UserError(f"{refusal}: start a new one (restart the kernel) and load the model first")
 
 # %% ../nbs/10_model.ipynb #d1040005
 def _against_engine(model: str | dict | None, revision: str | None) -> str | None:
-    "Why `auto` leaves the engine out on this GPU; None where it takes it."
+    "Return why `auto` leaves the engine out on this GPU; None where it takes it."
     if torch.cuda.get_device_capability()[0] not in ENGINE_GAINS:
         return "the engine was not measured on this card; engine=True forces it"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < ENGINE_TORCH:
         return f"torch {torch.__version__} can't keep rows apart in one call, as {'.'.join(map(str, ENGINE_TORCH))} can; engine=True forces the engine"
     try:
         reason = config_refusal(config_dict(model, revision)) if model else None
-    except UserError as error:  # loading will say it better
+    except UserError as error:  # loading reports it better
         reason = str(error)
     return reason and f"the engine can't train this model: {reason}"
 
@@ -105,7 +105,7 @@ def _against_engine(model: str | dict | None, revision: str | None) -> str | Non
 def choose_backend(
     backend: str = "auto",  # auto, unsloth or transformers
     engine: bool | None = None,  # whether the package's own engine is wanted; None leaves it to `auto`
-    model: str | dict | None = None,  # a folder, a Hub name or a configuration to look at; None is one that the engine can train
+    model: str | dict | None = None,  # a folder, a Hub name or a configuration to check; None is one that the engine can train
     revision: str | None = None,  # commit or tag on the Hub
 ) -> BackendChoice:
     "Choose the backend of this process, with or without the engine, and say why. Raise `UserError` where what was asked for is not available."
@@ -115,7 +115,7 @@ def choose_backend(
     if engine or backend != "auto":
         return BackendChoice("transformers" if engine else backend, bool(engine), "it was asked for")
     if not torch.cuda.is_available():
-        return BackendChoice("transformers", False, "there is no CUDA GPU, and on a CPU Unsloth is not the faster one")
+        return BackendChoice("transformers", False, "there is no CUDA GPU, and on a CPU Unsloth is not faster")
     against = "the engine was not asked for" if engine is False else _against_engine(model, revision)
     if against is None:
         return BackendChoice("transformers", True, "on a GPU of this kind the engine was measured the fastest")
@@ -157,7 +157,7 @@ def keep_4bit_layers(model: torch.nn.Module) -> int:
 
     Source: bitsandbytes 0.50.2, `nn.Linear4bit.forward` and `matmul_4bit` (the repacked branch has no backward).
     """
-    # bitsandbytes asks for a package with another such path, at the first product on a CPU.
+    # bitsandbytes asks for a package with another CPU path, at the first product on a CPU.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     layers = [layer for layer in model.modules() if hasattr(layer, "support_avx512bf16_for_cpu")]
     for layer in layers:
@@ -178,12 +178,12 @@ def check_4bit_layers(model: torch.nn.Module) -> None:
 
 # %% ../nbs/10_model.ipynb #fca80c77-7
 def model_path(model: str | Path) -> str:
-    "The folder or Hub name behind `model`. Raise `UserError` for a folder that isn't there or holds no model."
+    "Return the folder or Hub name behind `model`. Raise `UserError` for a folder that isn't there or holds no model."
     folder = model_folder(model)
     if folder is None:
         return str(model)
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"the folder {folder} holds no .safetensors weights (others are not read): save the model with safetensors")
+        raise UserError(f"the folder {folder} holds no .safetensors weights (others are not supported): save the model with safetensors")
     return str(folder)
 
 # %% ../nbs/10_model.ipynb #fca80c77-8
@@ -207,9 +207,9 @@ def _loading(name: str) -> Iterator[None]:
         fix = "install the pair that belongs together (https://pytorch.org/get-started/locally), or `pip uninstall torchvision`"
         raise UserError(f"torchvision doesn't fit torch {torch.__version__} ({cause}): {fix}") from error
     except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory is too small for {name}: take load_in_4bit=True or a smaller model") from error
+        raise UserError(f"the GPU's memory is too small for {name}: use load_in_4bit=True or a smaller model") from error
     except (SafetensorError, json.JSONDecodeError, EOFError) as error:
-        raise UserError(f"a file of the model {name} can't be read ({error}): it is damaged, fetch it again") from error
+        raise UserError(f"a file of the model {name} can't be read ({error}): it is damaged, download it again") from error
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UserError(f"the model {name} can't be loaded: {_first_line(error)}") from error
     except (ValueError, KeyError, RuntimeError) as error:
@@ -227,7 +227,7 @@ _PROBLEMS = {
 
 
 def report_problem(report: str) -> str | None:
-    "What is wrong with a model's weights by transformers' loading report, in one clause; None where it lists nothing."
+    "Return what is wrong with a model's weights by transformers' loading report, in one clause; None where it lists nothing."
     rows = sorted(_REPORTED.findall(re.sub("\x1b\\[[0-9;]*m", "", report)))
     rows = [row for row in rows if not (row[1] == "UNEXPECTED" and _BUFFERS.search(row[0]))]
     clauses = []
@@ -242,7 +242,7 @@ def report_problem(report: str) -> str | None:
 
 # %% ../nbs/10_model.ipynb #a11e0003
 def unusable_model(name: str, problem: str) -> UserError:
-    "The error for a model whose files don't belong together."
+    "Return the error for a model whose files don't belong together."
     return UserError(
         f"the model {name} can't be used: {problem}; the files are incomplete or don't belong to its config.json; download or copy the model again")
 
@@ -346,7 +346,7 @@ _TRIAL_TEXTS = (
 
 
 def tokenizer_difference(tokenizer, file: Path) -> str | None:
-    "The first text that a tokenizer encodes or decodes otherwise than its tokenizer.json, in words; None where there is none."
+    "Return the first text that a tokenizer encodes or decodes unlike its tokenizer.json, in words; None where all agree."
     from tokenizers import Tokenizer
 
     own = Tokenizer.from_file(str(file))
@@ -459,7 +459,7 @@ def check_special_tokens(tokenizer, rows: int, name: str) -> None:
         number = getattr(tokenizer, f"{kind}_id", None)
         if number is not None and number >= rows:
             raise UserError(f"{kind} of {name} is {getattr(tokenizer, kind)!r} with the id {number}, and the model's embedding has {rows} rows: "
-                            "correct tokenizer_config.json, or take the tokenizer that belongs to the model")
+                            "correct tokenizer_config.json, or use the tokenizer that belongs to the model")
 
 # %% ../nbs/10_model.ipynb #fca80c77-12
 def _load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, revision: str | None, max_seq_length: int):
@@ -476,7 +476,7 @@ def _load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, 
         check_weights(loaded, name, revision)
     context = getattr(loaded.config, "max_position_embeddings", None)
     if not 1 <= max_seq_length <= (context or max_seq_length):
-        raise UserError(f"max_seq_length is {max_seq_length}, but {name} has a context of 1 to {context} tokens")
+        raise UserError(f"max_seq_length is {max_seq_length}, but {name} takes 1 to {context} tokens")
     if keep_4bit_layers(loaded):
         check_4bit_layers(loaded)
     set_pad_token(tokenizer)
@@ -485,7 +485,7 @@ def _load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, 
 
 # %% ../nbs/10_model.ipynb #d104000c
 def _choose_way(name: str, backend: str, engine: bool | None, adapter: object, revision: str | None) -> BackendChoice:
-    "The way to load a model; what `auto` could not take goes to stderr. An adapter that is only used needs no engine."
+    "Return the way to load a model; what `auto` had to leave out goes to stderr. An adapter that is only used needs no engine."
     way = choose_backend(backend, False if adapter and not engine else engine, name, revision)
     if "too late to patch" in way.why or "can't train this model" in way.why:
         print(f"backend {way.backend}: {way.why}", file=sys.stderr)
@@ -495,7 +495,7 @@ def _choose_way(name: str, backend: str, engine: bool | None, adapter: object, r
 def _with_adapter(loaded: torch.nn.Module, tokenizer, adapter: str | Path, name: str) -> tuple:
     "The base `name` with an adapter, and the tokenizer of its training. A 4-bit base that it may not have been trained on is named on stderr."
     if model_info(loaded)["load_in_4bit"] and not trained_in_4bit(adapter, name)[0]:
-        print(f"precision: the adapter {adapter} is put on the base in 4 bits, and nothing says that it was trained on it so; load_in_4bit=False takes the 16-bit base", file=sys.stderr)
+        print(f"precision: the adapter {adapter} is put on the base in 4 bits, though nothing shows that it was trained on one; load_in_4bit=False loads the base in 16 bits", file=sys.stderr)
     loaded = load_adapter(loaded, adapter)
     return loaded, adapter_tokenizer(adapter, tokenizer, loaded.get_input_embeddings().weight.shape[0])
 
@@ -559,7 +559,7 @@ def adapter_tokenizer(
 # %% ../nbs/10_model.ipynb #fca80c77-15
 @contextlib.contextmanager
 def quiet_libraries(backend: str = "transformers") -> Iterator[None]:
-    "Import `backend` and keep progress bars and the advice that libraries print off the screen in the body; errors are not."
+    "Import `backend` and keep progress bars and the advice that libraries print off the screen in the body; errors still show."
     names = ("torchao", "bitsandbytes", "transformers", "torch.utils._pytree")
     levels = {name: logging.getLogger(name).level for name in names}
     quiet_environment(backend == "unsloth")
@@ -571,7 +571,7 @@ def quiet_libraries(backend: str = "transformers") -> Iterator[None]:
             importlib.import_module(backend)  # Unsloth comes before transformers, as it asks
         except (ImportError, NotImplementedError) as error:
             raise UserError(f"{backend} can't be imported ({_first_line(error)}): fix its installation") from error
-    for name in names:  # transformers has set its own again while it was imported
+    for name in names:  # importing transformers has set its own again
         logging.getLogger(name).setLevel(logging.ERROR)
     bars = [importlib.import_module(f"{name}.utils.logging") for name in ("transformers", "datasets")]
     bars = [hub for hub in bars if hub.is_progress_bar_enabled()]
@@ -604,7 +604,7 @@ def find_targets(
     model: torch.nn.Module,
     target_modules: tuple[str, ...] | list[str] = TARGET_MODULES,  # last part of the layers' names
 ) -> dict[str, torch.nn.Module]:
-    "The layers that get an adapter, by name. Raise `UserError` for a target that the model doesn't have, or that can't be trained."
+    "Return the layers that get an adapter, by name. Raise `UserError` for a target that the model doesn't have, or that can't be trained."
     layers = {name: layer for name, layer in model.named_modules() if getattr(layer, "weight", None) is not None}
     found = {name: layer for name, layer in layers.items() if name.rsplit(".", 1)[-1] in target_modules}
     if missing := sorted(set(target_modules) - {name.rsplit(".", 1)[-1] for name in found}):
@@ -615,7 +615,7 @@ def find_targets(
     for name, layer in found.items():
         if layer is head:
             raise UserError(
-                f"{name} can't have an adapter: TRL computes the loss from its weight alone, so that the adapter would never be trained; "
+                f"{name} can't have an adapter: TRL computes the loss from its weight alone, so the adapter would never be trained; "
                 "leave it out of target_modules")
     return found
 
@@ -628,14 +628,14 @@ def check_lora(
     bias: str,
     load_in_4bit: bool,  # whether the base was asked for in 4 bits
 ) -> None:
-    "Raise `UserError` for an invalid rank, scale, dropout or bias, and for layers that LoRA or 4 bits can't take."
+    "Raise `UserError` for an invalid rank, scale, dropout or bias, and for layers that LoRA or 4 bits don't support."
     check_lora_settings(r, lora_alpha, lora_dropout)
     if bias not in ("none", "all", "lora_only"):
         raise UserError(f"bias is {bias!r}: choose none, all or lora_only")
     for name, layer in targets.items():
         state = getattr(layer.weight, "quant_state", None)
         if not hasattr(layer, "in_features") and not isinstance(layer, torch.nn.Embedding):
-            raise UserError(f"{name} ({type(layer).__name__}) is not a linear layer, and LoRA is for those: leave it out of target_modules")
+            raise UserError(f"{name} ({type(layer).__name__}) is not a linear layer, as LoRA needs: leave it out of target_modules")
         if load_in_4bit and state is None:
             raise UserError(
                 f"{name} ({type(layer).__name__}) can't be quantized to 4 bits: "
@@ -647,11 +647,11 @@ def check_lora(
 
 # %% ../nbs/10_model.ipynb #fca80c77-18
 def check_checkpointing(wanted: bool | str, engine: bool) -> bool | str:
-    "Return the kind of checkpointing that the backend gets. Raise `UserError` for an unknown kind, and for the engine's without the engine."
+    "Return the kind of checkpointing to give the backend. Raise `UserError` for an unknown kind, and for the engine's without the engine."
     if wanted not in (True, False, "unsloth", "selective"):
         raise UserError(f"use_gradient_checkpointing is {wanted!r}: choose unsloth, true, false or selective")
     if wanted == "selective" and not engine:
-        raise UserError("use_gradient_checkpointing='selective' is the engine's: load the model with engine=True, or choose another")
+        raise UserError("use_gradient_checkpointing='selective' needs the engine: load the model with engine=True, or choose another")
     return False if wanted == "selective" or (wanted == "unsloth" and not torch.cuda.is_available()) else wanted
 
 
@@ -678,13 +678,13 @@ def _add_by_unsloth(model: torch.nn.Module, checkpointing: bool | str, random_st
 def add_lora(
     model: torch.nn.Module,  # from `load_model`
     r: int = 16,  # rank
-    lora_alpha: float = 16,  # scale: the update counts lora_alpha / r
+    lora_alpha: float = 16,  # scale: the update is multiplied by lora_alpha / r
     lora_dropout: float = 0.0,  # share of the adapter's inputs that is dropped
     target_modules: tuple[str, ...] | list[str] | str = TARGET_MODULES,  # layers, by the last part of their names
     bias: str = "none",  # none, all or lora_only
     use_rslora: bool = False,  # scale by lora_alpha / sqrt(r)
     use_gradient_checkpointing: bool | str = "unsloth",  # "unsloth", True, False, or "selective" with the engine
-    random_state: int = 3407,  # seed for the start of A
+    random_state: int = 3407,  # seed of A's initial values
 ):  # -> PeftModel
     "Put trainable LoRA adapters on a frozen base. Raise `UserError` for invalid settings, and for a layer or model that can't take them."
     if hasattr(model, "peft_config"):
@@ -738,7 +738,7 @@ def open_run(
 ) -> tuple:  # (model, tokenizer)
     """Return a model and its tokenizer as they were trained: base, adapter, chat template and added tokens.
 
-    The base's precision and what says so go to stderr. Raise `UserError` for a folder that holds no adapter, or an unfinished run.
+    The base's precision and the evidence for it go to stderr. Raise `UserError` for a folder that holds no adapter, or an unfinished run.
     """
     adapter = _adapter_of(path)
     run = RunFolder.around(adapter)

@@ -261,7 +261,7 @@ def _check_finite(weight: torch.Tensor, absmax: torch.Tensor) -> None:
     if not absmax.isfinite().all():
         wrong = (~weight.isfinite()).nonzero()
         where = tuple(wrong[0].tolist())
-        raise UserError(f"weight holds {weight[where].item()} at {where}, and {len(wrong)} such in all: only finite numbers can be quantized")
+        raise UserError(f"weight holds {weight[where].item()} at {where}, and {len(wrong)} such values in all: only finite numbers can be quantized")
 
 # %% ../nbs/02_nf4.ipynb #68b48cd7
 @torch.no_grad()
@@ -272,7 +272,7 @@ def quantize_nf4(
 ) -> NF4Weight:
     """4-bit NormalFloat, bit for bit as bitsandbytes 0.50.2's `quantize_4bit` on a CPU (arXiv 2305.14314).
 
-    Raises `UserError` for an empty weight, another dtype, NaN or infinity (with its place), or an unknown blocksize. Warns
+    Raise `UserError` for an empty weight, another dtype, NaN or infinity (with its place), or an unknown blocksize. Warn
     where the mean of the absmax overflows fp32: bitsandbytes then dequantizes to NaN, and so does this.
     """
     _check_weight(weight, blocksize)
@@ -283,7 +283,7 @@ def quantize_nf4(
     if double_quant:
         offset = absmax.mean()
         if not offset.isfinite():
-            warnings.warn("the mean of the absmax overflows fp32: take double_quant=False for this weight", stacklevel=2)
+            warnings.warn("the mean of the absmax overflows fp32: use double_quant=False for this weight", stacklevel=2)
         absmax, absmax2 = _quantize_constants(absmax - offset)
         code2 = CODE8.to(weight.device)
     code = NF4_CODE.to(weight.device)
@@ -297,7 +297,7 @@ FOUR_BIT_CODES = {"nf4": NF4_CODE, "fp4": torch.cat([-FP4_CODE.flip(0), FP4_CODE
 # %% ../nbs/02_nf4.ipynb #e710217b
 def fake_quantize(
     weight: torch.Tensor,  # fp32, fp16 or bf16, any non-empty shape, finite
-    kind: str | torch.Tensor = "nf4",  # nf4, fp4, int4, int4_asymmetric, or a code of one's own: (n,) ascending
+    kind: str | torch.Tensor = "nf4",  # nf4, fp4, int4, int4_asymmetric, or your own code: (n,) ascending
     blocksize: int = 64,  # weights that share a constant: 32, 64, … 4096
 ) -> torch.Tensor:  # in the weight's shape and dtype
     "Quantize and dequantize a weight in blocks with fp32 constants: to compare codes. Raise `UserError` as `quantize_nf4`, or for an unknown kind."

@@ -46,7 +46,7 @@ _BLANK = " \t\r\n"
 
 
 def _place(text: str, at: int) -> str:
-    "Line and column in a template, in words."
+    "Return line and column in a template, in words."
     return f"line {text.count(chr(10), 0, at) + 1}, column {at - text.rfind(chr(10), 0, at)}"
 
 
@@ -195,7 +195,7 @@ class _Action:
                 value = ("variable", name, word.at)
             case _:
                 self.i -= 1
-                raise self.fail(f"{word.text!r} is not in the part of the language that is read here")
+                raise self.fail(f"{word.text!r} is not in the supported part of the language")
         if self.peek("field") and self.words[self.i].glued:
             field = self.next()
             value = ("field", value, tuple(field.text.split(".")[1:]), field.at)
@@ -273,7 +273,7 @@ def _call(name: str, values: list):
 
 # %% ../nbs/18_ollama.ipynb #06a509f2
 class GoTemplate:
-    "A template in Go's language as a tree of nodes. Raise `UserError` with line and column for what Go, or this part of it, can't do."
+    "A template in Go's language as a tree of nodes. Raise `UserError` with line and column for what Go, or the part supported here, can't do."
 
     def __init__(self, text: str):
         self.text = text
@@ -310,7 +310,7 @@ class GoTemplate:
             return found
         if first.kind == "variable" and len(action.words) > 1 and action.words[1].kind in ("declare", "assign"):
             action.i = 2
-            self._known.append(first.text)  # an assignment, too: that it was not declared Go sees when it gets there
+            self._known.append(first.text)  # an assignment, too: Go notices an undeclared name only when it gets there
             return ("set", first.text, action.words[1].kind == "declare", action.pipeline(), first.at)
         return ("print", action.pipeline(), first.at)
 
@@ -378,7 +378,7 @@ class GoTemplate:
             else:
                 stack += self._enter(node, dot, scope)
             if len(stack) > 100_000:
-                raise UserError("the template calls itself without an end")
+                raise UserError("the template calls itself endlessly")
         return _string(_bytes("".join(out)))
 
     def _print(self, value, at: int) -> str:
@@ -428,7 +428,7 @@ class GoTemplate:
             return value
         _, name, arguments, at = node
         if name in ("and", "or") and arguments:
-            for argument in arguments:  # the value that decides, and none behind it is asked
+            for argument in arguments:  # up to the value that decides; none after it is evaluated
                 value = self._value(argument, dot, scope)
                 if bool(value) == (name == "or"):
                     break
@@ -447,7 +447,7 @@ def render_go(
     template: str,  # a template in the language of Go's text/template
     data: dict,  # what the dot is: strings, numbers, truth values, lists, dicts
 ) -> str:
-    "Return the text that Go would write. Raise `UserError` with line and column for what Go, or this part of it, can't do."
+    "Return the text that Go would write. Raise `UserError` with line and column for what Go, or the part supported here, can't do."
     return _parse_go(template).render(data)
 
 # %% ../nbs/18_ollama.ipynb #2d9201f4
@@ -537,7 +537,7 @@ AWKWARD_TEXTS = ("What is 2 + 3?", "  two\n\nlines \t", "\n", "naïve café, 東
 
 
 def awkward_conversations() -> list[list[dict]]:
-    "Return conversations with and without a system turn, of one or several turns, with contents that go wrong easily."
+    "Return conversations with and without a system turn, of one or several turns, with contents that easily go wrong."
     found, texts = [], itertools.cycle(AWKWARD_TEXTS)
     for roles in ("u", "ua", "su", "sua", "uau", "suau", "uaua", "suauau"):
         for _ in AWKWARD_TEXTS:
@@ -549,7 +549,7 @@ def awkward_conversations() -> list[list[dict]]:
 
 # %% ../nbs/18_ollama.ipynb #c0de1801
 class NoGoTemplate(UserError):
-    "Raised for a chat template that can't be shown to have a twin in Ollama's language; `why` says where it fails."
+    "The error for a chat template without a proven twin in Ollama's language; `why` says where the proof fails."
 
     def __init__(self, why: str):
         super().__init__(f"no TEMPLATE for Ollama can be derived, because {why}: pass go_template=, or without_template=True, which leaves the GGUF's own chat template to Ollama")
@@ -614,7 +614,7 @@ def _printable(character: str) -> bool:
 
 
 def _write_go(joints: dict, trimmed: dict) -> str:
-    "The Go template that writes these joints."
+    "Return the Go template that writes these joints."
     known = " ".join(quote_go(role) for role in trimmed)
     trims = " ".join(quote_go(role) for role, cut in trimmed.items() if cut)
     lines = ['{{- $last := "start" }}', "{{- range .Messages }}", f"{{{{- if eq .Role {known} }}}}"]
@@ -677,7 +677,7 @@ def modelfile_refusal(
     tokenizer,
     template: str | None = None,  # as in `derive_go_template`
 ) -> str | None:  # a sentence; None where a TEMPLATE can be derived
-    "Return why no TEMPLATE can be derived from a chat template, to be reported before a training. Raise `UserError` where there is no template."
+    "Return why no TEMPLATE can be derived from a chat template, to be reported before training. Raise `UserError` where there is no template."
     try:
         derive_go_template(tokenizer, template)
     except NoGoTemplate as error:
@@ -688,7 +688,7 @@ def modelfile_refusal(
 def quote_value(
     text: str,
     what: str,  # which value this is, for the message
-) -> str:  # as it stands in the Modelfile
+) -> str:  # as written in the Modelfile
     'Put a value between triple quotes. Raise `UserError` for text that would not come back unchanged.'
     if '"""' in text:
         raise UserError(f'{what} holds """, which ends a value in a Modelfile and can\'t be escaped: write it another way')
@@ -857,9 +857,9 @@ def choose_template(
 ) -> TemplateChoice:
     "Return which of the two templates Ollama 0.30 and later reads, and why."
     if architecture in _RENDERED:
-        return TemplateChoice("renderer", f"it renders the architecture {architecture} by code of its own")
+        return TemplateChoice("renderer", f"it renders the architecture {architecture} with code of its own")
     if architecture in ("gptoss", "gpt-oss") and template and "<|start|>" in template and "<|end|>" in template:
-        return TemplateChoice("renderer", "it renders gpt-oss by code of its own")
+        return TemplateChoice("renderer", "it renders gpt-oss with code of its own")
     if not template:
         return _without_template(jinja) if jinja else TemplateChoice("none", "neither the Modelfile nor the GGUF has one")
     if not jinja:
@@ -950,7 +950,7 @@ def _parameter_lines(parameters: dict, stops: list[str]) -> list[tuple[str, str]
 
 # %% ../nbs/18_ollama.ipynb #f531cd0f
 def _from_path(gguf: Path, folder: Path) -> str:
-    "Return the file's name for FROM: a path from the Modelfile's folder where it lies within, else from the root."
+    "Return the file's name for FROM: a path from the Modelfile's folder where it is inside that, else from the root."
     if not gguf.is_file():
         raise UserError(f"there is no file {gguf}: export it first (export_gguf), or name another")
     inside = gguf.is_relative_to(folder)
@@ -997,7 +997,7 @@ def _reading_note(
     if choice.source != "gguf":
         return f"{choice}; whether its prompts are those of training isn't known"
     if own != trained:
-        return f"{choice}; the file holds another chat template than the one of training, so the prompts will be others: export the GGUF again from what was trained"
+        return f"{choice}; the file holds another chat template than the one of training, so the prompts will differ: export the GGUF again from what was trained"
     force = "; OLLAMA_GO_TEMPLATE=1 in the server's environment makes it read TEMPLATE" if template else ""
     return f"{choice}; the file holds the template of training, so prompts that end with the user's turn stay the same, but a conversation that ends with the assistant's turn is left open{force}"
 
@@ -1011,11 +1011,11 @@ def write_modelfile(
     system: str | None = None,  # the system text that training used
     parameters: dict | None = None,  # over `DEFAULT_PARAMETERS`, e.g. {"num_ctx": 2048}
     license: str | list[str] | None = None,  # text, or several
-    messages: list[dict] = (),  # turns that stand before every conversation
+    messages: list[dict] = (),  # turns that precede every conversation
     go_template: str | None = None,  # a template in Ollama's language, if you have one
     without_template: bool = False,  # True writes no TEMPLATE: Ollama 0.30 and later reads the GGUF's own
 ) -> Path:
-    "Write a Modelfile that serves what was trained; reports on stderr where Ollama won't read its TEMPLATE. Raise `UserError`."
+    "Write a Modelfile that serves what was trained; report on stderr where Ollama won't read its TEMPLATE. Raise `UserError`."
     path, file = Path(path).expanduser().absolute(), Path(gguf).expanduser().absolute()
     path = path / "Modelfile" if path.is_dir() else path
     template = "llama-3.1" if template == "llama-3.2" else template
@@ -1097,7 +1097,7 @@ def _connect(host: str | None):
     except (ConnectionError, OSError) as error:
         return None, f"no Ollama server answers ({str(error).splitlines()[0]})"
     except ollama.ResponseError as error:
-        raise UserError(f"the Ollama server refuses ({error.error}): look at its log") from error
+        raise UserError(f"the Ollama server refuses ({error.error}): check its log") from error
     return client, None
 
 # %% ../nbs/18_ollama.ipynb #b9b978ed
@@ -1107,7 +1107,7 @@ def ollama_commands(
     message: str = "What is machine learning?",
 ) -> str:
     "Return what to type to create and ask a model."
-    lines = ["ollama serve    # in a window of its own, unless the desktop app runs; install it from https://ollama.com"]
+    lines = ["ollama serve    # in a window of its own, unless the desktop app is running; install it from https://ollama.com"]
     if modelfile is not None:
         lines.append(f"ollama create {shlex.quote(name)} -f {shlex.quote(str(modelfile))}")
     return "\n".join([*lines, f"ollama run {shlex.quote(name)} {shlex.quote(message)}"])
@@ -1171,7 +1171,7 @@ def _sent_parameters(found: Modelfile, path: Path, command: str) -> dict:
 
 
 def _sent_file(found: Modelfile, path: Path, command: str) -> Path:
-    "The one file to send. Raise `UserError` where FROM names several, a folder, a model or nothing."
+    "Return the one file to send. Raise `UserError` where FROM names several, a folder, a model or nothing."
     name, lines = found.one("FROM"), [line for (key, _), line in zip(found.instructions, found.lines) if key == "FROM"]
     gguf, where = path.parent / Path(name).expanduser(), f"line {lines[-1]} of {path} says FROM {name}"
     if len(lines) > 1:
@@ -1198,7 +1198,7 @@ def _create(client, name: str, path: Path) -> OllamaResult:
             parameters=parameters, license=found.all("LICENSE") or None, messages=found.messages or None, stream=False,
         )
     except ollama.ResponseError as error:
-        raise UserError(f"Ollama could not create {name} ({error.error}): look at its log") from error
+        raise UserError(f"Ollama could not create {name} ({error.error}): check its log") from error
     except ConnectionError as error:
         raise UserError("the Ollama server went away: start it again (ollama serve) and repeat") from error
     return OllamaResult(True, f"created {name} ({answer.status})")

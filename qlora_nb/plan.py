@@ -189,7 +189,7 @@ def measure_row_lengths(
     batches = ([row["messages"] for row in data[i : i + 200]] for i in range(0, len(data), 200))
     found = [len(row.input_ids) for batch in batches for row in encode_batch(batch, tokenizer) if row.input_ids is not None]
     if not found:
-        raise UserError("data has no row that can be used: look at it with check_dataset")
+        raise UserError("data has no row that can be used: check it with check_dataset")
     return found
 
 # %% ../nbs/53_plan.ipynb #fbb39284
@@ -267,7 +267,7 @@ def _choice_for(shape: Shape, card: Card, rows: Rows, want: dict, method: str, b
         **{name: want[name] for name in ("r", "target_modules", "optimizer", "backend")},
     )
     plain = want["backend"] == "transformers"
-    real = batch * (0.997 * rows.seq_length if packing else rows.mean)  # best-fit packing leaves so little empty
+    real = batch * (0.997 * rows.seq_length if packing else rows.mean)  # best-fit packing leaves this little empty
     computed = batch * (rows.seq_length if packing else rows.padded(batch) if plain else rows.mean)
     seconds = estimate_pass_seconds(shape, card, method, computed, checkpoints, want["backend"])
     return Choice(method, batch, total // batch, packing, checkpoints, want["optimizer"], rows.seq_length, estimate, real / seconds)
@@ -277,7 +277,7 @@ def _packs(rows: Rows, want: dict, card: Card) -> list[bool]:
     "Return whether to pack: yes, no, or both to choose from. Packing was never tried on a card without bf16: there only on request."
     if want["packing"] is not None:
         return [want["packing"]]
-    short = rows.lengths and rows.mean <= 0.5 * rows.seq_length  # less than two rows to a pack gain nothing
+    short = rows.lengths and rows.mean <= 0.5 * rows.seq_length  # fewer than two rows to a pack gain nothing
     return [False, True] if want["backend"] != "transformers" and short and card.bf16 else [False]
 
 
@@ -332,7 +332,7 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, dict]:
-        "Keyword arguments for `load_model`, `add_lora` and `train`. Raises `UserError` where nothing fits."
+        "Keyword arguments for `load_model`, `add_lora` and `train`. Raise `UserError` where nothing fits."
         if not self.fits:
             raise UserError(f"nothing fits {self.card.name} ({format_gib(self.budget)} with the margin): {'; '.join(self.advice)}")
         c = self.choice
@@ -388,7 +388,7 @@ def _reject(choices: list[Choice], chosen: Choice | None, budget: float) -> tupl
         takes, over = format_gib(choice.estimate.total_bytes), choice.estimate.total_bytes - budget
         slower = 1 - choice.tokens_per_second / chosen.tokens_per_second if chosen else 0
         if over > 0:
-            reason = f"needs {takes}, {format_gib(over)} too many"
+            reason = f"needs {takes}, {format_gib(over)} too much"
         else:
             reason = f"expected {slower:.0%} slower" if slower >= 0.005 else f"hardly faster, and takes {takes}"
         found.append(replace(choice, reason=reason))
@@ -396,7 +396,7 @@ def _reject(choices: list[Choice], chosen: Choice | None, budget: float) -> tupl
 
 # %% ../nbs/53_plan.ipynb #092a7ce2
 def _check_wishes(shape: Shape, want: dict) -> None:
-    "Raise `UserError` for impossible wishes; what `estimate_memory` checks is left to it."
+    "Raise `UserError` for impossible settings; what `estimate_memory` checks is left to it."
     for name in ("effective_batch", "max_seq_length", "batch_size"):
         if want[name] is not None or name == "effective_batch":
             check_whole_number(name, want[name])
@@ -410,7 +410,7 @@ def _check_wishes(shape: Shape, want: dict) -> None:
 
 
 def _choose(choices: list[Choice], budget: float) -> Choice | None:
-    "Choose the smallest of those that fit and are as fast as the fastest, which the model of speed tells to 1 %."
+    "Choose the smallest of those that fit and are as fast as the fastest, within the speed model's 1 %."
     fit = [c for c in choices if c.estimate.total_bytes <= budget]
     near = [c for c in fit if c.tokens_per_second >= 0.99 * fit[0].tokens_per_second]
     return min(near, key=lambda c: c.estimate.total_bytes, default=None)
@@ -435,7 +435,7 @@ def plan_training(
     margin: float = MEMORY_MARGIN,  # share of the card that is left free
     seq_length: int | None = None,  # another name of `max_seq_length`
 ) -> Plan:
-    "Return settings that fit the card and should be fastest, and what was rejected. Raise `UserError` for an unknown model or card and impossible wishes."
+    "Return settings that fit the card and should be fastest, and what was rejected. Raise `UserError` for an unknown model or card and impossible settings."
     max_seq_length = seq_length if max_seq_length is None else max_seq_length
     want = {name: value for name, value in locals().items() if name not in ("model", "device", "data", "tokenizer", "seq_length")}
     shape, card = model_shape(model), find_card(device)
@@ -452,7 +452,7 @@ def plan_training(
 
 # %% ../nbs/53_plan.ipynb #066b1fef
 def _remedies(shape: Shape, card: Card, rows: Rows, want: dict, choices: list[Choice], lengths: list[int], budget: float) -> list[str]:
-    "List what to change where nothing fits: the card, the model, one wish, or the rows' length and how many rows that keeps."
+    "List what to change where nothing fits: the card, the model, one setting, or the rows' length and how many rows that keeps."
     def fits(rows: Rows, **change) -> bool:
         return _choose(_choices(shape, card, rows, {**want, **change}), budget) is not None
 
@@ -460,7 +460,7 @@ def _remedies(shape: Shape, card: Card, rows: Rows, want: dict, choices: list[Ch
     need = smallest.estimate.total_bytes
     larger = sorted((c for c in KNOWN_CARDS.values() if c.bytes * budget / card.bytes >= need), key=lambda c: c.bytes)
     least = count_decoder_parameters(shape)["total"] * budget / need / 1e6
-    found = [f"the smallest way ({smallest}) needs {format_gib(need)}"]
+    found = [f"the smallest option ({smallest}) needs {format_gib(need)}"]
     found += [f"take a larger card: {larger[0].name} is enough"] if larger else []
     found += [f"or a smaller model: about {f'{least / 1000:.1f}B' if least >= 1000 else f'{least:.0f}M'} parameters"]
     for name, value in (("methods", ("qlora",)), ("backend", "unsloth"), ("batch_size", 1), ("gradient_checkpointing", True)):

@@ -59,13 +59,13 @@ class DatasetFinding(Finding):
 
     @property
     def where(self) -> str:
-        "How many rows have it, and the first few."
+        "The number of rows that have it, and the first few."
         more = "…" if self.count > len(self.rows) else ""
         return f"{self.count}; rows {', '.join(map(str, self.rows))}{more}" if self.rows else str(self.count)
 
 # %% ../nbs/52_preflight.ipynb #7742c7f4-21
 class DatasetReport(Findings):
-    """What `check_dataset` found: `findings`, `summary` (figures of all rows), `lengths`. `ok` is True where there is no error.
+    """The result of `check_dataset`: `findings`, `summary` (figures of all rows), `lengths`. `ok` is True where there is no error.
 
     `lengths` maps the tokens of a row to (rows of that length, their learned tokens)."""
 
@@ -86,7 +86,7 @@ class DatasetReport(Findings):
             raise UserError(f"the data set is not fit for training: {'; '.join(errors)}")
 
     def plot(self, ax=None):
-        "Plot rows by length, the share of their tokens that is learned, and `max_seq_length`; returns the Axes."
+        "Plot rows by length, the share of their tokens that is learned, and `max_seq_length`; return the Axes."
         import matplotlib.pyplot as plt
 
         ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
@@ -117,7 +117,7 @@ DATASET_CODES = {
     "earlier_replies": ("warning", "make a row of each reply that should be learned, with the turns before it"),
     "odd_characters": ("error", "read the source again as UTF-8, or leave these rows out"),
     "template_refused": ("error", "fix these messages, or choose a template that takes them"),
-    "prompt_not_prefix": ("error", "choose a template that renders earlier turns the same regardless of what follows, or strip the blanks from the reply"),
+    "prompt_not_prefix": ("error", "choose a template that renders earlier turns the same regardless of what follows, or strip the white space from the reply"),
     "generation_prompt_mismatch": ("error", "choose a template whose generation prompt is how its own replies begin"),
     "no_end_of_turn": ("error", "choose a template that ends each turn with a token the tokenizer knows"),
     "no_bos": ("error", "choose a template that begins with the BOS token"),
@@ -128,14 +128,14 @@ DATASET_CODES = {
     "leakage": ("error", "remove these rows from the training data"),
     "prompt_labelled": ("warning", "give messages: then only the replies are labelled"),
     "too_long": ("warning", "raise max_seq_length where memory allows, or accept that they are left out"),
-    "content_changed": ("warning", "look at render(messages, tokenizer): choose another template if the reasoning is gone"),
+    "content_changed": ("warning", "check render(messages, tokenizer): choose another template if the reasoning is gone"),
     "unbalanced_think": ("warning", "fix the tags, or leave these rows out: the reasoning has no end"),
     "duplicate": ("warning", "remove the repeated rows, unless they should count twice"),
     "prompt_cut": ("info", "raise max_seq_length to keep these prompts whole"),
     "special_token_in_content": ("error", "fix the content, or leave these rows out"),
     "empty_content": ("error", "fix the content, or leave these rows out"),
     "row_dropped": ("warning", "raise max_seq_length, or accept that they are left out"),
-    "length_outlier": ("info", "look at them: are they two rows in one, a log, or a whole document?"),
+    "length_outlier": ("info", "check them: are they two rows in one, a log, or a whole document?"),
     "pad_is_eos": ("warning", "set a padding token of its own, e.g. <|finetune_right_pad_id|>"),
     "date_in_template": ("warning", "remove the date from the template"),
     "tokenizer_too_large": ("error", "use the tokenizer that belongs to the model, or resize the embedding"),
@@ -243,7 +243,7 @@ def is_prompt_labelled(ids: list[int], labels: list[int], asking: list[int], sto
 
 # %% ../nbs/52_preflight.ipynb #7742c7f4-26
 class _Collector:
-    "Counts rows by code."
+    "A count of rows by code."
 
     def __init__(self):
         self.found: dict[str, DatasetFinding] = {}  # by code, or code and name
@@ -265,7 +265,7 @@ class _Collector:
                 finding.rows.append(row)
 
     def note(self, code: str, cause: str, count: int = 1, rows=(), severity=None, fix=None, key: str | None = None):
-        "Note a finding of which all is known; severity and fix are those of the code where they aren't given."
+        "Note a finding that is complete; severity and fix are those of the code where they aren't given."
         usual, usual_fix = DATASET_CODES[code]
         self.found[key or code] = DatasetFinding(code, severity or usual, cause, fix or usual_fix, count, [*rows][:5])
 
@@ -275,7 +275,7 @@ REMEMBERED_ROWS = 2**20  # different rows
 
 @dataclass
 class LengthCount:
-    "What is counted of the rows of one length."
+    "The counts of the rows of one length."
 
     rows: int = 0
     learned: int = 0  # their tokens with a label
@@ -296,7 +296,7 @@ class RowStatistics:
         self.lengths: dict[int, LengthCount] = defaultdict(LengthCount)  # by the tokens of a row
 
     def remember(self, kind: str, text: str, add: bool = True) -> bool:
-        "Return True where this text of this kind was met before; remember it while there is room."
+        "Return True where this text of this kind was seen before; remember it while there is room."
         if kind not in self.tables:
             self.tables[kind] = array("Q", bytes(8 * 2 ** (2 * self.capacity - 1).bit_length()))
         table = self.tables[kind]
@@ -438,7 +438,7 @@ def _check_arguments(truncation: str, **numbers: int) -> None:
 
 
 class _Checker:
-    "Checks rows batch by batch, each once; what is kept of them doesn't grow with their number unless `keep_rows` is True."
+    "A check of rows batch by batch, each once; what it keeps of them doesn't grow with their number unless `keep_rows` is True."
 
     def __init__(self, tokenizer, max_seq_length: int, template=None, truncation: str = "drop", keep_rows: bool = False):
         _check_arguments(truncation, max_seq_length=max_seq_length)
@@ -483,7 +483,7 @@ class _Checker:
         return self.report(usable)
 
     def read(self, data) -> bool:
-        "Check all rows. Returns True where they hold ids or text instead of messages. Raises `UserError` for no rows."
+        "Check all rows. Return True where they hold ids or text instead of messages. Raise `UserError` for no rows."
         ready = False
         kinds = ("messages",) if self.encoded else ("messages", "input_ids", "text")
         for batch in iterate_batches(data.with_marks() if hasattr(data, "with_marks") else data, 250):
@@ -617,7 +617,7 @@ class _Checker:
             yield (ids, ids) if text.strip() else (None, None)
 
     def note_lengths(self, ready: bool) -> int:
-        "Note what is too long. Returns how many rows fit."
+        "Note what is too long. Return how many rows fit."
         note = self.collector.note
         total = sum(found.rows for found in self.stats.lengths.values())
         dropped, rows = self.stats.rows_longer_than(self.max_seq_length)
@@ -726,7 +726,7 @@ def check_dataset(
     truncation: str = "drop",  # as for `encode_dataset`: rows that are too long are left out, or "cut_prompt"
     max_length: int | None = None,  # TRL's name for `max_seq_length`
 ) -> DatasetReport:
-    "Check every row as the model will see it. Raises `UserError` where there is nothing to check."
+    "Check every row as the model will see it. Raise `UserError` where there is nothing to check."
     max_seq_length = max_seq_length if max_length is None else max_length
     return _Checker(tokenizer, max_seq_length, template, truncation).check(
         data, eval_data=eval_data, model=model, max_steps=max_steps, effective_batch=effective_batch, min_rows=min_rows)
@@ -739,7 +739,7 @@ def encode_dataset(
     template: str | None = None,  # as for `template.encode`
     truncation: str = "drop",  # a row that is too long is left out, or its prompt loses its middle ("cut_prompt")
 ) -> tuple:  # (datasets.Dataset with input_ids and labels, indices of the rows left out)
-    "Return ids and labels of all rows that fit, in their order, in memory. Raises `UserError` where a row can't be used, or none fits."
+    "Return ids and labels of all rows that fit, in their order, in memory. Raise `UserError` where a row can't be used, or none fits."
     encoder = Encoder(tokenizer, template)
     encoded = _EncodedRows()
     lengths = []
@@ -759,7 +759,7 @@ def encode_dataset(
 # %% ../nbs/52_preflight.ipynb #7742c7f4-34
 @dataclass
 class CheckedRows:
-    "What `check_and_encode` returns."
+    "The result of `check_and_encode`."
 
     report: DatasetReport
     rows: object  # datasets.Dataset with `input_ids` and `labels` of all rows that fit, in their order
@@ -772,7 +772,7 @@ def check_and_encode(
     """Check rows of messages as `check_dataset` does and keep their ids and labels as `encode_dataset` does, encoded once.
 
     `settings` are the other arguments of `check_dataset`. A row that can't be used is an error of the report, and missing
-    in the rows: call `report.raise_for_errors()` before you train. Raises `UserError` where there is nothing to check."""
+    in the rows: call `report.raise_for_errors()` before you train. Raise `UserError` where there is nothing to check."""
     checker = _Checker(tokenizer, max_seq_length, template, truncation, keep_rows=True)
     report = checker.check(data, **settings)
     return CheckedRows(report, checker.encoded.dataset(), checker.encoded.dropped)

@@ -116,14 +116,14 @@ def _check_shapes(x, shape, bias, lora_A, lora_B) -> None:
         return
     rows, width = shape
     if x.shape[-1] != width:
-        raise UserError(f"x is {tuple(x.shape)}, but the layer takes {width} values going in: give x of shape (…, {width})")
+        raise UserError(f"x is {tuple(x.shape)}, but the layer takes {width} inputs: give x of shape (…, {width})")
     if bias is not None and tuple(bias.shape) != (rows,):
         raise UserError(f"bias is {tuple(bias.shape)}, but the weight has {rows} rows: give a bias of shape ({rows},)")
 
 # %% ../nbs/03_qlora.ipynb #49df91fa
 def trace_saved_tensors(
     run: Callable[[], torch.Tensor],  # a forward pass
-    own: Iterable[torch.Tensor] = (),  # tensors that live anyway: parameters and buffers
+    own: Iterable[torch.Tensor] = (),  # tensors that exist anyway: parameters and buffers
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # run's result, and one tensor for each block of memory kept
     "Run a forward and collect what autograd keeps from it for the backward; `count_kept_bytes` counts it."
     known, kept = {t.untyped_storage().data_ptr() for t in own}, {}
@@ -148,7 +148,7 @@ NF4_PARTS = ("packed", "absmax", "code", "offset", "absmax2", "code2")  # the te
 
 # %% ../nbs/03_qlora.ipynb #a6e30dc0
 class QLoRALinear(LoRALayer):
-    """A linear layer with a frozen NF4 weight and a trained LoRA path. Raises `UserError` for an unusable base or invalid settings.
+    """A linear layer with a frozen NF4 weight and a trained LoRA path. Raise `UserError` for an unusable base or invalid settings.
 
     Equal to `bitsandbytes.nn.Linear4bit` with peft 0.21's adapter, in outputs and gradients, within rounding.
     """
@@ -157,13 +157,13 @@ class QLoRALinear(LoRALayer):
         self,
         base: nn.Linear | NF4Weight,  # is quantized; an NF4Weight and bitsandbytes' Linear4bit are taken as they are
         r: int = 16,  # rank, from 1 to the smaller side of the weight
-        lora_alpha: float = 16,  # strength: the path counts lora_alpha / r
+        lora_alpha: float = 16,  # strength: the path is scaled by lora_alpha / r
         lora_dropout: float = 0.0,  # share of the path's inputs that is dropped in training
-        use_rslora: bool = False,  # count it lora_alpha / sqrt(r) instead
+        use_rslora: bool = False,  # scale it by lora_alpha / sqrt(r) instead
         blocksize: int = 64,  # weights that share a scale
         double_quant: bool = True,  # scales in 8 bits
         compute_dtype: torch.dtype | None = None,  # of the base's product; None is that of the input
-        bias: torch.Tensor | None = None,  # (out,), frozen, beside an NF4Weight
+        bias: torch.Tensor | None = None,  # (out,), frozen, for an NF4Weight
     ):
         weight, bias = _frozen(base, bias, blocksize, double_quant, compute_dtype)
         (rows, columns), device = weight.shape, weight.packed.device
@@ -210,7 +210,7 @@ def _frozen(base, bias, blocksize, double_quant, compute_dtype) -> tuple[NF4Weig
             raise UserError(f"bias is {tuple(bias.shape)}, but the weight has {base.shape[0]} rows: give a bias of shape ({base.shape[0]},)")
         return base, None if bias is None else bias.detach().clone()
     if bias is not None:
-        raise UserError("bias was given beside a layer, which has its own: leave it out, or set base.bias")
+        raise UserError("bias was given with a layer, which has its own: leave it out, or set base.bias")
     quantized = getattr(getattr(base, "weight", None), "quant_state", None) is not None and not hasattr(base, "lora_A")
     if not quantized:
         check_base(base)

@@ -59,7 +59,7 @@ COUNTED_ROWS = 2000  # rows whose tokens are counted
 
 @dataclass(frozen=True)
 class AdviceFacts:
-    "What the recommendation looks at."
+    "The facts that a recommendation is based on."
 
     shape: Shape
     parameters: int  # of the base
@@ -113,7 +113,7 @@ def advise_learning_rate(facts: AdviceFacts) -> Advice:
     name, full = "learning_rate", facts.method == "full"
     rule = rate_for_width(facts.shape.hidden, facts.method, facts.shape.family)
     if facts.parameters < 1e9:
-        more = "" if full else "; short runs bore two to four times as much in our study"
+        more = "" if full else "; short runs tolerated two to four times as much in our study"
         reason = f"the rule for a width of {facts.shape.hidden} gives {rule:.2g}{more}"
         return _advise(name, float(f"{rule:.1g}"), reason, "tinker", "study")
     value, size = (2e-4, "up to 13B") if facts.parameters <= 13.5e9 else (1e-4, "above 13B")
@@ -147,7 +147,7 @@ def advise_rank(facts: AdviceFacts) -> list[Advice]:
         reason = f"{count} for {tokens:,} learned tokens: enough room"
     else:
         reason = f"{count} are fewer than the {tokens:,} learned tokens: full fine-tuning may learn more from so much data"
-    scale = "equal to r, so that the update counts once whatever the rank"
+    scale = "equal to r, so that the update is scaled by 1 whatever the rank"
     return [_advise("r", r, reason, "regret", "study"), _advise("lora_alpha", r, scale, "custom")]
 
 # %% ../nbs/05_recommend.ipynb #5aa3cedd
@@ -200,7 +200,7 @@ def advise_schedule(facts: AdviceFacts) -> list[Advice]:
     return [
         _advise("warmup_steps", warm, why, "qlora", "custom"),
         _advise("lr_scheduler_type", "linear", "ends at 0, so the last steps settle", "custom"),
-        _advise("max_grad_norm", 1.0, "cuts the rare long gradient, and leaves the others", "custom"),
+        _advise("max_grad_norm", 1.0, "clips the rare large gradient and leaves the others alone", "custom"),
         _advise("weight_decay", 0.01, "hardly matters for adapters; the quick start's", "custom"),
     ]
 
@@ -309,7 +309,7 @@ def _advise_full(facts: AdviceFacts, lengths: list[int], batch: int) -> list[Adv
     dtype = ("bfloat16", "half the memory of fp32") if card.bf16 else ("float32", f"{card.name} has no bf16, and fp16 weights can't be trained")
     reason = f"fits {card.name} with {estimate.total_bytes / 2**30:.1f} GiB"
     values = {
-        "load_in_4bit": (False, "every weight is trained, and 4-bit ones can't be"), "dtype": dtype, "max_seq_length": (limit, reason),
+        "load_in_4bit": (False, "every weight is trained, and 4-bit weights can't be"), "dtype": dtype, "max_seq_length": (limit, reason),
         "gradient_checkpointing": (checkpointing, reason), "per_device_train_batch_size": (size, reason),
         "gradient_accumulation_steps": (batch // size, reason), "packing": (False, "rows are padded without Unsloth"),
         "optim": ("adamw_8bit", reason),

@@ -114,7 +114,7 @@ Pair = tuple[dict, dict]  # rows of evaluation.jsonl before and after that answe
 
 @dataclass
 class RunFacts:
-    "What a run folder holds. What is missing is empty or None; `problems` names the damaged files."
+    "The contents of a run folder. What is missing is empty or None; `problems` names the damaged files."
 
     path: Path
     config: dict
@@ -222,7 +222,7 @@ def find_troubles(folder: RunFolder) -> list[dict]:
         return diagnose(folder.path).to_dict()["findings"]
     found = saved.get("findings") if isinstance(saved, dict) else saved
     if not isinstance(found, list):
-        raise UserError("diagnosis.json holds no list of findings: make it again")
+        raise UserError("diagnosis.json holds no list of findings: create it again")
     return found
 
 # %% ../nbs/20_report.ipynb #7bf5d3b9
@@ -292,7 +292,7 @@ class Chart:
 
     @property
     def drawn(self) -> list[Line]:
-        "The lines, and the level where it is in sight."
+        "The lines, and the level where it is in range."
         if self.level is None or not 0 < self.level[1] <= self.top:
             return self.lines
         return [*self.lines, Line(self.level[0], [(self.low, self.level[1]), (self.high, self.level[1])], "level")]
@@ -317,7 +317,7 @@ class Chart:
 
     @property
     def columns(self) -> list[tuple[str, str, str]]:
-        "Steps of the horizontal axis, their places, and how they are set there."
+        "Steps of the horizontal axis, their places, and their anchors there."
         shares = {step: (step - self.low) / (self.high - self.low or 1) for step in choose_ticks(self.low, self.high)}
         return [(format_tick(step), f"{100 * share:.2f}%", "start" if share < 0.03 else "end" if share > 0.97 else "middle")
                 for step, share in shares.items()]
@@ -578,7 +578,7 @@ def shorten_value(value):
 def make_table(title: str, rows: list) -> tuple[str, list, list[list], int] | None:
     """Return (title, heads, rows, columns set left) of the plain values of some dictionaries; None where there are none.
 
-    Up to four dictionaries stand side by side, a column each. Nested values are left out.
+    Up to four dictionaries are set side by side, a column each. Nested values are left out.
     """
     rows = [row for row in rows if isinstance(row, dict)][:60]
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
@@ -608,7 +608,7 @@ def describe_certificate(name: str, found: dict) -> dict:
 
 # %% ../nbs/20_report.ipynb #82bcee4b
 def write_loading_arguments(config: dict) -> str:
-    "Return what `load_model` needs beside the adapter, to load it on the base that it was trained on."
+    "Return what `load_model` needs besides the adapter, to load it on the base that it was trained on."
     bits = "" if config.get("load_in_4bit", True) else ", load_in_4bit=False"
     return bits + (f", revision={config['revision']!r}" if config.get("revision") else "")
 
@@ -706,7 +706,7 @@ def flatten_settings(config: dict) -> dict[str, str]:
 
 
 def list_results(run: RunFacts) -> dict[str, str]:
-    "Return what came of a run, for a table."
+    "Return the results of a run, for a table."
     loss = run.curve("loss")
     speed = sorted(value for _, value in run.curve("tokens_per_second"))
     found = {"steps": format_value(run.metrics[-1]["step"] if run.metrics else None),
@@ -772,7 +772,7 @@ class Comparison:
         return path
 
     def plot(self, ax=None):
-        "Plot the loss of each run, as a running mean, over the steps; takes and returns a matplotlib Axes."
+        "Plot the loss of each run, as a running mean, over the steps; take and return a matplotlib Axes."
         import matplotlib.pyplot as plt
 
         ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]

@@ -31,7 +31,7 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def _zip_member(path: Path) -> str:
-    "Return the name of the one file in a zip archive. Raises `UserError` for none, or more."
+    "Return the name of the one file in a zip archive. Raise `UserError` for none, or more."
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
     if len(names) != 1:
@@ -54,7 +54,7 @@ def _open(path: Path) -> io.BufferedIOBase:
 
 # %% ../nbs/12_data.ipynb #f6f8e3b8
 def _unique_keys(pairs: list[tuple]) -> dict:
-    "Return an object whose keys are all different. Raises `ValueError` for a duplicate key."
+    "Return an object whose keys are all different. Raise `ValueError` for a duplicate key."
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
@@ -63,7 +63,7 @@ def _unique_keys(pairs: list[tuple]) -> dict:
 
 # %% ../nbs/12_data.ipynb #a66971aa
 def _parse_json(text: bytes, where: str):
-    "Return one JSON value. Raises `UserError`, which begins with `where`."
+    "Return one JSON value. Raise `UserError`, which begins with `where`."
     try:
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
@@ -211,7 +211,7 @@ def first_line(error: Exception) -> str:
 
 
 def read_rows(path: Path, choose: Callable[[list[str]], list[str]] | None = None) -> Iterator[dict]:
-    """Yield the rows of one data file. Raises `UserError` with file and row for what can't be read.
+    """Yield the rows of one data file. Raise `UserError` with file and row for what can't be read.
 
     `choose` picks the columns of a Parquet file from their names."""
     row = 0
@@ -230,7 +230,7 @@ def read_rows(path: Path, choose: Callable[[list[str]], list[str]] | None = None
 # %% ../nbs/12_data.ipynb #7742c7f4-7
 @dataclass(frozen=True)
 class Schema:
-    "How columns become messages."
+    "A mapping of columns to messages."
 
     name: str  # what it is known as
     messages: str | None = None  # the column with whole conversations
@@ -241,7 +241,7 @@ class Schema:
 
     @property
     def columns(self) -> list[str]:
-        "The columns that it is known by."
+        "The columns that identify it."
         return [c for c in (self.messages, self.system, self.prompt, self.input, self.response) if c]
 
     def reads(self, columns: Iterable[str]) -> list[str]:
@@ -269,7 +269,7 @@ COMMON_SCHEMAS = (
 
 # %% ../nbs/12_data.ipynb #7742c7f4-9
 def find_schema(columns: list[str], override: dict | None = None) -> Schema:
-    """Return the schema of these columns. Raises `UserError` for none, or more than one that fits.
+    """Return the schema of these columns. Raise `UserError` for none, or more than one that fits.
 
     `override` are names of the user's own, e.g. {"prompt": "frage", "response": "antwort"}."""
     if override:
@@ -293,7 +293,7 @@ def find_schema(columns: list[str], override: dict | None = None) -> Schema:
 
 # %% ../nbs/12_data.ipynb #7742c7f4-10
 def _overridden_schema(columns: list[str], override: dict) -> Schema:
-    "Return the schema that the user names. Raises `UserError` for names that are not there."
+    "Return the schema that the user names. Raise `UserError` for names that are not there."
     roles = ("messages", "prompt", "response", "input", "system")
     if unknown := [role for role in override if role not in roles]:
         raise UserError(f"columns= has the key {unknown[0]!r}: the keys are {', '.join(roles)}, the values are your columns")
@@ -384,7 +384,7 @@ def _with_system(turns: list[dict], system: str | bool | None) -> list[dict]:
 class UnusedRule:
     "Names that training doesn't use."
 
-    names: str  # separated by blanks
+    names: str  # separated by spaces
     severity: str  # error where leaving them out teaches something else
     what: str  # what would be learned
     fix: str  # what to do about it
@@ -416,7 +416,7 @@ _ASKED = UnusedRule("context contexts passage passages document documents option
 
 # %% ../nbs/12_data.ipynb #a0f6b7c4
 def bare_name(name: str) -> str:
-    "Return a name without case, blanks, - and _."
+    "Return a name without case, spaces, - and _."
     return re.sub("[-_ ]", "", str(name)).lower()
 
 
@@ -556,7 +556,7 @@ def format_count(rows: int) -> str:
 
 # %% ../nbs/12_data.ipynb #31536acf
 class _RowReader:
-    "Turns rows into messages, and counts what of them wasn't used."
+    "A reader that turns rows into messages, and counts what of them wasn't used."
 
     def __init__(self, columns: dict | None, system: str | bool | None, what: str):
         self.columns = columns  # as for `load_sft_dataset`
@@ -588,7 +588,7 @@ class _RowReader:
         return islice(chain(head, rows), limit)
 
     def read(self, rows: Iterable[dict]) -> Iterator[tuple[list[dict], list[str]]]:
-        "Yield the messages of each row, and the marks of what isn't used. Raises `UserError` with the row's number."
+        "Yield the messages of each row, and the marks of what isn't used. Raise `UserError` with the row's number."
         for number, row in enumerate(rows, 1):
             try:
                 yield self.read_row(row)
@@ -624,7 +624,7 @@ class _RowReader:
         return "" if known else ", ".join(str(name) for name in self.plain if name not in named)
 
     def notes(self, rows: str = "") -> list[str]:
-        "Return what to tell the user; `rows` says which were looked at."
+        "Return what to tell the user; `rows` says which were examined."
         notes = []
         if self.put_in and self.system is None:
             notes.append(f"{rows}a system prompt that asks for reasoning in <think> was added to {format_count(self.put_in)}: "
@@ -660,7 +660,7 @@ def _rows_to_dataset(rows: Iterable[dict], reader: _RowReader, limit: int | None
 
 # %% ../nbs/12_data.ipynb #d594fbd4
 def _load_saved(path: Path, split: str):
-    "Return one split of a folder that `datasets` saved. Raises `UserError`."
+    "Return one split of a folder that `datasets` saved. Raise `UserError`."
     import datasets
 
     try:
@@ -697,7 +697,7 @@ def _rows_of_folder(path: Path, split: str, choose: Callable | None = None) -> I
 
 # %% ../nbs/12_data.ipynb #7742c7f4-15
 def _rows_of_hub(source: str, name: str | None, split: str, streaming: bool, choose: Callable | None) -> Iterator[dict]:
-    "Yield the rows of a data set on the Hub. Raises `UserError` in one sentence for whatever fails."
+    "Yield the rows of a data set on the Hub. Raise `UserError` in one sentence for whatever fails."
     import datasets
 
     try:
@@ -741,7 +741,7 @@ _LICENCES = {
 
 # %% ../nbs/12_data.ipynb #f6e66e22
 def _open_source(source, name: str | None, split: str, streaming: bool, choose: Callable | None) -> Iterable[dict]:
-    "Return the rows of a source. Raises `UserError` where there are none."
+    "Return the rows of a source. Raise `UserError` where there are none."
     if not isinstance(source, (str, Path)):
         if isinstance(source, dict) and split in source:
             source = source[split]
@@ -801,7 +801,7 @@ def load_sft_dataset(
     streaming: bool | None = None,  # read from the Hub without storing; None: when there is a limit
     system: str | bool | None = None,  # text for rows with no system turn; None: one that asks for <think>, where replies have it; False: none
 ):  # datasets.Dataset; an IterableDataset for streaming=True without a limit
-    "Return a data set with the column `messages`. Reports on stderr what was recognised, put in and not used. Raises `UserError`."
+    "Return a data set with the column `messages`. Report on stderr what was recognised, added and not used. Raise `UserError`."
     _check_loading(limit, system)
     what = "the embedded set" if source is None else str(source) if isinstance(source, (str, Path)) else "the data"
     reader = _RowReader(columns, system, what)
@@ -838,14 +838,14 @@ def iterate_batches(data, size: int = 1000) -> Iterator[dict]:
 
 
 def find_data_kind(batch: dict, kinds: tuple[str, ...]) -> str:
-    "Return the first of these columns that a batch has. Raises `UserError` for none."
+    "Return the first of these columns that a batch has. Raise `UserError` for none."
     if kind := next((kind for kind in kinds if kind in batch), None):
         return kind
     raise UserError(f"the data has the columns {', '.join(batch) or 'none'}, but no messages: load it with load_sft_dataset")
 
 
 def iterate_messages(data) -> Iterator[list[list[dict]]]:
-    "Yield the conversations of a data set, or of a list of rows, in batches. Raises `UserError` for data without messages."
+    "Yield the conversations of a data set, or of a list of rows, in batches. Raise `UserError` for data without messages."
     for batch in iterate_batches(data):
         yield batch[find_data_kind(batch, ("messages",))]
 

@@ -59,29 +59,29 @@ class Settings:
     r: int = settings_field(16, "rank of the adapter [16]", part="adapter", positive=True)
     lora_alpha: float = settings_field(16, "scale of the adapter [16]", part="adapter", positive=True)
     lora_dropout: float = settings_field(0.0, "share of the adapter's inputs dropped [0]", part="adapter")
-    target_modules: tuple | None = settings_field(None, "layers that get an adapter, with commas [all seven projections]", part="adapter")
+    target_modules: tuple | None = settings_field(None, "layers that get an adapter, comma-separated [all seven projections]", part="adapter")
     bias: str = settings_field("none", "none, all or lora_only [none]", part="adapter")
     use_rslora: bool = settings_field(False, "scale by alpha over the root of r", part="adapter")
     use_gradient_checkpointing: bool | str = settings_field("unsloth", "unsloth, true, false, or selective with --engine [unsloth]", part="adapter")
-    random_state: int = settings_field(3407, "seed of the adapter's start [3407]", part="adapter")
+    random_state: int = settings_field(3407, "seed of the adapter's initial values [3407]", part="adapter")
     per_device_train_batch_size: int = settings_field(2, "rows in one forward pass", positive=True)
     gradient_accumulation_steps: int = settings_field(4, "forward passes before an update", positive=True)
-    warmup_steps: int = settings_field(5, "steps in which the learning rate climbs")
+    warmup_steps: int = settings_field(5, "steps in which the learning rate rises")
     max_steps: int = settings_field(60, "updates in all", positive=True)
     num_train_epochs: float | None = settings_field(None, "passes over the data, instead of max-steps", positive=True)
     learning_rate: float = settings_field(2e-4, "peak of the schedule", positive=True)
     optim: str = settings_field("adamw_8bit", "optimizer, as transformers names it")
-    weight_decay: float = settings_field(0.01, "pull to zero")
+    weight_decay: float = settings_field(0.01, "pull towards zero")
     lr_scheduler_type: str = settings_field("linear", "linear, cosine, …")
-    max_grad_norm: float = settings_field(1.0, "longer gradients are shortened to this", positive=True)
+    max_grad_norm: float = settings_field(1.0, "longer gradients are clipped to this", positive=True)
     packing: bool = settings_field(False, "several rows in one sequence")
     logging_steps: int = settings_field(1, "steps between two lines of metrics", positive=True)
     save_steps: int = settings_field(50, "steps between two checkpoints", positive=True)
-    seed: int = settings_field(3407, "order of the rows, and all that is random [3407]")
+    seed: int = settings_field(3407, "seed of the row order, and of all that is random [3407]")
     max_seq_length: int = settings_field(2048, "longest row in tokens", positive=True)
     truncation: str = settings_field("drop", "what happens to longer rows: drop, or cut_prompt [drop]")
     eval_rows: int = settings_field(16, "held-out rows answered before and after; 0 for none")
-    max_new_tokens: int = settings_field(512, "limit of such an answer", positive=True)
+    max_new_tokens: int = settings_field(512, "limit of such a reply", positive=True)
     template: str | None = settings_field(None, "a named chat template; default: the model's own")
 
     def of_part(self, part: str) -> dict:
@@ -131,7 +131,7 @@ def check_setting(name: str, value):
         raise UserError(f"{name} is {value!r}: give {' or '.join(_NAMES[kind] for kind in kinds)}")
     least = _FIELDS[name].metadata["positive"]
     if type(found) in (int, float) and (not math.isfinite(found) or found < 0 or (found == 0 and least)):
-        raise UserError(f"{name} is {value!r}: give a number {'above 0' if least else 'from 0 on'}")
+        raise UserError(f"{name} is {value!r}: give a number {'above 0' if least else 'of at least 0'}")
     return found
 
 # %% ../nbs/50_run.ipynb #50a00017
@@ -232,7 +232,7 @@ class RunFolder:
         output: str | Path | None = None,  # where; None is `./runs/<time>-<model>`
         model: str = "model",  # name or folder of the base model, for the default name
     ) -> "RunFolder":
-        "Make an empty folder for a run. Raise `UserError` where it holds something, or can't be made."
+        "Make an empty folder for a run. Raise `UserError` where it isn't empty, or can't be made."
         if output is None:
             name = re.sub(r"[^\w.-]+", "-", Path(str(model)).name) or "model"
             stem = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
@@ -338,7 +338,7 @@ class RunFolder:
         "The arguments that its model was loaded with: `model`, `revision`, `dtype`, `load_in_4bit` and `max_seq_length`."
         file, config = self.path / "config.yaml", self.config
         if "revision" not in config:
-            raise UserError(f"{file} has no revision: make it again")
+            raise UserError(f"{file} has no revision: create it again")
         kinds = {"model": str, "dtype": str, "load_in_4bit": bool, "max_seq_length": float}
         check_fields(file, config, tuple(kinds), **kinds, revision=str, system=str)
         return {name: config[name] for name in ("model", "revision", "dtype", "load_in_4bit", "max_seq_length")}
@@ -414,7 +414,7 @@ class RunFolder:
         return file
 
     def append_metrics(self, row: dict) -> None:
-        "Add a row to metrics.jsonl, so that a run that is stopped has its metrics."
+        "Add a row to metrics.jsonl, so that a run that is stopped keeps its metrics."
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

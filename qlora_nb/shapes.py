@@ -26,12 +26,12 @@ class Shape:
     head_dim: int
     vocabulary: int
     tied: bool  # whether embedding and output head are one matrix
-    context: int  # most positions
+    context: int  # maximum number of positions
     norms: int = 2  # norms per layer over the residual stream
     qk_norm: bool = False  # norms over each head's queries and keys
     qkv_bias: bool = False
     wide_norms: bool = False  # whether norms multiply by their weight in fp32 (Gemma)
-    vision: int = 0  # parameters of a vision tower beside the decoder
+    vision: int = 0  # parameters of a vision tower besides the decoder
 
     @property
     def query(self) -> int:
@@ -71,7 +71,7 @@ def count_decoder_parameters(shape: Shape) -> dict[str, int]:
 # %% ../nbs/51_shapes.ipynb #c2c71fa1
 @dataclass(frozen=True)
 class GGUFArchitecture:
-    "What GGUF calls an architecture, and what llama.cpp's code for it can hold."
+    "GGUF's name for an architecture, and what llama.cpp's code for it can hold."
 
     model_class: str  # transformers' class, as `architectures` in config.json names it
     name: str  # in general.architecture, and before the keys
@@ -83,7 +83,7 @@ class GGUFArchitecture:
 # %% ../nbs/51_shapes.ipynb #c2c71fa2
 @dataclass(frozen=True)
 class Architecture:
-    "What the package knows of a `model_type` of transformers; LoRA parameters can be counted for all of them."
+    "The package's knowledge of a `model_type` of transformers; LoRA parameters can be counted for all of them."
 
     memory: dict | None = None  # what its config may leave out and what its layers have, by `Shape`'s fields; None: not counted
     engine: bool = False  # whether the engine trains it
@@ -158,14 +158,14 @@ def config_dict(
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
-        raise UserError(f"{file} is not valid JSON ({error}): fetch the model again") from error
+        raise UserError(f"{file} is not valid JSON ({error}): download the model again") from error
     if not isinstance(found, dict):
-        raise UserError(f"{file} holds a JSON {type(found).__name__}, not a configuration: fetch the model again")
+        raise UserError(f"{file} holds a JSON {type(found).__name__}, not a configuration: download the model again")
     return found
 
 # %% ../nbs/51_shapes.ipynb #e6ea9850
 def _size(config: dict, name: str, default=None) -> int:
-    "Return a whole number from 1 on. Raise `UserError` where the configuration has none."
+    "Return a whole number of at least 1. Raise `UserError` where the configuration has none."
     value = default if config.get(name) is None else config[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         family, found = config.get("model_type"), "no" if value is None else f"{value!r} as its"
@@ -211,7 +211,7 @@ def model_shape(
     config = {**whole, **(whole.get("text_config") or {})}
     family = str(config.get("model_type"))
     if family not in (known := list_architectures("memory")):
-        raise UserError(f"the architecture {family!r} is not among those we know the memory of: {', '.join(known)}")
+        raise UserError(f"the architecture {family!r} is not among those whose memory can be estimated: {', '.join(known)}")
     own = {name: value for name, value in KNOWN_ARCHITECTURES[family].memory.items() if name != "head_dim"}
     own["tied"] = bool(config.get("tie_word_embeddings", own.get("tied", False)))
     own["qkv_bias"] = bool(own.get("qkv_bias") or config.get("attention_bias"))

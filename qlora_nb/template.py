@@ -91,11 +91,11 @@ def adds_bos(tokenizer) -> bool:
 def template_text(tokenizer, template: str | None = None) -> str:
     """Return the Jinja text of a template: the tokenizer's own (None), a name in `CHAT_TEMPLATES`, or Jinja text as it is.
 
-    Raises `UserError` where there is none, or the tokenizer lacks its tokens."""
+    Raise `UserError` where there is none, or the tokenizer lacks its tokens."""
     names = ", ".join(CHAT_TEMPLATES)
     if template is None:
         if not tokenizer.chat_template:
-            raise UserError(f"the tokenizer has no chat template: name one with template= ({names}), or take an Instruct model")
+            raise UserError(f"the tokenizer has no chat template: name one with template= ({names}), or use an Instruct model")
         return tokenizer.get_chat_template()
     if template not in CHAT_TEMPLATES:
         if "{{" not in template:
@@ -127,7 +127,7 @@ def find_content_problem(messages) -> tuple[str, str] | None:
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-9
 def _render(messages: list[dict], tokenizer, text: str, add_generation_prompt: bool = False) -> str:
-    "Return `messages` rendered by the Jinja `text`. Raises `UserError` with the template's own words where it refuses them."
+    "Return `messages` rendered by the Jinja `text`. Raise `UserError` with the template's own words where it refuses them."
     import jinja2
 
     try:
@@ -144,7 +144,7 @@ def render(
     template: str | None = None,  # None: the tokenizer's own; a name in `CHAT_TEMPLATES`; or Jinja text
     add_generation_prompt: bool = False,  # end in an open assistant turn
 ) -> str:
-    "Return the text that the model reads, with a fixed date. Raises `UserError` for contents that are not text."
+    "Return the text that the model reads, with a fixed date. Raise `UserError` for contents that are not text."
     if problem := find_content_problem(messages):
         raise UserError(f"{problem[1]}: give each message a role and a text")
     return _render(messages, tokenizer, template_text(tokenizer, template), add_generation_prompt)
@@ -192,7 +192,7 @@ END_OF_TURN = (
 # %% ../nbs/11_template.ipynb #25d0ccb5-11
 def stop_tokens(
     tokenizer,  # a transformers tokenizer
-    model=None,  # its `generation_config` is asked as well
+    model=None,  # its `generation_config` is consulted as well
     template: str | None = None,  # None: the tokenizer's own; a name in `CHAT_TEMPLATES`; or Jinja text
 ) -> list[int]:
     "Return the ids that end a reply, in ascending order."
@@ -247,7 +247,7 @@ def estimate_tokens(text: str, tokenizer) -> int:
 class Encoder:
     """Encode conversations with one tokenizer and template, which are probed once: keep it for many batches.
 
-    `template` and `train_on` are as for `encode_batch`. Raises `UserError` for a template that can't be used."""
+    `template` and `train_on` are as for `encode_batch`. Raise `UserError` for a template that can't be used."""
 
     def __init__(self, tokenizer, template: str | None = None, train_on: str = "last"):
         if train_on not in ("last", "all"):
@@ -382,7 +382,7 @@ def encode_batch(
     train_on: str = "last",  # the last reply, or "all" of them
     max_seq_length: int | None = None,  # huge rows that can't fit it get the code "too_long" and no ids
 ) -> list[Encoded]:
-    "Return ids and labels of many conversations. Rows that can't be used come back with a code and a reason; none is cut."
+    "Return ids and labels of many conversations. Rows that can't be used come with a code and a reason; none is cut."
     return Encoder(tokenizer, template, train_on).encode(rows, max_seq_length)
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-17
@@ -398,7 +398,7 @@ def encode(
 ) -> dict | None:
     """Return `input_ids` and `labels`; None for a row that doesn't fit `max_seq_length`. The reply is never cut.
 
-    Raises `UserError` for messages that can't be learned. For many rows take `encode_batch`, which probes the template once."""
+    Raise `UserError` for messages that can't be learned. For many rows use `encode_batch`, which probes the template once."""
     max_seq_length = max_seq_length if max_length is None else max_length
     row = encode_batch([messages], tokenizer, template=template, train_on=train_on, max_seq_length=max_seq_length)[0]
     if row.code not in (None, "too_long"):
@@ -419,11 +419,11 @@ def fit_row(row: Encoded, tokenizer, max_seq_length: int, truncation: str = "dro
 
 # %% ../nbs/11_template.ipynb #a7f9fe89
 _GAP = "\n[…]\n"  # replaces the tokens that are taken out
-_KEPT = 16  # tokens that stay on either side of it
+_KEPT = 16  # tokens that are kept on either side of it
 
 
 def _cut_prompt(row: Encoded, tokenizer, max_seq_length: int) -> Encoded | None:
-    "Return the row with the middle of the prompt's longest turn taken out, `max_seq_length` tokens; None where too few would stay."
+    "Return the row with the middle of the prompt's longest turn taken out, `max_seq_length` tokens; None where too few would be left."
     controls = control_tokens(tokenizer)
     first = next(i for i, label in enumerate(row.labels) if label != -100)
     walls = [-1, *(i for i in range(first) if row.input_ids[i] in controls), first]
@@ -444,7 +444,7 @@ def prompt_ids(
     tokenizer,  # a transformers tokenizer
     template: str | None = None,  # None: the tokenizer's own; a name in `CHAT_TEMPLATES`; or Jinja text
 ) -> list[int]:
-    "Return the tokens from which the model writes its reply. Raises `UserError` if there is a reply already."
+    "Return the tokens from which the model writes its reply. Raise `UserError` if there is a reply already."
     text = render(messages, tokenizer, template, add_generation_prompt=True)
     if messages[-1]["role"] == "assistant":
         raise UserError("the conversation ends with the assistant's turn: leave it out to ask for a reply")

@@ -92,7 +92,7 @@ def check_choices(settings: Settings) -> None:
 def check_packing(settings: Settings, backend: str, engine: Engine | None = None) -> None:
     "Raise `UserError` where packed rows would attend to each other: without attention that keeps them apart."
     if settings.packing and not (engine and engine.attention) and not (backend == "unsloth" and torch.cuda.is_available()):
-        raise UserError("packing needs engine=True, or a GPU and backend='unsloth', or packed rows would attend to each other: leave it off")
+        raise UserError("packing needs engine=True, or a GPU and backend='unsloth', or packed rows would attend to each other: turn it off")
 
 # %% ../nbs/15_training.ipynb #96a31b6b-7
 def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, checkpointing: bool, engine: Engine | None = None):
@@ -127,7 +127,7 @@ def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, chec
 
 # %% ../nbs/15_training.ipynb #96a31b6d-8
 ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "sgd")  # each weight by itself, or by blocks of 256
-SMALLEST_8BIT = 4096  # numbers in a weight from which on bitsandbytes keeps 8-bit states
+SMALLEST_8BIT = 4096  # numbers in a weight; from there on bitsandbytes keeps 8-bit states
 
 
 def trainable_parameters(model) -> dict:
@@ -145,7 +145,7 @@ _here = _Here()
 
 
 def wait_unless_queued(tensor: torch.Tensor) -> None:
-    "Wait for the GPU as bitsandbytes does; within `without_waiting` not where the tensor's work is queued in the default stream, as bitsandbytes' own is."
+    "Wait for the GPU as bitsandbytes does, but within `without_waiting` not where the tensor's work is queued in the default stream, as bitsandbytes' own is."
     from bitsandbytes.utils import sync_gpu
 
     in_turn = tensor.is_cuda and torch.cuda.current_stream(tensor.device) == torch.cuda.default_stream(tensor.device)
@@ -203,7 +203,7 @@ LATE_LOGGING_DEVICES = ("cuda",)  # devices; elsewhere a step's numbers are ther
 
 
 def copy_to_host(number):
-    "Return a copy of a tensor in main memory, complete once its device has come so far; a plain number as it is."
+    "Return a copy of a tensor in main memory, complete once its device has come that far; a plain number as it is."
     return number.detach().to("cpu", non_blocking=True, copy=True) if torch.is_tensor(number) else number
 
 
@@ -217,7 +217,7 @@ def record_time(device: torch.device):
 
 
 def seconds_between(first, second) -> float:
-    "Return the seconds from one record of `record_time` to a later one, which is waited for."
+    "Return the seconds from one record of `record_time` to a later one; wait for that."
     if isinstance(second, float):
         return second - first
     second.synchronize()
@@ -340,7 +340,7 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
     if engine and engine.attention:
         trainer.train_dataset = trainer.train_dataset.with_format("numpy")  # whole rows at a time, no Python number for each token
     if len(trainer.train_dataset) == 0:  # TRL leaves out rows without a label
-        raise UserError("no row has a token with a label, so there is nothing to learn: look at the data with check_dataset")
+        raise UserError("no row has a token with a label, so there is nothing to learn: check the data with check_dataset")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -435,7 +435,7 @@ HANGUP_REPEAT = 0.25  # seconds: a closed terminal sends SIGHUP twice, a service
 
 @contextlib.contextmanager
 def gentle_interrupt():
-    "Yields a list that gets the number of the first signal; the second one raises `StopSignal`, a `KeyboardInterrupt`."
+    "Yield a list that gets the number of the first signal; the second one raises `StopSignal`, a `KeyboardInterrupt`."
     seen: list[int] = []
     when = 0.0
 
@@ -460,7 +460,7 @@ def name_signal(signum: int) -> str:
 
 
 @contextlib.contextmanager
-def explain_interrupts(how: Callable[[], str]):  # returns how to go on; called when it is needed
+def explain_interrupts(how: Callable[[], str]):  # returns how to continue; called when it is needed
     "A context that turns Ctrl-C, SIGTERM, SIGHUP and SIGUSR1, at any point, into `TrainingInterrupted`."
     with handle_signals(raise_stop_signal, STOP_SIGNALS[1:]):
         try:
@@ -495,15 +495,15 @@ def likely_cause(
     if targets == 0:
         return "no token of its rows has a label: check the data with check_dataset, and the template"
     if loss == 0:
-        return "the rows leave nothing to learn: see with check_dataset whether the data has replies"
+        return "the rows leave nothing to learn: check with check_dataset whether the data has replies"
     if not trained:
         return "nothing was trained yet, so the base model's weights are damaged or overflow: load it with another dtype"
     cure = f"lower the learning rate (it was {learning_rate:g})"
-    return f"fp16 overflowed, which ends at 65,504: use dtype='bfloat16' on a card that has it, or {cure}" if fp16 else cure
+    return f"fp16 overflowed (its largest number is 65,504): use dtype='bfloat16' on a card that has it, or {cure}" if fp16 else cure
 
 # %% ../nbs/15_training.ipynb #c319df90
 class Tripwire:
-    "A guard that looks at each line of metrics, and keeps copies of the adapter (`model`'s trainable parameters) in main memory."
+    "A guard that checks each line of metrics, and keeps copies of the adapter (`model`'s trainable parameters) in main memory."
 
     def __init__(self, model, fp16: bool, patience: int = 25):  # infinite gradient norms in a row that fp16 may have
         self.model, self.fp16, self.patience = model, fp16, patience
@@ -511,7 +511,7 @@ class Tripwire:
         self.seen = self.zeros = self.skipped = 0
 
     def wrong(self, step: int, loss: float, norm: float | None, reached: int | None = None) -> bool:
-        "Return whether to stop here; if not, remember what this step says of those before it. The weights are those of step `reached`, None for `step`."
+        "Return whether to stop here; if not, remember what this step shows about those before it. The weights are those of step `reached`, None for `step`."
         self.seen += 1
         self.zeros += loss == 0
         self.skipped = self.skipped + 1 if norm is not None and not math.isfinite(norm) else 0
@@ -574,7 +574,7 @@ def make_watch(folder: RunFolder, progress: Progress, interrupted: list):
 
 # %% ../nbs/15_training.ipynb #5d1a9e13
 def make_loader_clock():
-    "Return a trainer callback whose `waited` is the seconds between the end of a step and the begin of the next: for the loader, mostly."
+    "Return a trainer callback whose `waited` is the seconds between the end of a step and the beginning of the next: for the loader, mostly."
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -615,18 +615,18 @@ def _check_torch(file: Path) -> None:
     "Raise some exception where a file of torch is damaged. Tensors are not read into memory."
     with zipfile.ZipFile(file) as archive:
         if part := archive.testzip():
-            raise ValueError(f"the check sum of {part} is wrong")
+            raise ValueError(f"the checksum of {part} is wrong")
     if file.suffix == ".pt":
         torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _check_state(file: Path) -> None:
-    "Raise some exception where trainer_state.json is damaged, or of another step."
+    "Raise some exception where trainer_state.json is damaged, or belongs to another step."
     from transformers import TrainerState
 
     state = TrainerState(**json.loads(file.read_text(encoding="utf-8")))
     if state.global_step != checkpoint_step(file.parent) or not isinstance(state.max_steps, int) or not isinstance(state.log_history, list):
-        raise ValueError(f"it is of step {state.global_step!r}")
+        raise ValueError(f"it belongs to step {state.global_step!r}")
 
 # %% ../nbs/15_training.ipynb #5c1e7b06
 def _check_adapter(file: Path) -> None:
@@ -780,7 +780,7 @@ def make_plan(model, lengths: list[int], plan, settings: Settings, fixed: Mappin
 
 # %% ../nbs/15_training.ipynb #e1e419f6
 def get_checkpointing(model) -> bool | str:
-    "Return whether the layers are checkpointed; `selective` where the engine makes the MLPs' wide tensors again."
+    "Return whether the layers are checkpointed; `selective` where the engine recomputes the MLPs' wide tensors."
     whole = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     engine = engine_of(model)
     return "selective" if engine and engine.selective and not whole else whole
@@ -801,7 +801,7 @@ def _checkpoint_layers(model, on: bool, info: dict) -> None:
         base.config.use_cache = False
     else:
         base.gradient_checkpointing_disable()
-    if not on:  # what made the embedding's output ask for a gradient
+    if not on:  # what made the embedding's output require a gradient
         base.disable_input_require_grads()
 
 # %% ../nbs/15_training.ipynb #e1e419f7
@@ -811,7 +811,7 @@ def set_checkpointing(model, kind: bool | str) -> None:
     engine = engine_of(model)
     selective = kind == "selective"
     if selective and not engine:
-        raise UserError("checkpointing is 'selective', which is the engine's: load the model with engine=True, or choose True or False")
+        raise UserError("checkpointing is 'selective', which only the engine has: load the model with engine=True, or choose True or False")
     on = bool(kind) and not selective
     _checkpoint_layers(model, on, info)
     if engine:
@@ -840,7 +840,7 @@ def warn_of_memory(estimate: MemoryEstimate | None, card: Card) -> str | None:
     if estimate is None or estimate.total_bytes <= card.bytes:
         return None
     return (f"warning: this run should need {format_gib(estimate.total_bytes)} at its fullest, and {card.name} has {format_gib(card.bytes)} for it: "
-            "take --plan auto (in Python plan='auto'), a smaller batch or a shorter max_seq_length")
+            "use --plan auto (in Python plan='auto'), a smaller batch or a shorter max_seq_length")
 
 
 def describe_plan(plan: Plan, estimate: MemoryEstimate | None) -> dict:
@@ -1123,7 +1123,7 @@ def find_starting_adapter(model, config: Mapping | None, folder: RunFolder | Non
     if found and not folder:
         print_to_stderr(f"continues from the trained adapter that the model carries (sha256 {found[:12]}…); for a new one, load the base again and add_lora")
     elif before and not folder:
-        print_to_stderr(f"note: the configuration's run continued from a trained adapter (sha256 {str(before)[:12]}…), and this one starts from a new one")
+        print_to_stderr(f"note: the configuration's run continued from a trained adapter (sha256 {str(before)[:12]}…), but this one starts from a new one")
     return {"started_from": found} if found else {}
 
 # %% ../nbs/15_training.ipynb #96a31b6b-30
@@ -1251,7 +1251,7 @@ def train_adapter(
     source: dict | None = None,  # where the data came from, for config.yaml
     started: float | None = None,  # when the clock of `seconds` began; None is now
 ) -> tuple:  # (the run's folder, the tokenizer with the template that was trained, the held-out rows)
-    "Train, evaluate before and after, and leave a finished run folder, but for its reports. Raises as `train` does."
+    "Train, evaluate before and after, and leave a finished run folder, but for its reports. Raise as `train` does."
     from transformers import set_seed
 
     started = started or time.time()
@@ -1278,7 +1278,7 @@ def describe_remains(folder: RunFolder | None) -> str:
     if folder is None or not (folder.path / "config.yaml").exists():
         return "nothing was trained yet, so start again"
     if folder.finished:
-        return f"the run {folder.path} is finished, and what follows it is not: qlora_nb report {folder.path}, qlora_nb export {folder.path}"
+        return f"the run {folder.path} is finished, but what follows it is not: qlora_nb report {folder.path}, qlora_nb export {folder.path}"
     return folder.how_to_resume()
 
 

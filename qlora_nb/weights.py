@@ -21,7 +21,7 @@ from .core import UserError
 
 # %% ../nbs/57_weights.ipynb #a11e0013
 def model_file(name: str, file: str, revision: str | None = None) -> Path | None:
-    "A file of a model's folder, or of a Hub model that was downloaded; None where it isn't there."
+    "Return a file of a model's folder, or of a downloaded Hub model; None where it isn't there."
     if Path(name).is_dir():
         return found if (found := Path(name, file)).exists() else None
     from huggingface_hub import try_to_load_from_cache
@@ -34,7 +34,7 @@ def model_file(name: str, file: str, revision: str | None = None) -> Path | None
 
 # %% ../nbs/57_weights.ipynb #a11e0007
 def find_weight_files(folder: str | Path) -> list[Path]:
-    "The .safetensors files of a model's folder. Raise `UserError` where there are none, or fewer than its index names."
+    "Return the .safetensors files of a model's folder. Raise `UserError` where there are none, or fewer than its index names."
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
@@ -69,7 +69,7 @@ def _opened(file: Path):
 def read_header(
     file: str | Path,  # a .safetensors file
 ) -> dict[str, dict]:  # name → dtype ("F32", "BF16" …), shape
-    "Names, types and shapes in a safetensors file, in its order and without the numbers. Raise `UserError` where it is damaged."
+    "Return names, types and shapes in a safetensors file, in its order and without the numbers. Raise `UserError` where it is damaged."
     with _opened(Path(file)) as tensors:
         parts = {name: tensors.get_slice(name) for name in tensors.offset_keys()}
         return {name: {"dtype": part.get_dtype(), "shape": part.get_shape()} for name, part in parts.items()}
@@ -82,7 +82,7 @@ STORED_DTYPES = {
 
 
 class StoredTensor(NamedTuple):
-    "Where a tensor is, and what it is."
+    "The place of a tensor, and its kind."
 
     file: Path
     dtype: torch.dtype | None  # None: one that isn't read here
@@ -106,12 +106,12 @@ class TensorFolder:
         start: int = 0,  # first row
         stop: int | None = None,  # the row after the last; None is the end
     ) -> torch.Tensor:  # as stored; its memory is the file's
-        "One tensor, or some of its rows. Raise `UserError` where there is no such tensor, or the file has changed."
+        "Return one tensor, or some of its rows. Raise `UserError` where there is no such tensor, or the file has changed."
         if name not in self.entries:
-            raise UserError(f"the folder {self.path} holds no tensor {name}: it is another model's, or incomplete")
+            raise UserError(f"the folder {self.path} holds no tensor {name}: it belongs to another model, or is incomplete")
         file, dtype, shape = self.entries[name]
         if dtype is None:
-            raise UserError(f"the type of {name} in {file} is not read here: save the model in 16 or 32 bits")
+            raise UserError(f"the type of {name} in {file} is not supported: save the model in 16 or 32 bits")
         with _opened(file) as tensors:
             return tensors.get_slice(name)[start:stop] if shape else tensors.get_tensor(name)
 

@@ -28,7 +28,7 @@ from .training import explain_interrupts, train_adapter
 def try_to_report(folder: RunFolder) -> None:
     "Write the reports of a finished run. Where that fails the run is complete all the same, and stderr says so."
     path = folder.path
-    with explain_interrupts(lambda: f"the run {path} is finished, and its report is not written: qlora_nb report {path}"):
+    with explain_interrupts(lambda: f"the run {path} is finished, but its report is not written: qlora_nb report {path}"):
         try:
             write_reports(folder)
         except Exception as error:
@@ -108,7 +108,7 @@ def train(
 ) -> Run:
     """Fine-tune the adapter, evaluate before and after, and leave a run folder with its reports.
 
-    Raises `UserError` for a mistake, `TrainingInterrupted` after Ctrl-C or a signal, `TrainingDiverged` where the loss is NaN.
+    Raise `UserError` for a mistake, `TrainingInterrupted` after Ctrl-C or a signal, `TrainingDiverged` where the loss is NaN.
     """
     config, plan = (plan, None) if isinstance(plan, dict) else (None, plan)
     check_trainer_settings({**(config or {}), **settings})

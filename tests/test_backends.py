@@ -137,7 +137,7 @@ except UserError as error:
 @pytest.mark.parametrize(
     "first, second, message",
     [
-        ("import trl", "unsloth", "came before Unsloth"),
+        ("import trl", "unsloth", "before Unsloth, too late to patch"),
         ("import qlora_nb; qlora_nb.load_model(backend='unsloth')", "transformers", "already patched this process"),
     ],
 )
@@ -227,7 +227,7 @@ def test_auto_leaves_the_engine_out_with_an_older_torch(on_a_card, monkeypatch):
         ({"model_type": "mistral"}, "a window of 4096 tokens"),
         ({"model_type": "mistral", "sliding_window": 1024}, "a window of 1024 tokens"),
         ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True}, "a window of 64 tokens"),
-        ({**LLAMA, "attention_dropout": 0.1}, "drops out 0.1"),
+        ({**LLAMA, "attention_dropout": 0.1}, "has dropout 0.1"),
         ("./nowhere", "there is no folder"),
     ],
 )

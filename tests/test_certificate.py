@@ -176,7 +176,7 @@ def test_the_certificate_says_which_template_ollama_reads(whole, run, place, sub
     stored = json.loads(found.to_json(place / "tools.json").read_text(encoding="utf-8"))
     assert stored["ollama_reads"] == "gguf" and "offers tools" in stored["ollama_reads_reason"]
     for text in (str(found), found._repr_html_()):
-        assert "reads the chat template in the GGUF" in text and "what it serves is the path GGUF" in text
+        assert "reads the chat template in the GGUF" in text and "it serves by the path GGUF" in text
         assert "compared on 4 paths" in text
     stored = json.loads(short(subject, files[0], model_rows=4).to_json(place / "none.json").read_text(encoding="utf-8"))
     assert stored["ollama_reads"] is stored["ollama_reads_reason"] is None  # there is no Modelfile
@@ -288,20 +288,20 @@ def edited(modelfile, name, value):
 @pytest.mark.parametrize(
     "name, value, words",
     [
-        ("TEMPLATE", lambda v: "<|begin_of_text|>" + v, ("don't begin with the BOS of training, once", "other tokens")),
-        ("TEMPLATE", lambda v: v.replace("<|eot_id|>", ""), ("another number of end-of-turn tokens",)),
+        ("TEMPLATE", lambda v: "<|begin_of_text|>" + v, ("don't begin with the BOS of training", "different tokens")),
+        ("TEMPLATE", lambda v: v.replace("<|eot_id|>", ""), ("different number of end-of-turn tokens",)),
         (
             "TEMPLATE",
             lambda v: v.replace('{{ template "trim" .Content }}', "{{ .Content }}"),
-            ("of 40 conversations have other tokens", "white space"),
+            ("of 40 conversations have different tokens", "white space"),
         ),
         ("SYSTEM", lambda v: None, ("SYSTEM is not the system text",)),
         ("PARAMETER stop", lambda v: None, ("no stop for <|eot_id|>",)),
-        ("FROM", lambda v: "./other.gguf", ("names ./other.gguf, which is none of the files",)),
+        ("FROM", lambda v: "./other.gguf", ("names ./other.gguf, which is not one of the certified files",)),
         ("+ADAPTER", "./other-lora.gguf", ("has ADAPTER ./other-lora.gguf",)),
         ("+RENDERER", "qwen3-coder", ("has RENDERER qwen3-coder",)),
         ("+PARSER", "qwen3-coder", ("has PARSER qwen3-coder",)),
-        ("+PARAMETER stop", "answer", ("a stop 'answer', which training doesn't know",)),
+        ("+PARAMETER stop", "answer", ("a stop 'answer', which training doesn't use",)),
     ],
 )
 def test_a_wrong_modelfile_fails(subject, files, modelfile, name, value, words):
@@ -311,7 +311,7 @@ def test_a_wrong_modelfile_fails(subject, files, modelfile, name, value, words):
 def test_a_system_text_that_training_did_not_have_fails(subject, files, modelfile):
     other = copy.copy(subject)
     other.config = {**subject.config, "system": None}
-    fails(short(other, files[0], modelfile, model_rows=4), "a SYSTEM text, and training put none")
+    fails(short(other, files[0], modelfile, model_rows=4), "a SYSTEM text, but training didn't put one")
 
 
 def test_bos_doubled_by_the_file_fails(run, place, subject):
@@ -633,7 +633,7 @@ def test_another_models_file_is_named(subject, tmp_path):
     tokenizer = byte_level("llama3")
     file = export_gguf(random_model("llama", len(tokenizer)), tokenizer, tmp_path / "another.gguf", "f16")
     with mock.patch.object(certificate, "measure_distances", side_effect=AssertionError("measured")):
-        with pytest.raises(UserError, match="another.gguf has 7.. tokens and the model 768: it is another model's"):
+        with pytest.raises(UserError, match="another.gguf has 7.. tokens and the model 768: it belongs to"):
             short(subject, file)
 
 

@@ -81,7 +81,7 @@ def test_chat_with_the_file(demo, tmp_path):
     gone = qlora_nb("chat", "gone.gguf", *asked, cwd=tmp_path)
     assert gone.returncode == 2 and "there is no file gone.gguf" in gone.stderr
     mixed = qlora_nb("chat", gguf, "--backend", "unsloth", *asked, cwd=tmp_path)
-    assert mixed.returncode == 2 and "a GGUF and" in mixed.stderr
+    assert mixed.returncode == 2 and "a GGUF is given with" in mixed.stderr
 
 
 def test_the_commands_after_a_run(demo, tmp_path):
@@ -314,7 +314,7 @@ def small_gpt2(path):
         (["--dtype", "int8"], "no dtype 'int8'"),
         (["--max-steps", "0"], "max_steps is 0"),
         (["--learning-rate", "nan"], "learning_rate is nan"),
-        (["--max-seq-length", "4096"], "context of 1 to 2048"),
+        (["--max-seq-length", "4096"], "takes 1 to 2048"),
         (["--output", "old"], "holds another run"),
         (["--output", "file.txt"], "is a file"),
         (["--config", "none.yaml"], "can't be read"),
@@ -490,7 +490,7 @@ def test_plan_says_it_to_people_and_to_machines(command):
     assert code == 0 and found["fits"] and found["choice"]["method"] == "lora" and found["choice"]["seq_length"] == 512
     assert found["settings"]["load_model"]["load_in_4bit"] is False and found["rejected"]
     code, out, _ = command("plan", "--model", "8b", "--gpu", "4 GB")
-    assert code == 1 and "nothing fits; the smallest way" in out
+    assert code == 1 and "nothing fits; the smallest option" in out
     code, out, _ = command("plan", "--model", "8b", "--gpu", "4 GB", "--json")
     assert code == 1 and json.loads(out)["fits"] is False and json.loads(out)["advice"]
 

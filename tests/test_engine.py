@@ -841,7 +841,7 @@ def test_switched_off_merged_and_without_gradients_it_is_peft(tmp_path):
         (lambda: peft_of(four_bit=False, lora={"target_modules": ["q_proj", "lm_head"]}), "head"),
         (lambda: peft_of("gemma2"), "architecture is gemma2"),
         (lambda: peft_of("mistral", sliding_window=8), "window of 8"),
-        (lambda: peft_of(attention_dropout=0.2), "drops out 0.2"),
+        (lambda: peft_of(attention_dropout=0.2), "has dropout 0.2"),
     ],
 )
 def test_what_it_refuses(make, words):
@@ -899,7 +899,7 @@ def test_selective_is_asked_for_where_the_others_are(capsys):
     from qlora_nb.model import add_lora, load_model
 
     model = add_lora(load_model(engine=True)[0], use_gradient_checkpointing="selective")
-    assert engine_of(model).selective and "its wide tensors made again" in capsys.readouterr().err
+    assert engine_of(model).selective and "its wide tensors recomputed" in capsys.readouterr().err
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     plain = load_model(backend="transformers")[0]
     for wanted, words in (("selective", "load the model with engine=True"), ("half", "'half': choose")):
@@ -984,7 +984,7 @@ def test_what_the_command_line_refuses(tmp_path):
     said = cli("train", "--engine", "--lora-dropout", "0.1", cwd=tmp_path, code=2).stderr
     assert "lora_dropout=0.1, and the engine supports only lora_dropout=0" in said and "engine=False" in said
     said = cli("train", "--use-gradient-checkpointing", "selective", cwd=tmp_path, code=2).stderr
-    assert "is the engine's: load the model with engine=True" in said
+    assert "needs the engine: load the model with engine=True" in said
     said = cli("train", "--packing", "--backend", "transformers", cwd=tmp_path, code=2).stderr
     assert "packing needs engine=True" in said
 

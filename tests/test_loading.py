@@ -431,10 +431,10 @@ def test_an_adapter_of_a_16_bit_base_is_merged_into_it(tmp_path, capfd):
     wanted = merge_adapter(load_adapter(model, folder)).model.layers[0].mlp.up_proj.weight
     assert torch.equal(dequantized(file)["blk.0.ffn_up.weight"], wanted)
     asked = export_gguf(folder, None, tmp_path / "y.gguf", "f32", load_in_4bit=True)
-    assert "in 4 bits: that was asked for, although neither" in capfd.readouterr().err
+    assert "in 4 bits: as requested, although neither" in capfd.readouterr().err
     assert not torch.equal(dequantized(asked)["blk.0.ffn_up.weight"], wanted)
     load_model(adapter=folder)
-    assert "nothing says that it was trained on it so" in capfd.readouterr().err
+    assert "nothing shows that it was trained on one" in capfd.readouterr().err
 
 
 def test_another_base_by_name(tmp_path):
@@ -486,7 +486,7 @@ def test_layers_that_take_no_adapter(tmp_path):
         ),
         (
             lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight": torch.zeros(4)}),
-            "lora_C.weight, which nothing",
+            "lora_C.weight, which has no place",
         ),
         (
             lambda t: t.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
@@ -608,7 +608,7 @@ def test_an_adapter_alone_is_opened_on_its_base(tmp_path, capfd):
     assert (model_info(model)["load_in_4bit"], model_info(model)["max_seq_length"]) == (False, 300)
     assert "neither its run nor its files" in capfd.readouterr().err
     assert open_run(alone, load_in_4bit=True)[0].get_base_model().is_loaded_in_4bit
-    assert "that was asked for, although neither" in capfd.readouterr().err
+    assert "as requested, although neither" in capfd.readouterr().err
     wanted = load_adapter(load_model(EMBEDDED_MODEL, load_in_4bit=False)[0], alone)
     assert torch.equal(greedy_logits(model, tokenizer), greedy_logits(wanted, tokenizer))
 
@@ -627,7 +627,7 @@ def test_a_run_on_another_base(trained, tmp_path):
         (lambda run: (run / "config.yaml").unlink() or shutil.rmtree(run / "adapter"), "is not a run folder"),
         (lambda run: (run / "summary.json").unlink() or shutil.rmtree(run / "adapter"), "is not finished: resume it"),
         (lambda run: shutil.rmtree(run / "adapter"), "there is no adapter folder"),
-        (lambda run: (run / "config.yaml").write_text("model: x\n"), "is a run of format 1, and this .* format 2"),
+        (lambda run: (run / "config.yaml").write_text("model: x\nfingerprints: {}\n"), "is a run of format 1, and this .* format 2"),
     ],
     ids=["no folder", "no run", "unfinished", "no adapter", "another format"],
 )  # fmt: skip

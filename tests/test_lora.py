@@ -316,8 +316,8 @@ def linear_4bit():
         (lambda: nn.Embedding(8, 8), "base is a Embedding: give an nn.Linear"),
         (lambda: nn.Conv1d(8, 8, 1), "base is a Conv1d: give an nn.Linear"),
         (lambda: torch.ones(8, 8), "base is a Tensor: give an nn.Linear"),
-        (lambda: LoRALinear(nn.Linear(8, 8), r=2), "carries an adapter already"),
-        (linear_4bit, "base is a Linear4bit, whose weight is quantized: take qlora_nb.qlora.QLoRALinear"),
+        (lambda: LoRALinear(nn.Linear(8, 8), r=2), "has an adapter already"),
+        (linear_4bit, "base is a Linear4bit, whose weight is quantized: use qlora_nb.qlora.QLoRALinear"),
         (lambda: with_weight(torch.ones(8, 8, dtype=torch.int8)), "a weight of torch.int8"),
         (lambda: with_weight(torch.ones(8, 8).to(torch.float8_e4m3fn)), "a weight of torch.float8_e4m3fn"),
         (lambda: with_weight(torch.ones(8, 8, dtype=torch.complex64)), "a weight of torch.complex64"),
@@ -335,7 +335,7 @@ def test_pefts_own_layer_is_not_a_base():
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
-    with pytest.raises(UserError, match="carries an adapter already"):
+    with pytest.raises(UserError, match="has an adapter already"):
         LoRALinear(model.base_model.model[0], r=2)
 
 

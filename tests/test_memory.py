@@ -83,8 +83,8 @@ def test_a_configuration_that_cannot_be(change, message):
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"backend": "mlx"}, "backend is 'mlx'"),
         ({"packing": True, "backend": "transformers"}, "packing needs backend='engine' or 'unsloth'"),
-        ({"gradient_checkpointing": "selective"}, "which is the engine's"),
-        ({"gradient_checkpointing": "selective", "backend": "engine", "method": "full"}, "which is the engine's"),
+        ({"gradient_checkpointing": "selective"}, "which only the engine has"),
+        ({"gradient_checkpointing": "selective", "backend": "engine", "method": "full"}, "which only the engine has"),
         ({"gradient_checkpointing": "sometimes"}, "gradient_checkpointing is 'sometimes'"),
         ({"loss_rows": -1}, "loss_rows is -1"),
     ],
@@ -232,7 +232,7 @@ def test_the_engine_is_planned_for_what_it_trains():
     wished = plan_training(LLAMA, "H200", backend="engine", gradient_checkpointing="selective")
     assert {c.gradient_checkpointing for c in (wished.choice, *wished.rejected)} == {"selective"}
     assert "selective checkpointing" in str(wished.choice)
-    with pytest.raises(UserError, match="which is the engine's"):
+    with pytest.raises(UserError, match="which only the engine has"):
         plan_training(LLAMA, "H200", gradient_checkpointing="selective")
 
 
@@ -338,7 +338,7 @@ def test_nothing_fits_and_what_to_change():
     said = str(plan)
     for part in (
         "nothing fits",
-        "the smallest way (lora",
+        "the smallest option (lora",
         "take a larger card: T4",
         "or method='qlora'",
         "or a smaller model",

@@ -272,7 +272,7 @@ def test_other_adapter_names_are_saved_flat(adapted, saved, tmp_path):
         (lambda a: (a / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda a: (a / "adapter_config.json").write_text("{"), "not JSON"),
         (lambda a: (a / "adapter_config.json").write_text("[]"), "not JSON"),
-        (lambda a: (a / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "of the kind IA3"),
+        (lambda a: (a / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "of type IA3"),
         (lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"), "no adapter_model.safetensors"),
         (lambda a: (a / "adapter_model.safetensors").write_bytes(b""), "damaged"),
         (lambda a: (a / "adapter_model.safetensors").write_bytes(b"\xff" * 64), "damaged"),
@@ -299,8 +299,8 @@ def rewrite(folder, change):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda k, v: (k, torch.zeros(16, 64) if "k_proj.lora_A" in k else v), "k_proj has 64 values going in"),
-        (lambda k, v: (k, torch.zeros(99, 16) if "up_proj.lora_B" in k else v), "up_proj has 99 values going out"),
+        (lambda k, v: (k, torch.zeros(16, 64) if "k_proj.lora_A" in k else v), "k_proj has in_features=64"),
+        (lambda k, v: (k, torch.zeros(99, 16) if "up_proj.lora_B" in k else v), "up_proj has out_features=99"),
         (lambda k, v: (k.replace("layers.3", "layers.30"), v), "no layer model.layers.30"),
         (lambda k, v: (k, torch.zeros(3, 256) if "q_proj.lora_A" in k else v), "doesn't fit this model"),
     ],
@@ -315,7 +315,7 @@ def test_adapters_of_other_models(plain, copied, change, said):
 
 
 def test_an_adapter_on_an_adapter(adapted, saved):
-    with pytest.raises(UserError, match="carries an adapter already"):
+    with pytest.raises(UserError, match="has an adapter already"):
         load_adapter(adapted[0], saved)
 
 
@@ -508,7 +508,7 @@ def test_a_model_without_adapter_and_a_damaged_folder_are_refused(plain, tmp_pat
     with pytest.raises(UserError, match="holds no .safetensors weights"):
         TensorFolder(tmp_path)
     shutil.copytree(EMBEDDED_MODEL, tmp_path / "cut")
-    with pytest.raises(UserError, match="holds no tensor x: it is another model's"):
+    with pytest.raises(UserError, match="holds no tensor x: it belongs to another model"):
         TensorFolder(tmp_path / "cut").read("x")
     os.truncate(tmp_path / "cut" / "model.safetensors", 500_000)
     with pytest.raises(UserError, match="damaged or incomplete"):

@@ -287,7 +287,7 @@ def test_a_warning_where_the_card_is_too_small(adapted):
     assert expected.by_component == same.by_component
     assert warn_of_memory(expected, tight(500)) is None
     said = warn_of_memory(expected, tight(1))
-    assert re.search(r"should need \d+ MiB at its fullest, and 1 MiB has 768 MiB for it: take --plan auto", said), said
+    assert re.search(r"should need \d+ MiB at its fullest, and 1 MiB has 768 MiB for it: use --plan auto", said), said
     assert warn_of_memory(None, tight(1)) is None
     assert estimate_run_memory(model, resolve_settings({"optim": "adafactor"}, profile=TINY), [200], tight(500)) is None
 
@@ -717,7 +717,7 @@ def test_a_signal_before_the_steps_and_after_them(data, tmp_path, monkeypatch):
     stops_in("check_trainable", "stopped by SIGTERM: nothing was trained yet", **settings)
     stops_in("evaluate", "stopped by SIGTERM: resume it with qlora_nb train --resume", **settings)
     stops_in("tidy_checkpoints", "stopped by SIGTERM: resume it with", resume=settings["output"])
-    stops_in("write_reports", "is finished, and its report is not written: qlora_nb report", resume=settings["output"])
+    stops_in("write_reports", "is finished, but its report is not written: qlora_nb report", resume=settings["output"])
     assert (settings["output"] / "summary.json").exists()
 
 
