@@ -627,7 +627,10 @@ def test_a_run_on_another_base(trained, tmp_path):
         (lambda run: (run / "config.yaml").unlink() or shutil.rmtree(run / "adapter"), "is not a run folder"),
         (lambda run: (run / "summary.json").unlink() or shutil.rmtree(run / "adapter"), "is not finished: resume it"),
         (lambda run: shutil.rmtree(run / "adapter"), "there is no adapter folder"),
-        (lambda run: (run / "config.yaml").write_text("model: x\nfingerprints: {}\n"), "is a run of format 1, and this .* format 2"),
+        (
+            lambda run: (run / "config.yaml").write_text("model: x\nfingerprints: {}\n"),
+            "is a run of format 1, and this .* format 2",
+        ),
     ],
     ids=["no folder", "no run", "unfinished", "no adapter", "another format"],
 )  # fmt: skip
