@@ -27,7 +27,7 @@ from qlora_nb.memory import CUDA_CONTEXT, estimate_memory
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.plan import Card, plan_training
 from qlora_nb.rows import load_sft_dataset
-from qlora_nb.run import RunFolder, resolve_settings
+from qlora_nb.run import RunFolder, read_config, resolve_settings
 from qlora_nb.shapes import model_shape
 from qlora_nb.training import (
     STOP_SIGNALS,
@@ -104,6 +104,38 @@ def test_a_plan_is_followed_and_written_down(data, tmp_path, capsys):
     assert run.summary["plan"] == {**config["plan"], "measured": None}
     assert run.summary["plan"]["predicted"]["total_bytes"] <= 0.94 * tight(80).bytes
     assert "Planned for 80 MiB" in run.report() and "not measured" in run.report()
+
+
+@pytest.mark.parametrize("plan", [None, "L4"])
+def test_a_row_is_rendered_and_tokenized_once(plan, data, tmp_path, monkeypatch):
+    "With the check and a plan: each of the rows that are trained on, and no other."
+    from qlora_nb.template import Encoder
+
+    seen, encode = [], Encoder.encode
+
+    def counted(self, rows, *arguments):
+        seen.extend(json.dumps(row) for row in rows)
+        return encode(self, rows, *arguments)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    run = train(*fresh(), data, output=tmp_path / "run", plan=plan, **SHORT)
+    assert sorted(seen) == sorted(json.dumps(messages) for messages in data["messages"])
+    assert read_config(run.path / "config.yaml")["rows_read"]["rows"] == len(data)
+
+
+def test_rows_that_a_plan_drops_are_those_of_a_shorter_limit(data, adapted):
+    "Without rendering them again, and the report says so."
+    tokenizer = adapted[1]
+    settings = resolve_settings({"max_seq_length": 130})
+    rows = training.prepare_rows(data, tokenizer, settings, None, check=True)
+    limit = sorted(training.count_row_tokens(rows.rows))[len(rows.rows) // 2]
+    kept = rows.keep_within(limit)
+    wanted = training.encode_dataset(data, tokenizer, limit)
+    assert (kept.rows.to_list(), kept.dropped) == (wanted[0].to_list(), wanted[1]) and rows.dropped and kept.dropped
+    (finding,) = [f for f in kept.report.findings if f.code == "row_dropped" and "the plan chose" in f.cause]
+    assert finding.count == len(kept.dropped) - len(rows.dropped) and kept.report.summary["max_seq_length"] == limit
+    with pytest.raises(UserError, match="no row fits max_seq_length=3: the shortest has"):
+        kept.keep_within(3)
 
 
 def test_arguments_win_over_the_plan_and_the_file_over_it_too(data, adapted):
