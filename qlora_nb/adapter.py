@@ -228,7 +228,7 @@ def _check_tensors(loaded: torch.nn.Module, header: dict[str, dict], file: Path)
                         or not torch.equal(tensors.get_tensor(name).to(table.device, table.dtype), table))
     if unused:
         more = f" and {len(unused) - 1} more tensors" if unused[1:] else ""
-        raise UserError(f"the adapter {path} holds {unused[0]}{more}, which has no place in this model: load its own base, or train without them")
+        raise UserError(f"the adapter {path} holds {unused[0]}{more}: this model has no place for {'them' if more else 'it'}; load its own base, or train without")
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-12b
 def _put_on_base(model: torch.nn.Module, path: Path, trainable: bool) -> torch.nn.Module:

@@ -121,7 +121,7 @@ def test_a_limit_that_is_too_short_is_another_trouble(spoil):
     assert "limit_too_short" in found.codes and "never_stops" not in found.codes
     trouble = next(f for f in found.findings if f.code == "limit_too_short")
     longest = max(row["tokens"] for row in found.evidence.replies if row["stage"] == "after")
-    assert trouble.fix.startswith(f"raise max_new_tokens to {longest}")
+    assert trouble.fix.startswith(f"raise max_new_tokens to at least {longest}")
 
 
 def test_a_base_that_forgets(spoil):
@@ -329,7 +329,7 @@ def test_stops_from_both_sides(healthy):
     assert find_endless_replies(with_figures(healthy, {}, {"stops": None}, replies=[])) is None
     uncounted = [{**row, "tokens": None if i % 4 == 0 else 900} for i, row in enumerate(replies(20, 900))]
     said = find_endless_replies(with_figures(healthy, {}, {"stops": 0.0}, replies=uncounted))
-    assert said.code == "limit_too_short" and "to 900 at least" in said.fix
+    assert said.code == "limit_too_short" and "to at least 900" in said.fix
     uncounted = [{**row, "tokens": None} for row in uncounted]
     assert find_endless_replies(with_figures(healthy, {}, {"stops": 0.0}, replies=uncounted)).code == "never_stops"
 

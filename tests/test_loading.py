@@ -486,7 +486,7 @@ def test_layers_that_take_no_adapter(tmp_path):
         ),
         (
             lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight": torch.zeros(4)}),
-            "lora_C.weight, which has no place",
+            "lora_C.weight: this model has no place for it",
         ),
         (
             lambda t: t.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
@@ -498,7 +498,7 @@ def test_layers_that_take_no_adapter(tmp_path):
         ),
         (
             lambda t: t.update({f"base_model.model.score.{i}": torch.zeros(4) for i in range(3)}),
-            "and 2 more tensors, which nothing",
+            "and 2 more tensors: this model has no place for them",
         ),
     ],
 )
