@@ -217,6 +217,14 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return rows
 
 # %% ../nbs/00_core.ipynb #50a00051
+_TYPE_WORDS = {int: "a number", float: "a number", str: "text", bool: "true or false", dict: "a mapping", list: "a list"}
+
+
+def name_type(kind: type) -> str:
+    "Return what a value of this type is called in a message."
+    return _TYPE_WORDS.get(kind, f"a {kind.__name__}")
+
+
 def read_json(path: Path, kinds: tuple[type, ...] = (dict,), most: int = 20_000_000):
     "Return what a JSON file holds; None where there is none. Raise `UserError` where it can't be read or holds another kind of value."
     if not path.exists():
@@ -226,7 +234,7 @@ def read_json(path: Path, kinds: tuple[type, ...] = (dict,), most: int = 20_000_
             raise ValueError(f"larger than {most / 1e6:.0f} MB")
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, kinds):
-            raise ValueError(f"a {type(value).__name__} where a {kinds[0].__name__} was expected")
+            raise ValueError(f"{name_type(type(value))} where {name_type(kinds[0])} was expected")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read ({error}): it is damaged, create it again") from error
     return value
@@ -240,13 +248,10 @@ def read_objects(path: Path) -> list[dict]:
         raise UserError(f"{path} can't be read ({error}): it is damaged, create it again") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}, holds a {type(row).__name__} where an object was expected: remove the line")
+            raise UserError(f"{path}, line {number}, holds {name_type(type(row))} where an object was expected: remove the line")
     return rows
 
 # %% ../nbs/00_core.ipynb #50a00052
-_FIELD_KINDS = {float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
-
-
 def is_number(value: object) -> bool:
     "Return whether this is a number that a float can hold; NaN and infinity count."
     return isinstance(value, float) or (type(value) is int and abs(value) < 1e300)
@@ -259,7 +264,7 @@ def check_fields(where: str | Path, row: dict, needed: tuple[str, ...] = (), **k
         if value is None and name in needed:
             raise UserError(f"{where} has no {name}: create it again")
         if value is not None and not (is_number(value) if kind is float else isinstance(value, kind)):
-            raise UserError(f"{where}: {name} is a {type(value).__name__} where {_FIELD_KINDS[kind]} was expected: create it again")
+            raise UserError(f"{where}: {name} is {name_type(type(value))} where {name_type(kind)} was expected: create it again")
 
 # %% ../nbs/00_core.ipynb #5f1d0a07
 RECORDED_PACKAGES = ("qlora_nb", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "unsloth")

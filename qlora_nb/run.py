@@ -199,14 +199,15 @@ def check_format(config: dict, path: Path) -> None:
     "Raise `UserError` where a run's configuration is of another format than this version reads."
     found = config.get("format", 1)
     if found != RUN_FORMAT:
-        raise UserError(f"{path} is a run of format {found}, and this version of qlora_nb reads format {RUN_FORMAT}: "
-                        "use the version that wrote it (versions.json names it), or train again")
+        what = "is a run" if path.is_dir() else "was written by a run"
+        raise UserError(f"{path} {what} of format {found}, and this version of qlora_nb reads format {RUN_FORMAT}: "
+                        "use the version that wrote it (the run's versions.json names it), or train again")
 
 
 def read_own_config(path: str | Path) -> dict:
     "Return a configuration file to train by. Raise `UserError` for unknown settings, and for a run's own of another format."
     config = read_config(path)
-    if "fingerprints" in config or "format" in config:
+    if "fingerprints" in config or "format" in config:  # a run wrote it
         check_format(config, Path(path))
     if unknown := sorted(map(str, set(config) - set(_FIELDS) - set(RECORDED_KEYS))):
         raise UserError(f"the configuration {path} has unknown settings: {', '.join(unknown)}")
@@ -363,7 +364,7 @@ class RunFolder:
         rows = read_objects(file := self.path / "metrics.jsonl")
         names = ("step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_allocated")
         for number, row in enumerate(rows, 1):
-            check_fields(f"{file}, line {number},", row, ("step",), **dict.fromkeys(names, float))
+            check_fields(f"{file}, line {number}", row, ("step",), **dict.fromkeys(names, float))
         return rows
 
     @property
@@ -371,7 +372,7 @@ class RunFolder:
         "The held-out problems with their replies, `stage` before and after."
         rows = read_objects(file := self.path / "evaluation.jsonl")
         for number, row in enumerate(rows, 1):
-            check_fields(f"{file}, line {number},", row, ("stage", "stops"), stage=str, stops=bool, exact=bool, tokens=float)
+            check_fields(f"{file}, line {number}", row, ("stage", "stops"), stage=str, stops=bool, exact=bool, tokens=float)
         return rows
 
     @property

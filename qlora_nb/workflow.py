@@ -41,6 +41,14 @@ def train_and_report(model, tokenizer, data, arguments: dict, **how) -> "Run":  
     try_to_report(folder)
     return Run(folder.path, folder.summary, folder.metrics, model, tokenizer, held_out)
 
+# %% ../nbs/54_workflow.ipynb #54a00013
+def certify_run(run: "Run", **settings):  # -> Certificate
+    "Compare a run's exported files with what was trained, and write certificate.json."
+    folder = RunFolder.open(run)
+    found = certify(folder.path, gguf=folder.gguf_files, modelfile=folder.modelfile, **{"data": run.eval_data, **settings})
+    found.to_json()
+    return found
+
 # %% ../nbs/54_workflow.ipynb #54a00021
 @dataclass
 class Run:
@@ -75,11 +83,8 @@ class Run:
 
     def certify(self, **settings):  # -> Certificate
         "Compare the run's exported files with what was trained, and write the certificate; settings as in `certify`."
-        folder = RunFolder.open(self)
-        settings = {"data": self.eval_data, **settings}
-        found = certify(self.path, gguf=folder.gguf_files, modelfile=folder.modelfile, **settings)
-        found.to_json()
-        try_to_report(folder)
+        found = certify_run(self, **settings)
+        try_to_report(RunFolder.open(self))
         return found
 
 # %% ../nbs/54_workflow.ipynb #54a00022
@@ -146,7 +151,7 @@ def export_and_certify(
         print("not certified: no rows were held out (--eval-rows, --eval-data)", file=sys.stderr)
         return True
     try:
-        found = run.certify(model_rows=model_rows)
+        found = certify_run(run, model_rows=model_rows)
     except torch.OutOfMemoryError as error:
         raise UserError(f"no memory left to certify: repeat it with qlora_nb certify {run.path} on a larger card") from error
     print(found, file=sys.stderr)

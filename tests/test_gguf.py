@@ -474,7 +474,7 @@ REFUSED = {
     "sizes": (edit_config(hidden_size=64), "has the shape .*, 128.* in the files, and .*64.* by config.json"),
     "heads": (edit_config(num_key_value_heads=4), "k_proj.weight has the shape .64, 128. in .*, and .128, 128. by"),
     "layers": (edit_config(num_hidden_layers=2), "has no model.layers.1.input_layernorm.weight"),
-    "config": (lambda f: (f / "config.json").write_text("[1]"), "a list where a dict was expected"),
+    "config": (lambda f: (f / "config.json").write_text("[1]"), "a list where a mapping was expected"),
     "no json": (lambda f: (f / "config.json").write_text("{"), "config.json can't be read"),
     "missing": (edit_tensors(lambda t: t.pop(NORM)), f"the model has no {NORM}"),
     "unknown": (
