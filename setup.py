@@ -54,7 +54,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["qlora_nb", "qlora_nb.*"]),
     package_data={
-        "qlora_nb": [f"embedded/**/*.{suffix}" for suffix in ("json", "safetensors", "jinja", "parquet", "md")]
+        "qlora_nb": [f"embedded/**/*.{kind}" for kind in "json jsonl yaml safetensors jinja parquet md".split()]
         + ["templates/*.j2", "templates/*.css", "doctor.yaml"]
     },
     install_requires=cfg["requirements"].split(),

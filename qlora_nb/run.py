@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,7 @@ import yaml
 
 # %% ../nbs/50_run.ipynb #50a00005
 from qlora_nb.core import (
+    EMBEDDED_FOLDER,
     EMBEDDED_MODEL,
     PROFILES,
     Profile,
@@ -426,3 +428,12 @@ class RunFolder:
     def how_to_resume(self) -> str:
         "Return what to type to resume the run."
         return f"resume it with qlora_nb train --resume {self.path} (in Python: train(…, resume={str(self.path)!r}))"
+
+# %% ../nbs/50_run.ipynb #1bca7955
+def copy_embedded_run(
+    folder: str | Path,  # where; the copy is a new folder in it
+) -> Path:  # the run's folder
+    "Copy the finished run that comes with the package (300 steps on the embedded model; no checkpoints)."
+    place = Path(folder) / "run"
+    shutil.copytree(EMBEDDED_FOLDER / "run", place)
+    return place

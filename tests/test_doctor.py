@@ -512,7 +512,7 @@ def test_report():
 
 def test_nothing_of_ours_is_old():
     for path in NOTEBOOKS:
-        if path.stem != "09_doctor":  # it holds the old tutorial itself
+        if path.stem != "70_doctor":  # it holds the old tutorial itself
             found = explain_old_code(read_code(path)).findings
             allowed = (
                 {
@@ -528,7 +528,7 @@ def test_nothing_of_ours_is_old():
                     "text_column",
                     "pad_is_eos",
                 }
-                if path.stem in ("11_template", "12_data", "52_preflight")
+                if path.stem in ("11_template", "12_data", "09_preflight")
                 else set()
             )
             assert {f.code for f in found} <= allowed, (path.name, [(f.code, f.where, f.old) for f in found])

@@ -446,9 +446,10 @@ def test_sections_of_the_sidebar(tmp_path):
     expected = {
         "Start": "index.ipynb 30_quickstart.ipynb 40_takeaways.ipynb",
         "Mathematics": "01_lora.ipynb 05_recommend.ipynb",
-        "Workflow": "09_doctor.ipynb 15_training.ipynb 21_cli.ipynb",
+        "Workflow": "08_plan.ipynb 15_training.ipynb 22_certificate.ipynb",
+        "Engine room": "06_engine.ipynb 07_kernels.ipynb 61_loss.ipynb",
         "Recipes": "31_tiny_base.ipynb 34_full_lora_qlora.ipynb 41_more.ipynb",
-        "Reference": "00_core.ipynb 51_shapes.ipynb glossary.md older_tutorial.md limits.md",
+        "Reference": "00_core.ipynb 51_shapes.ipynb 70_doctor.ipynb glossary.md older_tutorial.md limits.md",
     }
     for name, files in expected.items():
         assert {section(path) for path in files.split()} == {name}
@@ -457,7 +458,9 @@ def test_sections_of_the_sidebar(tmp_path):
     contents = names_of("prepare_docs")["sidebar"](tmp_path)["website"]["sidebar"]["contents"]
     assert [part["section"] for part in contents] == list(expected)
     assert contents[0]["contents"] == expected["Start"].split()
-    assert contents[4]["contents"] == "glossary.md older_tutorial.md limits.md 00_core.ipynb 51_shapes.ipynb".split()
+    assert contents[-1]["contents"] == (
+        "glossary.md older_tutorial.md limits.md 00_core.ipynb 51_shapes.ipynb 70_doctor.ipynb".split()
+    )
 
 
 def test_every_page_is_in_the_sidebar_once_and_in_llms_txt(site):

@@ -22,7 +22,15 @@ from nbdev.quarto import refresh_quarto_yml
 
 FRONT = ("index", "quickstart", "takeaways")
 REFERENCE = ("glossary", "older_tutorial", "limits")
-SECTIONS = ("Start", "Mathematics", "Workflow", "Recipes", "Reference")
+SECTIONS = ("Start", "Mathematics", "Workflow", "Engine room", "Recipes", "Reference")
+ROOMS = (
+    (6, "Mathematics"),
+    (8, "Engine room"),
+    (30, "Workflow"),
+    (50, "Recipes"),
+    (60, "Reference"),
+    (70, "Engine room"),
+)
 
 
 # --- the order of the pages -------------------------------------------------------------------------------------------
@@ -39,9 +47,9 @@ def section_of(path):
     number = re.match(r"\d+", path.stem)
     if name in FRONT:
         return "Start"
-    if number is None or number.group() == "00" or int(number.group()) >= 50:
+    if number is None or number.group() == "00":
         return "Reference"
-    return "Mathematics" if int(number.group()) < 9 else "Workflow" if int(number.group()) < 30 else "Recipes"
+    return next((name for end, name in ROOMS if int(number.group()) < end), "Reference")
 
 
 def sources(folder):
