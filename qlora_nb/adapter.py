@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .core import EMBEDDED_MODEL, UserError, annotate_module, file_sha256, unwrap_base, write_aside
-from .engine import install_where_asked
+from .engine.install import install_where_asked
 from .run import RunFolder
 from .weights import STORED_DTYPES, check_numbers, model_file, read_header
 

@@ -29,7 +29,7 @@ def _add_norm(X, UPDATE, W, TOTAL, OUT, RSTD, width, eps, ADDS: tl.constexpr, BL
     w = tl.load(W + c, inside, 0.0).to(tl.float32)
     tl.store(OUT + place, (normed * w).to(OUT.dtype.element_ty), inside)
 
-
+# %% ../nbs/07_kernels.ipynb #07a00007
 @triton.jit
 def _norm_back(DY, DTOTAL, TOTAL, RSTD, W, DX, width, BLOCK: tl.constexpr):
     c, row = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64)
@@ -60,7 +60,7 @@ def _norm_launch(width: int) -> dict:
 
 @_on_gpu_of_first
 def fused_add_norm(x, update, weight, eps) -> tuple:
-    "Compute `qlora_nb.engine.add_norm`."
+    "Compute `qlora_nb.engine.passes.add_norm`."
     x, width = x.contiguous(), x.shape[-1]
     update = x if update is None else update.contiguous()
     adds, out = update is not x, torch.empty_like(x)
@@ -72,7 +72,7 @@ def fused_add_norm(x, update, weight, eps) -> tuple:
 # %% ../nbs/07_kernels.ipynb #c20837bc
 @_on_gpu_of_first
 def fused_norm_back(dy, dtotal, total, rstd, weight) -> torch.Tensor:
-    "Compute `qlora_nb.engine.norm_back`."
+    "Compute `qlora_nb.engine.passes.norm_back`."
     dx = torch.empty_like(total)
     launch = _norm_launch(total.shape[-1])
     _norm_back[(rstd.numel(),)](dy.contiguous(), dtotal.contiguous(), total, rstd, weight, dx, total.shape[-1], **launch)
@@ -105,7 +105,7 @@ def _sigmoid(z):
     root = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
     return root * root
 
-
+# %% ../nbs/07_kernels.ipynb #07a00013
 @triton.jit(do_not_specialize=["n"])
 def _swiglu(G, U, OUT, XG, XU, BG, BU, n, i, rg, ru, sxg, sxu, sbg, sbg_r, sbu, sbu_r, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     t, c = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -123,7 +123,7 @@ def _blocks(ranks: list[int]) -> tuple[int, int]:  # (R, columns)
 
 @_on_gpu_of_first
 def fused_swiglu(gate, up, thins: list, weights: list) -> torch.Tensor:
-    "Compute `qlora_nb.engine.apply_swiglu`."
+    "Compute `qlora_nb.engine.passes.apply_swiglu`."
     gate, up, (n, i), ranks = gate.contiguous(), up.contiguous(), gate.shape, [t.shape[1] for t in thins]
     (R, columns), rows, out = _blocks(ranks), 32, torch.empty_like(gate)
     strides = [t.stride(0) for t in thins] + [stride for w in weights for stride in w.stride()]
@@ -163,7 +163,7 @@ def _swiglu_back(G, U, DA, DG, DU, SUMS, XG, XU, XD, BG, BU, AD, n, i, chunk, rg
 # %% ../nbs/07_kernels.ipynb #52aff5bf
 @_on_gpu_of_first
 def fused_swiglu_back(gate, up, da, thins: list, weights: list, in_place: bool = False) -> tuple:
-    "Compute `qlora_nb.engine.apply_swiglu_back`; in place, gate, up and da are contiguous."
+    "Compute `qlora_nb.engine.passes.apply_swiglu_back`; in place, gate, up and da are contiguous."
     if not in_place:
         gate, up, da = gate.contiguous(), up.contiguous(), da.contiguous()
     (n, i), ranks, rows = gate.shape, [t.shape[1] for t in thins], 32
@@ -203,7 +203,7 @@ def _cross_entropy(LOGITS, WANTED, LOSSES, words, BLOCK: tl.constexpr):
 
 @_on_gpu_of_first
 def fused_cross_entropy_(logits, wanted) -> torch.Tensor:
-    "Compute `qlora_nb.engine.cross_entropy_`; the logits are contiguous."
+    "Compute `qlora_nb.engine.passes.cross_entropy_`; the logits are contiguous."
     (n, words), losses = logits.shape, torch.empty(len(logits), device=logits.device, dtype=torch.float32)
     block = min(8192, triton.next_power_of_2(words))
     _cross_entropy[(n,)](logits, wanted, losses, words, BLOCK=block, num_warps=min(16, max(1, block // 512)))

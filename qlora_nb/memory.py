@@ -408,8 +408,9 @@ def count_engine_loss_bytes(
     tokens: int,  # in one forward pass
     labelled: int,  # tokens that are targets
 ) -> float:
-    "Count the bytes that the final norm and the loss hold under the engine. Source: `qlora_nb.engine.labelled_loss`."
-    from qlora_nb.engine import TILE_TOKENS, choose_loss_chunk
+    "Count the bytes that the final norm and the loss hold under the engine. Source: `qlora_nb.engine.loss.labelled_loss`."
+    from qlora_nb.engine.line import TILE_TOKENS
+    from qlora_nb.engine.loss import choose_loss_chunk
 
     chunk = min(choose_loss_chunk(labelled, shape.vocabulary), TILE_TOKENS * math.ceil(labelled / TILE_TOKENS))
     return 8 * shape.hidden * tokens + 2 * shape.vocabulary * chunk

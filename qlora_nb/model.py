@@ -37,7 +37,7 @@ from qlora_nb.adapter import (
     trained_in_4bit,
 )
 from .core import EMBEDDED_MODEL, UserError, profile, quiet_environment
-from .engine import check_engine, config_refusal
+from .engine.install import check_engine, config_refusal
 from .lora import TARGET_MODULES, check_lora_settings, check_targets
 from .run import RunFolder
 from .shapes import config_dict, model_folder

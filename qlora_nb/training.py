@@ -41,16 +41,10 @@ from .rows import data_fingerprint, load_sft_dataset, question_hash
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2e
 from .diagnosis import plot_loss
-from qlora_nb.engine import (
-    Engine,
-    FlatAdapters,
-    cache_parameters,
-    engine_of,
-    install_engine,
-    join_rows,
-    pack_rows,
-    release_after,
-)
+from .engine.install import Engine, engine_of, install_engine
+from .engine.layers import FlatAdapters, cache_parameters
+from .engine.line import join_rows, pack_rows
+from .engine.replay import release_after
 from .evaluation import Evaluation, encode_rows, evaluate
 from .model import count_parameters, quiet_libraries
 from .recommendation import recommend

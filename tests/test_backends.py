@@ -245,7 +245,7 @@ def test_the_configuration_alone_says_what_the_model_does():
     "By the files that transformers writes, and with its defaults: what the engine says of the loaded configuration."
     from transformers import AutoConfig
 
-    from qlora_nb.engine import config_refusal
+    from qlora_nb.engine.install import config_refusal
     from qlora_nb.shapes import list_architectures
 
     for family in list_architectures("engine"):
@@ -307,7 +307,7 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
     from qlora_nb import model
     from qlora_nb.adapter import model_info
     from qlora_nb.core import EMBEDDED_MODEL, UserError
-    from qlora_nb.engine import engine_of
+    from qlora_nb.engine.install import engine_of
     from qlora_nb.rows import load_sft_dataset
     from qlora_nb.run import resolve_settings
     from qlora_nb.workflow import train

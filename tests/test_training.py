@@ -22,7 +22,7 @@ import yaml
 from qlora_nb import training, workflow
 from qlora_nb.adapter import load_adapter, model_info
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError, file_sha256
-from qlora_nb.engine import engine_of, install_engine
+from qlora_nb.engine.install import engine_of, install_engine
 from qlora_nb.memory import CUDA_CONTEXT, estimate_memory
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.plan import Card, plan_training

@@ -32,7 +32,7 @@ LESSONS = {
     "04_memory": "estimate_memory",
     "05_recommend": "recommend",
     "06_engine": "install_engine",
-    "07_kernels": "multiply_by_adapters",
+    "07_kernels": "fused_swiglu",
     "08_plan": "plan_training",
     "09_preflight": "check_dataset",
     "10_model": "load_model",
@@ -47,6 +47,13 @@ LESSONS = {
     "19_diagnose": "diagnose",
     "22_certificate": "certify",
     "30_quickstart": "chat",
+    "60_forwards": "replace_forward",
+    "61_line": "join_rows",
+    "62_layers": "fused_forward",
+    "63_passes": "mlp_forward",
+    "64_loss": "labelled_loss",
+    "65_checkpointing": "run_checkpointed",
+    "66_replay": "Replay",
 }
 EXPORT = re.compile(r"^\s*#\s*\|\s*(?:export|exporti|exports)\b", re.M)
 UNSEEN = re.compile(r"^\s*#\s*\|\s*(?:hide|eval:\s*false|include:\s*false|default_exp)\b", re.M)
