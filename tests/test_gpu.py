@@ -13,7 +13,8 @@ import pytest
 import torch
 from test_engine import FAMILIES, apart, base_of, gradients, peft_of, rectangle, some_rows
 
-from qlora_nb.engine import Engine, engine_of, install_engine, join_rows, remove_engine
+from qlora_nb.engine.install import Engine, engine_of, install_engine, remove_engine
+from qlora_nb.engine.line import join_rows
 
 pytestmark = pytest.mark.cuda
 
