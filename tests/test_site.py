@@ -18,10 +18,10 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
-from repository import MODULES, NBS, NOTEBOOKS, ROOT, cells, module_of, read, settings, tool
+from repository import MODULES, NBS, NOTEBOOKS, ROOT, cells, dotted, module_of, read, settings, tool
 
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-each_module = pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+each_module = pytest.mark.parametrize("module", MODULES, ids=dotted)
 TEXTS = sorted(NBS.glob("*.md"))
 EVERY = [*NOTEBOOKS, *TEXTS]
 each_page = pytest.mark.parametrize("page", EVERY, ids=lambda path: path.stem)
@@ -342,7 +342,7 @@ def test_noise_is_recognised():
 
 def public(module):
     "Names that a module defines and exports, with what they are."
-    names = importlib.import_module(f"qlora_nb.{module.stem}")
+    names = importlib.import_module(f"qlora_nb.{dotted(module)}")
     for name in names.__all__:
         thing = getattr(names, name)
         if callable(thing) and getattr(thing, "__module__", None) == names.__name__:
@@ -400,9 +400,9 @@ def test_public_names_stand_on_their_page(site, module):
     "nbdev's own index says where each name is; the page has it there, with its signature."
     from qlora_nb._modidx import d
 
-    places = d["syms"][f"qlora_nb.{module.stem}"]
+    places = d["syms"][f"qlora_nb.{dotted(module)}"]
     for name, _ in public(module):
-        place, _ = places[f"qlora_nb.{module.stem}.{name}"]
+        place, _ = places[f"qlora_nb.{dotted(module)}.{name}"]
         page, anchor = place.split("#")
         source = next(path for path in NOTEBOOKS if address(path) == page)
         made = parsed(site, source)
@@ -411,13 +411,13 @@ def test_public_names_stand_on_their_page(site, module):
 
 @each_module
 def test_source_links_lead_to_the_line(site, module):
-    page = next(path for path in NOTEBOOKS if module_of(path) == module.stem)
+    page = next(path for path in NOTEBOOKS if module_of(path) == dotted(module))
     text = html_of(site, page)
     found = re.findall(r'href="([^"]+)#L(\d+)"[^>]*>source</a></p>\s*<h3 id="[^"]*">([^<]*)</h3>', text)
     lines = module.read_text(encoding="utf-8").splitlines()
     assert bool(found) == any(True for _ in public(module))
     for link, line, name in found:
-        assert link.endswith(f"/qlora_nb/{module.name}"), f"{name}: {link}"
+        assert link.endswith(f"/{module.relative_to(ROOT).as_posix()}"), f"{name}: {link}"
         assert re.match(rf"(@|(async )?def {name}\b|class {name}\b)", lines[int(line) - 1]), f"{name}: line {line}"
 
 
