@@ -106,7 +106,7 @@ def engine_trainer(model, tok, s, clock):
     from qlora_nb.core import PROFILES
     from qlora_nb.engine import Engine, attention_kernel, engine_of, install_engine
     from qlora_nb.run import resolve_settings
-    from qlora_nb.training import make_trainer
+    from qlora_nb.trainer import make_trainer
 
     known = vars(engine).setdefault("ALL_KERNELS", engine.ATTENTION_KERNELS)
     engine.ATTENTION_KERNELS = {s["attention"]: known[s["attention"]]} if s["attention"] else known

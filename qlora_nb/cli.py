@@ -81,7 +81,7 @@ def read_train_config(config: str | None, resume: str | None, output: str | None
     if config and resume:
         raise UserError("--config and --resume are both given: a resumed run has its own configuration")
     if resume:
-        from qlora_nb.training import read_run_to_resume
+        from qlora_nb.preparation import read_run_to_resume
 
         return read_run_to_resume(resume, {})[1]
     return read_own_config(config) if config else {}
@@ -112,8 +112,8 @@ def warn_of_large_model(name: str, settings: Settings, card=None) -> None:
 
     from qlora_nb.model import choose_backend
     from qlora_nb.plan import Rows, estimate_for_rows, find_card
+    from qlora_nb.preparation import warn_of_memory
     from qlora_nb.shapes import model_shape
-    from qlora_nb.training import warn_of_memory
 
     if card is None and not torch.cuda.is_available():
         return
@@ -211,7 +211,7 @@ def split_quantizations(text: str | None) -> list[str]:
 # %% ../nbs/72_cli.ipynb #a11e0060
 def explain_stop(how):  # a function that returns how to continue
     "A context in which Ctrl-C, SIGTERM and SIGHUP end with a sentence that says so."
-    from qlora_nb.training import explain_interrupts
+    from qlora_nb.safeguards import explain_interrupts
 
     return explain_interrupts(how)
 
@@ -332,8 +332,8 @@ def evaluate(
     "Answer held-out rows and count the replies that are exact, in form, and end by themselves; the last line is JSON."
     with quiet_stdout():
         from qlora_nb.evaluation import evaluate as measure
+        from qlora_nb.preparation import load_base_task
         from qlora_nb.rows import load_sft_dataset
-        from qlora_nb.training import load_base_task
 
         loaded, tokenizer, config = open_for_chat(run, model, adapter, backend)
         if data is None and config.get("data") is not None:

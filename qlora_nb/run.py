@@ -306,6 +306,14 @@ class RunFolder:
         found = [p for p in self.checkpoint_folder.glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
         return sorted(found, key=checkpoint_step, reverse=True)
 
+    def checkpoints_after(self, step: int) -> list[Path]:
+        "Its checkpoints after a step, the newest first."
+        return [checkpoint for checkpoint in self.checkpoints if checkpoint_step(checkpoint) > step]
+
+    def adapter_of_step(self, step: int) -> Path:
+        "The folder of the adapter that the tripwire kept of a step."
+        return self.path / f"adapter-step-{step}"
+
     @property
     def gguf_files(self) -> list[Path]:
         "The GGUF files that were exported into it."

@@ -22,7 +22,8 @@ from .gguf_export import export_gguf
 from .ollama_export import modelfile_for
 from .report import render_markdown, show_report, write_reports
 from .run import RunFolder, check_setting, settings_of_part
-from .training import explain_interrupts, train_adapter
+from .safeguards import explain_interrupts
+from .training import train_adapter
 
 # %% ../nbs/54_workflow.ipynb #54a00011
 def try_to_report(folder: RunFolder) -> None:

@@ -84,7 +84,7 @@ model, tokenizer = load_model(backend=sys.argv[1] if len(sys.argv) > 1 else {bac
 model = add_lora(model)
 from pathlib import Path
 from qlora_nb.run import resolve_settings
-from qlora_nb.training import make_trainer
+from qlora_nb.trainer import make_trainer
 rows, dropped = encode_dataset(load_sft_dataset(limit=40), tokenizer, 256)
 assert not dropped and set(rows.column_names) == {{"input_ids", "labels"}}
 settings = resolve_settings({{"max_steps": 1}}, profile=PROFILES["tiny"])

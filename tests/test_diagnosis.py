@@ -47,21 +47,21 @@ def data():
 @pytest.fixture(scope="module")
 def spoil(data, tmp_path_factory):
     "A real run in a folder of its own, and its diagnosis."
-    from qlora_nb import training, workflow
+    from qlora_nb import preparation, workflow
     from qlora_nb.model import add_lora, load_model
 
     torch.set_num_threads(1)
 
     def make(rows=None, change=None, collator=None, fails=(), **settings):
         model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", max_seq_length=256)
-        output, encode = tmp_path_factory.mktemp("run") / "run", training.encode_dataset
+        output, encode = tmp_path_factory.mktemp("run") / "run", preparation.encode_dataset
 
         def changed(*arguments, **more):
             encoded, left_out = encode(*arguments, **more)
             return (encoded.map(change) if change else encoded), left_out
 
         try:
-            with patch.object(training, "encode_dataset", changed):
+            with patch.object(preparation, "encode_dataset", changed):
                 workflow.train(
                     add_lora(model), tokenizer, data[0] if rows is None else rows, eval_data=data[1], output=output,
                     check=False, **{**USUAL, **settings},

@@ -1164,7 +1164,7 @@ def test_a_gradient_of_the_input_alone_is_refused():
 
 def test_parts_that_were_switched_off_stay_off(on_a_cpu):
     from qlora_nb.adapter import set_model_info
-    from qlora_nb.training import set_checkpointing
+    from qlora_nb.preparation import set_checkpointing
 
     model, _ = replayed()
     set_model_info(model, backend="transformers", engine=True)
@@ -1322,7 +1322,7 @@ def small_run(folder, engine, optim="adamw_torch", steps=3, prepare=None, resume
     from qlora_nb.core import PROFILES
     from qlora_nb.model import add_lora, load_model
     from qlora_nb.run import resolve_settings
-    from qlora_nb.training import make_trainer
+    from qlora_nb.trainer import make_trainer
 
     model, tokenizer = load_model(backend="transformers")
     model = add_lora(model)
@@ -1349,23 +1349,23 @@ def test_nobody_waits_for_bitsandbytes(tmp_path, monkeypatch):
     "While adapters are trained in one tensor, its optimizer asks us whether to wait; then, and elsewhere, itself."
     from bitsandbytes.optim import optimizer
 
-    from qlora_nb import training
+    from qlora_nb import trainer as trainer_module
 
     before, asked = optimizer.sync_gpu, []
 
     def note_call(tensor):
-        asked.append((id(tensor), training._here.unpaged))
+        asked.append((id(tensor), trainer_module._here.unpaged))
 
-    monkeypatch.setattr(training, "wait_unless_queued", note_call)
+    monkeypatch.setattr(trainer_module, "wait_unless_queued", note_call)
     trainer, _ = small_run(tmp_path / "run", Engine(), "adamw_8bit")
     tensors = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(asked) == 3 * len(tensors) and set(asked) == {(id(p), True) for p in tensors}
-    with pytest.raises(ZeroDivisionError), training.without_waiting():
-        assert optimizer.sync_gpu is training.wait_unless_queued
+    with pytest.raises(ZeroDivisionError), trainer_module.without_waiting():
+        assert optimizer.sync_gpu is trainer_module.wait_unless_queued
         raise ZeroDivisionError
-    assert optimizer.sync_gpu is before and not training._here.unpaged
+    assert optimizer.sync_gpu is before and not trainer_module._here.unpaged
     monkeypatch.delattr(optimizer, "sync_gpu")  # as in a version that doesn't wait
-    with training.without_waiting():
+    with trainer_module.without_waiting():
         assert not hasattr(optimizer, "sync_gpu")
     monkeypatch.setattr(optimizer, "sync_gpu", before, raising=False)
     asked.clear()
@@ -1381,15 +1381,15 @@ def test_work_in_another_stream_or_thread_is_waited_for(monkeypatch, stream, her
 
     from bitsandbytes import utils
 
-    from qlora_nb import training
+    from qlora_nb import trainer as trainer_module
 
     asked = []
     monkeypatch.setattr(utils, "sync_gpu", asked.append)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
-    with training.without_waiting() if here else contextlib.nullcontext():
-        training.wait_unless_queued(SimpleNamespace(is_cuda=True, device="cuda:0"))
-        training.wait_unless_queued(torch.zeros(1))  # of another kind of device: as bitsandbytes does
+    with trainer_module.without_waiting() if here else contextlib.nullcontext():
+        trainer_module.wait_unless_queued(SimpleNamespace(is_cuda=True, device="cuda:0"))
+        trainer_module.wait_unless_queued(torch.zeros(1))  # of another kind of device: as bitsandbytes does
     assert len(asked) == 1 + waits
 
 
@@ -1472,7 +1472,7 @@ from qlora_nb.core import PROFILES
 from qlora_nb.engine import engine_of
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.run import resolve_settings
-from qlora_nb.training import trainer_arguments
+from qlora_nb.trainer import trainer_arguments
 model = load_model(engine=True)[0]
 model = add_lora(model, use_gradient_checkpointing=True)
 assert engine_of(model).checkpoint

@@ -735,7 +735,7 @@ def test_trainer_on_a_t4_is_told_fp16_and_never_bf16(monkeypatch, tmp_path):
     import torch
     import trl  # before a GPU is made believe: importing it looks for one
 
-    from qlora_nb import model, training
+    from qlora_nb import model, trainer
 
     assert trl.SFTConfig
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -745,8 +745,8 @@ def test_trainer_on_a_t4_is_told_fp16_and_never_bf16(monkeypatch, tmp_path):
     seen = {}
     # The configuration itself asks the driver, which can't be faked: what it is given is what counts.
     monkeypatch.setattr("trl.SFTConfig", lambda **arguments: seen.update(arguments))
-    training.trainer_arguments(training.Settings(), tmp_path, dtype, checkpointing=True)
+    trainer.trainer_arguments(trainer.Settings(), tmp_path, dtype, checkpointing=True)
     assert (dtype, seen["fp16"], seen["bf16"], seen["use_cpu"]) == (torch.float16, True, False, False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a, **k: (8, 0))
-    training.trainer_arguments(training.Settings(), tmp_path, model.choose_dtype(), checkpointing=True)
+    trainer.trainer_arguments(trainer.Settings(), tmp_path, model.choose_dtype(), checkpointing=True)
     assert (seen["fp16"], seen["bf16"]) == (False, True)
