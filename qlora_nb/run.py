@@ -91,12 +91,20 @@ class Settings:
         return {name: getattr(self, name) for name in settings_of_part(part)}
 
 # %% ../nbs/50_run.ipynb #50a00019
+_FIELDS = {f.name: f for f in fields(Settings)}
+SETTING_CALLS = {"model": "load_model", "data": "load_sft_dataset", "adapter": "add_lora", "trainer": "train"}  # by part
+
+
 def settings_of_part(part: str) -> list[str]:
     "Return the names of the settings of `model`, `data`, `adapter` or `trainer`."
-    return [f.name for f in fields(Settings) if f.metadata["part"] == part]
+    return [name for name, found in _FIELDS.items() if found.metadata["part"] == part]
+
+
+def call_of_setting(name: str) -> str | None:
+    "Return which call takes a setting; None for a name that is not a setting."
+    return SETTING_CALLS[_FIELDS[name].metadata["part"]] if name in _FIELDS else None
 
 # %% ../nbs/50_run.ipynb #50a00014
-_FIELDS = {f.name: f for f in fields(Settings)}
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a list of names"}
 
 
