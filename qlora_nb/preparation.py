@@ -346,8 +346,8 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
     return {
         "format": RUN_FORMAT,
         **{key: info[key] for key in ("model", "revision", "backend", "engine", "load_in_4bit", "dtype")}, **source,
-        "r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout, "bias": lora.bias,
-        "use_rslora": lora.use_rslora, "target_modules": sorted(lora.target_modules),
+        **{name: getattr(lora, name) for name in ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora")},
+        "target_modules": sorted(lora.target_modules),
         "use_gradient_checkpointing": info.get("use_gradient_checkpointing", False),
         "random_state": info.get("random_state", 3407), "system": find_common_system(data), **settings.of_part("trainer"),
         "fingerprints": {
