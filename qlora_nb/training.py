@@ -36,8 +36,9 @@ from qlora_nb.core import (
     library_versions,
     write_json,
 )
-from .preflight import DatasetFinding, check_and_encode, encode_dataset
-from .rows import data_fingerprint, load_sft_dataset, question_hash
+from .preflight import check_and_encode, encode_dataset
+from .row_statistics import DatasetFinding, question_hash
+from .rows import data_fingerprint, load_sft_dataset
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2e
 from .diagnosis import plot_loss
