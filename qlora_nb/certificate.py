@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .adapter import EMBEDDED_NAME, find_adapter, model_info
+from .chat_templates import TEMPLATE_DATE, control_tokens, stop_tokens, template_text, turn_end
 from .core import UserError, file_sha256, library_versions, unwrap_base, write_json
 from .evaluation import parse_answer
 from .generation import Reply, as_conversation, generate_replies, generation_mode, to_reply
@@ -37,7 +38,7 @@ from qlora_nb.ollama_export import (
 from .rows import load_sft_dataset
 from .run import RunFolder
 from .shapes import config_dict
-from .template import TEMPLATE_DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
+from .template import encode_batch
 
 # %% ../nbs/22_certificate.ipynb #3c0492b5
 CASE_KINDS = ("held out", "other system turn", "several turns", "white space", "unicode", "look-alikes")

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from .adapter import model_info
+from .chat_templates import stop_tokens
 from .core import UserError, unwrap_base
 from .model import keep_4bit_layers
-from .template import prompt_ids, stop_tokens
+from .template import prompt_ids
 
 # %% ../nbs/13_generate.ipynb #568ea01c-2
 def as_conversation(

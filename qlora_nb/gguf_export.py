@@ -23,12 +23,13 @@ import yaml
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-2
 import qlora_nb
 from .adapter import EMBEDDED_NAME, base_name, find_adapter, model_info
+from .chat_templates import TEMPLATE_DATE, control_tokens, template_text, turn_end
 from .core import EMBEDDED_MODEL, UserError, read_json, write_aside
 from .llama import import_extra, quantize_with_llama
 from .merging import MergedTensors
 from .model import check_entries, check_shapes, load_tokenizer, model_path, open_run
 from .shapes import KNOWN_ARCHITECTURES, GGUFArchitecture
-from .template import TEMPLATE_DATE, control_tokens, render, template_text, turn_end
+from .template import render
 from .weights import TensorFolder
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-3

@@ -22,19 +22,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .adapter import adapter_base
-from .core import UserError, write_aside
-from .gguf_export import pin_date
-from .model import adapter_tokenizer, load_tokenizer, model_path
-from .run import RunFolder
-from qlora_nb.template import (
+from qlora_nb.chat_templates import (
     CHATML_TEMPLATE,
     EMBEDDED_TEMPLATE,
     LLAMA_3_1_TEMPLATE,
     adds_bos,
-    render,
     stop_tokens,
     template_text,
 )
+from .core import UserError, write_aside
+from .gguf_export import pin_date
+from .model import adapter_tokenizer, load_tokenizer, model_path
+from .run import RunFolder
+from .template import render
 
 # %% ../nbs/18_ollama.ipynb #aa4fc3c9
 _WORD = re.compile(

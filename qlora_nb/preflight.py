@@ -25,22 +25,20 @@ from qlora_nb.row_statistics import (
 from .schemas import CLASS_SUFFIX, PLAIN_COLUMNS, Schema, describe_mark, unused_marks
 
 # %% ../nbs/09_preflight.ipynb #52f1a008
-from qlora_nb.template import (
+from qlora_nb.chat_templates import (
     HUGE_TEXT,
     PROBE_MESSAGES,
     TEMPLATE_DATE,
-    Encoded,
-    Encoder,
     adds_bos,
     control_tokens,
     estimate_tokens,
     find_content_problem,
-    fit_row,
     probe_template,
     stop_tokens,
     template_text,
     tokenize_texts,
 )
+from .template import Encoded, Encoder, fit_row
 
 # %% ../nbs/09_preflight.ipynb #7742c7f4-21
 class DatasetReport(Findings):

@@ -41,6 +41,7 @@ from .row_statistics import DatasetFinding, question_hash
 from .rows import data_fingerprint, load_sft_dataset
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2e
+from .chat_templates import template_text
 from .diagnosis import plot_loss
 from qlora_nb.engine import (
     Engine,
@@ -66,7 +67,7 @@ from qlora_nb.run import (
     resolve_settings,
     settings_of_part,
 )
-from .template import template_fingerprint, template_text
+from .template import template_fingerprint
 from .weights import read_header
 
 # %% ../nbs/15_training.ipynb #2d8bdb86

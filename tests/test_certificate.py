@@ -32,13 +32,14 @@ from qlora_nb.certificate import (
     open_subject,
     spread_evenly,
 )
+from qlora_nb.chat_templates import CHAT_TEMPLATES
 from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.gguf_export import export_gguf
 from qlora_nb.llama import LlamaFile, chat_server, gguf_chat
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.ollama_export import format_modelfile, modelfile_for, modelfile_refusal, parse_modelfile, write_modelfile
 from qlora_nb.rows import load_sft_dataset
-from qlora_nb.template import CHAT_TEMPLATES, SYSTEM_PROMPT
+from qlora_nb.template import SYSTEM_PROMPT
 
 for package in ("gguf", "llama_cpp", "xllamacpp"):
     needed(package)

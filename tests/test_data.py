@@ -1371,8 +1371,8 @@ def test_a_row_is_rendered_twice_and_tokenized_once(tokenizer, monkeypatch):
     import qlora_nb.template as template
 
     rendered, tokenized = [], []
-    render, tokenize = template._render, template.tokenize_texts
-    monkeypatch.setattr(template, "_render", lambda *args, **more: rendered.append(1) or render(*args, **more))
+    render, tokenize = template.render_messages, template.tokenize_texts
+    monkeypatch.setattr(template, "render_messages", lambda *args, **more: rendered.append(1) or render(*args, **more))
     counted = lambda texts, *args, **more: tokenized.extend(texts) or tokenize(texts, *args, **more)  # noqa: E731
     monkeypatch.setattr(template, "tokenize_texts", counted)
     rows = load_sft_dataset(good(1000))

@@ -163,7 +163,7 @@ def test_assistant_only_loss_is_refused(tmp_path):
     import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from qlora_nb.template import LLAMA_3_1_TEMPLATE
+    from qlora_nb.chat_templates import LLAMA_3_1_TEMPLATE
 
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     tokenizer.chat_template = LLAMA_3_1_TEMPLATE

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qlora_nb.chat_templates import CHAT_TEMPLATES
 from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.gguf_export import pin_date
 from qlora_nb.ollama_export import (
@@ -38,7 +39,7 @@ from qlora_nb.ollama_export import (
     write_modelfile,
 )
 from qlora_nb.run import RUN_FORMAT
-from qlora_nb.template import CHAT_TEMPLATES, render
+from qlora_nb.template import render
 
 # One template and its data a line in; one line out: what Go wrote (base64, since it may be cut within a character).
 PROGRAM = """

@@ -6,23 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.template import (
+from qlora_nb.chat_templates import (
     CHAT_TEMPLATES,
-    SYSTEM_PROMPT,
     TEMPLATE_DATE,
-    Encoder,
     adds_bos,
-    encode,
-    encode_batch,
-    prompt_ids,
-    render,
     stop_tokens,
-    template_fingerprint,
     template_text,
     tokenize_texts,
     turn_end,
 )
+from qlora_nb.core import EMBEDDED_MODEL, UserError
+from qlora_nb.template import SYSTEM_PROMPT, Encoder, encode, encode_batch, prompt_ids, render, template_fingerprint
 
 pytestmark = pytest.mark.quick
 
