@@ -7,37 +7,15 @@ __all__ = ['DatasetReport', 'check_dataset', 'encode_dataset']
 
 # %% ../nbs/09_preflight.ipynb #52f1a004
 import functools
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 # %% ../nbs/09_preflight.ipynb #52f1a005
+from .chat_templates import find_content_problem
 from .core import Findings, UserError
 from .readers import find_data_kind, format_count, iterate_batches, iterate_messages
-from qlora_nb.row_statistics import (
-    REMEMBERED_ROWS,
-    DatasetFinding,
-    FindingCollector,
-    RowStatistics,
-    normalize_text,
-    question_hash,
-)
-from .schemas import CLASS_SUFFIX, PLAIN_COLUMNS, Schema, describe_mark, unused_marks
-
-# %% ../nbs/09_preflight.ipynb #52f1a008
-from qlora_nb.chat_templates import (
-    HUGE_TEXT,
-    PROBE_MESSAGES,
-    TEMPLATE_DATE,
-    adds_bos,
-    control_tokens,
-    estimate_tokens,
-    find_content_problem,
-    probe_template,
-    stop_tokens,
-    template_text,
-    tokenize_texts,
-)
+from .row_checks import RowChecks
+from .row_statistics import REMEMBERED_ROWS, DatasetFinding, question_hash
+from .schemas import CLASS_SUFFIX, PLAIN_COLUMNS
 from .template import Encoded, Encoder, fit_row
 
 # %% ../nbs/09_preflight.ipynb #7742c7f4-21
@@ -83,140 +61,6 @@ class DatasetReport(Findings):
         ax.spines[["top", "right"]].set_visible(False)
         return ax
 
-# %% ../nbs/09_preflight.ipynb #7742c7f4-23
-_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
-
-# %% ../nbs/09_preflight.ipynb #a9f9663a
-def find_role_problem(messages: list[dict]) -> str | None:
-    "Return what is wrong with the order of the turns; None where nothing is."
-    roles = [m["role"] for m in messages]
-    turns = roles[1:] if roles[0] in ("system", "developer") else roles
-    if unknown := next((r for r in roles if r not in _ROLES), None):
-        return f"the role {unknown!r} is not known"
-    if "assistant" not in turns:
-        return "there is no assistant turn"
-    if turns[0] != "user":
-        return f"the first turn after the system is the {turns[0]}'s, not the user's"
-    if "system" in turns or "developer" in turns:
-        return "there is a system turn within the conversation"
-    if same := next((a for a, b in zip(turns, turns[1:]) if a == b and a in ("user", "assistant")), None):
-        return f"two {same} turns follow each other"
-    return None if turns[-1] == "assistant" else f"the last turn is the {turns[-1]}'s, not the assistant's"
-
-# %% ../nbs/09_preflight.ipynb #7742c7f4-24
-def _is_think_unbalanced(reply: str) -> bool:
-    "Return True where `<think>` and `</think>` don't pair up."
-    opened = reply.count("<think>")
-    return opened != reply.count("</think>") or (opened > 0 and reply.index("</think>") < reply.index("<think>"))
-
-# %% ../nbs/09_preflight.ipynb #095e6970
-_LOST = re.compile("[\0\ufffd]")
-_MOJIBAKE = re.compile("[\u00c3\u00c2][\x80-\xbf]|\u00e2\u20ac[\u2122\u0153\u009d\x80-\xbf]")  # UTF-8 that was read as Latin-1 or Windows-1252
-_LETTERS = bytes(i for i in range(256) if i > 127 or bytes([i]).isalnum() or bytes([i]).isspace())
-_CONTROLS = bytes(i for i in range(32) if not bytes([i]).isspace())
-
-# %% ../nbs/09_preflight.ipynb #852bc258
-def find_odd_characters(content: str) -> str | None:
-    "Return what is odd about the characters of a content; None where nothing is."
-    if _LOST.search(content):
-        return "U+FFFD (a character that was lost) or NUL"
-    if not content.isascii() and (found := _MOJIBAKE.search(content)):
-        return f"{found.group()!r}, which is UTF-8 read as another encoding"
-    data = content.encode()
-    marks = len(data.translate(None, _LETTERS))
-    controls = len(data) - len(data.translate(None, _CONTROLS))
-    if len(data) >= 20 and (marks > 0.75 * len(data) or controls > 0.1 * len(data)):
-        return "hardly any text"
-    return None
-
-# %% ../nbs/09_preflight.ipynb #423117d8
-def find_content_faults(messages: list[dict], special: re.Pattern) -> Iterator[tuple[str, str, str]]:
-    "Yield (code, severity, cause) for each fault in the contents of one conversation."
-    for message in messages:
-        role, content = message["role"], message["content"]
-        severity = "error" if role == "assistant" else "warning"
-        if not content.strip():
-            yield "empty_content", severity, f"the {role}'s content is empty"
-        if match := special.search(content):
-            yield "special_token_in_content", severity, f"the {role}'s content holds the control token {match.group()}"
-        if odd := find_odd_characters(content):
-            yield "odd_characters", "warning", f"the {role}'s content holds {odd}"
-        if role == "assistant" and _is_think_unbalanced(content):
-            yield "unbalanced_think", "warning", "<think> and </think> don't pair up in a reply"
-
-# %% ../nbs/09_preflight.ipynb #7742c7f4-25
-def find_token_faults(ids: list[int], labels: list[int], tokenizer, stops: set[int], bos: bool) -> Iterator[tuple[str, str]]:
-    "Yield (code, cause) for each fault in the tokens of one row. `bos`: whether the tokenizer adds a BOS."
-    begin = tokenizer.bos_token_id
-    if bos and ids[:1] != [begin]:
-        yield "no_bos", "the row doesn't begin with the BOS token that the tokenizer adds to every text"
-    if begin is not None and (ids[:2] == [begin, begin] or (bos and ids.count(begin) > 1)):
-        yield "double_bos", "the row holds more than one BOS token"
-    last = next((i for i in range(len(labels) - 1, -1, -1) if labels[i] != -100), None)
-    if last is None:
-        yield "all_masked", "every label is -100: there is nothing to learn"
-        return
-    while labels[last] not in stops and labels[last] != -100 and not tokenizer.decode([labels[last]]).strip():
-        last -= 1  # ChatML writes a newline after the end
-    if labels[last] not in stops:
-        learned = "blank" if labels[last] == -100 else repr(tokenizer.decode([labels[last]]))
-        yield "no_end_of_turn", f"the last learned token is {learned}, which ends no turn"
-
-# %% ../nbs/09_preflight.ipynb #1a9d823e
-def asking_ids(tokenizer, template: str | None = None) -> list[int]:
-    "Return the tokens with which the template asks for a reply; an empty list where it has none."
-    question, asked, _ = probe_template(tokenizer, template) or ("", "", "")
-    return tokenize_texts([asked.removeprefix(question)], tokenizer)[0] if asked.startswith(question) else []
-
-# %% ../nbs/09_preflight.ipynb #f9d9b8fa
-def is_prompt_labelled(ids: list[int], labels: list[int], asking: list[int], stops: set[int]) -> bool:
-    "Return True where tokens outside the replies of a row are labelled; False where no reply can be found in it."
-    size = len(asking)
-    starts = [i + size for i in range(len(ids)) if asking and ids[i] == asking[0] and ids[i : i + size] == asking]
-    place = 0
-    for start in starts:
-        if any(label != -100 for label in labels[place:start]):
-            return True
-        place = next((i + 1 for i in range(start, len(ids)) if ids[i] in stops), len(ids))
-    return False
-
-# %% ../nbs/09_preflight.ipynb #7742c7f4-29
-def find_ids_problem(ids, labels, size: int) -> str | None:
-    "Return what is wrong with the shape of ready-made ids and labels; None where nothing is. `size`: of the vocabulary."
-    if not isinstance(ids, (list, tuple)) or not ids or not all(type(i) is int for i in ids):
-        return "the ids are not a list of integers"
-    if min(ids) < 0 or max(ids) >= size:
-        return f"an id is outside the tokenizer's {size} tokens: {max(ids) if max(ids) >= size else min(ids)}"
-    if not isinstance(labels, (list, tuple)) or len(labels) != len(ids):
-        return "there are not as many labels as ids"
-    if any(label != -100 and label != i for i, label in zip(ids, labels)):
-        return "a label is neither -100 nor its token's id: trainers shift the labels themselves"
-    return None
-
-# %% ../nbs/09_preflight.ipynb #a38fee6f
-def ready_rows(batch: dict) -> Iterator[tuple]:
-    "Yield ids and labels of a batch with `input_ids`; the labels come from a mask (as TRL makes it) where there are none."
-    masks = batch.get("completion_mask") or batch.get("assistant_masks")
-    for row, ids in enumerate(batch["input_ids"]):
-        if "labels" in batch or not masks:
-            yield ids, batch.get("labels", batch["input_ids"])[row]
-        elif isinstance(ids, (list, tuple)) and isinstance(masks[row], (list, tuple)) and len(ids) == len(masks[row]):
-            yield ids, [i if learned else -100 for i, learned in zip(ids, masks[row])]
-        else:
-            yield ids, None
-
-# %% ../nbs/09_preflight.ipynb #ae1384af
-def writes_clock(tokenizer, template: str | None = None, **settings) -> bool:
-    "Return True where the template writes today's date although it is rendered with these settings."
-    mark = "what the clock says"
-    try:
-        text = tokenizer.apply_chat_template(
-            [*PROBE_MESSAGES], chat_template=template_text(tokenizer, template), tokenize=False,
-            strftime_now=lambda form: mark, **settings)
-    except Exception:  # a template that can't be rendered is reported by its rows
-        return False
-    return mark in text
-
 # %% ../nbs/09_preflight.ipynb #7742c7f4-36
 class _EncodedRows:
     "The ids and labels of rows that fit, in Arrow's memory, and the numbers of those that don't."
@@ -245,13 +89,6 @@ class _EncodedRows:
         return datasets.Dataset(pa.concat_tables(self.tables))
 
 # %% ../nbs/09_preflight.ipynb #7742c7f4-28
-_LEFT_OUT = {  # what to do about turns that a template doesn't write
-    "developer": "give their text the role system",
-    "system": "put their text at the beginning of the first user turn",
-    "tool": "choose a template that writes what tools return, or put it into a user turn",
-}
-
-
 def _check_arguments(truncation: str, **numbers: int) -> None:
     "Raise `UserError` for a number below 1, and for a way to cut that isn't known."
     for name, value in numbers.items():
@@ -261,27 +98,15 @@ def _check_arguments(truncation: str, **numbers: int) -> None:
         raise UserError(f"truncation is {truncation!r}: choose 'drop' or 'cut_prompt'")
 
 
-class _Checker:
+class _Checker(RowChecks):
     "A check of rows batch by batch, each once; what it keeps of them doesn't grow with their number unless `keep_rows` is True."
 
     def __init__(self, tokenizer, max_seq_length: int, template=None, truncation: str = "drop", keep_rows: bool = False):
         _check_arguments(truncation, max_seq_length=max_seq_length)
-        self.tokenizer = tokenizer
-        self.template = template
+        super().__init__(tokenizer, template)
         self.max_seq_length = max_seq_length
         self.truncation = truncation
-        names = sorted({*control_tokens(tokenizer).values()} - {"<think>", "</think>"})  # those two are content
-        self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        self.stops = set(stop_tokens(tokenizer, template=template))
-        self.adds_bos = adds_bos(tokenizer)
-        self.asking = asking_ids(tokenizer, template)
-        self.collector = FindingCollector()
-        self.stats = RowStatistics()
         self.encoded = _EncodedRows() if keep_rows else None
-        self.rows = 0
-        self.plain = {}  # columns that say nothing about the replies
-        self.replies = 0
-        self.unlearned = 0  # replies that aren't the last of their row
 
     @functools.cached_property
     def encoder(self) -> Encoder:
@@ -345,101 +170,6 @@ class _Checker:
         if self.encoded:
             self.encoded.add(kept)
 
-    def check_contents(self, row: int, messages: list[dict]):
-        "Check roles and contents of one conversation, and compare it with those before."
-        if wrong := find_role_problem(messages):
-            self.collector.add("bad_roles", row, wrong)
-        for code, severity, cause in find_content_faults(messages, self.special):
-            self.collector.add(code, row, cause, severity)
-        if messages[-1]["role"] == "assistant":
-            self.stats.add_reply(row, messages[-1]["content"])
-        if self.stats.remembered["question"] and self.stats.remember("question", question_hash(messages).hex(), add=False):
-            self.collector.add("leakage", row, "the question is also in eval_data")
-        same = self.stats.remember("row", repr([(m["role"], m["content"]) for m in messages]))
-        nearly = self.stats.remember("near", "\0".join(normalize_text(m["content"]) for m in messages))
-        if same:
-            self.collector.add("duplicate", row, "the row is the same as an earlier one")
-        elif nearly:
-            self.collector.add("near_duplicate", row, "the row differs from an earlier one only in case, spacing or punctuation")
-
-    def check_turns(self, row: int, messages: list[dict], found: Encoded):
-        "Check for turns of one encoded row that are left out, altered or not learned."
-        for role in dict.fromkeys(found.left_out):
-            cause = f"the chat template leaves out the {role} turns: the model would never read them"
-            self.collector.add("turn_left_out", row, cause, fix=_LEFT_OUT.get(role), name=role)
-        if found.changed:
-            self.collector.add("content_changed", row, "the template doesn't render the reply as it is")
-        elif found.altered:
-            self.collector.add("content_changed", row, f"the template doesn't render an earlier turn ({found.altered[0]}) as it is")
-        if found.code is None:
-            replies = [m["role"] for m in messages].count("assistant")
-            self.replies += replies
-            self.unlearned += replies - 1
-            if replies > 1:
-                self.collector.add("earlier_replies", row, "only the last of several replies is learned")
-
-    def check_tokens(self, row: int, ids: list[int], labels: list[int], learned: int):
-        "Check the tokens of one row."
-        faults = [*find_token_faults(ids, labels, self.tokenizer, self.stops, self.adds_bos)]
-        for code, cause in faults:
-            self.collector.add(code, row, cause)
-        ended = not any(code == "no_end_of_turn" for code, _ in faults)
-        self.stats.add_length(row, len(ids), learned, ended)
-
-    def check_unused(self, batch: dict):
-        "Check for what training doesn't use of a batch of rows."
-        others = [name for name in batch if name != "messages"]
-        found = self.collector.found
-        for row, messages in enumerate(batch["messages"]):
-            turns = messages if isinstance(messages, (list, tuple)) else ()
-            if not others and all([type(m) is dict and len(m) == 2 and type(m.get("content")) is str for m in turns]):
-                continue
-            columns = {name: batch[name][row] for name in others}
-            for mark in unused_marks({"messages": turns, **columns}, Schema("messages", messages="messages"), turns):
-                severity, place, name = mark.split(" ", 2)
-                if severity == "info":
-                    self.collector.add("unused_column", self.rows + row, PLAIN_COLUMNS)
-                    self.plain.update({name: None} if len(self.plain) < 50 else {"…": None})
-                else:
-                    name = name if f"unused_{place} {name}" in found or len(found) < 100 else "…"
-                    cause, fix = describe_mark(severity, place, name)
-                    self.collector.add(f"unused_{place}", self.rows + row, cause, severity, fix, name)
-
-    def check_ready(self, batch: dict):
-        "Check a batch of rows that hold ids, or text as a trainer would tokenize it."
-        pairs = ready_rows(batch) if "input_ids" in batch else self.text_ids(batch["text"])
-        for row, (ids, labels) in enumerate(pairs, self.rows):
-            if ids is None and "text" in batch:
-                continue
-            if problem := find_ids_problem(ids, labels, len(self.tokenizer)):
-                self.collector.add("bad_ids", row, problem)
-                continue
-            self.check_tokens(row, list(ids), list(labels), sum(label != -100 for label in labels))
-            if is_prompt_labelled(list(ids), labels, self.asking, self.stops):
-                self.collector.add("prompt_labelled", row, "tokens outside the replies are labelled: the questions are learned too")
-            if self.stats.remember("row", repr(ids)):
-                self.collector.add("duplicate", row, "the row is the same as an earlier one")
-
-    def text_ids(self, batch: list) -> Iterator[tuple]:
-        "Yield the ids of each text, twice: all of them are learned. (None, None) for what is not text, or huge."
-        texts = []
-        for row, text in enumerate(batch, self.rows):
-            clean = text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
-            if not isinstance(text, str):
-                self.collector.add("non_string_content", row, f"the text is {type(text).__name__}, not text")
-            elif not text.strip():
-                self.collector.add("empty_content", row, "the text is empty", fix="leave these rows out")
-            elif clean != text:
-                self.collector.add("odd_characters", row, "the text holds half a character (a lone surrogate)", "error")
-            elif odd := find_odd_characters(clean):
-                self.collector.add("odd_characters", row, f"the text holds {odd}", "warning")
-            if len(clean) > HUGE_TEXT:
-                self.stats.add_length(row, estimate_tokens(clean, self.tokenizer), 0)
-                clean = ""
-            texts.append(clean)
-        for text, ids in zip(texts, tokenize_texts(texts, self.tokenizer, add_special_tokens=True)):
-            yield (ids, ids) if text.strip() else (None, None)
-
     def note_lengths(self, ready: bool) -> int:
         "Note what is too long. Return how many rows fit."
         note = self.collector.note
@@ -461,35 +191,6 @@ class _Checker:
                 half = self.stats.length_limit(0.5)
                 note("length_outlier", f"rows have more than {limit:.0f} tokens, while half have {half} or fewer", count, longest)
         return total - dropped
-
-    def note_cut(self):
-        "Note where ready-made rows were cut to one length."
-        lengths = self.stats.lengths
-        longest = max(lengths, default=0)
-        count = lengths[longest].rows if lengths else 0
-        unended = sum(found.unended for found in lengths.values())
-        others = sum(found.rows for found in lengths.values()) - count
-        if count >= 3 and others and unended == count == lengths[longest].unended and "end_cut" not in self.collector.found:
-            cause = f"{count} rows have {longest} tokens, no row has more, and only these don't end: they were cut to that length"
-            rows = self.collector.found["no_end_of_turn"].rows
-            self.collector.note("end_cut", cause, count, rows, fix="encode the rows again, and leave out those that don't fit")
-
-    def note_settings(self, model, ready: bool):
-        "Note what belongs to tokenizer, template and model, not to rows."
-        tokenizer = self.tokenizer
-        note = self.collector.note
-        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in self.stops:
-            pad = tokenizer.pad_token
-            note("pad_is_eos", f"the padding token {pad} also ends a turn: a collator that masks padding masks both")
-        if not ready and writes_clock(tokenizer, self.template, date_string=TEMPLATE_DATE):
-            note("date_in_template", "the template writes today's date, and accepts no date_string")
-        elif not ready and writes_clock(tokenizer, self.template):
-            note("date_in_template", f"the template writes today's date unless it is given one; here it always gets {TEMPLATE_DATE}",
-                 severity="info", fix="give the same date_string when you serve the model")
-        embedding = model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else None
-        rows = getattr(model, "vocab_size", None) if embedding is None else len(embedding)
-        if rows is not None and rows < len(tokenizer):
-            note("tokenizer_too_large", f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows")
 
     def note_counts(self, usable: int, max_steps: int | None, effective_batch: int, min_rows: int):
         "Note too few rows (under `min_rows`, or seen more than three times), and one answer that most rows give."

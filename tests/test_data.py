@@ -14,7 +14,8 @@ import zipfile
 import pytest
 
 from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
-from qlora_nb.preflight import DatasetReport, check_and_encode, check_dataset, encode_dataset, find_role_problem
+from qlora_nb.preflight import DatasetReport, check_and_encode, check_dataset, encode_dataset
+from qlora_nb.row_checks import find_role_problem
 from qlora_nb.row_statistics import DATASET_CODES, DatasetFinding, RowStatistics
 from qlora_nb.rows import data_fingerprint, load_sft_dataset
 from qlora_nb.schemas import find_schema
