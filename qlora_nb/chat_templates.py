@@ -6,17 +6,10 @@
 __all__ = ['CHAT_TEMPLATES', 'stop_tokens']
 
 # %% ../nbs/80_chat_templates.ipynb #81000009
-from .core import UserError
+from .core import EMBEDDED_MODEL, UserError
 
 # %% ../nbs/80_chat_templates.ipynb #9a00f15d
-EMBEDDED_TEMPLATE = r"""{{- bos_token }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
-{%- endif %}
-"""
+EMBEDDED_TEMPLATE = (EMBEDDED_MODEL / "chat_template.jinja").read_text(encoding="utf-8")
 
 # %% ../nbs/80_chat_templates.ipynb #25d0ccb5-3
 TEMPLATE_DATE = "26 Jul 2024"  # the date that Llama's own templates fall back to

@@ -15,7 +15,9 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 # %% ../nbs/78_row_statistics.ipynb #78000008
-from .core import Finding
+import yaml
+
+from .core import EMBEDDED_FOLDER, Finding
 
 # %% ../nbs/78_row_statistics.ipynb #7742c7f4-20
 @dataclass
@@ -32,42 +34,8 @@ class DatasetFinding(Finding):
         return f"{self.count}; rows {', '.join(map(str, self.rows))}{more}" if self.rows else str(self.count)
 
 # %% ../nbs/78_row_statistics.ipynb #7742c7f4-22
-DATASET_CODES = {
-    "bad_roles": ("error", "begin with a system or user turn, alternate user and assistant, end with the assistant"),
-    "non_string_content": ("error", "write the content as text, or leave these rows out"),
-    "turn_left_out": ("error", "choose a template that writes these turns, or put their text into a user turn"),
-    "unused_key": ("warning", "write it into the content where the model should read it; else remove the key"),
-    "unused_column": ("info", "write it into the messages where the model should read it; else there is nothing to do"),
-    "unused_part": ("error", "leave these rows out: training uses text only"),
-    "earlier_replies": ("warning", "make a row of each reply that should be learned, with the turns before it"),
-    "odd_characters": ("error", "read the source again as UTF-8, or leave these rows out"),
-    "template_refused": ("error", "fix these messages, or choose a template that takes them"),
-    "prompt_not_prefix": ("error", "choose a template that renders earlier turns the same regardless of what follows, or strip the white space from the reply"),
-    "generation_prompt_mismatch": ("error", "choose a template whose generation prompt is how its own replies begin"),
-    "no_end_of_turn": ("error", "choose a template that ends each turn with a token the tokenizer knows"),
-    "no_bos": ("error", "choose a template that begins with the BOS token"),
-    "double_bos": ("error", "give messages, not rendered text: template and tokenizer each add a BOS"),
-    "all_masked": ("error", "leave these rows out, or label the reply"),
-    "bad_ids": ("error", "encode the rows again with this tokenizer, or give messages"),
-    "end_cut": ("error", "raise max_seq_length or leave these rows out: their end would be cut away"),
-    "leakage": ("error", "remove these rows from the training data"),
-    "prompt_labelled": ("warning", "give messages: then only the replies are labelled"),
-    "too_long": ("warning", "raise max_seq_length where memory allows, or accept that they are left out"),
-    "content_changed": ("warning", "check render(messages, tokenizer): choose another template if the reasoning is gone"),
-    "unbalanced_think": ("warning", "fix the tags, or leave these rows out: the reasoning has no end"),
-    "duplicate": ("warning", "remove the repeated rows, unless they should count twice"),
-    "prompt_cut": ("info", "raise max_seq_length to keep these prompts whole"),
-    "special_token_in_content": ("error", "fix the content, or leave these rows out"),
-    "empty_content": ("error", "fix the content, or leave these rows out"),
-    "row_dropped": ("warning", "raise max_seq_length, or accept that they are left out"),
-    "length_outlier": ("info", "check them: are they two rows in one, a log, or a whole document?"),
-    "pad_is_eos": ("warning", "set a padding token of its own, e.g. <|finetune_right_pad_id|>"),
-    "date_in_template": ("warning", "remove the date from the template"),
-    "tokenizer_too_large": ("error", "use the tokenizer that belongs to the model, or resize the embedding"),
-    "too_few_rows": ("warning", "add rows, or train fewer steps (1 to 3 passes are usual)"),
-    "dominant_answer": ("warning", "add rows with other answers, or leave some of these out"),
-    "near_duplicate": ("info", "keep one of each, unless the small difference is the point"),
-}
+CODE_TABLE = yaml.safe_load((EMBEDDED_FOLDER.parent / "preflight.yaml").read_text(encoding="utf-8"))["codes"]
+DATASET_CODES = {code: (row["severity"], row["fix"]) for code, row in CODE_TABLE.items()}
 
 # %% ../nbs/78_row_statistics.ipynb #7742c7f4-26
 class FindingCollector:

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 # %% ../nbs/74_schemas.ipynb #74000009
-from .core import UserError
+import yaml
+
+from .core import EMBEDDED_FOLDER, UserError
 from .readers import parse_json
 
 # %% ../nbs/74_schemas.ipynb #7742c7f4-7
@@ -167,29 +169,8 @@ class UnusedRule:
     fix: str  # what to do about it
 
 # %% ../nbs/74_schemas.ipynb #a0f6b7c3
-_CALLS = UnusedRule("tool_calls tool_call function_call", "error", "turns would be learned without the calls that they make",
-                    "write each call into its turn's content, in the form of your model's template, or leave these rows out")
-_TOOLS = UnusedRule("tools functions", "error", "replies would be learned without the tools that they could call",
-                    "write the tools into the system text, as your model's template does, or leave these rows out")
-_WEIGHTS = UnusedRule("weight loss_weight sample_weight loss train trainable training train_on_turn learn", "error",
-                      "only the last reply of every row is learned, and in full, regardless of the weights",
-                      "leave out rows whose last reply should not count, end the others with the reply that should, and remove the weights")
-_LABELS = UnusedRule("label kto_tag desirable is_desirable is_correct correct accepted is_accepted is_good", "error",
-                     "replies marked as bad (false, 0) would be learned like the good ones",
-                     "leave these rows out, or rename the column where it doesn't judge the reply")
-_PAIRS = UnusedRule("chosen rejected chosen_response rejected_response rejected_answer response_rejected", "error",
-                    "training learns one reply, and nothing from the comparison with another",
-                    "write the chosen replies into rows of their own, and remove these columns")
-_HISTORY = UnusedRule("history", "error", "replies would be learned without the turns before them", "write the earlier turns into messages")
-_MEDIA = UnusedRule("image images image_url input_image audio audios input_audio video videos video_url", "error",
-                    "replies would be learned without what they are about: training uses text only",
-                    "leave these rows out, or describe what is seen or heard in words")
-_REASONING = UnusedRule("reasoning reasoning_content reasoning_text thinking thinking_content thought thoughts cot chain_of_thought "
-                        "rationale explanation", "warning", "the model would learn to answer without this reasoning",
-                        "put it before the answer, between <think> and </think>, where the model should reason")
-_ASKED = UnusedRule("context contexts passage passages document documents options choices system_prompt system input", "warning",
-                    "replies would be learned without what the question is about",
-                    'put it into the prompt, or name it in Python, e.g. columns={"prompt": "question", "input": "context", "response": "answer"}')
+_TABLE = yaml.safe_load((EMBEDDED_FOLDER.parent / "preflight.yaml").read_text(encoding="utf-8"))["unused"]
+_RULES = {name: UnusedRule(**row) for name, row in _TABLE.items()}
 
 # %% ../nbs/74_schemas.ipynb #a0f6b7c4
 def bare_name(name: str) -> str:
@@ -197,8 +178,7 @@ def bare_name(name: str) -> str:
     return re.sub("[-_ ]", "", str(name)).lower()
 
 
-_ALL_RULES = (_CALLS, _TOOLS, _WEIGHTS, _LABELS, _PAIRS, _HISTORY, _MEDIA, _REASONING, _ASKED)
-UNUSED_RULES = {bare_name(name): rule for rule in _ALL_RULES for name in rule.names.split()}
+UNUSED_RULES = {bare_name(name): rule for rule in _RULES.values() for name in rule.names.split()}
 _BAD = {"false", "0", "0.0", "-1", "-1.0", "f", "n", "no", "bad", "negative", "rejected", "undesirable"}
 _GOOD = {"true", "1", "1.0", "t", "y", "yes", "good", "positive", "chosen", "desirable"}
 _BINARY_LABELS = ("label", "ktotag", "desirable", "isdesirable")
@@ -226,11 +206,11 @@ def _severity(name: str, value, role: str | None = None) -> str | None:
     harmless = "info" if role is None else "warning"
     if _is_empty(value):
         return None
-    if rule is _WEIGHTS and role is not None:  # questions are never learned, and a full weight is what a reply has
+    if rule is _RULES["weights"] and role is not None:  # questions are never learned, and a full weight is what a reply has
         return None if role != "assistant" or word in ("1", "1.0", "true") else "error"
-    if rule is _WEIGHTS:
+    if rule is _RULES["weights"]:
         return "error" if "weight" in name.lower() and word not in ("1", "1.0") else harmless
-    if rule is _LABELS:  # the usual names may hold numbers and words, the others must say false
+    if rule is _RULES["labels"]:  # the usual names may hold numbers and words, the others must say false
         return "error" if word in (_BAD if bare_name(name) in _BINARY_LABELS else ("false",)) else harmless
     return rule.severity if rule else harmless
 
@@ -261,7 +241,7 @@ _MARK = re.compile("(error|warning|info) (key|column|part) (.+)", re.DOTALL)
 def describe_mark(severity: str, place: str, name: str) -> tuple[str, str | None]:
     "Return the cause and the fix of a mark; None where its code's own fix will do."
     rule = _rule_of(name)
-    if rule in (_LABELS, _WEIGHTS) and severity != "error":
+    if rule in (_RULES["labels"], _RULES["weights"]) and severity != "error":
         rule = None  # the name is known, and yet says something else here
     places = {"key": "turns have the key", "column": "rows have the column", "part": "contents hold parts of the type"}
     what = f": {rule.what}" if rule else ""
@@ -270,7 +250,7 @@ def describe_mark(severity: str, place: str, name: str) -> tuple[str, str | None
 # %% ../nbs/74_schemas.ipynb #a0f6b7c8
 def _describes_tools(row: dict, turns: list) -> bool:
     "Return True where the turns before the replies name all the tools that a row's column lists."
-    listed = next((row[name] for name in row if _rule_of(name) is _TOOLS and row[name]), None)
+    listed = next((row[name] for name in row if _rule_of(name) is _RULES["tools"] and row[name]), None)
     if listed is None:
         return False
     names = re.findall(r'"name": *"([^"]+)"', listed if isinstance(listed, str) else json.dumps(listed, default=str))
@@ -287,11 +267,11 @@ def _column_marks(name: str, value, schema: Schema, calls: bool | None) -> list[
         return value
     severity = _severity(name, value)
     rule = _rule_of(name)
-    if severity == "error" and rule is _TOOLS and not calls:
+    if severity == "error" and rule is _RULES["tools"] and not calls:
         severity = "info" if calls is None else "warning"
-    if severity and rule is _PAIRS and any(_rule_of(read) is _PAIRS for read in schema.columns):
+    if severity and rule is _RULES["pairs"] and any(_rule_of(read) is _RULES["pairs"] for read in schema.columns):
         severity = "info"  # you named the one to learn
-    if severity and rule is _LABELS and str(value).strip().lower() not in _BAD | _GOOD:
+    if severity and rule is _RULES["labels"] and str(value).strip().lower() not in _BAD | _GOOD:
         name = f"{name}{CLASS_SUFFIX}"
     return [f"{severity} column {name}"] if severity else []
 
@@ -316,12 +296,12 @@ def unused_marks(row: dict, schema: Schema, turns: list) -> list[str]:
     marks = [mark for turn in turns for mark in _turn_marks(turn)]
     if len(row) > 1:
         read = schema.reads(row)
-        calls = any(_rule_of(mark.split(" ", 2)[2]) is _CALLS for mark in marks) or any(
+        calls = any(_rule_of(mark.split(" ", 2)[2]) is _RULES["calls"] for mark in marks) or any(
             isinstance(turn, dict) and _role(turn) in _CALLERS for turn in turns)
         calls = None if _describes_tools(row, turns) else calls
         marks += [mark for name in row if name not in read for mark in _column_marks(name, row[name], schema, calls)]
         chosen = row.get("chosen") if schema.messages else None
         if chosen and [*map(_turn, _list_turns(chosen))] == [*map(_turn, turns)]:  # the messages are the chosen ones
-            marks = ["info " + mark.split(" ", 1)[1] if _rule_of(mark.split(" ", 2)[2]) is _PAIRS else mark for mark in marks]
+            marks = ["info " + mark.split(" ", 1)[1] if _rule_of(mark.split(" ", 2)[2]) is _RULES["pairs"] else mark for mark in marks]
         marks += _unplaced_marks(row, schema, turns)
     return list(dict.fromkeys(marks))
