@@ -154,19 +154,17 @@ class _Checker(RowChecks):
             if find_content_problem(messages) is None:
                 self.check_contents(row, messages)
                 self.check_turns(row, messages, found)
-            fits = found.code is None and len(found.input_ids) <= self.max_seq_length
-            cut = None if fits or found.code else fit_row(found, self.tokenizer, self.max_seq_length, self.truncation)
-            if cut:
-                lost = found.length - cut.length
-                self.collector.add("prompt_cut", row, f"a prompt loses {lost} tokens from its middle")
-                found = cut
+            fitted = None if found.code else fit_row(found, self.tokenizer, self.max_seq_length, self.truncation)
+            if fitted and fitted is not found:
+                self.collector.add("prompt_cut", row, f"a prompt loses {found.length - fitted.length} tokens from its middle")
+                found = fitted
             if found.code is None:
                 self.check_tokens(row, found.input_ids, found.labels, found.learned)
             elif found.code == "too_long":
                 self.stats.add_length(row, found.length, 0)
             else:
                 self.collector.add(found.code, row, found.why)
-            kept.append(found if fits or cut else None)
+            kept.append(fitted)
         if self.encoded:
             self.encoded.add(kept)
 
