@@ -268,7 +268,8 @@ def encode(
     max_seq_length = max_seq_length if max_length is None else max_length
     row = encode_batch([messages], tokenizer, template=template, train_on=train_on, max_seq_length=max_seq_length)[0]
     if row.code not in (None, "too_long"):
-        raise UserError(f"{row.why} ({row.code}): fix these messages or leave them out")
+        broken = row.code in ("no_end_of_turn", "generation_prompt_mismatch")
+        raise UserError(f"{row.why} ({row.code}): {'use another template' if broken else 'fix these messages or leave them out'}")
     row = fit_row(row, tokenizer, max_seq_length, truncation)
     return row and {"input_ids": row.input_ids, "labels": row.labels}
 

@@ -533,8 +533,17 @@ def test_contents_that_are_no_text(value, tmp_path, tokenizer, capsys):
     rows = [{"question": "2+2?", "answer": "4"}] * 2 + [{"question": "3+3?", "answer": value}]
     data = load_sft_dataset(jsonl(tmp_path / "a.jsonl", rows))
     assert turns(data, 2) == [("user", "3+3?"), ("assistant", None)]
-    assert "contents that are not text: 1" in capsys.readouterr().err
+    assert "contents that are not text: 1 (row 3)\n" in capsys.readouterr().err
     assert codes(check_dataset(data, tokenizer))["non_string_content"] == ("error", 1, [2])
+
+
+def test_many_contents_that_are_no_text(capsys):
+    load_sft_dataset([{"question": "3+3?", "answer": value} for value in ("6", 6, 6, "6", 6, 6)])
+    assert "contents that are not text: 4 (rows 2, 3, 5, …)\n" in capsys.readouterr().err
+    load_sft_dataset([{"question": 3, "answer": 6}, {"question": "3+3?", "answer": "6"}] * 2)
+    assert "contents that are not text: 4 (rows 1, 3)\n" in capsys.readouterr().err
+    load_sft_dataset([{"question": 3, "answer": 6}] * 3)
+    assert "contents that are not text: 6 (rows 1, 2, 3)\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [None, "text", 3, [], ["a"], [{"role": "user"}], [{"x": 1}], [None], [[PAIR]]])

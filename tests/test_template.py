@@ -230,7 +230,8 @@ def test_unknown_template_and_missing_tokens(tokenizer):
 )
 def test_bad_templates(tokenizer, template, code):
     assert encode_batch([chat("What?", "That.")], tokenizer, template=template)[0].code == code
-    with pytest.raises(UserError):
+    cure = "use another template" if code in ("no_end_of_turn", "generation_prompt_mismatch") else "fix these messages"
+    with pytest.raises(UserError, match=rf"\({code}\): {cure}"):
         encode(chat("What?", "That."), tokenizer, template=template)
 
 
