@@ -12,18 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 
+from .activations import checkpointing_kind, offloads_inputs
 from .core import UserError
 from .lora import TARGET_MODULES
-from qlora_nb.memory import (
-    CHECKPOINTING_KINDS,
-    CUDA_CONTEXT,
-    MemoryEstimate,
-    check_choice,
-    check_whole_number,
-    checkpointing_kind,
-    estimate_memory,
-    offloads_inputs,
-)
+from .memory import CHECKPOINTING_KINDS, CUDA_CONTEXT, MemoryEstimate, check_choice, check_whole_number, estimate_memory
 from .shapes import Shape, count_decoder_parameters, model_shape, projection_shapes
 
 # %% ../nbs/08_plan.ipynb #8c7d66d4-2

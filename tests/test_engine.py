@@ -366,7 +366,7 @@ def test_the_estimate_counts_the_chunks_of_the_loss(words, labelled, rows):
     "At least 256 MiB of fp32 logits, four times as much at most, in between a sixteenth of the positions."
     from types import SimpleNamespace
 
-    from qlora_nb.memory import count_engine_loss_bytes
+    from qlora_nb.activations import count_engine_loss_bytes
 
     assert count_engine_loss_bytes(SimpleNamespace(hidden=8, vocabulary=words), 10, labelled) == 640 + 2 * words * rows
 

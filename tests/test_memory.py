@@ -12,8 +12,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 
+from qlora_nb.activations import count_engine_layer_bytes
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.memory import MEMORY_COMPONENTS, count_engine_layer_bytes, estimate_memory
+from qlora_nb.memory import MEMORY_COMPONENTS, estimate_memory
 from qlora_nb.plan import (
     KNOWN_CARDS,
     Card,
