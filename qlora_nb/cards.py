@@ -108,15 +108,8 @@ def _operations(shape: Shape, kind: bool | str, engine: bool = False) -> float:
     return {True: 6 - 2 * one * engine, False: 4, "selective": 4 + 4 * one}[kind]
 
 
-def estimate_pass_seconds(
-    shape: Shape,
-    card: Card,
-    method: str,
-    tokens: float,  # in one forward pass, padding included
-    gradient_checkpointing: bool | str,
-    backend: str = "unsloth",
-) -> float:
-    "Estimate the seconds of one forward and backward pass."
+def estimate_pass_seconds(shape: Shape, card: Card, method: str, tokens: float, gradient_checkpointing: bool | str, backend: str = "unsloth") -> float:
+    "Estimate the seconds of one forward and backward pass over so many tokens, padding included."
     count, kind, engine = count_decoder_parameters(shape), checkpointing_kind(gradient_checkpointing), backend == "engine"
     work = _operations(shape, kind, engine) + (2 if method == "full" else 0)
     unpack = 7.5 * count["linear"] * (3 if kind is True else 2) / card.bandwidth if method == "qlora" else 0

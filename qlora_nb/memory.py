@@ -144,10 +144,6 @@ class MemoryEstimate:
         rows = [*((name, value) for name, value in self.by_component.items() if value), ("total", self.total_bytes)]
         return render_html_table(("component", "GiB"), ((name, f"{value / 2**30:.3f}") for name, value in rows))
 
-    def plot(self, ax=None):
-        "Plot the components as bars; return the Axes."
-        return plot_estimates({f"{self.settings['method']}, {self.moment}": self}, ax)
-
 # %% ../nbs/04_memory.ipynb #761b2f1b
 def _estimate(shape: Shape, s: dict) -> MemoryEstimate:
     "`estimate_memory` after its checks."
