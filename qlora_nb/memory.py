@@ -146,7 +146,7 @@ class MemoryEstimate:
 
 # %% ../nbs/04_memory.ipynb #761b2f1b
 def _estimate(shape: Shape, s: dict) -> MemoryEstimate:
-    "`estimate_memory` after its checks."
+    "Return the estimate for settings that were checked."
     full, count = s["method"] == "full", count_decoder_parameters(shape)
     size = DTYPE_BYTES[s["dtype"]] if full else s["adapter_bytes"]
     if full:
