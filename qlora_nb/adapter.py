@@ -16,7 +16,15 @@ from pathlib import Path
 
 import torch
 
-from .core import EMBEDDED_MODEL, UserError, annotate_module, file_sha256, unwrap_base, write_aside
+from qlora_nb.core import (
+    EMBEDDED_MODEL,
+    EMBEDDED_NAME,
+    UserError,
+    annotate_module,
+    file_sha256,
+    unwrap_base,
+    write_aside,
+)
 from .engine import install_where_asked
 from .run import RunFolder
 from .weights import STORED_DTYPES, check_numbers, model_file, read_header
@@ -82,9 +90,6 @@ def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, adapter_name=find_active_adapter(model), save_embedding_layers=False)
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-4
-EMBEDDED_NAME = "qlora_nb:embedded"
-
-
 def base_name(
     model: torch.nn.Module,  # a peft model
 ) -> str:
@@ -92,6 +97,17 @@ def base_name(
     name = model_info(model, required=False).get("model")
     name = name or model.peft_config[find_active_adapter(model)].base_model_name_or_path or ""
     return EMBEDDED_NAME if name and Path(name) == EMBEDDED_MODEL else str(name)
+
+# %% ../nbs/56_adapter.ipynb #56b00002
+def check_untied(model: torch.nn.Module, targets: list[str] | dict[str, torch.nn.Module]) -> None:
+    "Raise `UserError` for an adapter on embedding or head where the two are one matrix: no merged model can hold it."
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    for name in targets:
+        if name.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens"):
+            raise UserError(
+                f"{name} can't have an adapter: embedding and lm_head are one matrix in this model (tie_word_embeddings), so that merging would "
+                "change both or lose it; leave it out of target_modules")
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-5
 ADAPTER_CARD = """---

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .adapter import EMBEDDED_NAME, find_adapter, model_info
-from .core import UserError, file_sha256, library_versions, unwrap_base, write_json
+from .adapter import find_adapter, model_info
+from .core import EMBEDDED_NAME, UserError, file_sha256, library_versions, unwrap_base, write_json
 from .evaluation import parse_answer
 from .generation import Reply, as_conversation, generate_replies, generation_mode, to_reply
 from .gguf_export import GGUF_QUANTIZATIONS, check_no_base, loaded_backend

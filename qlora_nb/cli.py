@@ -110,7 +110,7 @@ def warn_of_large_model(name: str, settings: Settings, card=None) -> None:
     "Warn on stderr before the loading where not even one short row fits into `card` (None: this machine's, if it has one)."
     import torch
 
-    from qlora_nb.model import choose_backend
+    from qlora_nb.backends import choose_backend
     from qlora_nb.plan import Rows, estimate_for_rows, find_card
     from qlora_nb.shapes import model_shape
     from qlora_nb.training import warn_of_memory
@@ -148,7 +148,9 @@ def check_exportable(model, tokenizer, template: str | None = None) -> None:
 # %% ../nbs/72_cli.ipynb #826fda92-8
 def train_from_flags(flags: dict, formats: list[str]):
     "Load, attach, train: what `qlora_nb train` does. Return the `Run`. `formats` are what it will be exported in."
-    from qlora_nb.model import add_lora, check_checkpointing, choose_backend, load_model, model_path
+    from qlora_nb.backends import choose_backend
+    from qlora_nb.loading import model_path
+    from qlora_nb.model import add_lora, check_checkpointing, load_model
     from qlora_nb.workflow import train_and_report
 
     config = read_train_config(flags["config"], flags["resume"], flags["output"])
@@ -348,7 +350,7 @@ def make_plans(model: str, gpu: str | None, data: str | None, data_name: str | N
     "Return a `Plan` for the card, for this machine's, or for each of the usual ones."
     import torch
 
-    from qlora_nb.model import load_tokenizer_and_config
+    from qlora_nb.loading import load_tokenizer_and_config
     from qlora_nb.plan import KNOWN_CARDS, find_card, measure_row_lengths, plan_training
     from qlora_nb.rows import load_sft_dataset
     from qlora_nb.shapes import model_shape
@@ -407,7 +409,7 @@ def plan(
 def check_named_data(model: str, revision: str | None, data: str | None, data_name: str | None, eval_data: str | None, limit: int | None,
                      max_seq_length: int, system: str | bool | None = None, **settings):
     "Load what is named and check it; return the `DatasetReport`. Rows of a file are streamed."
-    from qlora_nb.model import load_tokenizer_and_config
+    from qlora_nb.loading import load_tokenizer_and_config
     from qlora_nb.preflight import check_dataset
     from qlora_nb.rows import load_sft_dataset
 
@@ -593,7 +595,7 @@ def recommend(
 ):
     "Recommend settings to start from for this model and data, each with its reason and source."
     with quiet_stdout():
-        from qlora_nb.model import load_tokenizer_and_config
+        from qlora_nb.loading import load_tokenizer_and_config
         from qlora_nb.recommendation import recommend as advise
 
         model = default_model(model)
@@ -626,7 +628,7 @@ def info():
     with quiet_stdout():
         import torch
 
-        from qlora_nb.model import choose_backend
+        from qlora_nb.backends import choose_backend
 
         way = choose_backend()
         found = profile()

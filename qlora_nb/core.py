@@ -97,6 +97,7 @@ class Profile:
     max_new_tokens: int = 512  # the limit of a reply
 
 # %% ../nbs/00_core.ipynb #5f1d0a06
+EMBEDDED_NAME = "qlora_nb:embedded"  # what users, runs and adapters call the embedded model
 HUB_DATA = "ServiceNow-AI/R1-Distill-SFT"
 
 # %% ../nbs/00_core.ipynb #8278cb14-5

@@ -16,7 +16,7 @@ import torch
 
 from .adapter import model_info
 from .core import UserError, unwrap_base
-from .model import keep_4bit_layers
+from .loading import keep_4bit_layers
 from .template import prompt_ids, stop_tokens
 
 # %% ../nbs/13_generate.ipynb #568ea01c-2

@@ -22,11 +22,12 @@ import yaml
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-2
 import qlora_nb
-from .adapter import EMBEDDED_NAME, base_name, find_adapter, model_info
-from .core import EMBEDDED_MODEL, UserError, read_json, write_aside
+from .adapter import base_name, find_adapter, model_info
+from .core import EMBEDDED_MODEL, EMBEDDED_NAME, UserError, read_json, write_aside
 from .llama import import_extra, quantize_with_llama
+from .loading import check_entries, check_shapes, load_tokenizer, model_path
 from .merging import MergedTensors
-from .model import check_entries, check_shapes, load_tokenizer, model_path, open_run
+from .model import open_run
 from .shapes import KNOWN_ARCHITECTURES, GGUFArchitecture
 from .template import TEMPLATE_DATE, control_tokens, render, template_text, turn_end
 from .weights import TensorFolder

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from .adapter import find_active_adapter, has_adapter, model_info, replace_folder, set_model_info
+from .adapter import check_untied, find_active_adapter, has_adapter, model_info, replace_folder, set_model_info
 from .core import UserError, unwrap_base
-from .model import build_empty_model, check_untied, choose_dtype
+from .loading import build_empty_model
+from .model import choose_dtype
 from .weights import write_shard
 
 # %% ../nbs/16_merge.ipynb #bd01c831-13

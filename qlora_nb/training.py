@@ -52,7 +52,8 @@ from qlora_nb.engine import (
     release_after,
 )
 from .evaluation import Evaluation, encode_rows, evaluate
-from .model import count_parameters, quiet_libraries
+from .loading import quiet_libraries
+from .model import count_parameters
 from .recommendation import recommend
 from qlora_nb.run import (
     DATA_FROM_PYTHON,

@@ -148,15 +148,15 @@ def test_the_wrong_order_is_a_clear_error(first, second, message, tmp_path):
 
 
 def test_a_backend_that_is_not_installed(monkeypatch):
-    from qlora_nb import model
+    from qlora_nb import backends
     from qlora_nb.core import UserError
 
-    for name in ("unsloth", *model._PATCHED):
+    for name in ("unsloth", *backends._PATCHED):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="Unsloth is not installed: pip install"):
-        model.choose_backend("unsloth")
-    assert model.choose_backend("auto")[0] == "transformers"
+        backends.choose_backend("unsloth")
+    assert backends.choose_backend("auto")[0] == "transformers"
 
 
 # --- what `auto` takes ----------------------------------------------------------------------------------------------
@@ -169,13 +169,13 @@ def on_a_card(monkeypatch):
     "Fakes a GPU of some capability (None: none), what is installed and what this process has imported."
     import torch
 
-    from qlora_nb import model
+    from qlora_nb import backends
 
     def fake(capability, installed=True, imported=()):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: object() if installed else None)
-        for name in ("unsloth", *model._PATCHED):
+        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object() if installed else None)
+        for name in ("unsloth", *backends._PATCHED):
             monkeypatch.delitem(sys.modules, name, raising=False)
         for name in imported:
             monkeypatch.setitem(sys.modules, name, sys)
@@ -199,7 +199,7 @@ def on_a_card(monkeypatch):
     ],
 )
 def test_auto_takes_what_was_measured(on_a_card, capability, installed, imported, backend, engine, why):
-    from qlora_nb.model import choose_backend
+    from qlora_nb.backends import choose_backend
 
     on_a_card(capability, installed, imported)
     found = choose_backend(model=LLAMA)
@@ -210,7 +210,7 @@ def test_auto_takes_what_was_measured(on_a_card, capability, installed, imported
 def test_auto_leaves_the_engine_out_with_an_older_torch(on_a_card, monkeypatch):
     import torch
 
-    from qlora_nb.model import choose_backend
+    from qlora_nb.backends import choose_backend
 
     on_a_card((9, 0))
     for version, engine in (("2.6.0+cu124", False), ("2.10.1", False), ("2.11.0", True), ("3.0.0", True)):
@@ -232,7 +232,7 @@ def test_auto_leaves_the_engine_out_with_an_older_torch(on_a_card, monkeypatch):
     ],
 )
 def test_a_model_that_the_engine_does_not_train_goes_to_unsloth(on_a_card, config, why):
-    from qlora_nb.model import choose_backend
+    from qlora_nb.backends import choose_backend
 
     on_a_card((9, 0))
     found = choose_backend(model=config)
@@ -256,8 +256,8 @@ def test_the_configuration_alone_says_what_the_model_does():
 
 
 def test_what_is_asked_for_is_kept(on_a_card):
+    from qlora_nb.backends import choose_backend
     from qlora_nb.core import UserError
-    from qlora_nb.model import choose_backend
 
     on_a_card((9, 0))
     assert choose_backend(engine=False, model=LLAMA)[:2] == ("unsloth", False)
