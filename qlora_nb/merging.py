@@ -14,8 +14,15 @@ from pathlib import Path
 
 import torch
 
-from .adapter import check_untied, find_active_adapter, has_adapter, model_info, replace_folder, set_model_info
-from .core import UserError, unwrap_base
+from qlora_nb.adapter import (
+    check_untied,
+    find_active_adapter,
+    has_adapter,
+    model_info,
+    replace_folder,
+    set_model_info,
+)
+from .core import UserError, annotate_module, unwrap_base
 from .loading import build_empty_model
 from .model import choose_dtype
 from .weights import write_shard
@@ -37,22 +44,12 @@ def base_weight(
     return bitsandbytes.functional.dequantize_4bit(weight.data, state).float().reshape(state.shape)
 
 # %% ../nbs/16_merge.ipynb #bd01c831-14
-def lora_update(
-    layer: torch.nn.Module,  # a layer with an adapter
-    adapter: str = "default",
-) -> torch.Tensor:  # (out, in), fp32
-    "`scaling · B A`, what the adapter adds. `scaling` is peft's: alpha/r or alpha/√r, patterns included."
+def merge_weight(layer: torch.nn.Module, adapter: str, base: torch.Tensor) -> torch.Tensor:  # (out, in), fp32
+    """Return the one matrix that does what `base` (in fp32) and the layer's adapter do. DoRA's magnitudes are multiplied in (Liu et al. 2024, equation 5).
+
+    `scaling` is peft's: alpha/r or alpha/√r, patterns included."""
     a, b = (matrix[adapter].weight.detach().float() for matrix in (layer.lora_A, layer.lora_B))
-    return layer.scaling[adapter] * (b @ a)
-
-
-def merge_weight(
-    layer: torch.nn.Module,  # a layer with an adapter
-    adapter: str,
-    base: torch.Tensor,  # (out, in), fp32
-) -> torch.Tensor:  # (out, in), fp32
-    "Return the one matrix that does what base and adapter do. DoRA's magnitudes are multiplied in (Liu et al. 2024, equation 5)."
-    merged = base + lora_update(layer, adapter)
+    merged = base + layer.scaling[adapter] * (b @ a)
     if adapter in getattr(layer, "lora_magnitude_vector", {}):
         magnitude = layer.lora_magnitude_vector[adapter].weight.detach().float()
         merged *= (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1)
@@ -188,7 +185,7 @@ def merge_adapter(
     model: torch.nn.Module,  # a peft model on a base in 4 bits or 16; it stays as it is
     *,
     dtype: str | torch.dtype | None = None,  # of the merged model; None is what the model computes in
-) -> torch.nn.Module:  # an ordinary transformers model; `merge_report` lists its layers
+) -> torch.nn.Module:  # an ordinary transformers model; `qlora_nb.merge_report` lists its layers
     """Merge the active adapter into the base that it is on, dequantized where that is in 4 bits: layer by layer, with sums in fp32.
 
     Weights that merging doesn't change (embedding, norms) are shared with `model` where the dtype is the same. Raise `UserError` for an
@@ -203,7 +200,7 @@ def merge_adapter(
         parameter = torch.nn.Parameter(tensors.load(name, dtype), requires_grad=False)
         setattr(merged.get_submodule(place), leaf, parameter)
     merged.tie_weights()
-    merged.merge_report = tensors.report
+    annotate_module(merged).merge_report = tensors.report
     if info := model_info(model, required=False):
         set_model_info(merged, **info | {"load_in_4bit": False, "dtype": str(dtype).removeprefix("torch."), "merged": True})
     return merged
