@@ -50,11 +50,10 @@ def set_model_info(model: torch.nn.Module, /, **entries) -> None:
     annotate_module(unwrap_base(model)).info = {**model_info(model, required=False), **entries}
 
 # %% ../nbs/56_adapter.ipynb #fca80c77-22
-def install_where_possible(
-    model: torch.nn.Module,  # a peft model
-    must: bool = False,  # whether a refusal is an error
-) -> torch.nn.Module:  # the same model
-    "Install the engine where it was asked for. An engine that `auto` chose and that can't train this model is left out, with a line on stderr."
+def install_where_possible(model: torch.nn.Module, must: bool = False) -> torch.nn.Module:
+    """Install the engine where it was asked for, and return the model.
+
+    An engine that can't train this model is an error if it `must`; one that `auto` chose is left out, with a line on stderr."""
     try:
         return install_where_asked(model)
     except UserError as error:
@@ -90,10 +89,8 @@ def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, adapter_name=find_active_adapter(model), save_embedding_layers=False)
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-4
-def base_name(
-    model: torch.nn.Module,  # a peft model
-) -> str:
-    "Return the base's name for an adapter's files."
+def base_name(model: torch.nn.Module) -> str:
+    "Return the name of a peft model's base, for the adapter's files."
     name = model_info(model, required=False).get("model")
     name = name or model.peft_config[find_active_adapter(model)].base_model_name_or_path or ""
     return EMBEDDED_NAME if name and Path(name) == EMBEDDED_MODEL else str(name)

@@ -91,40 +91,6 @@ def quantize_with_llama(
         why = "no space left" if free < source.stat().st_size // 4 else f"code {code}"
         raise UserError(f"llama.cpp could not quantize to {quantization} ({why}): free some space, or export q8_0")
 
-# %% ../nbs/55_llama.ipynb #55a10016
-@contextlib.contextmanager
-def chat_server(
-    gguf: str | Path,
-    context: int = 256,  # tokens of a conversation; rendering a template needs few
-):  # yields ask(place, body, timeout=seconds), which returns the server's answer
-    "llama.cpp's server with this file, in this process, its Jinja on; always stopped at the end. Raise `UserError`."
-    xllamacpp = import_extra("xllamacpp")
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(gguf)
-    settings.use_jinja = True
-    settings.n_ctx = context
-    settings.n_parallel = settings.n_threads_http = 1
-    settings.n_gpu_layers = settings.port = settings.cache_ram_mib = 0
-    settings.warmup = settings.prefill_assistant = False
-    settings.verbosity = -1
-    restore = _keep_signals()
-    try:
-        server = xllamacpp.Server(settings)
-    except (RuntimeError, ValueError) as error:
-        restore()
-        raise UserError(f"llama.cpp's server can't open {gguf} ({error}): export it again") from error
-    address = server.listening_address
-
-    def ask(place: str, body: dict, timeout: float | None = 120) -> dict:
-        restore()
-        return _post(address + place, body, timeout)
-
-    try:
-        yield ask
-    finally:
-        del server, settings
-        restore()
-
 # %% ../nbs/55_llama.ipynb #55a10018
 def _keep_signals():
     "Return a function that gives Ctrl-C and SIGTERM back to their present handlers."
@@ -158,6 +124,40 @@ def _post(
         raise UserError(f"llama.cpp's server refuses ({why}): check the chat template in the file") from error
     except OSError as error:
         raise UserError(f"llama.cpp's server doesn't answer ({error}): try again with less running on this machine") from error
+
+# %% ../nbs/55_llama.ipynb #55a10016
+@contextlib.contextmanager
+def chat_server(
+    gguf: str | Path,
+    context: int = 256,  # tokens of a conversation; rendering a template needs few
+):  # yields ask(place, body, timeout=seconds), which returns the server's answer
+    "llama.cpp's server with this file, in this process, its Jinja on; always stopped at the end. Raise `UserError`."
+    xllamacpp = import_extra("xllamacpp")
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(gguf)
+    settings.use_jinja = True
+    settings.n_ctx = context
+    settings.n_parallel = settings.n_threads_http = 1
+    settings.n_gpu_layers = settings.port = settings.cache_ram_mib = 0
+    settings.warmup = settings.prefill_assistant = False
+    settings.verbosity = -1
+    restore = _keep_signals()
+    try:
+        server = xllamacpp.Server(settings)
+    except (RuntimeError, ValueError) as error:
+        restore()
+        raise UserError(f"llama.cpp's server can't open {gguf} ({error}): export it again") from error
+    address = server.listening_address
+
+    def ask(place: str, body: dict, timeout: float | None = 120) -> dict:
+        restore()
+        return _post(address + place, body, timeout)
+
+    try:
+        yield ask
+    finally:
+        del server, settings
+        restore()
 
 # %% ../nbs/55_llama.ipynb #55a1001b
 @contextlib.contextmanager
