@@ -268,12 +268,10 @@ RECORDED_PACKAGES = ("qlora_nb", "torch", "transformers", "trl", "peft", "bitsan
 # %% ../nbs/00_core.ipynb #8278cb14-13
 def library_versions() -> dict[str, str | None]:
     "Return the versions of Python and of the libraries that a run depends on; None for one that is not installed."
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), **dict.fromkeys(RECORDED_PACKAGES)}
     for name in RECORDED_PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
     return found
 
 # %% ../nbs/00_core.ipynb #8278cb14-14

@@ -75,12 +75,8 @@ def quiet_llama():
             _mute.close()
 
 # %% ../nbs/55_llama.ipynb #55a10014
-def quantize_with_llama(
-    source: Path,  # a GGUF in 16 or 32 bits
-    target: Path,
-    quantization: str,  # q4_k_m, q5_k_m, q6_k …
-) -> None:
-    "Have llama.cpp write a K-quant. Raise `UserError` where that fails."
+def quantize_with_llama(source: Path, target: Path, quantization: str) -> None:
+    "Have llama.cpp write a K-quant (q4_k_m, q5_k_m …) of a GGUF in 16 or 32 bits. Raise `UserError` where that fails."
     with quiet_llama() as llama_cpp:
         settings = llama_cpp.llama_model_quantize_default_params()
         settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}")
@@ -105,12 +101,8 @@ def _keep_signals():
     return restore
 
 
-def _post(
-    address: str,
-    body: dict,
-    timeout: float | None = 120,  # seconds to wait; None waits as long as it takes
-) -> dict:
-    "POST JSON to the server. Raise `UserError` in its words."
+def _post(address: str, body: dict, timeout: float | None = 120) -> dict:
+    "POST JSON to the server; a timeout of None waits as long as it takes. Raise `UserError` in its words."
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine, whatever the proxy settings say
     try:

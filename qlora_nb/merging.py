@@ -28,10 +28,8 @@ from .model import choose_dtype
 from .weights import write_shard
 
 # %% ../nbs/16_merge.ipynb #bd01c831-13
-def base_weight(
-    layer: torch.nn.Module,  # a linear layer, 4-bit or not
-) -> torch.Tensor:  # (out, in), fp32
-    "Return the matrix that a layer computes with, in fp32. Raise `UserError` for an unknown storage."
+def base_weight(layer: torch.nn.Module) -> torch.Tensor:  # (out, in), fp32
+    "Return the matrix that a linear layer, 4-bit or not, computes with, in fp32. Raise `UserError` for an unknown storage."
     weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
     if state is None:
         if not weight.is_floating_point():
@@ -56,10 +54,8 @@ def merge_weight(layer: torch.nn.Module, adapter: str, base: torch.Tensor) -> to
     return merged
 
 # %% ../nbs/16_merge.ipynb #bd01c831-15
-def check_mergeable(
-    model: torch.nn.Module,  # a peft model
-) -> str:  # the active adapter's name
-    "Raise `UserError` for what is not plain LoRA or DoRA on linear layers: it would be merged wrongly."
+def check_mergeable(model: torch.nn.Module) -> str:
+    "Return the name of a peft model's active adapter. Raise `UserError` for what is not plain LoRA or DoRA on linear layers: it would be merged wrongly."
     name = find_active_adapter(model)
     base, config = model.get_base_model(), model.peft_config[name]
     for setting in ("fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"):
