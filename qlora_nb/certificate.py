@@ -22,7 +22,8 @@ from .adapter import EMBEDDED_NAME, find_adapter, model_info
 from .core import UserError, file_sha256, library_versions, unwrap_base, write_json
 from .evaluation import parse_answer
 from .generation import Reply, as_conversation, generate_replies, generation_mode, to_reply
-from .gguf_export import GGUF_QUANTIZATIONS, check_no_base, loaded_backend
+from .gguf_export import GGUF_QUANTIZATIONS
+from .gguf_writer import check_no_base, loaded_backend
 from .llama import LlamaFile, chat_server
 from .merging import base_weight, merge_adapter
 from .model import load_model, open_run

@@ -130,7 +130,8 @@ def warn_of_large_model(name: str, settings: Settings, card=None) -> None:
 # %% ../nbs/72_cli.ipynb #a2f61c09
 def check_exportable(model, tokenizer, template: str | None = None) -> None:
     "Raise `UserError` before the training where the export or its certificate would fail after it; report on stderr where Ollama gets no TEMPLATE."
-    from qlora_nb.gguf_export import find_architecture, read_vocabulary
+    from qlora_nb.gguf_tokens import read_vocabulary
+    from qlora_nb.gguf_writer import find_architecture
     from qlora_nb.merging import check_mergeable
     from qlora_nb.ollama_export import modelfile_refusal
 

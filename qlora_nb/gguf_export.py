@@ -5,73 +5,38 @@
 # %% auto #0
 __all__ = ['GGUF_QUANTIZATIONS', 'permute_rows', 'quantize_q8_0', 'quantize_q4_0', 'export_gguf']
 
-# %% ../nbs/17_gguf.ipynb #5b90e6d1
+# %% ../nbs/17_gguf.ipynb #5b90e6d1-4
 import contextlib
-import json
 import math
-import os
-import re
-import shutil
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import yaml
 
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-2
-import qlora_nb
-from .adapter import EMBEDDED_NAME, base_name, find_adapter, model_info
-from .core import EMBEDDED_MODEL, UserError, read_json, write_aside
+from .core import UserError, write_aside
+from .gguf_tokens import read_vocabulary
+from qlora_nb.gguf_writer import (
+    check_disk,
+    describe_source,
+    find_architecture,
+    head_size,
+    open_source,
+    read_rope,
+    rows_at_once,
+    target_files,
+    write_header,
+)
 from .llama import import_extra, quantize_with_llama
-from .merging import MergedTensors
-from .model import check_entries, check_shapes, load_tokenizer, model_path, open_run
-from .shapes import KNOWN_ARCHITECTURES, GGUFArchitecture
-from .template import TEMPLATE_DATE, control_tokens, render, template_text, turn_end
-from .weights import TensorFolder
 
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-3
-_Q, _K = "self_attn.q_proj", "self_attn.k_proj"
-_MATRICES = (_Q, _K, "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-4
-def find_architecture(config: dict) -> GGUFArchitecture:
-    "Return the architecture in a model's config. Raise `UserError` for one that was not verified against llama.cpp."
-    names = config.get("architectures") or [config.get("model_type", "nothing")]
-    known = {row.gguf.model_class: row.gguf for row in KNOWN_ARCHITECTURES.values() if row.gguf}
-    if names[0] not in known:
-        raise UserError(f"the architecture {names[0]} can't be exported: known are {', '.join(known)}")
-    found = known[names[0]]
-    for key, wanted in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0), ("logit_scale", 1.0)):
-        if config.get(key, wanted) not in (wanted, None):
-            raise UserError(f"the config has {key}={config[key]!r}, which llama.cpp's {found.name} does not compute: only {wanted!r} can be exported")
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    if not found.free_heads and head_size(config) * heads != width:
-        raise UserError(f"the config has {heads} heads of {head_size(config)} at a width of {width}, which llama.cpp's {found.name} doesn't support")
-    return found
-
-
-def head_size(config: dict) -> int:
-    "Return the width of one attention head."
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-5
-def read_rope(
-    config: dict,  # config.json, by transformers 5 (`rope_parameters`) or before (`rope_theta`, `rope_scaling`)
-) -> dict:  # rope_theta, rope_type and what the type needs
-    "Return the settings of the rotary embedding. Raise `UserError` for an unknown type."
-    rope = {"rope_theta": config.get("rope_theta") or 10000.0, "rope_type": "default"}
-    for key in ("rope_scaling", "rope_parameters"):
-        found = dict(config.get(key) or {})
-        if "type" in found:
-            found.setdefault("rope_type", found.pop("type"))
-        rope.update(found)
-    if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise UserError(f"partial_rotary_factor is {rope['partial_rotary_factor']}: only models that rotate the whole head can be exported")
-    if rope["rope_type"] not in ("default", "llama3", "linear", "yarn"):
-        raise UserError(f"the rope type {rope['rope_type']!r} can't be exported: known are default, linear, llama3 and yarn")
-    return rope
+# %% ../nbs/17_gguf.ipynb #5b90e6d1-7
+def permute_rows(
+    weight: torch.Tensor,  # (heads · head_dim, …), rows as transformers has them
+    heads: int,  # 0 leaves the rows as they are
+) -> torch.Tensor:  # the same rows, in llama.cpp's order
+    "Reorder rows within each head: row i of the first half and row i of the second half become neighbours."
+    if not heads:
+        return weight
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-6
 def compute_rope_factors(rope: dict, dim: int) -> torch.Tensor:  # (dim/2,)
@@ -85,28 +50,11 @@ def compute_rope_factors(rope: dict, dim: int) -> torch.Tensor:  # (dim/2,)
     factors = torch.where(wavelength > original / low, slow, between)
     return torch.where(wavelength < original / high, torch.ones_like(wavelength), factors)
 
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-7
-def permute_rows(
-    weight: torch.Tensor,  # (heads · head_dim, …), rows as transformers has them
-    heads: int,  # 0 leaves the rows as they are
-) -> torch.Tensor:  # the same rows, in llama.cpp's order
-    "Reorder rows within each head: row i of the first half and row i of the second half become neighbours."
-    if not heads:
-        return weight
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-8
-@dataclass(frozen=True)
-class TensorPlan:
-    "One tensor of the file."
-
-    name: str  # in the file
-    source: str | None  # in transformers; None: `value`
-    shape: tuple[int, ...]
-    heads: int = 0  # > 0: its rows are permuted in so many heads
-    value: torch.Tensor | None = None
-
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-9
+_Q, _K = "self_attn.q_proj", "self_attn.k_proj"
+_MATRICES = (_Q, _K, "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
 def name_tensors(config: dict) -> dict[str, tuple[str, int]]:
     "Return every tensor that this model may have: its name in transformers → (name in GGUF, heads to permute in)."
     import gguf
@@ -125,11 +73,19 @@ def name_tensors(config: dict) -> dict[str, tuple[str, int]]:
     return {name: (names.get_name(name, (".weight", ".bias")), count) for name, count in found.items()}
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-10
-def plan_tensors(
-    config: dict,
-    shapes: dict[str, tuple[int, ...]],  # the model's tensors, by their names in transformers
-) -> list[TensorPlan]:
-    "Return all tensors of the file, in order. Raise `UserError` for one that is missing or unknown."
+@dataclass(frozen=True)
+class TensorPlan:
+    "One tensor of the file."
+
+    name: str  # in the file
+    source: str | None  # in transformers; None: `value`
+    shape: tuple[int, ...]
+    heads: int = 0  # > 0: its rows are permuted in so many heads
+    value: torch.Tensor | None = None
+
+
+def plan_tensors(config: dict, shapes: dict[str, tuple[int, ...]]) -> list[TensorPlan]:
+    "Return all tensors of the file, in order, from the model's by their names. Raise `UserError` for one that is missing or unknown."
     names = name_tensors(config)
     tied = config.get("tie_word_embeddings", False)
     optional = {name for name in names if name.endswith(".bias")} | ({"lm_head.weight"} if tied else set())
@@ -193,11 +149,8 @@ GGUF_QUANTIZATIONS = {
 }
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-14c
-def store_rows(
-    rows: torch.Tensor,  # (n, in) or (n,), fp32
-    kind: str,  # a type as ggml calls it
-) -> torch.Tensor:  # bytes
-    "Store numbers in one of ggml's types."
+def store_rows(rows: torch.Tensor, kind: str) -> torch.Tensor:
+    "Return the bytes of fp32 numbers, (n, in) or (n,), in one of ggml's types."
     if kind in ("Q8_0", "Q4_0"):
         return quantize_q8_0(rows) if kind == "Q8_0" else quantize_q4_0(rows)
     return rows.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]).contiguous().view(torch.uint8)
@@ -211,364 +164,14 @@ def choose_tensor_type(plan: TensorPlan, kind: str, tied: bool) -> str:
         kind = "Q8_0"  # what makes the logits keeps 8 bits (llama.cpp gives it 6)
     return "F16" if kind in ("Q8_0", "Q4_0") and plan.shape[-1] % _BLOCK else kind
 
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-16
-_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CASES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|", r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|")
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-KNOWN_SPLITS = [  # (steps, whether a token that is in the vocabulary as a whole is left alone, llama.cpp's name)
-    *(([case + _WORD % "{1,3}", "bytes"], whole, name) for case in _CASES for whole, name in ((True, "llama-bpe"), (False, "smaug-bpe"))),
-    *(([case + _WORD % "", "bytes"], False, "qwen2") for case in _CASES),
-    ([_GPT2, "bytes"], False, "gpt-2"), (["digits, one by one", _GPT2, "bytes"], False, "smollm"),
-]
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-17
-def _split_steps(pre_tokenizer: dict | None) -> list:
-    "Return the regexes and steps of a byte-level tokenizer before it merges, in order."
-    steps = []
-    for part in (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}]):
-        kind = part.get("type")
-        if kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
-            steps.append(part["pattern"].get("Regex"))
-        elif kind == "Digits":
-            steps.append(f"digits, {'one by one' if part['individual_digits'] else 'together'}")
-        elif kind == "ByteLevel" and not part.get("add_prefix_space"):
-            steps += [_GPT2, "bytes"] if part.get("use_regex", True) else ["bytes"]
-        else:
-            steps.append(f"{kind} {json.dumps({k: v for k, v in part.items() if k != 'type'})}")
-    return steps
-
-
-def name_pre_tokenizer(tokenizer: dict) -> str:  # for tokenizer.ggml.pre
-    "Return what llama.cpp calls this split. Raise `UserError` for one that is not known to be the same."
-    steps, ignore_merges = _split_steps(tokenizer["pre_tokenizer"]), bool(tokenizer["model"].get("ignore_merges"))
-    for wanted, whole, name in KNOWN_SPLITS:
-        if (steps, ignore_merges) == (wanted, whole):
-            return name
-    raise UserError(
-        f"the tokenizer splits text in a way that is not known here ({steps[:3]}, ignore_merges={ignore_merges}): "
-        "llama.cpp would make different tokens; known are the splits of Llama 3, Qwen 2 and 3, GPT-2 and SmolLM")
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-18
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # tokenizer.ggml.token_type
-
-
-@dataclass
-class Vocabulary:
-    "A tokenizer as GGUF holds it."
-
-    model: str  # gpt2 (byte-level BPE) or llama (SentencePiece)
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str] = field(default_factory=list)  # byte-level BPE
-    scores: list[float] = field(default_factory=list)  # SentencePiece
-    special: dict[str, int] = field(default_factory=dict)  # bos, eos, unk, pad, eot, eom → id
-    flags: dict[str, bool] = field(default_factory=dict)  # add_bos, add_eos, add_space_prefix
-    template: str | None = None
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-19
-def _list_tokens(tokenizer, rows: int) -> tuple[list[str], list[int]]:
-    "Return token and type for each row of the embedding; a row with no token is `[PADi]`, unused."
-    vocabulary = tokenizer.get_vocab()
-    size = max(vocabulary.values(), default=-1) + 1
-    if size > rows:
-        raise UserError(f"the tokenizer has {size} tokens and the embedding {rows} rows: it belongs to another model, or the model has to be resized")
-    tokens, types = [f"[PAD{i}]" for i in range(rows)], [_UNUSED] * rows
-    if clash := sorted(set(tokens[size:]) & set(vocabulary)):
-        raise UserError(f"the tokenizer has a token {clash[0]}, the name of an unused row: rename it")
-    for token, i in vocabulary.items():
-        tokens[i], types[i] = token, _NORMAL
-    control = control_tokens(tokenizer)
-    for i, token in tokenizer.added_tokens_decoder.items():
-        if token.lstrip or token.rstrip or token.single_word:
-            raise UserError(f"the token {token.content!r} takes in the white space beside it (lstrip, rstrip or single_word), which GGUF can't express")
-        types[i] = _CONTROL if i in control else _USER_DEFINED
-    return tokens, types
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-20
-def _fill_byte_level(parts: dict, vocabulary: Vocabulary) -> None:
-    "Fill in a byte-level BPE. Raise `UserError` for settings that llama.cpp doesn't have."
-    model = parts["model"]
-    for key in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
-        if model.get(key):
-            raise UserError(f"the tokenizer's BPE has {key}={model[key]!r}, which llama.cpp doesn't support: it can't be exported")
-    if (parts.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
-        raise UserError(f"the tokenizer changes text before it splits it ({parts['normalizer']['type']}), llama.cpp would not: it can't be exported")
-    vocabulary.pre = name_pre_tokenizer(parts)
-    vocabulary.merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-21
-def _spm_space(parts: dict) -> str:
-    "Return when a SentencePiece-like tokenizer puts a space before text: always, first, never, or normalizer (always, even before another space)."
-    normal = parts.get("normalizer")
-    steps = [] if normal is None else normal.get("normalizers", [normal])
-    pre = parts.get("pre_tokenizer")
-    if not steps and pre and pre["type"] == "Metaspace" and pre["replacement"] == "▁" and not pre.get("split", True):
-        return pre.get("prepend_scheme", "always")
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    if pre is None and steps == [{"type": "Prepend", "prepend": "▁"}, replace]:
-        return "normalizer"
-    if pre is None and steps == [replace]:
-        return "never"
-    raise UserError(f"the tokenizer prepares text in a way that is not known here ({normal}, {pre}): llama.cpp would make different tokens")
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-22
-def _wants_space_prefix(when: str, texts: list[tuple[str, bool]]) -> bool | None:
-    """Return whether llama.cpp has to put a space before text after each control token to agree; None where neither does.
-
-    `texts` are stretches of text without control tokens, and whether each is the very beginning.
-    """
-    def wanted(text: str, first: bool) -> bool:
-        if when == "normalizer":
-            return True
-        return when != "never" and (when != "first" or first) and not text.startswith((" ", "▁"))
-
-    answers = {wanted(text, first) for text, first in texts}
-    return None if len(answers) > 1 else answers.pop() if answers else True
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-23
-def _space_prefix(tokenizer, when: str) -> bool:
-    "Return add_space_prefix: what makes llama.cpp agree on conversations; on bare text where there is no template."
-    if not tokenizer.chat_template:
-        return bool(_wants_space_prefix(when, [("It is so.", True)]))
-    turns = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "It is so."}] * 2
-    pieces = re.compile("|".join(sorted(map(re.escape, tokenizer.added_tokens_encoder), key=len, reverse=True)))
-    texts = []
-    for messages in (turns[:1], turns):
-        text = render(messages, tokenizer, add_generation_prompt=messages[-1]["role"] == "user")
-        ends = [0, *(match.end() for match in pieces.finditer(text))]
-        starts = [*(match.start() for match in pieces.finditer(text)), len(text)]
-        texts += [(text[a:b], a == 0) for a, b in zip(ends, starts) if b > a]
-    found = _wants_space_prefix(when, texts)
-    if found is None:
-        raise UserError("the chat template needs a space before text after some control tokens and none after others, which GGUF can't express: export the model with another template")
-    return found
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-24
-def _spm_scores(tokens: list[str], types: list[int], merges: list) -> list[float]:
-    """Return a score for each token: −rank of its merge. llama.cpp joins the two neighbours whose union scores highest.
-
-    Raise `UserError` where merges and scores would differ: a union that is a token, but not by that merge.
-    """
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-    ids = {token: i for i, token in enumerate(tokens) if types[i] in (_NORMAL, _USER_DEFINED)}
-    rank, allowed = {}, set(pairs)
-    for i, (a, b) in enumerate(pairs):
-        rank.setdefault(a + b, i)
-        if i and rank[a + b] != i and pairs[i - 1][0] + pairs[i - 1][1] != a + b:
-            raise UserError(f"the tokenizer merges {a!r} and {b!r} at another rank than its other ways to make {a + b!r}: SentencePiece scores can't express that")
-    for token in ids:
-        for cut in range(1, len(token)):
-            a, b = token[:cut], token[cut:]
-            if a in ids and b in ids and (a, b) not in allowed and types[ids[token]] == _NORMAL:
-                raise UserError(f"the tokenizer has {a!r}, {b!r} and {token!r} but doesn't merge the two: llama.cpp would, so it can't be exported")
-    return [float(-rank.get(token, len(pairs) + i)) if types[i] == _NORMAL else 0.0 for i, token in enumerate(tokens)]
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-25
-def _fill_sentencepiece(tokenizer, parts: dict, vocabulary: Vocabulary) -> None:
-    "Fill in a SentencePiece-like BPE (Llama 2, Mistral). Raise `UserError` where llama.cpp would make different tokens."
-    types, ids = vocabulary.types, tokenizer.get_vocab()
-    for byte in (f"<0x{i:02X}>" for i in range(256)):
-        if byte not in ids:
-            raise UserError(f"the tokenizer has no token {byte}: llama.cpp needs one for each byte")
-        types[ids[byte]] = _BYTE
-    if tokenizer.unk_token_id is not None:
-        types[tokenizer.unk_token_id] = _UNKNOWN
-    when = _spm_space(parts)
-    if when == "normalizer" and (odd := [t for t in tokenizer.added_tokens_decoder.values() if t.normalized]):
-        raise UserError(f"the token {odd[0].content!r} is matched in normalized text (normalized=True), which GGUF can't express: set normalized=False")
-    vocabulary.scores = _spm_scores(vocabulary.tokens, types, parts["model"]["merges"])
-    vocabulary.flags["add_space_prefix"] = _space_prefix(tokenizer, when)
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-26
-def _find_added_tokens(tokenizer) -> dict[str, bool]:
-    "Return whether the tokenizer puts BOS before a text and EOS after it. Raise `UserError` if it adds anything else."
-    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    for bos in (False, True):
-        for eos in (False, True):
-            if whole == [tokenizer.bos_token_id] * bos + plain + [tokenizer.eos_token_id] * eos:
-                return {"add_bos": bos, "add_eos": eos}
-    names = tokenizer.convert_ids_to_tokens(whole)
-    raise UserError(f"the tokenizer makes {names} of 'a', more than a BOS before and an EOS after the text: GGUF can't express that")
-
-# %% ../nbs/17_gguf.ipynb #d4c0a7f2
-def pin_date(template: str) -> str:
-    "Return the chat template with training's date set inside, where it asks for `date_string`."
-    return f'{{%- set date_string = "{TEMPLATE_DATE}" %}}{template}' if "date_string" in template else template
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-27
-def read_vocabulary(
-    tokenizer,  # a transformers tokenizer
-    rows: int,  # rows of the embedding
-) -> Vocabulary:
-    "Return the tokenizer as llama.cpp needs it. Raise `UserError` for one that llama.cpp would not reproduce."
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = json.loads(backend.to_str()) if backend is not None else {"model": {"type": type(tokenizer).__name__}}
-    if parts["model"]["type"] != "BPE":
-        raise UserError(f"the tokenizer is a {parts['model']['type']}: only BPE can be exported, byte-level or SentencePiece-like")
-    byte_level = '"ByteLevel"' in json.dumps(parts.get("pre_tokenizer"))
-    found = Vocabulary("gpt2" if byte_level else "llama", "default", *_list_tokens(tokenizer, rows), flags=_find_added_tokens(tokenizer))
-    _fill_byte_level(parts, found) if byte_level else _fill_sentencepiece(tokenizer, parts, found)
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    if tokenizer.chat_template:
-        found.template = pin_date(template_text(tokenizer))
-        ids["eot"] = turn_end(tokenizer)
-    ids["eom"] = tokenizer.added_tokens_encoder.get("<|eom_id|>")
-    found.special = {key: i for key, i in ids.items() if i is not None}
-    return found
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-28
-def _write_shape(writer, config: dict, rows: int) -> None:
-    "Write the model's shape."
-    import gguf
-
-    heads, rope, context = config["num_attention_heads"], read_rope(config), config["max_position_embeddings"]
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    writer.add_vocab_size(rows)
-    writer.add_context_length(min(context, window or context))  # llama.cpp attends to all of it: up to the window both agree
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(head_size(config))
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
-        writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] == "yarn":
-        _write_yarn(writer, config, rope)
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-29
-def _write_yarn(writer, config: dict, rope: dict) -> None:
-    "Write YaRN's own keys. Raise `UserError` for a setting that llama.cpp computes differently."
-    usual = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True}
-    for key, value in usual.items():
-        if rope.get(key, value) not in (value, None):
-            raise UserError(f"rope has {key}={rope[key]}, which can't be exported: only YaRN's usual settings can")
-    original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-    writer.add_rope_scaling_orig_ctx_len(int(original))
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-30
-def _write_tokenizer(writer, vocabulary: Vocabulary) -> None:
-    "Write the tokenizer and the chat template."
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.scores:
-        writer.add_token_scores(vocabulary.scores)
-    if vocabulary.model == "gpt2":
-        writer.add_token_merges(vocabulary.merges)
-    for key, i in vocabulary.special.items():
-        getattr(writer, f"add_{key}_token_id")(i)
-    for key, value in vocabulary.flags.items():  # add_bos, add_eos, add_space_prefix
-        getattr(writer, f"add_{key}" if key == "add_space_prefix" else f"add_{key}_token")(value)
-    if vocabulary.template:
-        writer.add_chat_template(vocabulary.template)
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-31
-@dataclass
-class Provenance:
-    "Name and origin of the model, as the file records them."
-
-    name: str
-    base: str = ""  # name of the base model
-    license: str = ""
-    description: str = ""
-
-
-def _write_provenance(writer, about: Provenance, plans: list[TensorPlan], file_type: int) -> None:
-    "Write name, size, licence and origin."
-    import gguf
-
-    writer.add_type("model")
-    writer.add_name(about.name)
-    writer.add_description(about.description)
-    writer.add_size_label(gguf.utility.size_label(sum(math.prod(plan.shape) for plan in plans if plan.source), 0, 0, 0))
-    writer.add_license(about.license)
-    if about.base:
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, about.base)
-        if about.base.count("/") == 1 and not about.base.startswith((".", "/", "~")):
-            writer.add_base_model_repo_url(0, f"https://huggingface.co/{about.base}")
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(file_type)
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-32
-def _rows_at_once(shape: tuple[int, ...]) -> int:
-    "Return the number of rows that hold about a million numbers: what is converted at a time."
-    return max(1, (1 << 20) // max(1, math.prod(shape[1:])))
-
-
-class FolderSource:
-    "A model's folder, read a few rows at a time."
-
-    def __init__(self, path: str | Path):
-        from transformers import AutoConfig
-
-        self.folder = TensorFolder(path)
-        self.config = read_json(Path(path) / "config.json")
-        if self.config.get("quantization_config"):
-            raise UserError(f"the model in {path} is quantized already: merge it first (save_merged), or load it with load_model and export that")
-        find_architecture(self.config)
-        entries = {name: entry for name, entry in self.folder.entries.items() if not name.endswith("rotary_emb.inv_freq")}
-        self.shapes = {name: entry.shape for name, entry in entries.items()}
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_shapes(self.shapes, config, str(path))
-        check_entries(self.folder, config, str(path))
-        table = entries.get("model.embed_tokens.weight")
-        self.dtype = table.dtype if table else torch.float32
-
-    def rows(self, name: str, heads: int):
-        "Yield the tensor in pieces, permuted where `heads` says so."
-        shape = self.shapes[name]
-        step = _rows_at_once(shape) if len(shape) > 1 and not heads else shape[0]
-        for start in range(0, shape[0], step):
-            yield permute_rows(self.folder.read(name, start, start + step), heads)
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-33
-class ModelSource:
-    "A live model; its adapter is merged into the dequantized base, layer by layer, and rounded once: to what the file holds."
-
-    def __init__(self, model: torch.nn.Module):
-        self.tensors = MergedTensors(model)
-        base = self.tensors.base
-        self.config = {**base.config.to_dict(), "architectures": [type(base).__name__]}
-        self.shapes = {name: self.tensors.shape(name) for name in self.tensors.parameters}
-        dtype = model_info(base, required=False).get("dtype")
-        self.dtype = getattr(torch, dtype) if dtype else base.dtype
-
-    def rows(self, name: str, heads: int):
-        "Yield the tensor in pieces, permuted where `heads` says so."
-        whole = permute_rows(self.tensors.load(name), heads)
-        yield from whole.split(_rows_at_once(whole.shape))
-
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-34
 class TensorWriter:
-    "A file that is being written: keys, tokenizer, names and places first, then tensors piece by piece, each aligned."
+    "A file that is being written: what precedes the numbers, then tensors piece by piece, each aligned."
 
-    def __init__(self, path: Path, quantization: str, source, plans: list[TensorPlan], vocabulary: Vocabulary, about: Provenance):
-        import gguf
-
-        kind = GGUF_QUANTIZATIONS[quantization].type
-        self.types = {plan.name: choose_tensor_type(plan, kind, source.config.get("tie_word_embeddings", False)) for plan in plans}
-        writer = gguf.GGUFWriter(path, find_architecture(source.config).name)
-        try:
-            _write_provenance(writer, about, plans, GGUF_QUANTIZATIONS[quantization].file_type)
-            _write_shape(writer, source.config, len(vocabulary.tokens))
-            _write_tokenizer(writer, vocabulary)
-            for plan in plans:
-                stored = gguf.GGMLQuantizationType[self.types[plan.name]]
-                block, size = gguf.GGML_QUANT_SIZES[stored]
-                writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.float32), math.prod(plan.shape) // block * size, raw_dtype=stored)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-        finally:
-            writer.close()
+    def __init__(self, path: Path, quantization: str, source, plans: list[TensorPlan], vocabulary, about):
+        kind, tied = GGUF_QUANTIZATIONS[quantization], source.config.get("tie_word_embeddings", False)
+        self.types = {plan.name: choose_tensor_type(plan, kind.type, tied) for plan in plans}
+        write_header(path, source.config, plans, self.types, vocabulary, about, kind.file_type)
         self.file = open(path, "ab")
         self.pad()
 
@@ -580,15 +183,20 @@ class TensorWriter:
         self.file.write(memoryview(packed.cpu().contiguous().numpy()).cast("B"))
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-36
+def _convert(source, plan: TensorPlan):
+    "Yield a tensor of the file in pieces, in fp32 and llama.cpp's order. Raise `UserError` for NaN and infinity."
+    for rows in [plan.value] if plan.source is None else source.pieces(plan.source, whole=plan.heads > 0):
+        for piece in permute_rows(rows, plan.heads).split(rows_at_once(plan.shape)):
+            low, high = (float(x) for x in piece.aminmax())
+            if not (math.isfinite(low) and math.isfinite(high)):  # a NaN makes both NaN
+                raise UserError(f"{plan.source} holds NaN or infinity: the model is damaged, or its training diverged")
+            yield piece.float(), max(-low, high)
+
+
 def copy_tensors(source, plans: list[TensorPlan], writers: list[TensorWriter]) -> None:
     "Write all files in one pass over the source. Raise `UserError` for NaN and infinity, and for numbers too large for fp16."
     for plan in plans:
-        pieces = [plan.value] if plan.source is None else source.rows(plan.source, plan.heads)
-        for piece in pieces:
-            low, high = (float(x) for x in piece.aminmax())
-            largest, piece = max(-low, high) if low == low else math.nan, piece.float()
-            if not math.isfinite(largest):
-                raise UserError(f"{plan.source} holds NaN or infinity: the model is damaged, or its training diverged")
+        for piece, largest in _convert(source, plan):
             for writer in writers:
                 if largest > 65504 and writer.types[plan.name] not in ("F32", "BF16"):
                     raise UserError(f"{plan.source} holds {largest:.3g}, which fp16 can't hold: export bf16 or f32")
@@ -610,106 +218,24 @@ def check_quantizations(quantization: str | list[str]) -> list[str]:
         import_extra("llama_cpp")
     return names
 
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-39
-def _target_files(path: str | Path, names: list[str]) -> dict[str, Path]:
-    "Return quantization → file. Raise `UserError` where one file is named for several."
-    path = Path(path).expanduser().absolute()
-    if path.suffix.lower() != ".gguf":
-        if path.is_file():
-            raise UserError(f"{path} is a file: name a folder, or a file that ends in .gguf")
-        return {name: path / f"{path.name}-{name.upper()}.gguf" for name in names}
-    if len(names) > 1:
-        raise UserError(f"{path.name} is one file, and {len(names)} quantizations are asked for: name a folder")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file, or a folder that doesn't end in .gguf")
-    return {names[0]: path}
-
-
-def _remove_leftovers(file: Path) -> None:
-    "Delete parts of this file that a killed process has left behind."
-    for part in file.parent.glob(f".{file.name}.*.part"):
-        pid = part.name.removesuffix(".part").rpartition(".")[2]
-        with contextlib.suppress(OSError, ValueError):
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                part.unlink()
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-40
-def open_source(model, tokenizer, base: str | Path | None = None, load_in_4bit: bool | None = None) -> tuple:  # (source, tokenizer)
-    "Open a live model, or a folder of a model, an adapter or a run. Raise `UserError` where there is nothing to export."
-    if isinstance(model, torch.nn.Module):
-        if tokenizer is None:
-            raise UserError("no tokenizer was given: pass the one that load_model returned")
-        return ModelSource(model), tokenizer
-    model = getattr(model, "path", model)  # a `Run` stands for its folder
-    path = EMBEDDED_MODEL if str(model) == EMBEDDED_NAME else Path(model).expanduser()
-    if not path.is_dir():
-        raise UserError(f"there is no folder {path}: name a model's or an adapter's folder, or pass the model itself")
-    if find_adapter(path):
-        model, own = open_run(path, base=base, load_in_4bit=load_in_4bit, backend=loaded_backend())
-        return ModelSource(model), tokenizer or own
-    check_no_base(path, base, load_in_4bit)
-    return FolderSource(model_path(path)), tokenizer or load_tokenizer(path)
-
-
-def check_no_base(path: Path, base, load_in_4bit) -> None:
-    "Raise `UserError` for a base, or its precision, with a folder that holds no adapter."
-    if base is not None or load_in_4bit is not None:
-        raise UserError(f"{path} holds no adapter, so base and load_in_4bit don't apply: leave them out")
-
-
-def loaded_backend() -> str:
-    "Return the backend that loads a model just to export or compare it: Unsloth only where this process has loaded it already."
-    return "auto" if "unsloth" in sys.modules else "transformers"
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-41
-def _read_card(file: Path) -> dict:
-    "Return the settings at the head of a model card (licence, base model); {} where it has none."
-    try:
-        parts = file.read_text(encoding="utf-8").split("---\n", 2)
-        found = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def describe_source(source, name: str, license: str | None) -> Provenance:
-    "Return name, base, licence and a line of origin."
-    about = Provenance(name, license=license or "", description=f"Written by qlora_nb {qlora_nb.__version__}.")
-    if isinstance(source, FolderSource):
-        card = _read_card(source.folder.path / "README.md")
-        about.license = about.license or str(card.get("license") or "")
-        about.base = card["base_model"] if isinstance(card.get("base_model"), str) else ""
-        return about
-    base, adapter = source.tensors.base, source.tensors.adapter
-    about.base = model_info(base, required=False).get("model") or getattr(base, "name_or_path", "")
-    if adapter:
-        config = source.tensors.model.peft_config[adapter]
-        about.base = base_name(source.tensors.model)
-        bits = "dequantized 4-bit" if getattr(base, "is_loaded_in_4bit", False) else "16-bit"
-        origin = f"{about.base}, fine-tuned with LoRA (r={config.r}, alpha={config.lora_alpha}), merged into its {bits} weights."
-        about.description = f"{origin} {about.description}"
-    return about
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-48
-def _exact_format(source) -> str:
-    "Return the quantization that holds what the source holds, from which K-quants are made."
-    return {torch.float16: "f16", torch.bfloat16: "bf16"}.get(source.dtype, "f32")
-
-
-def _check_disk(files: dict[str, Path], plans: list[TensorPlan], source) -> None:
-    "Delete what killed processes left there. Raise `UserError` where the disk can't hold what is about to be written."
-    for file in files.values():
-        _remove_leftovers(file)
-    kinds = set(files) | ({_exact_format(source)} if any(GGUF_QUANTIZATIONS[key].type is None for key in files) else set())
-    needed = sum(math.prod(plan.shape) for plan in plans) * sum(GGUF_QUANTIZATIONS[kind].bits for kind in kinds) / 8
-    place = next(iter(files.values())).parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise UserError(f"{', '.join(sorted(kinds))} need about {needed / 1e9:.2g} GB and {place} has {free / 1e9:.2g} GB free: free some, or choose another place")
+# %% ../nbs/17_gguf.ipynb #5b90e6d1-43
+def _write_parts(parts: dict[str, Path], exact: str, source, plans: list[TensorPlan], *header) -> None:
+    "Write all files in one pass; K-quants from a file that holds what the source holds (`exact`), deleted afterwards."
+    direct = {key: part for key, part in parts.items() if GGUF_QUANTIZATIONS[key].type}
+    indirect = {key: part for key, part in parts.items() if key not in direct}
+    with contextlib.ExitStack() as stack:
+        if indirect and exact not in direct:
+            first = next(iter(indirect.values()))
+            direct[exact] = first.with_name(f"{first.name.removesuffix('.part')}-{exact}.part")
+            stack.callback(direct[exact].unlink, missing_ok=True)
+        with contextlib.ExitStack() as opened:
+            writers = []
+            for key, part in direct.items():
+                writers.append(TensorWriter(part, key, source, plans, *header))
+                opened.enter_context(writers[-1].file)
+            copy_tensors(source, plans, writers)
+        for key, part in indirect.items():
+            quantize_with_llama(direct[exact], part, key)
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-42
 def export_gguf(
@@ -725,34 +251,16 @@ def export_gguf(
 ) -> Path | list[Path]:  # a list for a list
     "Write a model as GGUF, atomically. Raise `UserError` where llama.cpp would not compute what transformers does."
     names = check_quantizations(quantization)
-    files = _target_files(path, names)
+    files = target_files(path, names)
     source, tokenizer = open_source(model_or_folder, tokenizer, base, load_in_4bit)
     plans = plan_tensors(source.config, source.shapes)
     vocabulary = read_vocabulary(tokenizer, plans[0].shape[0])
     about = describe_source(source, name or Path(path).name.removesuffix(".gguf"), license)
-    _check_disk(files, plans, source)
+    exact = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(source.dtype, "f32")  # holds what the source holds; K-quants are made of it
+    kinds = sorted({*names, *(exact for key in names if GGUF_QUANTIZATIONS[key].type is None)})
+    numbers = sum(math.prod(plan.shape) for plan in plans)
+    check_disk(list(files.values()), numbers * sum(GGUF_QUANTIZATIONS[kind].bits for kind in kinds) / 8, ", ".join(kinds))
     with contextlib.ExitStack() as stack:
         parts = {key: stack.enter_context(write_aside(file)) for key, file in files.items()}
-        _write_parts(parts, source, plans, vocabulary, about)
+        _write_parts(parts, exact, source, plans, vocabulary, about)
     return [files[key] for key in names] if not isinstance(quantization, str) else files[names[0]]
-
-# %% ../nbs/17_gguf.ipynb #5b90e6d1-43
-def _write_parts(parts: dict[str, Path], source, plans: list[TensorPlan], *header) -> None:
-    "Write all files in one pass; K-quants from a file that holds what the source holds, deleted afterwards."
-    direct = {key: part for key, part in parts.items() if GGUF_QUANTIZATIONS[key].type}
-    indirect = {key: part for key, part in parts.items() if key not in direct}
-    exact, aside = _exact_format(source), None
-    if indirect and exact not in direct:
-        first = next(iter(indirect.values()))
-        aside = first.with_name(f"{first.name.removesuffix('.part')}-{exact}.part")
-    with contextlib.ExitStack() as stack:
-        if aside:
-            stack.callback(aside.unlink, missing_ok=True)
-        with contextlib.ExitStack() as opened:
-            writers = []
-            for key, part in [*direct.items(), *([(exact, aside)] if aside else [])]:
-                writers.append(TensorWriter(part, key, source, plans, *header))
-                opened.enter_context(writers[-1].file)
-            copy_tensors(source, plans, writers)
-        for key, part in indirect.items():
-            quantize_with_llama(aside or direct[exact], part, key)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from .adapter import adapter_base
 from .core import UserError, write_aside
-from .gguf_export import pin_date
+from .gguf_tokens import pin_date
 from .model import adapter_tokenizer, load_tokenizer, model_path
 from .run import RunFolder
 from qlora_nb.template import (

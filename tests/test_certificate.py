@@ -15,7 +15,7 @@ import pytest
 import torch
 from gguf_models import needed
 
-from qlora_nb import certificate, gguf_export, llama, merging
+from qlora_nb import certificate, gguf_export, gguf_writer, llama, merging
 from qlora_nb.certificate import (
     DEFAULT_BOUNDS,
     Bounds,
@@ -236,9 +236,9 @@ def test_no_permutation_fails(run, place, subject):
 
 
 def test_another_rope_base_fails(run, place, subject):
-    real = gguf_export.read_rope
+    real = gguf_writer.read_rope
     fails(
-        short(subject, wrong(run, place, gguf_export, "read_rope", lambda c: {**real(c), "rope_theta": 500_000.0})),
+        short(subject, wrong(run, place, gguf_writer, "read_rope", lambda c: {**real(c), "rope_theta": 500_000.0})),
         "F16: the mean KL",
     )
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.gguf_export import pin_date
+from qlora_nb.gguf_tokens import pin_date
 from qlora_nb.ollama_export import (
     GO_TEMPLATES,
     GO_TRIM,
