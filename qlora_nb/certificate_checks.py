@@ -109,14 +109,13 @@ class PathCheck:
 
     def failures(self, name: str, share: float) -> list[str]:
         "Return what is wrong on this path; `share` of the conversations must have the same ids."
-        def sentence(right: int, what: str) -> str:
-            return f"{name}: on the path {self.path}, {self.rows - right} of {self.rows} conversations {what}"
-
-        return [
-            *([sentence(self.same, f"have different tokens than in training; {self.first}")] if self.same < share * self.rows else []),
-            *([sentence(self.bos, "don't begin with the BOS of training, exactly once")] if self.bos < self.rows else []),
-            *([sentence(self.ends, "have a different number of end-of-turn tokens")] if self.ends < self.rows else []),
-        ]
+        told = (
+            (self.same, share, f"have different tokens than in training; {self.first}"),
+            (self.bos, 1, "don't begin with the BOS of training, exactly once"),
+            (self.ends, 1, "have a different number of end-of-turn tokens"),
+        )
+        return [f"{name}: on the path {self.path}, {self.rows - right} of {self.rows} conversations {what}"
+                for right, least, what in told if right < least * self.rows]
 
 
 def _leading(ids: list[int], bos: int | None) -> int:
@@ -222,8 +221,7 @@ class FileCheck:
         return {
             "ids": min(same) if same else None, "mean_kl": self.distance.mean_kl, "max_kl": self.distance.max_kl,
             "top1": self.distance.top1, "perplexity_ratio": self.distance.perplexity_ratio, "replies": self.replies,
-            "accuracy": self.accuracy, "reference_accuracy": self.reference_accuracy,
-            "base_mean_kl": self.base_kl,
+            "accuracy": self.accuracy, "reference_accuracy": self.reference_accuracy, "base_mean_kl": self.base_kl,
         }
 
     def failures(self, bounds: Bounds | None) -> list[str]:

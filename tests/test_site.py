@@ -642,11 +642,8 @@ def test_badge_and_install_line(notebook):
     assert (NBS / f"{target}.ipynb").is_file()
     if notebook.stem != "index":
         address = f"git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}"
-        extras = (
-            "unsloth,gguf"
-            if notebook.stem in ("17_gguf", "22_certificate", "55_llama", "83_gguf_writer")
-            else "unsloth"
-        )
+        llama = dict.fromkeys(("17_gguf", "22_certificate", "55_llama", "83_gguf_writer"), "unsloth,gguf")
+        extras = {**llama, "30_quickstart": "unsloth,serve"}.get(notebook.stem, "unsloth")
         line = f'%pip install -q "qlora_nb[{extras}] @ {address}"'
         assert [s for s in texts if re.match(r"#\| eval: false\n[%!]pip", s)] == [f"#| eval: false\n{line}"]
 

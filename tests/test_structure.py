@@ -57,7 +57,7 @@ def test_constraints_lie_within_the_requirements():
 
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
-    for key in ("requirements", "unsloth_requirements", "dev_requirements"):
+    for key in ("requirements", "unsloth_requirements", "gguf_requirements", "serve_requirements", "dev_requirements"):
         for requirement in map(Requirement, settings()[key].split()):
             version = pins[requirement.name.lower().replace("_", "-")]
             assert requirement.specifier.contains(version), f"{requirement} excludes the tested {version}"

@@ -46,7 +46,7 @@ LESSONS = {
     "18_ollama": "write_modelfile",
     "19_diagnose": "diagnose",
     "22_certificate": "certify",
-    "30_quickstart": "chat",
+    "30_quickstart": "side_by_side",
 }
 EXPORT = re.compile(r"^\s*#\s*\|\s*(?:export|exporti|exports)\b", re.M)
 UNSEEN = re.compile(r"^\s*#\s*\|\s*(?:hide|eval:\s*false|include:\s*false|default_exp)\b", re.M)
