@@ -26,14 +26,10 @@ from .gguf_export import GGUF_QUANTIZATIONS, check_no_base, loaded_backend
 from .llama import LlamaFile, chat_server
 from .merging import base_weight, merge_adapter
 from .model import load_model, open_run
-from qlora_nb.ollama_export import (
-    Modelfile,
-    parse_modelfile,
-    predict_template,
-    render_go,
-    to_ollama_data,
-    to_ollama_messages,
-)
+from .go_template import render_go
+from .modelfile import Modelfile, parse_modelfile
+from .ollama_export import to_ollama_data, to_ollama_messages
+from .template_choice import predict_template
 from .rows import load_sft_dataset
 from .run import RunFolder
 from .shapes import config_dict

@@ -486,7 +486,8 @@ def modelfile(
 ):
     "Write the Modelfile that serves what was trained; the commands for Ollama go to stderr."
     with quiet_stdout():
-        from qlora_nb.ollama_export import modelfile_for, ollama_commands
+        from qlora_nb.ollama_client import ollama_commands
+        from qlora_nb.ollama_export import modelfile_for
 
         path = modelfile_for(run, gguf, output, template=template, system=system, parameters=drop_missing(temperature=temperature), base=base)
         print(ollama_commands(name, path), file=sys.stderr)

@@ -36,7 +36,8 @@ from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.gguf_export import export_gguf
 from qlora_nb.llama import LlamaFile, chat_server, gguf_chat
 from qlora_nb.model import add_lora, load_model
-from qlora_nb.ollama_export import format_modelfile, modelfile_for, modelfile_refusal, parse_modelfile, write_modelfile
+from qlora_nb.modelfile import format_modelfile, parse_modelfile
+from qlora_nb.ollama_export import modelfile_for, modelfile_refusal, write_modelfile
 from qlora_nb.rows import load_sft_dataset
 from qlora_nb.template import CHAT_TEMPLATES, SYSTEM_PROMPT
 

@@ -43,7 +43,7 @@ LESSONS = {
     "15_training": "train",
     "16_merge": "merge_adapter",
     "17_gguf": "export_gguf",
-    "18_ollama": "write_modelfile",
+    "18_ollama": "modelfile_for",
     "19_diagnose": "diagnose",
     "22_certificate": "certify",
     "30_quickstart": "chat",
