@@ -23,17 +23,17 @@ from .core import UserError, file_sha256, library_versions, unwrap_base, write_j
 from .evaluation import parse_answer
 from .generation import Reply, as_conversation, generate_replies, generation_mode, to_reply
 from .gguf_export import GGUF_QUANTIZATIONS, check_no_base, loaded_backend
+from .go_template import render_go
 from .llama import LlamaFile, chat_server
 from .merging import base_weight, merge_adapter
 from .model import load_model, open_run
-from .go_template import render_go
 from .modelfile import Modelfile, parse_modelfile
 from .ollama_export import to_ollama_data, to_ollama_messages
-from .template_choice import predict_template
 from .rows import load_sft_dataset
 from .run import RunFolder
 from .shapes import config_dict
 from .template import TEMPLATE_DATE, control_tokens, encode_batch, stop_tokens, template_text, turn_end
+from .template_choice import predict_template
 
 # %% ../nbs/22_certificate.ipynb #3c0492b5
 CASE_KINDS = ("held out", "other system turn", "several turns", "white space", "unicode", "look-alikes")

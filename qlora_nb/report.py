@@ -337,12 +337,10 @@ def format_tick(value: float) -> str:
 
 # %% ../nbs/71_report.ipynb #6ffc9231
 def draw_loss(run: RunFacts) -> Chart:
-    "Return the loss of each step, its running mean, and the held-out loss, along the way or at both ends."
+    "Return the loss of each step, its running mean, and the held-out loss at both ends."
     loss = run.curve("loss")
-    held = run.curve("eval_loss")
     before, after = run.both("loss")
-    if not held and loss and before is not None and after is not None:
-        held = [(0, before), (run.metrics[-1]["step"], after)]
+    held = [(0, before), (run.metrics[-1]["step"], after)] if loss and None not in (before, after) else []
     window = choose_window(len(loss))
     mean = Line(f"mean of {window}", running_mean(loss, window))
     lines = [Line("each step", loss, "faint"), mean, Line("held-out", held, "other")]
