@@ -33,7 +33,7 @@ if Path("../settings.ini").exists():  # a checkout; in Colab there is nothing to
 # Made for a GPU, though their cells also run without one.
 WANT_GPU = ("30_quickstart",)
 # They make GGUF files, or open them in llama.cpp.
-WANT_LLAMA = ("17_gguf", "18_ollama", "22_certificate", "55_llama")
+WANT_LLAMA = ("17_gguf", "18_ollama", "22_certificate", "55_llama", "72_cli")
 
 
 def settings(root=ROOT):
