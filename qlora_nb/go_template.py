@@ -10,7 +10,7 @@ import operator
 import re
 import unicodedata
 from collections import ChainMap
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from typing import NamedTuple
 
 from .core import UserError
@@ -209,14 +209,17 @@ class ActionReader:
             return lambda dot, scope: dot
         if word.kind == "field":
             return self.fields(lambda dot, scope: dot, word)
-        if word.kind == "open":
-            value = self.pipeline("close")
-            self.next()
-        elif word.kind == "variable":
-            value = self.variable(word)
-        else:
+        if word.kind == "variable":
+            self.get(word, dict.fromkeys(self.known), word.text)  # a name that is declared nowhere is an error at once
+            return self.fields_behind(lambda dot, scope: self.get(word, scope, word.text))
+        if word.kind != "open":
             self.i -= 1
             raise self.fail(f"{word.text!r} is not in the supported part of the language")
+        value = self.pipeline("close")
+        self.next()
+        return self.fields_behind(value)
+
+    def fields_behind(self, value):
         return self.fields(value, self.next()) if self.peek("field") and self.words[self.i].glued else value
 
     def constant(self, word: GoWord):
@@ -229,28 +232,16 @@ class ActionReader:
         except ValueError:
             raise template_error(self.text, word.at, f"{word.text} holds an escape that Go doesn't know") from None
 
-    def variable(self, word: GoWord):
-        missing = template_error(self.text, word.at, f"the variable {word.text} is not declared")
-        if word.text not in self.known:
-            raise missing
-
-        def value(dot, scope):
-            if word.text not in scope:
-                raise missing
-            return scope[word.text]
-
-        return value
+    def get(self, word: GoWord, found, name: str):
+        "A field or a variable by its name."
+        if isinstance(found, (dict, ChainMap)) and name in found:
+            return found[name]
+        what = f"there is no field .{name} here" if word.kind == "field" else f"the variable {name} is not declared"
+        raise template_error(self.text, word.at, what)
 
     def fields(self, of, word: GoWord):
-        def value(dot, scope):
-            found = of(dot, scope)
-            for name in word.text[1:].split("."):
-                if not isinstance(found, dict) or name not in found:
-                    raise template_error(self.text, word.at, f"there is no field .{name} here")
-                found = found[name]
-            return found
-
-        return value
+        names = word.text[1:].split(".")
+        return lambda dot, scope: reduce(partial(self.get, word), names, of(dot, scope))
 
     def call(self, word: GoWord, arguments: list):
         def value(dot, scope):
