@@ -642,7 +642,11 @@ def test_badge_and_install_line(notebook):
     assert (NBS / f"{target}.ipynb").is_file()
     if notebook.stem != "index":
         address = f"git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}"
-        extras = "unsloth,gguf" if notebook.stem in ("17_gguf", "22_certificate", "55_llama") else "unsloth"
+        extras = (
+            "unsloth,gguf"
+            if notebook.stem in ("17_gguf", "18_ollama", "22_certificate", "55_llama", "72_cli")
+            else "unsloth"
+        )
         line = f'%pip install -q "qlora_nb[{extras}] @ {address}"'
         assert [s for s in texts if re.match(r"#\| eval: false\n[%!]pip", s)] == [f"#| eval: false\n{line}"]
 
