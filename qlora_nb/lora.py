@@ -16,6 +16,23 @@ from torch.nn import functional as F
 from .core import UserError
 from .shapes import decoder_sizes, projection_shapes
 
+# %% ../nbs/01_lora.ipynb #08621afe
+def create_adapter_matrices(
+    in_features: int,  # columns of A
+    out_features: int,  # rows of B
+    r: int,  # rows of A, columns of B
+    dtype: torch.dtype = torch.float32,  # of the frozen weight
+    device: torch.device | str = "cpu",  # of the frozen weight
+) -> tuple[torch.Tensor, torch.Tensor]:  # A (r, in) and B (out, r), in fp32 where dtype has 16 bits
+    "Create A, random, and B, zero. With the same seed, equal to peft 0.21's `LoraLayer.update_layer` and `cast_adapter_dtype`."
+    home = "meta" if torch.device(device).type == "meta" else "cpu"
+    A = nn.Linear(in_features, r, bias=False, device=home).weight
+    B = nn.Linear(r, out_features, bias=False, device=home).weight
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # a bound of 1 / sqrt(in), a variance of 1 / (3 in)
+    nn.init.zeros_(B)
+    kept = torch.promote_types(dtype, torch.float32)
+    return A.detach().to(device, dtype).to(kept), B.detach().to(device, dtype).to(kept)
+
 # %% ../nbs/01_lora.ipynb #3280837d
 def check_lora_settings(
     r: int,  # rank
@@ -55,23 +72,6 @@ def check_base(
     if not weight.is_meta and not torch.isfinite(weight).all():
         bad = int((~torch.isfinite(weight)).sum())
         raise UserError(f"base has {bad} NaN or infinite values in its weight of shape {tuple(weight.shape)}: load it again, or find what broke it")
-
-# %% ../nbs/01_lora.ipynb #08621afe
-def create_adapter_matrices(
-    in_features: int,  # columns of A
-    out_features: int,  # rows of B
-    r: int,  # rows of A, columns of B
-    dtype: torch.dtype = torch.float32,  # of the frozen weight
-    device: torch.device | str = "cpu",  # of the frozen weight
-) -> tuple[torch.Tensor, torch.Tensor]:  # A (r, in) and B (out, r), in fp32 where dtype has 16 bits
-    "Create A, random, and B, zero. With the same seed, equal to peft 0.21's `LoraLayer.update_layer` and `cast_adapter_dtype`."
-    home = "meta" if torch.device(device).type == "meta" else "cpu"
-    A = nn.Linear(in_features, r, bias=False, device=home).weight
-    B = nn.Linear(r, out_features, bias=False, device=home).weight
-    nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # a bound of 1 / sqrt(in), a variance of 1 / (3 in)
-    nn.init.zeros_(B)
-    kept = torch.promote_types(dtype, torch.float32)
-    return A.detach().to(device, dtype).to(kept), B.detach().to(device, dtype).to(kept)
 
 # %% ../nbs/01_lora.ipynb #b08423a0
 class LoRALayer(nn.Module):
@@ -113,6 +113,30 @@ class LoRALayer(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scaling={self.scaling:g}"
 
+# %% ../nbs/01_lora.ipynb #a67d68b1
+@torch.no_grad()
+def _add_in_place(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    "Add `delta` to `weight`, rounded once, and return what the weight was. Raise `UserError` where the sum isn't finite."
+    total = (weight + delta).to(weight.dtype)  # 16-bit + fp32 is added in fp32
+    if not torch.isfinite(total).all():
+        raise UserError(f"the merged weight would have NaN or infinite values in {weight.dtype}: the adapter is broken, or too large for it")
+    old = weight.detach().clone()
+    weight.data.copy_(total)
+    return old
+
+
+def _refuse_saving(layer, prefix, keep_vars) -> None:
+    "Raise `UserError` where a merged layer is about to save its state."
+    if layer.merged:
+        where = prefix.rstrip(".") or "the layer"
+        raise UserError(f"{where} is merged, and its state would contain the change twice: unmerge() first, or save its .base")
+
+
+def _refuse_loading(layer, state_dict, prefix, *rest) -> None:
+    "Raise `UserError` where a merged layer is about to load a state, which a later unmerge would overwrite."
+    if layer.merged:
+        raise UserError(f"{prefix.rstrip('.') or 'the layer'} is merged, and can't load a state: unmerge() first")
+
 # %% ../nbs/01_lora.ipynb #d46c9d07
 class LoRALinear(LoRALayer):
     """An `nn.Linear`, frozen, and a trained path beside it. Raise `UserError` for an unusable base or invalid settings.
@@ -153,29 +177,18 @@ class LoRALinear(LoRALayer):
             self.base.weight.data.copy_(self.original)
             self.original = None
 
-# %% ../nbs/01_lora.ipynb #a67d68b1
-@torch.no_grad()
-def _add_in_place(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    "Add `delta` to `weight`, rounded once, and return what the weight was. Raise `UserError` where the sum isn't finite."
-    total = (weight + delta).to(weight.dtype)  # 16-bit + fp32 is added in fp32
-    if not torch.isfinite(total).all():
-        raise UserError(f"the merged weight would have NaN or infinite values in {weight.dtype}: the adapter is broken, or too large for it")
-    old = weight.detach().clone()
-    weight.data.copy_(total)
-    return old
-
-
-def _refuse_saving(layer, prefix, keep_vars) -> None:
-    "Raise `UserError` where a merged layer is about to save its state."
-    if layer.merged:
-        where = prefix.rstrip(".") or "the layer"
-        raise UserError(f"{where} is merged, and its state would contain the change twice: unmerge() first, or save its .base")
-
-
-def _refuse_loading(layer, state_dict, prefix, *rest) -> None:
-    "Raise `UserError` where a merged layer is about to load a state, which a later unmerge would overwrite."
-    if layer.merged:
-        raise UserError(f"{prefix.rstrip('.') or 'the layer'} is merged, and can't load a state: unmerge() first")
+# %% ../nbs/01_lora.ipynb #ce86b31d
+def check_targets(
+    target_modules: tuple[str, ...] | list[str] | str,  # names, or comma-separated ones
+) -> tuple[str, ...]:
+    "Return the names, each once. Raise `UserError` for no name, or anything but names."
+    names = target_modules.split(",") if isinstance(target_modules, str) else target_modules
+    if not isinstance(names, (tuple, list, set, frozenset)) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"target_modules is {target_modules!r}: give names of layers, such as q_proj")
+    names = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
+    if not names:
+        raise UserError(f"target_modules is {target_modules!r}: name at least one layer, such as q_proj")
+    return names
 
 # %% ../nbs/01_lora.ipynb #35f4c2e4
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -204,19 +217,6 @@ def swap_layers(
     for name, layer in made.items():
         model.set_submodule(name, layer)
     return made
-
-# %% ../nbs/01_lora.ipynb #ce86b31d
-def check_targets(
-    target_modules: tuple[str, ...] | list[str] | str,  # names, or comma-separated ones
-) -> tuple[str, ...]:
-    "Return the names, each once. Raise `UserError` for no name, or anything but names."
-    names = target_modules.split(",") if isinstance(target_modules, str) else target_modules
-    if not isinstance(names, (tuple, list, set, frozenset)) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"target_modules is {target_modules!r}: give names of layers, such as q_proj")
-    names = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
-    if not names:
-        raise UserError(f"target_modules is {target_modules!r}: name at least one layer, such as q_proj")
-    return names
 
 # %% ../nbs/01_lora.ipynb #dff51a5d
 def adapter_matrix_sizes(
