@@ -1,5 +1,5 @@
 # Every target sets up .venv first if it has to; all are safe to repeat.
-.PHONY: help install demo test quick test-install study study-full docs export readme clean
+.PHONY: help install demo test test-all test-gpu release-check quick test-install embedded-run study study-full docs export readme clean
 .DEFAULT_GOAL := help
 
 SHELL := /bin/bash
@@ -16,19 +16,26 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 # have and would make pip take an older Unsloth; these are what it needs beside ours.
 UNSLOTH_NEEDS := cut_cross_entropy einops hf_transfer msgspec pillow protobuf psutil sentencepiece torchao tyro
 
+# A machine with a GPU may have its own torch: make test-gpu GPU_PYTHON=python
+GPU_PYTHON ?= $(BIN)/python
+
 # The demo and the tests are about the embedded model, whatever card there is.
-demo test quick: export QLORA_NB_PROFILE := tiny
+demo test test-all-% quick embedded-run: export QLORA_NB_PROFILE := tiny
 
 QUESTION ?= Mia has 12 apples. She buys 5 bags of 3 apples. She gives 7 to Tom. How many apples does Mia have now?
 
 help:
 	@echo "make install       the package and all it needs, in .venv"
 	@echo "make demo          fine-tune the embedded model and ask it something (QUESTION=...)"
-	@echo "make test          everything CI runs: ruff, all tests, all notebooks"
+	@echo "make test          what CI runs: ruff, the tests, all notebooks"
 	@echo "make quick         the tests that take seconds"
+	@echo "make test-all      that, and the heavy tests, part by part ($(PARTS)); one part: make test-all-data"
+	@echo "make test-gpu      the engine on this machine's GPU (nbs/results/gpu_tests.json keeps what ran)"
+	@echo "make release-check whether the engine is the one that was tried on a GPU"
 	@echo "make test-install  a wheel in an empty environment; a fresh clone"
 	@echo "make study         full, LoRA and QLoRA again, three seeds each (about 10 minutes)"
 	@echo "make study-full    all of the study (hours; a GPU is used where there is one)"
+	@echo "make embedded-run  the finished run that comes with the package, again"
 	@echo "make docs          the site, in _docs (needs Quarto)"
 	@echo "make export        notebooks given their heads, cleaned, and made into modules and README.md"
 	@echo "make clean         remove what was built (keeps .venv and runs)"
@@ -65,6 +72,28 @@ test: $(STAMP)
 quick: $(STAMP)
 	$(BIN)/pytest tests -m quick -n 2
 
+# The heavy tests of each part, and its properties with all their examples.
+PARTS := mathematics data engine training export reading install
+mathematics := lora nf4 qlora memory recommend study
+data := data template hostile embedded
+engine := engine kernels backends
+training := training diagnosis generation evaluation loading merging cli
+export := gguf ollama certificate
+reading := report doctor site notebooks
+
+test-all: test $(PARTS:%=test-all-%)
+
+test-all-install: test-install
+
+test-all-%: $(STAMP)
+	$(BIN)/pytest $(foreach name,$($*),tests/test_$(name).py) --heavy -n 2 --dist loadgroup
+
+test-gpu:
+	$(GPU_PYTHON) tools/gpu_tests.py
+
+release-check: $(STAMP)
+	$(BIN)/python tools/gpu_tests.py --check
+
 test-install: $(STAMP)
 	$(BIN)/pytest tests_install -rP
 
@@ -75,6 +104,9 @@ study: $(STAMP)
 study-full: $(STAMP)
 	@mkdir -p build
 	$(BIN)/python benchmarks/study.py --part all --workers $${WORKERS:-2} --out build/study-full.json
+
+embedded-run: $(STAMP)
+	$(BIN)/python tools/embedded_run.py
 
 docs: $(STAMP)
 	$(BIN)/python tools/prepare_docs.py

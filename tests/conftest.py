@@ -1,6 +1,10 @@
 import os
+from collections import defaultdict
+from pathlib import Path
 
+import processes
 import pytest
+from hypothesis import is_hypothesis_test
 
 # Nothing in the tests may need the network, or send anything over it.
 # Two tests run at a time, each with one thread: threads that wait for each other make them five times as slow.
@@ -14,10 +18,75 @@ os.environ.update(
 # Notebooks choose their own backend for figures.
 os.environ.pop("MPLBACKEND", None)
 
+# CPU seconds of each test file in `make test`: what it may cost, not what a test fails for (machines differ).
+BUDGETS = Path(__file__).with_name("budgets.txt")
 
-def pytest_collection_modifyitems(items):
-    "Tests that share what was made once for their module run in one process: two would make it twice."
+
+def pytest_addoption(parser):
+    help_text = "the tests marked heavy, and those of properties with all their examples: a part of `make test-all`"
+    parser.addoption("--heavy", action="store_true", help=help_text)
+
+
+def pytest_configure(config):
+    if config.getoption("--heavy"):
+        os.environ["QLORA_NB_ALL_EXAMPLES"] = "1"
+
+
+def pytest_collection_modifyitems(config, items):
+    "Choose the tier; tests that share what was made once for their module run in one process: two would make it twice."
+    heavy, gpu = config.getoption("--heavy"), config.getoption("-m") == "cuda"
+    wanted, other = [], []
     for item in items:
+        mark = item.get_closest_marker
+        tier = bool(mark("heavy")) == heavy or (heavy and is_hypothesis_test(getattr(item, "function", None)))
+        right = bool(mark("cuda")) == gpu and (gpu or tier)
+        (wanted if right else other).append(item)
         fixtures = item._fixtureinfo.name2fixturedefs.values()
         if any(one[-1].scope == "module" for one in fixtures):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    config.hook.pytest_deselected(items=other)
+    items[:] = wanted
+
+
+# --- what each file costs -------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    "The CPU time of a test with its fixtures, in this process and in those that it started and waited for."
+    before = sum(os.times()[:4]) + processes.spent
+    item.cpu_seconds = lambda: sum(os.times()[:4]) + processes.spent - before
+    yield
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    if call.when == "teardown":
+        outcome.get_result().user_properties.append(("cpu_seconds", item.cpu_seconds()))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    "A line a file: CPU seconds, and the budget where they are over it; the slowest tests with -vv."
+    spent, tests = defaultdict(float), []
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, seconds in getattr(report, "user_properties", []):
+                if name == "cpu_seconds" and report.when == "teardown":
+                    spent[report.nodeid.split("::")[0]] += seconds
+                    tests.append((seconds, report.nodeid))
+    if sum(spent.values()) < 60:
+        return
+    budgets = {}
+    if not config.getoption("--heavy"):
+        budgets = {name: float(seconds) for name, seconds in map(str.split, BUDGETS.read_text().splitlines())}
+    terminalreporter.section("CPU seconds of each file")
+    for name, seconds in sorted(spent.items(), key=lambda pair: -pair[1]):
+        budget = budgets.get(Path(name).stem, 10 if budgets else 0)
+        over = f"   over its budget of {budget:.0f}" if budget and seconds > budget else ""
+        terminalreporter.write_line(f"{seconds:8.1f}  {name}{over}")
+    terminalreporter.write_line(f"{sum(spent.values()) / 60:8.1f}  CPU minutes in all")
+    if config.getoption("verbose") > 1:
+        terminalreporter.section("the slowest tests")
+        for seconds, name in sorted(tests, reverse=True)[:150]:
+            terminalreporter.write_line(f"{seconds:8.1f}  {name}")

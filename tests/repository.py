@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import runpy
 from configparser import ConfigParser
@@ -14,6 +15,11 @@ NOTEBOOKS = sorted(NBS.glob("*.ipynb"))
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if not path.name.startswith("_"))
 DEFAULT_EXP = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.M)
 DIRECTIVE = re.compile(r"^\s*#\s*\|")
+
+
+def examples(number):
+    "How many examples a property is tried on: all in `make test-all`, an eighth in `make test`."
+    return number if os.environ.get("QLORA_NB_ALL_EXAMPLES") else max(20, number // 8)
 
 
 def settings():

@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 import pytest
 import torch
 from gguf_models import needed
+from safetensors.torch import load_file, save_file
 
 from qlora_nb import certificate, gguf_export, llama, merging
 from qlora_nb.certificate import (
@@ -35,10 +36,12 @@ from qlora_nb.certificate import (
 from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.gguf_export import export_gguf
 from qlora_nb.llama import LlamaFile, chat_server, gguf_chat
-from qlora_nb.model import add_lora, load_model
+from qlora_nb.model import add_lora, load_model, open_run
 from qlora_nb.ollama_export import format_modelfile, modelfile_for, modelfile_refusal, parse_modelfile, write_modelfile
 from qlora_nb.rows import load_sft_dataset
+from qlora_nb.run import copy_embedded_run
 from qlora_nb.template import CHAT_TEMPLATES, SYSTEM_PROMPT
+from qlora_nb.workflow import load_run
 
 for package in ("gguf", "llama_cpp", "xllamacpp"):
     needed(package)
@@ -51,15 +54,16 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(place):
-    "A real, short fine-tune with alpha / r = 2, as the command line leaves it."
-    from qlora_nb.workflow import train
-
-    model, tokenizer = load_model(EMBEDDED_MODEL, backend="transformers")
-    model = add_lora(model, r=8, lora_alpha=16)
-    heldout = load_sft_dataset(split="heldout")
-    return train(
-        model, tokenizer, load_sft_dataset(), eval_data=heldout, output=place / "run", max_steps=120, eval_rows=0
-    )
+    "The run that comes with the package, its alpha doubled and its B halved: an export that forgets the scale shows."
+    path = copy_embedded_run(place)
+    weights, config = path / "adapter/adapter_model.safetensors", path / "adapter/adapter_config.json"
+    tensors = {name: t / 2 if "lora_B" in name else t for name, t in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 32'))
+    made = load_run(path)
+    made.model, made.tokenizer = open_run(path)
+    assert next(iter(made.model.peft_config.values())).lora_alpha == 32
+    return made
 
 
 @pytest.fixture(scope="module")

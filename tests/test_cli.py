@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import re
-import resource
 import select
 import signal
 import subprocess
@@ -14,17 +13,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import COMMAND, Process, qlora_nb
 from repository import ROOT
 
-COMMAND = [sys.executable, "-c", "from qlora_nb.cli import main; main()"]
-ENV = {**os.environ, "QLORA_NB_PROFILE": "tiny"}
+FRESH = [sys.executable, "-c", COMMAND]
 SHORT = ["--max-steps", "12", "--eval-rows", "0", "--save-steps", "4", "--limit", "200"]
 
 
-def qlora_nb(*arguments, cwd, **more):
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=400, **more
-    )
+def fresh_qlora_nb(*arguments, cwd, **more):
+    "In a new interpreter, which imports what it needs by itself."
+    command = [*FRESH, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=400, **more)
 
 
 def sha(run):
@@ -35,7 +34,7 @@ def sha(run):
 def demo(tmp_path_factory):
     "What `make demo` does: train with no argument, then export and certify."
     place = tmp_path_factory.mktemp("demo")
-    done = qlora_nb("train", "--export", "q8_0", cwd=place)
+    done = fresh_qlora_nb("train", "--export", "q8_0", cwd=place)
     assert done.returncode == 0, done.stderr[-4000:]
     return Path(done.stdout.splitlines()[-1]), done
 
@@ -172,9 +171,11 @@ def whole(tmp_path_factory):
     return place / "run"
 
 
-@pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    "how, code", [(signal.SIGINT, 130), pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.heavy)]
+)
 def test_a_stopped_run_goes_on_to_the_same_bytes(how, code, whole, tmp_path):
-    process = subprocess.Popen([*COMMAND, "train", *SHORT, "--output", "run"], cwd=tmp_path, env=ENV,
+    process = subprocess.Popen([*FRESH, "train", *SHORT, "--output", "run"], cwd=tmp_path,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     metrics, limit = tmp_path / "run/metrics.jsonl", time.time() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 6):
@@ -381,12 +382,12 @@ def test_a_full_disk_is_found_before_training(mistake, monkeypatch, tmp_path):
 
 def test_a_disk_that_fills_up_in_training(tmp_path):
     "A real limit on what a file may hold: the checkpoint does not fit, the run says so and where to go on."
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-
-    done = qlora_nb("train", *SHORT, "--output", "run", cwd=tmp_path, preexec_fn=limit)
+    limit = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+"""
+    done = qlora_nb("train", *SHORT, "--output", "run", cwd=tmp_path, first=limit)
     assert done.returncode == 2 and done.stdout == "", done.stderr[-3000:]
     last = done.stderr.strip().splitlines()[-1]
     assert "no space left in" in last and "--resume" in last and "Traceback" not in done.stderr
@@ -403,7 +404,7 @@ class OddConfig(LlamaConfig):
 """
 
 
-@pytest.mark.parametrize("backend", ["transformers", "unsloth"])
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("unsloth", marks=pytest.mark.heavy)])
 def test_code_and_pickles_that_come_with_a_model_are_not_run(backend, tmp_path):
     import shutil
 
@@ -415,10 +416,11 @@ def test_code_and_pickles_that_come_with_a_model_are_not_run(backend, tmp_path):
     (tmp_path / "odd/config.json").write_text(json.dumps(config))
     (tmp_path / "odd/configuration_odd.py").write_text(CODE)
     ask = ["chat", "--model", "odd", "--message", "x", "--backend", backend]
-    done = qlora_nb(*ask, cwd=tmp_path, input="y\n")
+    command = fresh_qlora_nb if backend == "unsloth" else qlora_nb
+    done = command(*ask, cwd=tmp_path, input="y\n")
     assert done.returncode == 2 and "a model brought this along" not in done.stdout + done.stderr, done.stderr[-2000:]
     (tmp_path / "odd/model.safetensors").rename(tmp_path / "odd/pytorch_model.bin")
-    assert "holds no .safetensors weights" in qlora_nb(*ask, cwd=tmp_path).stderr
+    assert "holds no .safetensors weights" in command(*ask, cwd=tmp_path).stderr
 
 
 @pytest.mark.quick
@@ -429,8 +431,7 @@ def test_a_run_that_diverges_says_so(tmp_path):
 
 
 def test_ctrl_c_while_evaluating_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen([*COMMAND, "train", "--output", "run"], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = Process(COMMAND, "train", "--output", "run", cwd=tmp_path)
     limit = time.time() + 120
     while not (tmp_path / "run/versions.json").exists():
         assert process.poll() is None and time.time() < limit
@@ -606,12 +607,14 @@ def test_a_plan_takes_what_auto_takes_on_that_card():
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
-def test_a_run_of_another_format_is_refused(command, tmp_path, demo, arguments):
+def test_a_run_of_another_format_is_refused(command, tmp_path, arguments):
     "The number came with format 2: a folder without one is from before."
     import shutil
 
+    from qlora_nb.core import EMBEDDED_FOLDER
+
     old = tmp_path / "old"
-    shutil.copytree(demo[0], old, ignore=shutil.ignore_patterns("*.gguf", "checkpoints"))
+    shutil.copytree(EMBEDDED_FOLDER / "run", old)
     (old / "x.gguf").write_bytes(b"GGUF")
     config = yaml.safe_load((old / "config.yaml").read_text())
     assert config.pop("format") == 2
@@ -634,8 +637,7 @@ def wait_for(process, path, lines, meanwhile=lambda: time.sleep(0.01)):
 
 
 def test_sigterm_saves_a_checkpoint_and_the_run_goes_on_to_the_same_bytes(whole, tmp_path):
-    process = subprocess.Popen([*COMMAND, "train", *SHORT, "--output", "run"], cwd=tmp_path, env=ENV,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = Process(COMMAND, "train", *SHORT, "--output", "run", cwd=tmp_path)
     wait_for(process, tmp_path / "run/metrics.jsonl", 1)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=240)
@@ -654,7 +656,7 @@ def test_a_terminal_that_is_closed_saves_a_checkpoint(tmp_path):
         f"import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); sys.argv[1:] = {['train', *SHORT]!r}; "
         "sys.argv += ['--output', 'run']; from qlora_nb.cli import main; main()"
     )
-    process = subprocess.Popen([sys.executable, "-c", start], cwd=tmp_path, env=ENV, stdin=inner, stdout=inner,
+    process = subprocess.Popen([sys.executable, "-c", start], cwd=tmp_path, stdin=inner, stdout=inner,
                                stderr=inner, start_new_session=True)  # fmt: skip
     os.close(inner)
     wait_for(process, tmp_path / "run/metrics.jsonl", 1,
@@ -667,14 +669,11 @@ def test_a_terminal_that_is_closed_saves_a_checkpoint(tmp_path):
     assert not (tmp_path / "run/summary.json").exists()
 
 
-def ignore_hangup():
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
+@pytest.mark.heavy
 def test_a_hangup_that_is_ignored_and_a_signal_in_the_evaluation(tmp_path):
     "`nohup` has SIGHUP ignored: the run goes on. SIGTERM then ends the answers of the base; the run can be resumed."
-    process = subprocess.Popen([*COMMAND, "train", "--output", "run"], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, preexec_fn=ignore_hangup)  # fmt: skip
+    ignore = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    process = Process(COMMAND, "train", "--output", "run", cwd=tmp_path, first=ignore)
     wait_for(process, tmp_path / "run/versions.json", 1)
     time.sleep(0.5)
     process.send_signal(signal.SIGHUP)

@@ -317,7 +317,7 @@ def test_the_tokenizer_is_what_the_recipe_makes(recipe, corpus, tmp_path):
 @pytest.mark.quick
 def test_sizes():
     files = [path for path in EMBEDDED_FOLDER.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".safetensors", ".jinja", ".parquet", ".md"}
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".parquet", ".md"}
     assert sum(path.stat().st_size for path in files) <= 12 * MEGABYTE
     assert sum(path.stat().st_size for path in files if path.suffix == ".parquet") < MEGABYTE / 2
 

@@ -7,13 +7,12 @@ import inspect
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import processes
 import pytest
 import torch
 
@@ -912,10 +911,7 @@ def test_selective_is_asked_for_where_the_others_are(capsys):
 
 
 def cli(*arguments, cwd, code=0):
-    env = {**os.environ, "QLORA_NB_PROFILE": "tiny"}
-    program = f"from qlora_nb.cli import main; main({[str(a) for a in arguments]!r})"
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    done = processes.qlora_nb(*arguments, cwd=cwd)
     assert done.returncode == code, done.stderr[-4000:]
     return done
 
@@ -992,8 +988,7 @@ def test_what_the_command_line_refuses(tmp_path):
 def test_the_benchmark_measures_it(tmp_path):
     "benchmarks/gpu_training.py on a tiny shape: what it counts is what was trained."
     setting = {"size": "tiny", "rows": "short", "batch": 1, "masked": 0.25, "steps": 3, "skip": 1, "off": ["loss"]}
-    command = [sys.executable, str(ROOT / "benchmarks/gpu_training.py"), "--one", json.dumps([setting])]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = processes.run_script(ROOT / "benchmarks/gpu_training.py", "--one", json.dumps([setting]), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.split("RESULT ", 1)[1])
     assert found["engine"].startswith("base and adapter in one function, layers of the same input") and found["packing"]
@@ -1464,7 +1459,7 @@ def test_a_line_of_arrays_is_a_line_of_lists():
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
-def test_one_process_of_several():
+def test_one_process_of_several(tmp_path):
     "torch's DistributedDataParallel sees each weight once, as the trainer sets it up."
     program = """
 import torch
@@ -1485,5 +1480,5 @@ ids = torch.arange(20)[None]
 wrapped(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    done = processes.run(program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -710,6 +710,7 @@ print(json.dumps([peak[0] - start, *(file.stat().st_size for file in files)]))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.heavy
 def test_a_2_5_gb_folder_is_streamed(tmp_path):
     "The shape of Llama-3.2-1B, with a vocabulary as large: the bound is three times the largest tensor and 500 MB."
     if shutil.disk_usage(tmp_path).free < 8e9:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from repository import examples
 from torch import nn
 
 from qlora_nb.core import UserError
@@ -68,7 +69,7 @@ def backward(layer, x, seed):
     return y, x.grad
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=examples(400), deadline=None, derandomize=True)
 @given(case=cases())
 def test_equal_to_peft(case):
     ours, theirs = pair(case)
@@ -92,7 +93,7 @@ def test_equal_to_peft(case):
     assert torch.equal(ours.base.weight, before)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=examples(300), deadline=None, derandomize=True)
 @given(case=cases())
 def test_starts_as_the_base_and_is_one_product(case):
     torch.manual_seed(case["seed"])

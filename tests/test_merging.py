@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -197,8 +198,7 @@ def test_no_space_left(saved, tmp_path):
     old, new = Path(shutil.copytree(saved, tmp_path / "old")), tmp_path / "new"
     before = shas(old)
     limits = [f"{old}=100000", f"{old}=500", f"{old}=0", f"{new}=20000", f"{new}=1000000000"]
-    command = [sys.executable, "-c", FULL, str(Path(__file__).parent), *limits]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = processes.run(FULL, Path(__file__).parent, *limits, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     refused = "refused: no space left while writing {}: nothing there was changed; free some space and repeat"
     assert done.stdout.splitlines() == [refused.format(old)] * 3 + [refused.format(new), "saved"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from repository import examples
 
 from qlora_nb.core import UserError
 from qlora_nb.nf4 import (
@@ -99,7 +100,7 @@ shapes = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(400), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     shape=shapes,
     kind=st.sampled_from(KINDS),

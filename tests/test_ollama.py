@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from repository import examples
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.gguf_export import pin_date
@@ -154,7 +155,9 @@ contents = st.one_of(
 )
 roles = st.sampled_from(["system", "user", "assistant"])
 conversations = st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), min_size=1, max_size=5)
-properties = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+properties = settings(
+    max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def alternating(messages):
@@ -255,7 +258,7 @@ def a_template(draw, depth=3):
 templates = a_template()
 
 
-@settings(properties, max_examples=500)
+@settings(properties, max_examples=examples(500))
 @given(template=templates, messages=conversations)
 def test_random_templates_render_as_in_go(go, template, messages):
     "What we render, Go renders alike. What we refuse, Go refuses, or it is outside the part that we read."
@@ -266,7 +269,7 @@ def test_random_templates_render_as_in_go(go, template, messages):
         assert (got, error) == (want, None)
 
 
-@settings(properties, max_examples=200)
+@settings(properties, max_examples=examples(200))
 @given(
     template=st.lists(
         st.sampled_from(
@@ -453,7 +456,7 @@ def test_neighbours_of_one_role_are_merged():
 # --- the Modelfile --------------------------------------------------------------------------------------------------
 
 
-@settings(properties, max_examples=500)
+@settings(properties, max_examples=examples(500))
 @given(text=contents, name=st.sampled_from(["SYSTEM", "TEMPLATE", "LICENSE", "PARAMETER stop", "MESSAGE user"]))
 def test_reading_back_gives_what_was_written(text, name):
     instructions = [("FROM", "./m.gguf"), (name, text), ("SYSTEM", "last")]

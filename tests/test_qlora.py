@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repository import NBS
+from repository import NBS, examples
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,7 +31,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # Relative errors in the Frobenius norm. The largest among 2,500 random layers each, against float64 and against peft:
 # fp32 2.9e-7 and 4.3e-7, bf16 5.0e-3 and 9.2e-3, fp16 7.2e-4 and 1.3e-3 (a rounding or two, on very few numbers).
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
-many = settings(max_examples=300, deadline=None, derandomize=True)
+many = settings(max_examples=examples(300), deadline=None, derandomize=True)
 sizes, even = st.integers(1, 40), st.integers(1, 40).map(lambda n: 2 * n)
 # Where 16 divides a row and the blocksize doesn't, bitsandbytes' AVX512 kernel takes other blocks' constants (02_nf4).
 widths = even.filter(lambda n: n % 16 or n % 64 == 0)

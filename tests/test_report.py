@@ -19,12 +19,14 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import processes
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 from PIL import Image, ImageChops
+from repository import examples
 
 from qlora_nb.core import UserError, write_jsonl
 from qlora_nb.report import (
@@ -53,8 +55,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here: apt-get install --no-install-recommends chromium"
 )
-COMMAND = [sys.executable, "-c", "from qlora_nb.cli import main; main()"]
-ENV = {**os.environ, "QLORA_NB_PROFILE": "tiny"}
 # Each would set window.hit, or ask for something, if it were taken for markup.
 ATTACKS = [
     "<script>window.hit=1</script>",
@@ -89,11 +89,8 @@ def hostile(place):
         for i in range(60)
     ]  # fmt: skip
     write_jsonl(place / "<img src=x onerror=window.hit=10>.jsonl", rows)
-    done = subprocess.run(
-        [*COMMAND, "train", "--data", "<img src=x onerror=window.hit=10>.jsonl", "--output", NAME, "--max-steps", "12",
-         "--eval-rows", "6", "--max-new-tokens", "48"],
-        cwd=place, env=ENV, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    done = processes.qlora_nb("train", "--data", "<img src=x onerror=window.hit=10>.jsonl", "--output", NAME,
+                              "--max-steps", "12", "--eval-rows", "6", "--max-new-tokens", "48", cwd=place)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return place / NAME
 
@@ -397,7 +394,7 @@ def test_only_our_own_elements(request, run):
 text = st.text(st.one_of(st.sampled_from("<>\"'&;/=!-[]\x00\ud800\u202e\n"), st.characters()), max_size=60)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(text)
 def test_any_text_is_escaped(value):
     made = load_templates().from_string('<p title="{{ v }}" class="{{ v }}">{{ v }}</p>').render(v=value)
@@ -406,7 +403,7 @@ def test_any_text_is_escaped(value):
     made.encode("utf-8")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(text, text)
 def test_marking_keeps_the_text(before, after):
     for made, wanted in zip(mark_changes(before, after), (before, after)):
@@ -435,7 +432,7 @@ def test_the_command_gives_the_same_adapter(hostile, place):
     program.parent.mkdir(exist_ok=True)
     program.write_text(f"#!{sys.executable}\nfrom qlora_nb.cli import main\nmain()\n")
     program.chmod(0o755)
-    env = {**ENV, "PATH": f"{program.parent}:{ENV['PATH']}"}
+    env = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, shell=True, cwd=place, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     again = Path(done.stdout.splitlines()[-1])
@@ -446,11 +443,10 @@ def test_the_command_gives_the_same_adapter(hostile, place):
 def test_the_four_lines_give_the_reply(hostile, place):
     lines = next(code for code in Page(render_page(hostile)).code if code.startswith("from qlora_nb import"))
     assert len(lines.splitlines()) == 4
-    done = subprocess.run([sys.executable, "-c", lines], cwd=place, env=ENV, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    done = processes.run(lines, cwd=place)
+    assert done.returncode == 0, done.stderr[-3000:]
     reply = next(row["reply"] for row in gather_facts(hostile).replies if row["stage"] == "after")
-    said = done.stdout.decode("utf-8", "replace")
-    assert reply.strip()[:40] in said  # the evaluation stops at 48 tokens
+    assert reply.strip()[:40] in done.stdout  # the evaluation stops at 48 tokens
 
 
 def test_figures_are_those_of_the_folder(plain):

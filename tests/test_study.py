@@ -2,9 +2,8 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from repository import NBS, ROOT
@@ -27,9 +26,7 @@ def stored():
 
 
 def call(*arguments):
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=240, cwd=ROOT
-    )
+    return processes.run_script(SCRIPT, *arguments, cwd=ROOT)
 
 
 # --- what is stored -------------------------------------------------------------------------------------------------
@@ -173,6 +170,7 @@ def test_a_run_that_cannot_be(given, said):
     assert done.returncode != 0 and f"a run has no {'method ' if said == 'prefix' else ''}{said}" in done.stderr
 
 
+@pytest.mark.heavy
 def test_the_driver_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / "study.json"
     command = ("--part", "base", "--device", "cpu", "--methods", "lora", "full", "--seeds", 1, "--small", "--out", out)

@@ -5,6 +5,7 @@ import copy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from repository import examples
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.template import (
@@ -69,7 +70,7 @@ conversations = st.builds(
 
 
 @pytest.mark.parametrize("template", [None, "llama-3.1", "chatml", "embedded"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(messages=conversations)
 def test_random_conversations(tokenizer, chatml, template, messages):
     tok = chatml if template == "chatml" else tokenizer
@@ -136,7 +137,7 @@ PIECES = ["<|eot_id|>", "<|end_header_id|>", "\n\n", "\n", " ", "12", "ab"]
 parts = st.lists(st.text(max_size=8) | st.sampled_from(PIECES), max_size=8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(left=parts, right=parts)
 def test_counting_a_prefix_is_tokenizing_it(tokenizer, encoder, left, right):
     "The short way, by the last control token, says what tokenizing the prefix says."

@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import yaml
@@ -300,9 +301,12 @@ assert abs(found[0][1] - first[1]) < 1e-5
 """
 
 
-@pytest.mark.parametrize("backend", ["transformers", "unsloth"])
-def test_checkpointing_is_switched_on_and_off(backend):
-    done = subprocess.run([sys.executable, "-c", SWITCH, backend], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("unsloth", marks=pytest.mark.heavy)])
+def test_checkpointing_is_switched_on_and_off(backend, tmp_path):
+    if backend == "unsloth":
+        done = subprocess.run([sys.executable, "-c", SWITCH, backend], capture_output=True, text=True, timeout=300)
+    else:
+        done = processes.run(SWITCH, backend, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

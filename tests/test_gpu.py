@@ -1,0 +1,205 @@
+"""What only a GPU can show: `make test-gpu` runs these, and keeps what ran in nbs/results/gpu_tests.json.
+
+The engine's kernels, CUDA graphs and streams against plain peft; NF4 against bitsandbytes' CUDA kernels; whole runs,
+stopped and resumed.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_engine import FAMILIES, apart, base_of, gradients, peft_of, rectangle, some_rows
+
+from qlora_nb.engine import Engine, engine_of, install_engine, join_rows, remove_engine
+
+pytestmark = pytest.mark.cuda
+
+
+def on_gpu(batch):
+    return {name: value.cuda() if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+@pytest.fixture
+def both():
+    "Makes the same model twice on the GPU: as peft has it, and with the engine, which leaves no trace in the process."
+    made = []
+
+    def make(family="llama", four_bit=True, engine=None, checkpointing=True, **more):
+        plain, ours = (peft_of(family, four_bit, **more).cuda() for _ in range(2))
+        if checkpointing:
+            ours.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        install_engine(ours, engine or Engine())
+        made.append(ours)
+        return plain, ours
+
+    yield make
+    for model in made:
+        remove_engine(model)
+
+
+def of_16_bits(model, dtype):
+    "The model in fp32, with the numbers that it has when they are rounded."
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype).float()
+    return model
+
+
+# --- the engine -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("four_bit", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_plain_peft(both, family, four_bit):
+    plain, ours = both(family, four_bit)
+    on = engine_of(ours)
+    assert on.norms and on.compiled and on.checkpoint, "the kernels are in use"
+    assert not on.graphs, "in fp32 attention is one call a row, which can't be recorded"
+    for rows in (some_rows()[:2], some_rows(), some_rows()[1:]):
+        loss, wanted = gradients(plain, on_gpu(rectangle(rows)))
+        found, grads = gradients(ours, on_gpu(join_rows(rows)))
+        assert found == pytest.approx(loss, rel=1e-4) and apart(grads, wanted) < 1e-3
+
+
+PARTS = [
+    (Engine(norms=False), True), (Engine(compiled=False), True), (Engine(selective=True), True),
+    (Engine(mlp=False), True), (Engine(grouped=False), True), (Engine(loss=False), True),
+    (Engine(adapters=False), True), (Engine(attention=False), True), (Engine(kernels=False), True),
+    (Engine(), False), (Engine(dense=True), False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("engine, checkpointing", PARTS, ids=range(len(PARTS)))
+def test_parts_with_and_without_them(both, engine, checkpointing):
+    plain, ours = both(engine=engine, checkpointing=checkpointing)
+    rows = some_rows()
+    batch = join_rows(rows) if engine.attention else rectangle(rows)
+    loss, wanted = gradients(plain, on_gpu(rectangle(rows)))
+    found, grads = gradients(ours, on_gpu(batch))
+    assert found == pytest.approx(loss, rel=1e-4) and apart(grads, wanted) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_16_bits_are_within_the_spread_of_the_plain_path(both, dtype, graphs):
+    "Both against fp32 of the same (rounded) weights; layers that run again are recordings, or run as they are."
+    rows = some_rows((40, 90, 60, 70))
+    wanted = gradients(of_16_bits(peft_of(four_bit=False), dtype).cuda(), on_gpu(rectangle(rows)))[1]
+    plain, ours = both(four_bit=False, dtype=dtype, engine=Engine(graphs=graphs))
+    assert engine_of(ours).graphs == graphs
+    usual = apart(gradients(plain, on_gpu(rectangle(rows)))[1], wanted)
+    assert apart(gradients(ours, on_gpu(join_rows(rows)))[1], wanted) < 2 * usual
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_layers_add_up_over_many_batches(both, family):
+    "Longer and shorter lines in turn, gradients added up: as from the same engine without recordings."
+    _, ours = both(family, dtype=torch.bfloat16)
+    _, again = both(family, dtype=torch.bfloat16, engine=Engine(graphs=False))
+    batches = [some_rows((30, 9, 47, 17, 60))[i % 3 : 3 + i % 3] for i in range(12)]
+    for rows in batches:
+        for model in (ours, again):
+            model(**on_gpu(join_rows(rows)), use_cache=False).loss.backward()
+    replay = ours.get_base_model().get_decoder().layers[0].qlora_nb.replay
+    assert engine_of(ours).graphs and replay.copied and not replay.broken
+    wanted, found = ({n: p.grad for n, p in m.named_parameters() if p.requires_grad} for m in (again, ours))
+    assert apart(found, wanted) < 1e-2
+
+
+# --- 4 bits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocksize", [64, 128])
+def test_nf4_is_that_of_bitsandbytes(blocksize):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from qlora_nb.nf4 import quantize_nf4
+
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)).cuda()
+    packed, state = quantize_4bit(weight, blocksize=blocksize, quant_type="nf4")
+    ours, on_cpu = quantize_nf4(weight, blocksize, double_quant=False), quantize_nf4(weight.cpu(), blocksize, False)
+    assert torch.equal(ours.packed.flatten(), packed.flatten()) and torch.equal(ours.packed.cpu(), on_cpu.packed)
+    torch.testing.assert_close(ours.dequantize(), dequantize_4bit(packed, state))
+
+
+def test_a_4_bit_model_says_on_the_gpu_what_it_says_on_the_cpu():
+    model, ids = base_of("llama"), torch.arange(20)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        torch.testing.assert_close(model.cuda()(input_ids=ids.cuda()).logits.cpu(), wanted, rtol=1e-3, atol=1e-3)
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------
+
+SHORT = {"max_steps": 12, "eval_rows": 4, "max_new_tokens": 32, "save_steps": 4, "max_seq_length": 256}
+
+
+def trained(output, engine, data=None, **more):
+    from qlora_nb import add_lora, load_model, load_sft_dataset, train
+
+    model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", engine=engine)
+    return train(add_lora(model), tokenizer, data or load_sft_dataset(), output=output, **{**SHORT, **more})
+
+
+def resume(path, engine):
+    from qlora_nb import add_lora, load_model, load_sft_dataset, train
+
+    model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", engine=engine)
+    return train(add_lora(model), tokenizer, load_sft_dataset(), resume=path)
+
+
+def losses(run):
+    return [row["loss"] for row in run.metrics]
+
+
+def test_a_run_learns_the_same_with_the_engine(tmp_path):
+    plain, ours = (trained(tmp_path / str(on), on, eval_rows=0) for on in (False, True))
+    assert losses(ours) == pytest.approx(losses(plain), rel=0.02)
+    assert all(row["peak_allocated"] for row in ours.metrics)
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_a_resumed_run_is_the_whole_one(tmp_path, engine):
+    whole = trained(tmp_path / "run", engine)
+    path = whole.path / "adapter/adapter_model.safetensors"
+    wanted = path.read_bytes()
+    (whole.path / "summary.json").unlink()
+    shutil.rmtree(max((whole.path / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])))
+    shutil.rmtree(whole.path / "adapter")
+    resume(whole.path, engine)
+    assert path.read_bytes() == wanted
+
+
+def test_the_run_of_the_package_answers_as_on_a_cpu(tmp_path):
+    from qlora_nb.evaluation import evaluate
+    from qlora_nb.model import open_run
+    from qlora_nb.rows import load_sft_dataset
+    from qlora_nb.run import copy_embedded_run
+
+    path = copy_embedded_run(tmp_path)
+    model, tokenizer = open_run(path)
+    assert next(model.parameters()).is_cuda
+    found = evaluate(model, tokenizer, load_sft_dataset(split="heldout", limit=100), max_new_tokens=112)
+    stored = [json.loads(line) for line in open(path / "evaluation.jsonl")]
+    right = [row["exact"] for row in stored if row["stage"] == "after"][:100]
+    assert abs(found.exact - sum(right) / 100) <= 0.05 and found.stops >= 0.98
+
+
+UNSLOTH = """
+import json, sys
+from qlora_nb import add_lora, load_model, load_sft_dataset, train
+model, tokenizer = load_model("qlora_nb:embedded", backend="unsloth", max_seq_length=256)
+run = train(add_lora(model), tokenizer, load_sft_dataset(), output="run", max_steps=8, eval_rows=0, max_seq_length=256)
+print("RESULT", json.dumps([row["loss"] for row in run.metrics]))
+"""
+
+
+def test_unsloth_learns_the_same(tmp_path):
+    pytest.importorskip("unsloth")
+    done = subprocess.run([sys.executable, "-c", UNSLOTH], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    theirs = json.loads(done.stdout.split("RESULT ")[1])
+    plain = trained(tmp_path / "plain", False, eval_rows=0, max_steps=8)
+    assert theirs == pytest.approx(losses(plain), rel=0.02)
