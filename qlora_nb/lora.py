@@ -34,13 +34,8 @@ def create_adapter_matrices(
     return A.detach().to(device, dtype).to(kept), B.detach().to(device, dtype).to(kept)
 
 # %% ../nbs/01_lora.ipynb #3280837d
-def check_lora_settings(
-    r: int,  # rank
-    lora_alpha: float = 16,  # strength
-    lora_dropout: float = 0.0,  # share of inputs dropped in training
-    smaller: int | None = None,  # the smaller side of the weight; None leaves it open
-) -> None:
-    "Raise `UserError` for an invalid rank, strength or dropout."
+def check_lora_settings(r: int, lora_alpha: float = 16, lora_dropout: float = 0.0, smaller: int | None = None) -> None:
+    "Raise `UserError` for an invalid rank, strength or dropout; `smaller` is the weight's smaller side, where it is known."
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise UserError(f"r is {r!r}: the rank is a whole number of at least 1, typically 8, 16, 32 or 64")
     if smaller is not None and r > smaller:
@@ -51,9 +46,7 @@ def check_lora_settings(
         raise UserError(f"lora_dropout is {lora_dropout!r}: it is a share from 0 up to, but not including, 1")
 
 # %% ../nbs/01_lora.ipynb #edd441c7
-def check_base(
-    base: nn.Module,  # what an adapter is to be put on
-) -> None:
+def check_base(base: nn.Module) -> None:
     "Raise `UserError` unless `base` is an `nn.Linear` with finite floating-point weights and no adapter."
     kind, weight = type(base).__name__, getattr(base, "weight", None)
     if hasattr(base, "lora_A"):
@@ -178,10 +171,8 @@ class LoRALinear(LoRALayer):
             self.original = None
 
 # %% ../nbs/01_lora.ipynb #ce86b31d
-def check_targets(
-    target_modules: tuple[str, ...] | list[str] | str,  # names, or comma-separated ones
-) -> tuple[str, ...]:
-    "Return the names, each once. Raise `UserError` for no name, or anything but names."
+def check_targets(target_modules: tuple[str, ...] | list[str] | str) -> tuple[str, ...]:
+    "Return the names, also of a comma-separated text, each once. Raise `UserError` for no name, or anything but names."
     names = target_modules.split(",") if isinstance(target_modules, str) else target_modules
     if not isinstance(names, (tuple, list, set, frozenset)) or not all(isinstance(name, str) for name in names):
         raise UserError(f"target_modules is {target_modules!r}: give names of layers, such as q_proj")
@@ -219,12 +210,8 @@ def swap_layers(
     return made
 
 # %% ../nbs/01_lora.ipynb #dff51a5d
-def adapter_matrix_sizes(
-    shapes: dict[str, tuple[int, int]],  # of a layer's projections, from `projection_shapes`
-    r: int,  # rank
-    target_modules: tuple[str, ...] | list[str] = TARGET_MODULES,  # of those
-) -> list[int]:
-    "Return the number of elements of each adapter matrix of one layer: A (r × in), then B (out × r), target by target."
+def adapter_matrix_sizes(shapes: dict[str, tuple[int, int]], r: int, target_modules=TARGET_MODULES) -> list[int]:
+    "Return the number of elements of each adapter matrix of one layer (`projection_shapes`): A, then B, target by target."
     return [r * side for name in target_modules for side in shapes[name]]
 
 # %% ../nbs/01_lora.ipynb #c785994c
