@@ -19,8 +19,9 @@ import jinja2
 from markupsafe import Markup
 
 from .core import Findings, UserError, is_number, read_json, write_aside
-from .diagnosis import diagnose, plot_loss
+from .diagnosis import diagnose
 from .evaluation import wilson_interval
+from .evidence import plot_loss
 from .run import DATA_FROM_PYTHON, RunFolder
 
 # %% ../nbs/71_report.ipynb #b191d028

@@ -40,7 +40,6 @@ from .preflight import DatasetFinding, check_and_encode, encode_dataset
 from .rows import data_fingerprint, load_sft_dataset, question_hash
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2e
-from .diagnosis import plot_loss
 from qlora_nb.engine import (
     Engine,
     FlatAdapters,
@@ -52,6 +51,7 @@ from qlora_nb.engine import (
     release_after,
 )
 from .evaluation import Evaluation, encode_rows, evaluate
+from .evidence import plot_loss
 from .model import count_parameters, quiet_libraries
 from .recommendation import recommend
 from qlora_nb.run import (
