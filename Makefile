@@ -67,7 +67,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/pytest tests -n 2 --dist loadgroup
+	$(BIN)/pytest tests -n 2
 
 quick: $(STAMP)
 	$(BIN)/pytest tests -m quick -n 2
@@ -79,14 +79,14 @@ data := data template hostile embedded
 engine := engine kernels backends
 training := training diagnosis generation evaluation loading merging cli
 export := gguf ollama certificate
-reading := report doctor site notebooks
+reading := report doctor site notebooks mission
 
 test-all: test $(PARTS:%=test-all-%)
 
 test-all-install: test-install
 
 test-all-%: $(STAMP)
-	$(BIN)/pytest $(foreach name,$($*),tests/test_$(name).py) --heavy -n 2 --dist loadgroup
+	$(BIN)/pytest $(foreach name,$($*),tests/test_$(name).py) --heavy -n 2
 
 test-gpu:
 	$(GPU_PYTHON) tools/gpu_tests.py

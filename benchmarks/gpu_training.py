@@ -102,15 +102,16 @@ def engine_model(s):
 
 
 def engine_trainer(model, tok, s, clock):
-    from qlora_nb import engine
     from qlora_nb.core import PROFILES
-    from qlora_nb.engine import Engine, attention_kernel, engine_of, install_engine
+    from qlora_nb.engine import line
+    from qlora_nb.engine.install import Engine, engine_of, install_engine
+    from qlora_nb.engine.line import attention_kernel
     from qlora_nb.run import resolve_settings
-    from qlora_nb.training import make_trainer
+    from qlora_nb.trainer import make_trainer
 
-    known = vars(engine).setdefault("ALL_KERNELS", engine.ATTENTION_KERNELS)
-    engine.ATTENTION_KERNELS = {s["attention"]: known[s["attention"]]} if s["attention"] else known
-    engine._kernel.cache_clear()
+    known = vars(line).setdefault("ALL_KERNELS", line.ATTENTION_KERNELS)
+    line.ATTENTION_KERNELS = {s["attention"]: known[s["attention"]]} if s["attention"] else known
+    line._kernel.cache_clear()
     install_engine(model, Engine(**dict.fromkeys(s["off"], False), **dict.fromkeys(s["on"], True)))
     if s["attention"] and attention_kernel(model) != s["attention"]:
         raise RuntimeError(f"{s['attention']} is not there; attention is by {attention_kernel(model)}")

@@ -16,8 +16,16 @@ from pathlib import Path
 
 import torch
 
-from .core import EMBEDDED_MODEL, UserError, annotate_module, file_sha256, unwrap_base, write_aside
-from .engine import install_where_asked
+from qlora_nb.core import (
+    EMBEDDED_MODEL,
+    EMBEDDED_NAME,
+    UserError,
+    annotate_module,
+    file_sha256,
+    unwrap_base,
+    write_aside,
+)
+from .engine.install import install_where_asked
 from .run import RunFolder
 from .weights import STORED_DTYPES, check_numbers, model_file, read_header
 
@@ -42,11 +50,10 @@ def set_model_info(model: torch.nn.Module, /, **entries) -> None:
     annotate_module(unwrap_base(model)).info = {**model_info(model, required=False), **entries}
 
 # %% ../nbs/56_adapter.ipynb #fca80c77-22
-def install_where_possible(
-    model: torch.nn.Module,  # a peft model
-    must: bool = False,  # whether a refusal is an error
-) -> torch.nn.Module:  # the same model
-    "Install the engine where it was asked for. An engine that `auto` chose and that can't train this model is left out, with a line on stderr."
+def install_where_possible(model: torch.nn.Module, must: bool = False) -> torch.nn.Module:
+    """Install the engine where it was asked for, and return the model.
+
+    An engine that can't train this model is an error if it `must`; one that `auto` chose is left out, with a line on stderr."""
     try:
         return install_where_asked(model)
     except UserError as error:
@@ -82,16 +89,22 @@ def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, adapter_name=find_active_adapter(model), save_embedding_layers=False)
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-4
-EMBEDDED_NAME = "qlora_nb:embedded"
-
-
-def base_name(
-    model: torch.nn.Module,  # a peft model
-) -> str:
-    "Return the base's name for an adapter's files."
+def base_name(model: torch.nn.Module) -> str:
+    "Return the name of a peft model's base, for the adapter's files."
     name = model_info(model, required=False).get("model")
     name = name or model.peft_config[find_active_adapter(model)].base_model_name_or_path or ""
     return EMBEDDED_NAME if name and Path(name) == EMBEDDED_MODEL else str(name)
+
+# %% ../nbs/56_adapter.ipynb #56b00002
+def check_untied(model: torch.nn.Module, targets: list[str] | dict[str, torch.nn.Module]) -> None:
+    "Raise `UserError` for an adapter on embedding or head where the two are one matrix: no merged model can hold it."
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    for name in targets:
+        if name.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens"):
+            raise UserError(
+                f"{name} can't have an adapter: embedding and lm_head are one matrix in this model (tie_word_embeddings), so that merging would "
+                "change both or lose it; leave it out of target_modules")
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-5
 ADAPTER_CARD = """---

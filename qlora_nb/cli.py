@@ -38,6 +38,14 @@ app = typer.Typer(
     help="Fine-tune a language model with LoRA or QLoRA, and see what it did.",
 )
 
+# %% ../nbs/72_cli.ipynb #826fda92-13
+@contextlib.contextmanager
+def quiet_stdout():
+    "A context in which what is printed goes to stderr, so that stdout holds the result alone."
+    quiet_environment()
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
 # %% ../nbs/72_cli.ipynb #826fda92-3
 def drop_missing(**values) -> dict:
     "Return the values that were given, by name."
@@ -68,11 +76,6 @@ def load_rows(settings: Settings) -> tuple:  # (training rows, held-out rows or 
         held_out = load(settings.eval_data)
     return rows, held_out, source
 
-
-def default_model(model: str | None) -> str:
-    "Return the model, or the profile's where none is named."
-    return model or profile().model
-
 # %% ../nbs/72_cli.ipynb #826fda92-6
 def read_train_config(config: str | None, resume: str | None, output: str | None) -> dict:
     "Return the settings of `--config`, or of the run that `--resume` names; {} for neither."
@@ -81,7 +84,7 @@ def read_train_config(config: str | None, resume: str | None, output: str | None
     if config and resume:
         raise UserError("--config and --resume are both given: a resumed run has its own configuration")
     if resume:
-        from qlora_nb.training import read_run_to_resume
+        from qlora_nb.preparation import read_run_to_resume
 
         return read_run_to_resume(resume, {})[1]
     return read_own_config(config) if config else {}
@@ -96,7 +99,7 @@ def compare_fingerprints(old: dict, new: dict) -> None:
 # %% ../nbs/72_cli.ipynb #eb15a274
 def choose_plan(flag: str | None, resume: str | None, config: dict):
     "Return what `--plan` or the configuration asks for; None where a run's own configuration records a plan that it followed."
-    from qlora_nb.plan import find_card
+    from qlora_nb.cards import find_card
 
     if resume and flag:
         raise UserError("--plan and --resume are both given: a resumed run keeps its settings")
@@ -110,10 +113,11 @@ def warn_of_large_model(name: str, settings: Settings, card=None) -> None:
     "Warn on stderr before the loading where not even one short row fits into `card` (None: this machine's, if it has one)."
     import torch
 
-    from qlora_nb.model import choose_backend
-    from qlora_nb.plan import Rows, estimate_for_rows, find_card
+    from qlora_nb.backends import choose_backend
+    from qlora_nb.cards import find_card
+    from qlora_nb.plan import Rows, estimate_for_rows
+    from qlora_nb.preparation import warn_of_memory
     from qlora_nb.shapes import model_shape
-    from qlora_nb.training import warn_of_memory
 
     if card is None and not torch.cuda.is_available():
         return
@@ -130,7 +134,8 @@ def warn_of_large_model(name: str, settings: Settings, card=None) -> None:
 # %% ../nbs/72_cli.ipynb #a2f61c09
 def check_exportable(model, tokenizer, template: str | None = None) -> None:
     "Raise `UserError` before the training where the export or its certificate would fail after it; report on stderr where Ollama gets no TEMPLATE."
-    from qlora_nb.gguf_export import find_architecture, read_vocabulary
+    from qlora_nb.gguf_tokens import read_vocabulary
+    from qlora_nb.gguf_writer import find_architecture
     from qlora_nb.merging import check_mergeable
     from qlora_nb.ollama_export import modelfile_refusal
 
@@ -145,10 +150,66 @@ def check_exportable(model, tokenizer, template: str | None = None) -> None:
     if why := modelfile_refusal(tokenizer, template):
         print(why, file=sys.stderr)
 
+# %% ../nbs/72_cli.ipynb #826fda92-10
+TRAIN_FLAGS = {  # in addition to the settings; name: (type, help)
+    "system": (str, "system text for rows that have none; default: one that asks for <think>, where replies have it"),
+    "no_system": (bool, "add no system text to any row"),
+    "output": (str, "run folder, new or empty; default ./runs/<time>-<model>"),
+    "config": (str, "a run's config.yaml, or one of your own"),
+    "resume": (str, "a run folder to resume"),
+    "export": (str, "then export and certify: GGUF formats, comma-separated, such as q8_0,q4_k_m"),
+    "plan": (str, "auto fits the run to this GPU; or a card's name, such as T4"),
+}
+
+# %% ../nbs/72_cli.ipynb #826fda92-11
+def flag_type(kind) -> type:
+    "Return the type that a setting's flag has on the command line: a list, and true with other words, are text."
+    kinds = {int, float, bool, str} & {kind, *getattr(kind, "__args__", ())}
+    return kinds.pop() if len(kinds) == 1 else str
+
+# %% ../nbs/72_cli.ipynb #826fda92-12
+def with_flags(function):
+    "Give `function(**flags)` a flag for each setting and each of `TRAIN_FLAGS`, None where it is not given."
+    settings = {f.name: (flag_type(f.type), f.metadata["help"]) for f in fields(Settings) if f.name != "add_system"}
+    parameters = []
+    for name, (kind, text) in {**settings, **TRAIN_FLAGS}.items():
+        flag = "--" + name.replace("_", "-")
+        option = typer.Option(f"{flag}/--no-{flag[2:]}" if kind is bool and not name.startswith("no_") else flag, help=text)
+        annotation = Annotated[kind | None, option]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return function
+
+# %% ../nbs/72_cli.ipynb #826fda92-9
+def process_start() -> float:
+    "Return when this process began, in seconds since 1970."
+    import psutil
+
+    return psutil.Process().create_time()
+
+# %% ../nbs/72_cli.ipynb #a2f61c07
+def split_quantizations(text: str | None) -> list[str]:
+    "Return the names of a comma-separated list, checked before anything slow begins."
+    if text is None:
+        return []
+    from qlora_nb.gguf_export import check_quantizations
+
+    return check_quantizations([name.strip() for name in text.split(",") if name.strip()])
+
+# %% ../nbs/72_cli.ipynb #a11e0060
+def explain_stop(how):  # a function that returns how to continue
+    "A context in which Ctrl-C, SIGTERM and SIGHUP end with a sentence that says so."
+    from qlora_nb.safeguards import explain_interrupts
+
+    return explain_interrupts(how)
+
 # %% ../nbs/72_cli.ipynb #826fda92-8
 def train_from_flags(flags: dict, formats: list[str]):
     "Load, attach, train: what `qlora_nb train` does. Return the `Run`. `formats` are what it will be exported in."
-    from qlora_nb.model import add_lora, check_checkpointing, choose_backend, load_model, model_path
+    from qlora_nb.backends import choose_backend
+    from qlora_nb.loading import model_path
+    from qlora_nb.model import add_lora, check_checkpointing, load_model
     from qlora_nb.workflow import train_and_report
 
     config = read_train_config(flags["config"], flags["resume"], flags["output"])
@@ -175,61 +236,7 @@ def train_from_flags(flags: dict, formats: list[str]):
     compare_fingerprints(config, RunFolder.open(run).config)
     return run
 
-# %% ../nbs/72_cli.ipynb #826fda92-9
-def process_start() -> float:
-    "Return when this process began, in seconds since 1970."
-    import psutil
-
-    return psutil.Process().create_time()
-
-# %% ../nbs/72_cli.ipynb #826fda92-10
-TRAIN_FLAGS = {  # in addition to the settings; name: (type, help)
-    "system": (str, "system text for rows that have none; default: one that asks for <think>, where replies have it"),
-    "no_system": (bool, "add no system text to any row"),
-    "output": (str, "run folder, new or empty; default ./runs/<time>-<model>"),
-    "config": (str, "a run's config.yaml, or one of your own"),
-    "resume": (str, "a run folder to resume"),
-    "export": (str, "then export and certify: GGUF formats, comma-separated, such as q8_0,q4_k_m"),
-    "plan": (str, "auto fits the run to this GPU; or a card's name, such as T4"),
-}
-
-# %% ../nbs/72_cli.ipynb #826fda92-11
-def flag_type(kind) -> type:
-    "Return the type that a setting's flag has on the command line: a list, and true with other words, are text."
-    kinds = {int, float, bool, str} & {kind, *getattr(kind, "__args__", ())}
-    return kinds.pop() if len(kinds) == 1 else str
-
-# %% ../nbs/72_cli.ipynb #a2f61c07
-def split_quantizations(text: str | None) -> list[str]:
-    "Return the names of a comma-separated list, checked before anything slow begins."
-    if text is None:
-        return []
-    from qlora_nb.gguf_export import check_quantizations
-
-    return check_quantizations([name.strip() for name in text.split(",") if name.strip()])
-
-# %% ../nbs/72_cli.ipynb #a11e0060
-def explain_stop(how):  # a function that returns how to continue
-    "A context in which Ctrl-C, SIGTERM and SIGHUP end with a sentence that says so."
-    from qlora_nb.training import explain_interrupts
-
-    return explain_interrupts(how)
-
-# %% ../nbs/72_cli.ipynb #826fda92-12
-def with_flags(function):
-    "Give `function(**flags)` a flag for each setting and each of `TRAIN_FLAGS`, None where it is not given."
-    settings = {f.name: (flag_type(f.type), f.metadata["help"]) for f in fields(Settings) if f.name != "add_system"}
-    parameters = []
-    for name, (kind, text) in {**settings, **TRAIN_FLAGS}.items():
-        flag = "--" + name.replace("_", "-")
-        option = typer.Option(f"{flag}/--no-{flag[2:]}" if kind is bool and not name.startswith("no_") else flag, help=text)
-        annotation = Annotated[kind | None, option]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    function.__signature__ = inspect.Signature(parameters)
-    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return function
-
-
+# %% ../nbs/72_cli.ipynb #826fda92-19
 @app.command()
 @with_flags
 def train(**flags):
@@ -246,14 +253,6 @@ def train(**flags):
     if not passed:
         raise typer.Exit(1)
 
-# %% ../nbs/72_cli.ipynb #826fda92-13
-@contextlib.contextmanager
-def quiet_stdout():
-    "A context in which what is printed goes to stderr, so that stdout holds the result alone."
-    quiet_environment()
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
 # %% ../nbs/72_cli.ipynb #826fda92-14
 def open_for_chat(run: str | None, model: str | None, adapter: str | None, backend: str | None, base: str | None = None):
     "Return (model, tokenizer, configuration) for a run's folder, or for a model with or without an adapter. `base` replaces the trained one."
@@ -265,7 +264,7 @@ def open_for_chat(run: str | None, model: str | None, adapter: str | None, backe
             raise UserError("--base is for a run or an --adapter, in place of the base that it names: with --model alone leave it out")
         if adapter:
             return *open_run(adapter, base=model or base, backend=backend), {}
-        return *load_model(default_model(model), backend=backend), {}
+        return *load_model(model or profile().model, backend=backend), {}
     if model or adapter:
         raise UserError("a run and --model or --adapter are both given: a run has its own")
     folder = RunFolder.open(run)
@@ -332,8 +331,8 @@ def evaluate(
     "Answer held-out rows and count the replies that are exact, in form, and end by themselves; the last line is JSON."
     with quiet_stdout():
         from qlora_nb.evaluation import evaluate as measure
+        from qlora_nb.preparation import load_base_task
         from qlora_nb.rows import load_sft_dataset
-        from qlora_nb.training import load_base_task
 
         loaded, tokenizer, config = open_for_chat(run, model, adapter, backend)
         if data is None and config.get("data") is not None:
@@ -348,8 +347,9 @@ def make_plans(model: str, gpu: str | None, data: str | None, data_name: str | N
     "Return a `Plan` for the card, for this machine's, or for each of the usual ones."
     import torch
 
-    from qlora_nb.model import load_tokenizer_and_config
-    from qlora_nb.plan import KNOWN_CARDS, find_card, measure_row_lengths, plan_training
+    from qlora_nb.cards import KNOWN_CARDS, find_card, measure_row_lengths
+    from qlora_nb.loading import load_tokenizer_and_config
+    from qlora_nb.plan import plan_training
     from qlora_nb.rows import load_sft_dataset
     from qlora_nb.shapes import model_shape
 
@@ -394,7 +394,7 @@ def plan(
 ):
     "Choose settings that fit a card and should be fastest, before anything is loaded. Exit code 1 where nothing fits."
     with quiet_stdout():
-        found = make_plans(default_model(model), gpu, data, data_name, limit, max_seq_length=max_seq_length, effective_batch=effective_batch, r=r, method=method,
+        found = make_plans(model or profile().model, gpu, data, data_name, limit, max_seq_length=max_seq_length, effective_batch=effective_batch, r=r, method=method,
                       backend=backend)
     if as_json:
         print(json.dumps([p.to_dict() for p in found] if len(found) > 1 else found[0].to_dict(), indent=2, ensure_ascii=False))
@@ -407,7 +407,7 @@ def plan(
 def check_named_data(model: str, revision: str | None, data: str | None, data_name: str | None, eval_data: str | None, limit: int | None,
                      max_seq_length: int, system: str | bool | None = None, **settings):
     "Load what is named and check it; return the `DatasetReport`. Rows of a file are streamed."
-    from qlora_nb.model import load_tokenizer_and_config
+    from qlora_nb.loading import load_tokenizer_and_config
     from qlora_nb.preflight import check_dataset
     from qlora_nb.rows import load_sft_dataset
 
@@ -441,7 +441,7 @@ def check(
 ):
     "Check a data set as the model will see it, and say what would go wrong. Exit code 1 where there are errors."
     with quiet_stdout():
-        report = check_named_data(default_model(model), revision, data, data_name, eval_data, limit, max_seq_length, template=template,
+        report = check_named_data(model or profile().model, revision, data, data_name, eval_data, limit, max_seq_length, template=template,
                          max_steps=max_steps, effective_batch=effective_batch, min_rows=min_rows, truncation=truncation,
                          system=choose_system(system, no_system))
     print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else report)
@@ -486,7 +486,8 @@ def modelfile(
 ):
     "Write the Modelfile that serves what was trained; the commands for Ollama go to stderr."
     with quiet_stdout():
-        from qlora_nb.ollama_export import modelfile_for, ollama_commands
+        from qlora_nb.ollama_client import ollama_commands
+        from qlora_nb.ollama_export import modelfile_for
 
         path = modelfile_for(run, gguf, output, template=template, system=system, parameters=drop_missing(temperature=temperature), base=base)
         print(ollama_commands(name, path), file=sys.stderr)
@@ -593,10 +594,10 @@ def recommend(
 ):
     "Recommend settings to start from for this model and data, each with its reason and source."
     with quiet_stdout():
-        from qlora_nb.model import load_tokenizer_and_config
+        from qlora_nb.loading import load_tokenizer_and_config
         from qlora_nb.recommendation import recommend as advise
 
-        model = default_model(model)
+        model = model or profile().model
         tokenizer, config = load_tokenizer_and_config(model, None)
         if rows is None:
             named = drop_missing(model=model, data=data, data_name=data_name, limit=limit)
@@ -626,7 +627,7 @@ def info():
     with quiet_stdout():
         import torch
 
-        from qlora_nb.model import choose_backend
+        from qlora_nb.backends import choose_backend
 
         way = choose_backend()
         found = profile()
@@ -642,15 +643,13 @@ def info():
 # %% ../nbs/72_cli.ipynb #826fda92-18
 def refuse_several_processes() -> None:
     "Raise `UserError` in the first of several processes that torchrun or accelerate started, and end the others."
-    try:
-        count = int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal() or int(count) < 2:
         return
-    if count > 1 and os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(10)  # the launcher ends all processes with the first that ends: this must be the one with the message
         raise SystemExit(2)
-    if count > 1:
-        raise UserError(f"several processes are not supported yet, and {count} were started (WORLD_SIZE): start one, without torchrun or accelerate launch")
+    raise UserError(f"several processes are not supported yet, and {count} were started (WORLD_SIZE): start one, without torchrun or accelerate launch")
 
 # %% ../nbs/72_cli.ipynb #826fda93
 def main(arguments: list[str] | None = None) -> None:

@@ -40,25 +40,20 @@ def unwrap_base(model):  # a transformers or peft model -> the transformers mode
 # %% ../nbs/00_core.ipynb #8278cb14-u2
 @dataclass(slots=True)
 class ModuleNotes:
-    """The package's notes on a module of another library: the one attribute that it adds there, `qlora_nb`.
+    "The package's notes on a module of another library, in the one attribute that it adds there: `module.qlora_nb`."
 
-    On the base model: how it was loaded (`info`, see `model_info`), the engine that was asked for (`wanted`) and that is on (`engine`),
-    and what `remove_engine` puts back (`undo`: owner, name, old value). On any module with another `forward`: the one that it had (`usual`).
-    On a LoRA layer: the layers that read the same input (`group`), and the 4-bit weight with its dense copy (`dense`). On an MLP: the engine (`parts`).
-    On the decoder: whether lines are filled up for replays (`rounds`). On a checkpointed layer: its `replay`, and whether its input is offloaded.
-    """
-
-    info: dict | None = None
-    wanted: object = None
-    engine: object = None
-    undo: list | None = None
-    usual: object = None
-    group: object = None
-    dense: tuple | None = None
-    parts: object = None
-    rounds: bool = False
-    replay: object = None
-    offload: bool = False
+    info: dict | None = None  # on the base model: how it was loaded, see `model_info`
+    wanted: object = None  # on the base model: the engine that was asked for
+    engine: object = None  # on the base model: the engine that is on
+    undo: list | None = None  # on the base model: what `remove_engine` puts back, as (owner, name, old value)
+    usual: object = None  # on a module with another `forward`: the one that it had
+    group: object = None  # on a LoRA layer: the layers that read the same input
+    dense: tuple | None = None  # on a LoRA layer: its 4-bit weight, and the dense copy of it
+    parts: object = None  # on an MLP: the engine
+    rounds: bool = False  # on the decoder: whether lines are filled up for replays
+    replay: object = None  # on a checkpointed layer: its recording
+    offload: bool = False  # on a checkpointed layer: whether its input is offloaded
+    merge_report: list | None = None  # on a merged model: what `merge_adapter` did to each layer
 
 
 def annotate_module(module) -> ModuleNotes:
@@ -97,6 +92,7 @@ class Profile:
     max_new_tokens: int = 512  # the limit of a reply
 
 # %% ../nbs/00_core.ipynb #5f1d0a06
+EMBEDDED_NAME = "qlora_nb:embedded"  # what users, runs and adapters call the embedded model
 HUB_DATA = "ServiceNow-AI/R1-Distill-SFT"
 
 # %% ../nbs/00_core.ipynb #8278cb14-5
@@ -272,12 +268,10 @@ RECORDED_PACKAGES = ("qlora_nb", "torch", "transformers", "trl", "peft", "bitsan
 # %% ../nbs/00_core.ipynb #8278cb14-13
 def library_versions() -> dict[str, str | None]:
     "Return the versions of Python and of the libraries that a run depends on; None for one that is not installed."
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), **dict.fromkeys(RECORDED_PACKAGES)}
     for name in RECORDED_PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
     return found
 
 # %% ../nbs/00_core.ipynb #8278cb14-14

@@ -78,7 +78,7 @@ def matches_name(dotted: str | None, *patterns: str) -> bool:
     shorter = {dotted, ".".join([root, *rest[-1:]]), ".".join([root, *rest[-2:]]), "." + rest[-1] if rest else ""}
     return any(fnmatchcase(name, pattern) for name in shorter for pattern in patterns)
 
-
+# %% ../nbs/70_doctor.ipynb #70a00008
 def list_imports(node) -> list[tuple[str, str, ast.alias]]:
     "Return (name, dotted name, place) for each name that an import binds; none for another node."
     if isinstance(node, ast.Import):
@@ -90,6 +90,13 @@ def list_imports(node) -> list[tuple[str, str, ast.alias]]:
     return [(alias.asname or alias.name, f"{module}.{alias.name}", alias) for alias in node.names]
 
 
+def list_roots(tree) -> list[str]:
+    "Return the libraries that a tree imports when it is run, in the order of the lines; not those inside of functions."
+    if isinstance(tree, (ast.Import, ast.ImportFrom)):
+        return [dotted.partition(".")[0] for _, dotted, _ in list_imports(tree)]
+    return [] if isinstance(tree, _FUNCTIONS) else [root for part in ast.iter_child_nodes(tree) for root in list_roots(part)]
+
+# %% ../nbs/70_doctor.ipynb #70a0000b
 def list_columns(node) -> set[str]:
     "Return the columns that a node makes: keys of a dict, `row[key] = …`, `rename_column(old, new)`."
     keys = []
@@ -102,13 +109,6 @@ def list_columns(node) -> set[str]:
     elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict":
         return {word.arg for word in node.keywords if word.arg}
     return {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
-
-
-def list_roots(tree) -> list[str]:
-    "Return the libraries that a tree imports when it is run, in the order of the lines; not those inside of functions."
-    if isinstance(tree, (ast.Import, ast.ImportFrom)):
-        return [dotted.partition(".")[0] for _, dotted, _ in list_imports(tree)]
-    return [] if isinstance(tree, _FUNCTIONS) else [root for part in ast.iter_child_nodes(tree) for root in list_roots(part)]
 
 # %% ../nbs/70_doctor.ipynb #5f161c91
 class CodeReader:
@@ -322,11 +322,6 @@ def look_names(node, reader: CodeReader) -> Iterator[Hit]:
                 yield Hit(place, rule.code, old, rule.names[old])
 
 # %% ../nbs/70_doctor.ipynb #c75b77f3
-def _is_true(node) -> bool:
-    "Return True where an expression is the constant True."
-    return isinstance(node, ast.Constant) and node.value is True
-
-
 def _returns_list(function: ast.FunctionDef) -> bool:
     "Return True where a function returns a list that it writes or builds."
     lists = (ast.List, ast.ListComp)
@@ -348,7 +343,7 @@ def look_trainer(node, reader: CodeReader) -> Iterator[Hit]:
     settings = given | (reader.keywords(args) if isinstance(args, ast.Call) else {})
     place, collator = given.get("data_collator", (None, None))
     if reader.calls(collator, "transformers.DataCollatorForSeq2Seq"):
-        packed = any(_is_true(settings[name][1]) for name in ("packing", "padding_free") if name in settings)
+        packed = any(getattr(settings[name][1], "value", None) is True for name in ("packing", "padding_free") if name in settings)
         yield Hit(place, "collator_with_packing" if packed else "seq2seq_collator")
     place, value = given.get("formatting_func", (None, None))
     function = reader.functions.get(getattr(value, "id", None))
@@ -658,25 +653,6 @@ def explain_magic(first: int, text: str, cell: int | None) -> Iterator[CodeFindi
         cause = rule.cause.replace("$old", word)
         yield CodeFinding(code, rule.severity, cause, rule.fix, rule.source, cell, line, column, word)
 
-# %% ../nbs/70_doctor.ipynb #0818ab25
-def explain_old_code(
-    source: str | list[str],  # a cell or a script as text, or the code cells of a notebook in their order
-) -> CodeReport:
-    "Find what no longer works in a cell from an older tutorial, and what to write now. Nothing is run. Raise `UserError`."
-    if isinstance(source, str) and re.fullmatch(r"\s*\S+\.(py|ipynb)\s*", source):
-        raise UserError(f"{source.strip()!r} is the name of a file, not code: read_code reads it")
-    if isinstance(source, str) and source.lstrip().startswith("{") and '"cell_type"' in source:
-        raise UserError("the source is a notebook's JSON, not code: save it as .ipynb, and read_code gives its cells")
-    cells = [source] if isinstance(source, str) else source
-    if not isinstance(cells, (list, tuple)) or not all(isinstance(cell, str) for cell in cells):
-        raise UserError(f"the source is a {type(source).__name__}: give a cell as text, or a list of cells (read_code reads files)")
-    numbers = [None] if isinstance(source, str) else list(range(1, len(cells) + 1))
-    parsed = {number: parse_cell(cell, f"cell {number}, " if number else "") for number, cell in zip(numbers, cells)}
-    found = {}
-    for finding in explain_cells(parsed, dict(zip(numbers, cells))):
-        found.setdefault((finding.code, finding.where), finding)
-    return CodeReport(list(found.values()))
-
 # %% ../nbs/70_doctor.ipynb #8aa3c4ce
 def explain_cells(parsed: dict, cells: dict) -> Iterator[CodeFinding]:
     "Yield the findings in parsed cells. Raise `UserError` for code that is nested too deeply to follow."
@@ -695,23 +671,24 @@ def explain_cells(parsed: dict, cells: dict) -> Iterator[CodeFinding]:
         for first, text in magics:
             yield from explain_magic(first, text, number)
 
-# %% ../nbs/70_doctor.ipynb #4a4f7d7b
-def read_code(
-    path: str | Path,  # FILE.py or FILE.ipynb
-) -> str | list[str]:
-    "Return a script's text, or a notebook's code cells. Raise `UserError` for a missing, damaged or other file."
-    path = Path(path).expanduser()
-    if path.suffix.lower() not in (".py", ".ipynb"):
-        raise UserError(f"{path} is neither .py nor .ipynb: give a script or a notebook")
-    try:
-        data = path.read_bytes()
-        if path.suffix.lower() == ".ipynb":
-            return read_cells(data.decode("utf-8-sig"), path)
-        return data.decode(tokenize.detect_encoding(io.BytesIO(data).readline)[0])
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror or error}): check the name") from error
-    except (UnicodeDecodeError, SyntaxError, LookupError) as error:
-        raise UserError(f"{path} is not valid text ({error}): save it as UTF-8") from error
+# %% ../nbs/70_doctor.ipynb #0818ab25
+def explain_old_code(
+    source: str | list[str],  # a cell or a script as text, or the code cells of a notebook in their order
+) -> CodeReport:
+    "Find what no longer works in a cell from an older tutorial, and what to write now. Nothing is run. Raise `UserError`."
+    if isinstance(source, str) and re.fullmatch(r"\s*\S+\.(py|ipynb)\s*", source):
+        raise UserError(f"{source.strip()!r} is the name of a file, not code: read_code reads it")
+    if isinstance(source, str) and source.lstrip().startswith("{") and '"cell_type"' in source:
+        raise UserError("the source is a notebook's JSON, not code: save it as .ipynb, and read_code gives its cells")
+    cells = [source] if isinstance(source, str) else source
+    if not isinstance(cells, (list, tuple)) or not all(isinstance(cell, str) for cell in cells):
+        raise UserError(f"the source is a {type(source).__name__}: give a cell as text, or a list of cells (read_code reads files)")
+    numbers = [None] if isinstance(source, str) else list(range(1, len(cells) + 1))
+    parsed = {number: parse_cell(cell, f"cell {number}, " if number else "") for number, cell in zip(numbers, cells)}
+    found = {}
+    for finding in explain_cells(parsed, dict(zip(numbers, cells))):
+        found.setdefault((finding.code, finding.where), finding)
+    return CodeReport(list(found.values()))
 
 # %% ../nbs/70_doctor.ipynb #57104c57
 def read_cells(text: str, path: Path) -> list[str]:
@@ -732,3 +709,21 @@ def read_cells(text: str, path: Path) -> list[str]:
         raise UserError(f"{path} is a notebook in {language}: only Python is read")
     code = [cell.get("source", cell.get("input", "")) for cell in cells]
     return ["".join(map(str, part)) if isinstance(part, list) else str(part) for part in code]
+
+# %% ../nbs/70_doctor.ipynb #4a4f7d7b
+def read_code(
+    path: str | Path,  # FILE.py or FILE.ipynb
+) -> str | list[str]:
+    "Return a script's text, or a notebook's code cells. Raise `UserError` for a missing, damaged or other file."
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in (".py", ".ipynb"):
+        raise UserError(f"{path} is neither .py nor .ipynb: give a script or a notebook")
+    try:
+        data = path.read_bytes()
+        if path.suffix.lower() == ".ipynb":
+            return read_cells(data.decode("utf-8-sig"), path)
+        return data.decode(tokenize.detect_encoding(io.BytesIO(data).readline)[0])
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror or error}): check the name") from error
+    except (UnicodeDecodeError, SyntaxError, LookupError) as error:
+        raise UserError(f"{path} is not valid text ({error}): save it as UTF-8") from error

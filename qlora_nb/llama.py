@@ -75,12 +75,8 @@ def quiet_llama():
             _mute.close()
 
 # %% ../nbs/55_llama.ipynb #55a10014
-def quantize_with_llama(
-    source: Path,  # a GGUF in 16 or 32 bits
-    target: Path,
-    quantization: str,  # q4_k_m, q5_k_m, q6_k …
-) -> None:
-    "Have llama.cpp write a K-quant. Raise `UserError` where that fails."
+def quantize_with_llama(source: Path, target: Path, quantization: str) -> None:
+    "Have llama.cpp write a K-quant (q4_k_m, q5_k_m …) of a GGUF in 16 or 32 bits. Raise `UserError` where that fails."
     with quiet_llama() as llama_cpp:
         settings = llama_cpp.llama_model_quantize_default_params()
         settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}")
@@ -90,6 +86,36 @@ def quantize_with_llama(
         free = shutil.disk_usage(target.parent).free
         why = "no space left" if free < source.stat().st_size // 4 else f"code {code}"
         raise UserError(f"llama.cpp could not quantize to {quantization} ({why}): free some space, or export q8_0")
+
+# %% ../nbs/55_llama.ipynb #55a10018
+def _keep_signals():
+    "Return a function that gives Ctrl-C and SIGTERM back to their present handlers."
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            if main and handler is not None:
+                signal.signal(number, handler)
+
+    return restore
+
+
+def _post(address: str, body: dict, timeout: float | None = 120) -> dict:
+    "POST JSON to the server; a timeout of None waits as long as it takes. Raise `UserError` in its words."
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine, whatever the proxy settings say
+    try:
+        with opener.open(request, timeout=timeout) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        try:
+            why = json.load(error)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            why = error.reason
+        raise UserError(f"llama.cpp's server refuses ({why}): check the chat template in the file") from error
+    except OSError as error:
+        raise UserError(f"llama.cpp's server doesn't answer ({error}): try again with less running on this machine") from error
 
 # %% ../nbs/55_llama.ipynb #55a10016
 @contextlib.contextmanager
@@ -120,44 +146,12 @@ def chat_server(
         return _post(address + place, body, timeout)
 
     try:
+        with contextlib.suppress(OSError):  # one answer from its queue of tasks: closed before that runs, it never ends
+            urllib.request.urlopen(f"{address}/slots", timeout=60).read()
         yield ask
     finally:
         del server, settings
         restore()
-
-# %% ../nbs/55_llama.ipynb #55a10018
-def _keep_signals():
-    "Return a function that gives Ctrl-C and SIGTERM back to their present handlers."
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    main = threading.current_thread() is threading.main_thread()
-
-    def restore() -> None:
-        for number, handler in handlers.items():
-            if main and handler is not None:
-                signal.signal(number, handler)
-
-    return restore
-
-
-def _post(
-    address: str,
-    body: dict,
-    timeout: float | None = 120,  # seconds to wait; None waits as long as it takes
-) -> dict:
-    "POST JSON to the server. Raise `UserError` in its words."
-    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine, whatever the proxy settings say
-    try:
-        with opener.open(request, timeout=timeout) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        try:
-            why = json.load(error)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            why = error.reason
-        raise UserError(f"llama.cpp's server refuses ({why}): check the chat template in the file") from error
-    except OSError as error:
-        raise UserError(f"llama.cpp's server doesn't answer ({error}): try again with less running on this machine") from error
 
 # %% ../nbs/55_llama.ipynb #55a1001b
 @contextlib.contextmanager

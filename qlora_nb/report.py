@@ -19,8 +19,9 @@ import jinja2
 from markupsafe import Markup
 
 from .core import Findings, UserError, is_number, read_json, write_aside
-from .diagnosis import diagnose, plot_loss
+from .diagnosis import diagnose
 from .evaluation import wilson_interval
+from .evidence import plot_loss
 from .run import DATA_FROM_PYTHON, RunFolder
 
 # %% ../nbs/71_report.ipynb #b191d028
@@ -184,10 +185,8 @@ class RunFacts:
         return [(row["step"], row[name]) for row in self.metrics if is_finite_number(row.get(name))]
 
 # %% ../nbs/71_report.ipynb #3107dd0b
-def gather_facts(
-    run,  # a run or its folder, finished or not; facts that were gathered stay as they are
-) -> RunFacts:
-    "Read a run folder. Raise `UserError` for another folder or a damaged config.yaml; `problems` names other damaged files."
+def gather_facts(run) -> RunFacts:
+    "Read a run folder, finished or not; facts that were gathered stay as they are. Raise `UserError` for another folder or a damaged config.yaml; `problems` names other damaged files."
     if isinstance(run, RunFacts):
         return run
     folder = RunFolder.open(run)
@@ -313,13 +312,13 @@ class Chart:
     def rows(self) -> list[tuple[str, str]]:
         "Numbers of the vertical axis and their places."
         values = choose_ticks(0, self.top / 1.04, 5 if self.height > 180 else 4)
-        return [(format_tick(value), f"{100 * (1 - value / self.top):.2f}%") for value in values]
+        return [(format_value(value), f"{100 * (1 - value / self.top):.2f}%") for value in values]
 
     @property
     def columns(self) -> list[tuple[str, str, str]]:
         "Steps of the horizontal axis, their places, and their anchors there."
         shares = {step: (step - self.low) / (self.high - self.low or 1) for step in choose_ticks(self.low, self.high)}
-        return [(format_tick(step), f"{100 * share:.2f}%", "start" if share < 0.03 else "end" if share > 0.97 else "middle")
+        return [(format_value(step), f"{100 * share:.2f}%", "start" if share < 0.03 else "end" if share > 0.97 else "middle")
                 for step, share in shares.items()]
 
     def coordinates(self, points: Points) -> str:
@@ -330,19 +329,12 @@ class Chart:
             places.append((1000.0, places[-1][1]))
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
-
-def format_tick(value: float) -> str:
-    "Return a number of an axis."
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
-
 # %% ../nbs/71_report.ipynb #6ffc9231
 def draw_loss(run: RunFacts) -> Chart:
-    "Return the loss of each step, its running mean, and the held-out loss, along the way or at both ends."
+    "Return the loss of each step, its running mean, and the held-out loss at both ends."
     loss = run.curve("loss")
-    held = run.curve("eval_loss")
     before, after = run.both("loss")
-    if not held and loss and before is not None and after is not None:
-        held = [(0, before), (run.metrics[-1]["step"], after)]
+    held = [(0, before), (run.metrics[-1]["step"], after)] if loss and None not in (before, after) else []
     window = choose_window(len(loss))
     mean = Line(f"mean of {window}", running_mean(loss, window))
     lines = [Line("each step", loss, "faint"), mean, Line("held-out", held, "other")]

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import EMBEDDED_MODEL, UserError
+from .core import EMBEDDED_MODEL, EMBEDDED_NAME, UserError
 
 # %% ../nbs/51_shapes.ipynb #8c7d66d4
 @dataclass(frozen=True)
@@ -43,31 +43,6 @@ class Shape:
         "Width of all key heads together, and of all value heads."
         return self.kv_heads * self.head_dim
 
-# %% ../nbs/51_shapes.ipynb #5bcf1c20
-def projection_shapes(
-    model,  # a `Shape`, or a configuration, folder or Hub name of any architecture in `KNOWN_ARCHITECTURES`
-) -> dict[str, tuple[int, int]]:  # name → (in, out)
-    "Return the shapes of the seven linear layers of one decoder layer. Raise `UserError` for an unknown architecture or a missing size."
-    s = decoder_sizes(model)
-    h, i, q, kv = s["hidden"], s["intermediate"], s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"]
-    return {
-        "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
-        "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h),
-    }
-
-
-def count_decoder_parameters(shape: Shape) -> dict[str, int]:
-    "Count parameters by kind: `linear`, `small` (norms and biases), `embeddings` (with the head), `vision`; and `total`."
-    per_layer = shape.norms * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
-    per_layer += shape.query + 2 * shape.kv if shape.qkv_bias else 0
-    found = {
-        "linear": shape.layers * sum(a * b for a, b in projection_shapes(shape).values()),
-        "small": shape.layers * per_layer + shape.hidden,
-        "embeddings": shape.vocabulary * shape.hidden * (1 if shape.tied else 2),
-        "vision": shape.vision,
-    }
-    return {**found, "total": sum(found.values())}
-
 # %% ../nbs/51_shapes.ipynb #c2c71fa1
 @dataclass(frozen=True)
 class GGUFArchitecture:
@@ -80,7 +55,7 @@ class GGUFArchitecture:
     head_norms: bool = False  # norms of q and k
     free_heads: bool = True  # whether heads × head_dim may differ from the width
 
-# %% ../nbs/51_shapes.ipynb #c2c71fa2
+
 @dataclass(frozen=True)
 class Architecture:
     "The package's knowledge of a `model_type` of transformers; LoRA parameters can be counted for all of them."
@@ -108,18 +83,14 @@ KNOWN_ARCHITECTURES = {  # model_type → what the package knows of it
 }
 
 # %% ../nbs/51_shapes.ipynb #c2c71fa4
-def list_architectures(
-    column: str | None = None,  # memory, engine or gguf; None is all
-) -> tuple[str, ...]:
-    "Return the `model_type`s that have something in this column of `KNOWN_ARCHITECTURES`."
+def list_architectures(column: str | None = None) -> tuple[str, ...]:
+    "Return the `model_type`s that have something in this column of `KNOWN_ARCHITECTURES` (memory, engine or gguf); None is all."
     return tuple(name for name, row in KNOWN_ARCHITECTURES.items() if column is None or getattr(row, column) not in (None, False))
 
 # %% ../nbs/51_shapes.ipynb #cf21db04
-def model_folder(
-    name: str | Path,  # a folder, a name on the Hub (owner/name), or qlora_nb:embedded
-) -> Path | None:
-    "Return the folder of a local model, and None for a name on the Hub. Raise `UserError` where there is neither."
-    path = EMBEDDED_MODEL if str(name) == "qlora_nb:embedded" else Path(name).expanduser()
+def model_folder(name: str | Path) -> Path | None:
+    "Return the folder of a local model (qlora_nb:embedded is one), and None for a name on the Hub (owner/name). Raise `UserError` where there is neither."
+    path = EMBEDDED_MODEL if str(name) == EMBEDDED_NAME else Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
             raise UserError(f"the folder {path} holds no config.json: name a folder that save_pretrained wrote")
@@ -142,11 +113,8 @@ def _hub_config(name: str, revision: str | None) -> Path:
         raise UserError(f"can't fetch config.json of {name} ({first}): check name and network, or give a folder") from error
 
 # %% ../nbs/51_shapes.ipynb #f20fe181
-def config_dict(
-    model,  # a configuration (object or dictionary), a folder, or a Hub name
-    revision: str | None = None,  # commit or tag on the Hub
-) -> dict:
-    "Return the configuration as a dictionary, without importing transformers. Raise `UserError` where there is none."
+def config_dict(model, revision: str | None = None) -> dict:
+    "Return the configuration of a model, a folder or a Hub name as a dictionary, without importing transformers. Raise `UserError` where there is none."
     if hasattr(model, "to_dict"):
         return model.to_dict()
     if isinstance(model, dict):
@@ -173,10 +141,8 @@ def _size(config: dict, name: str, default=None) -> int:
     return value
 
 
-def decoder_sizes(
-    model,  # a `Shape`, a configuration, a folder or a Hub name; a configuration without a `model_type` is taken for a Llama
-) -> dict[str, int]:
-    "Return the sizes of a decoder layer, by `Shape`'s fields. Raise `UserError` for an unknown architecture or a missing size."
+def decoder_sizes(model) -> dict[str, int]:
+    "Return the sizes of a decoder layer, by `Shape`'s fields; a configuration without a `model_type` is a Llama's. Raise `UserError` for an unknown architecture or a missing size."
     if isinstance(model, Shape):
         return vars(model)
     config = {"model_type": "llama", **config_dict(model)}
@@ -188,6 +154,31 @@ def decoder_sizes(
     found = {field: _size(config, name) for field, name in named.items()}
     usual = (KNOWN_ARCHITECTURES[family].memory or {}).get("head_dim", found["hidden"] // found["heads"])
     return {**found, "kv_heads": _size(config, "num_key_value_heads", found["heads"]), "head_dim": _size(config, "head_dim", usual)}
+
+# %% ../nbs/51_shapes.ipynb #5bcf1c20
+def projection_shapes(
+    model,  # a `Shape`, or a configuration, folder or Hub name of any architecture in `KNOWN_ARCHITECTURES`
+) -> dict[str, tuple[int, int]]:  # name → (in, out)
+    "Return the shapes of the seven linear layers of one decoder layer. Raise `UserError` for an unknown architecture or a missing size."
+    s = decoder_sizes(model)
+    h, i, q, kv = s["hidden"], s["intermediate"], s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"]
+    return {
+        "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
+        "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h),
+    }
+
+
+def count_decoder_parameters(shape: Shape) -> dict[str, int]:
+    "Count parameters by kind: `linear`, `small` (norms and biases), `embeddings` (with the head), `vision`; and `total`."
+    per_layer = shape.norms * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+    per_layer += shape.query + 2 * shape.kv if shape.qkv_bias else 0
+    found = {
+        "linear": shape.layers * sum(a * b for a, b in projection_shapes(shape).values()),
+        "small": shape.layers * per_layer + shape.hidden,
+        "embeddings": shape.vocabulary * shape.hidden * (1 if shape.tied else 2),
+        "vision": shape.vision,
+    }
+    return {**found, "total": sum(found.values())}
 
 # %% ../nbs/51_shapes.ipynb #f1401f1c
 def _vision_parameters(config: dict) -> int:

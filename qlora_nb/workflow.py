@@ -17,12 +17,13 @@ import torch
 
 # %% ../nbs/54_workflow.ipynb #54a00005
 from .certificate import certify
-from .core import UserError
+from .core import EMBEDDED_NAME, UserError
 from .gguf_export import export_gguf
 from .ollama_export import modelfile_for
 from .report import render_markdown, show_report, write_reports
-from .run import RunFolder, check_setting, settings_of_part
-from .training import explain_interrupts, train_adapter
+from .run import RunFolder, call_of_setting, check_setting
+from .safeguards import explain_interrupts
+from .training import train_adapter
 
 # %% ../nbs/54_workflow.ipynb #54a00011
 def try_to_report(folder: RunFolder) -> None:
@@ -33,21 +34,6 @@ def try_to_report(folder: RunFolder) -> None:
             write_reports(folder)
         except Exception as error:
             print(f"the report was not written ({error}): make it with qlora_nb report {path}", file=sys.stderr)
-
-# %% ../nbs/54_workflow.ipynb #54a00012
-def train_and_report(model, tokenizer, data, arguments: dict, **how) -> "Run":  # as for `train_adapter`
-    "Train, write the reports, and return the run."
-    folder, tokenizer, held_out = train_adapter(model, tokenizer, data, arguments, **how)
-    try_to_report(folder)
-    return Run(folder.path, folder.summary, folder.metrics, model, tokenizer, held_out)
-
-# %% ../nbs/54_workflow.ipynb #54a00013
-def certify_run(run: "Run", **settings):  # -> Certificate
-    "Compare a run's exported files with what was trained, and write certificate.json."
-    folder = RunFolder.open(run)
-    found = certify(folder.path, gguf=folder.gguf_files, modelfile=folder.modelfile, **{"data": run.eval_data, **settings})
-    found.to_json()
-    return found
 
 # %% ../nbs/54_workflow.ipynb #54a00021
 @dataclass
@@ -98,6 +84,29 @@ def load_run(
     _ = folder.loading  # names what is damaged
     return Run(folder.path, summary, folder.metrics)
 
+# %% ../nbs/54_workflow.ipynb #54a00013
+def certify_run(run: "Run", **settings):  # -> Certificate
+    "Compare a run's exported files with what was trained, and write certificate.json."
+    folder = RunFolder.open(run)
+    found = certify(folder.path, gguf=folder.gguf_files, modelfile=folder.modelfile, **{"data": run.eval_data, **settings})
+    found.to_json()
+    return found
+
+# %% ../nbs/54_workflow.ipynb #54a00026
+def check_trainer_settings(given: dict) -> None:
+    "Raise `UserError` for a setting that isn't the trainer's, or is invalid."
+    for name, value in given.items():
+        if (owner := call_of_setting(name)) not in ("train", None):
+            raise UserError(f"{name} is decided before the training, by {owner}: give it there")
+        check_setting(name, value)
+
+# %% ../nbs/54_workflow.ipynb #54a00012
+def train_and_report(model, tokenizer, data, arguments: dict, **how) -> "Run":  # as for `train_adapter`
+    "Train, write the reports, and return the run."
+    folder, tokenizer, held_out = train_adapter(model, tokenizer, data, arguments, **how)
+    try_to_report(folder)
+    return Run(folder.path, folder.summary, folder.metrics, model, tokenizer, held_out)
+
 # %% ../nbs/54_workflow.ipynb #54a00023
 def train(
     model,  # from `add_lora`
@@ -124,16 +133,6 @@ def train(
     return train_and_report(
         model, tokenizer, data, settings, config=config, eval_data=eval_data, output=output, check=check, plan=plan, resume=resume)
 
-# %% ../nbs/54_workflow.ipynb #54a00026
-def check_trainer_settings(given: dict) -> None:
-    "Raise `UserError` for a setting that isn't the trainer's, or is invalid."
-    owner = {name: where for part, where in (("model", "load_model"), ("adapter", "add_lora"), ("data", "load_sft_dataset"))
-             for name in settings_of_part(part)}
-    for name, value in given.items():
-        if name in owner:
-            raise UserError(f"{name} is decided before the training, by {owner[name]}: give it there")
-        check_setting(name, value)
-
 # %% ../nbs/54_workflow.ipynb #54a00031
 def export_and_certify(
     run: Run,
@@ -147,7 +146,7 @@ def export_and_certify(
     gc.collect()
     torch.cuda.empty_cache()
     run.export(list(quantizations))
-    if run.eval_data is None and run.summary["before"] is None and folder.config["model"] != "qlora_nb:embedded":
+    if run.eval_data is None and run.summary["before"] is None and folder.config["model"] != EMBEDDED_NAME:
         print("not certified: no rows were held out (--eval-rows, --eval-data)", file=sys.stderr)
         return True
     try:

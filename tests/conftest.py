@@ -5,6 +5,7 @@ from pathlib import Path
 import processes
 import pytest
 from hypothesis import is_hypothesis_test
+from xdist.scheduler import LoadScopeScheduling
 
 # Nothing in the tests may need the network, or send anything over it.
 # Two tests run at a time, each with one thread: threads that wait for each other make them five times as slow.
@@ -30,10 +31,12 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--heavy"):
         os.environ["QLORA_NB_ALL_EXAMPLES"] = "1"
+    if config.getoption("-m") != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what these tests say is said of CPUs, whatever card there is
 
 
 def pytest_collection_modifyitems(config, items):
-    "Choose the tier; tests that share what was made once for their module run in one process: two would make it twice."
+    "Choose the tier."
     heavy, gpu = config.getoption("--heavy"), config.getoption("-m") == "cuda"
     wanted, other = [], []
     for item in items:
@@ -41,11 +44,24 @@ def pytest_collection_modifyitems(config, items):
         tier = bool(mark("heavy")) == heavy or (heavy and is_hypothesis_test(getattr(item, "function", None)))
         right = bool(mark("cuda")) == gpu and (gpu or tier)
         (wanted if right else other).append(item)
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if any(one[-1].scope == "module" for one in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     config.hook.pytest_deselected(items=other)
     items[:] = wanted
+
+
+class OneProcessAFile(LoadScopeScheduling):
+    """Tests that share what was made once for their module run in one process: two would make it twice. Others run one
+    by one. (xdist's own groups do nothing with pytest 9.)"""
+
+    def _split_scope(self, nodeid):
+        file = Path(nodeid.split("::")[0])
+        return str(file) if file.name in SHARING else nodeid
+
+
+SHARING = {path.name for path in Path(__file__).parent.glob("test_*.py") if 'scope="module"' in path.read_text()}
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return OneProcessAFile(config, log)
 
 
 # --- what each file costs -------------------------------------------------------------------------------------------

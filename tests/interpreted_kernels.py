@@ -9,17 +9,20 @@ import pytest
 import torch
 from test_engine import FAMILIES, gradients, peft_of, rectangle, same, some_rows
 
-from qlora_nb import engine, kernels
-from qlora_nb.engine import Engine, engine_of, install_engine, join_rows, remove_engine
+from qlora_nb import kernels
+from qlora_nb.engine import install, loss, passes
+from qlora_nb.engine.install import Engine, engine_of, install_engine, remove_engine
+from qlora_nb.engine.line import join_rows
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
     "An engine that takes the kernels on a CPU."
-    monkeypatch.setattr(engine, "FUSED_DEVICES", ("cpu",))
-    engine._passes.cache_clear()
+    for room in (passes, loss):
+        monkeypatch.setattr(room, "FUSED_DEVICES", ("cpu",))
+    passes.choose_passes.cache_clear()
     yield kernels
-    engine._passes.cache_clear()
+    passes.choose_passes.cache_clear()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -40,18 +43,18 @@ def test_parts_with_and_without_them(interpreted, on):
 
 def test_ranks_that_differ_and_one_that_is_too_large(interpreted):
     same(peft_of(lora={"rank_pattern": {"gate_proj": 3, "up_proj": 20}}), within=2e-5)
-    with patch.object(engine, "MLPFunction", wraps=engine.MLPFunction) as function:
+    with patch.object(passes, "MLPFunction", wraps=passes.MLPFunction) as function:
         same(peft_of(lora={"rank_pattern": {"up_proj": 65}}), within=2e-5)
         assert function.apply.called
-        assert all(call.args[2] is not engine.PLAIN_PASSES for call in function.apply.call_args_list)
+        assert all(call.args[2] is not passes.PLAIN_PASSES for call in function.apply.call_args_list)
         function.apply.reset_mock()
-        same(peft_of(lora={"rank_pattern": {"up_proj": engine.LARGEST_RANK + 1}}), within=2e-5)
-    assert all(call.args[2] is engine.PLAIN_PASSES for call in function.apply.call_args_list) and function.apply.called
+        same(peft_of(lora={"rank_pattern": {"up_proj": passes.LARGEST_RANK + 1}}), within=2e-5)
+    assert all(call.args[2] is passes.PLAIN_PASSES for call in function.apply.call_args_list) and function.apply.called
 
 
 def test_layers_that_run_again(interpreted, monkeypatch):
     for devices in ((), ("cpu",)):
-        monkeypatch.setattr(engine, "REPLAY_DEVICES", devices)
+        monkeypatch.setattr(install, "REPLAY_DEVICES", devices)
         model = peft_of()
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         same(model, within=2e-5)

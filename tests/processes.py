@@ -8,12 +8,16 @@ import atexit
 import gc
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import numpy
 
 COMMAND = "from qlora_nb.cli import main; main()"
 spent = 0.0  # CPU seconds of all that ended; conftest counts them for the test that waited
@@ -28,8 +32,7 @@ class Process:
         request = {
             "code": f"{first}\n{code}",
             "cwd": str(cwd),
-            "env": env or {},
-            "without": without,
+            "env": {name: value for name, value in {**os.environ, **(env or {})}.items() if name not in without},
             "place": str(self._place),
         }
         self.pid = _ask(start=request | {"arguments": [str(a) for a in arguments]})["pid"]
@@ -53,7 +56,9 @@ class Process:
                 os.kill(self.pid, signal.SIGKILL)
                 raise subprocess.TimeoutExpired(self.args, timeout)
             time.sleep(0.02)
-        return tuple((self._place / name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
+        texts = tuple((self._place / name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
+        shutil.rmtree(self._place)
+        return texts
 
 
 def run(code, *arguments, timeout=400, **more):
@@ -83,7 +88,9 @@ def _ask(**request):
     if not _SERVER:
         _SERVER.append(subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         atexit.register(_SERVER[0].kill)
-        spent += json.loads(_SERVER[0].stdout.readline())
+        if not (first := _SERVER[0].stdout.readline()):
+            raise RuntimeError(f"tests/processes.py did not start: {sys.executable} {__file__} says why")
+        spent += json.loads(first)
     _SERVER[0].stdin.write(json.dumps(request).encode() + b"\n")
     _SERVER[0].stdin.flush()
     return json.loads(_SERVER[0].stdout.readline())
@@ -113,14 +120,16 @@ def load():
 def become(request):
     "In the fork: folder, environment, files and arguments of the new process."
     gc.unfreeze()
-    for number, (name, mode) in enumerate((("in", os.O_RDONLY), ("out", os.O_WRONLY | os.O_CREAT), ("err", 577))):
+    write = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    for number, (name, mode) in enumerate((("in", os.O_RDONLY), ("out", write), ("err", write))):
         os.dup2(os.open(f"{request['place']}/{name}", mode, 0o600), number)
     sys.stdin = open(0, encoding="utf-8")
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     os.chdir(request["cwd"])
+    os.environ.clear()
     os.environ.update(request["env"])
-    for name in request["without"]:
-        os.environ.pop(name, None)
+    random.seed(os.urandom(8))
+    numpy.random.seed(int.from_bytes(os.urandom(4)))
     sys.argv[1:], sys.path[0] = request["arguments"], request["cwd"]
 
 

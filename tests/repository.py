@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 PACKAGE = ROOT / "qlora_nb"
 NOTEBOOKS = sorted(NBS.glob("*.ipynb"))
-MODULES = sorted(path for path in PACKAGE.glob("*.py") if not path.name.startswith("_"))
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if not path.name.startswith("_"))
 DEFAULT_EXP = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.M)
 DIRECTIVE = re.compile(r"^\s*#\s*\|")
 
@@ -40,6 +40,11 @@ def read(path):
 def cells(path, kind=None):
     "Pairs of cell id and source."
     return [(c.get("id"), "".join(c["source"])) for c in read(path)["cells"] if kind in (None, c["cell_type"])]
+
+
+def dotted(path):
+    "A module's name within the package, as `default_exp` gives it: engine.loss for engine/loss.py."
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def module_of(path):

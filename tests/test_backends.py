@@ -90,7 +90,7 @@ model, tokenizer = load_model(backend=sys.argv[1] if len(sys.argv) > 1 else {bac
 model = add_lora(model)
 from pathlib import Path
 from qlora_nb.run import resolve_settings
-from qlora_nb.training import make_trainer
+from qlora_nb.trainer import make_trainer
 rows, dropped = encode_dataset(load_sft_dataset(limit=40), tokenizer, 256)
 assert not dropped and set(rows.column_names) == {{"input_ids", "labels"}}
 settings = resolve_settings({{"max_steps": 1}}, profile=PROFILES["tiny"])
@@ -154,15 +154,15 @@ def test_the_wrong_order_is_a_clear_error(first, second, message, tmp_path):
 
 
 def test_a_backend_that_is_not_installed(monkeypatch):
-    from qlora_nb import model
+    from qlora_nb import backends
     from qlora_nb.core import UserError
 
-    for name in ("unsloth", *model._PATCHED):
+    for name in ("unsloth", *backends._PATCHED):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="Unsloth is not installed: pip install"):
-        model.choose_backend("unsloth")
-    assert model.choose_backend("auto")[0] == "transformers"
+        backends.choose_backend("unsloth")
+    assert backends.choose_backend("auto")[0] == "transformers"
 
 
 # --- what `auto` takes ----------------------------------------------------------------------------------------------
@@ -175,13 +175,13 @@ def on_a_card(monkeypatch):
     "Fakes a GPU of some capability (None: none), what is installed and what this process has imported."
     import torch
 
-    from qlora_nb import model
+    from qlora_nb import backends
 
     def fake(capability, installed=True, imported=()):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: object() if installed else None)
-        for name in ("unsloth", *model._PATCHED):
+        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object() if installed else None)
+        for name in ("unsloth", *backends._PATCHED):
             monkeypatch.delitem(sys.modules, name, raising=False)
         for name in imported:
             monkeypatch.setitem(sys.modules, name, sys)
@@ -205,7 +205,7 @@ def on_a_card(monkeypatch):
     ],
 )
 def test_auto_takes_what_was_measured(on_a_card, capability, installed, imported, backend, engine, why):
-    from qlora_nb.model import choose_backend
+    from qlora_nb.backends import choose_backend
 
     on_a_card(capability, installed, imported)
     found = choose_backend(model=LLAMA)
@@ -216,7 +216,7 @@ def test_auto_takes_what_was_measured(on_a_card, capability, installed, imported
 def test_auto_leaves_the_engine_out_with_an_older_torch(on_a_card, monkeypatch):
     import torch
 
-    from qlora_nb.model import choose_backend
+    from qlora_nb.backends import choose_backend
 
     on_a_card((9, 0))
     for version, engine in (("2.6.0+cu124", False), ("2.10.1", False), ("2.11.0", True), ("3.0.0", True)):
@@ -238,7 +238,7 @@ def test_auto_leaves_the_engine_out_with_an_older_torch(on_a_card, monkeypatch):
     ],
 )
 def test_a_model_that_the_engine_does_not_train_goes_to_unsloth(on_a_card, config, why):
-    from qlora_nb.model import choose_backend
+    from qlora_nb.backends import choose_backend
 
     on_a_card((9, 0))
     found = choose_backend(model=config)
@@ -251,7 +251,7 @@ def test_the_configuration_alone_says_what_the_model_does():
     "By the files that transformers writes, and with its defaults: what the engine says of the loaded configuration."
     from transformers import AutoConfig
 
-    from qlora_nb.engine import config_refusal
+    from qlora_nb.engine.install import config_refusal
     from qlora_nb.shapes import list_architectures
 
     for family in list_architectures("engine"):
@@ -262,8 +262,8 @@ def test_the_configuration_alone_says_what_the_model_does():
 
 
 def test_what_is_asked_for_is_kept(on_a_card):
+    from qlora_nb.backends import choose_backend
     from qlora_nb.core import UserError
-    from qlora_nb.model import choose_backend
 
     on_a_card((9, 0))
     assert choose_backend(engine=False, model=LLAMA)[:2] == ("unsloth", False)
@@ -313,7 +313,7 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
     from qlora_nb import model
     from qlora_nb.adapter import model_info
     from qlora_nb.core import EMBEDDED_MODEL, UserError
-    from qlora_nb.engine import engine_of
+    from qlora_nb.engine.install import engine_of
     from qlora_nb.rows import load_sft_dataset
     from qlora_nb.run import resolve_settings
     from qlora_nb.workflow import train

@@ -404,7 +404,7 @@ class OddConfig(LlamaConfig):
 """
 
 
-@pytest.mark.parametrize("backend", ["transformers", pytest.param("unsloth", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("backend", ["transformers", "unsloth"])
 def test_code_and_pickles_that_come_with_a_model_are_not_run(backend, tmp_path):
     import shutil
 
@@ -423,7 +423,6 @@ def test_code_and_pickles_that_come_with_a_model_are_not_run(backend, tmp_path):
     assert "holds no .safetensors weights" in command(*ask, cwd=tmp_path).stderr
 
 
-@pytest.mark.quick
 def test_a_run_that_diverges_says_so(tmp_path):
     done = qlora_nb("train", *SHORT, "--learning-rate", "1e6", "--output", "run", cwd=tmp_path)
     assert done.returncode == 2 and re.search("loss is .* lower the learning rate", done.stderr), done.stderr[-2000:]
@@ -499,7 +498,7 @@ def test_plan_says_it_to_people_and_to_machines(command):
 def test_plan_without_a_card_looks_at_all_the_usual_ones(command):
     import torch
 
-    from qlora_nb.plan import KNOWN_CARDS
+    from qlora_nb.cards import KNOWN_CARDS
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a card")
@@ -562,10 +561,10 @@ def test_train_warns_before_it_loads_a_model_that_can_not_fit(tmp_path, capsys):
     "From config.json alone: there are no weights."
     import shutil
 
+    from qlora_nb.cards import Card
     from qlora_nb.cli import warn_of_large_model
     from qlora_nb.core import EMBEDDED_MODEL
     from qlora_nb.memory import CUDA_CONTEXT
-    from qlora_nb.plan import Card
     from qlora_nb.run import Settings
 
     shutil.copy(EMBEDDED_MODEL / "config.json", tmp_path)

@@ -14,17 +14,11 @@ import zipfile
 import pytest
 
 from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
-from qlora_nb.preflight import (
-    DATASET_CODES,
-    DatasetFinding,
-    DatasetReport,
-    RowStatistics,
-    check_and_encode,
-    check_dataset,
-    encode_dataset,
-    find_role_problem,
-)
-from qlora_nb.rows import data_fingerprint, find_schema, load_sft_dataset
+from qlora_nb.preflight import DatasetReport, check_and_encode, check_dataset, encode_dataset
+from qlora_nb.row_checks import find_role_problem
+from qlora_nb.row_statistics import DATASET_CODES, DatasetFinding, RowStatistics
+from qlora_nb.rows import data_fingerprint, load_sft_dataset
+from qlora_nb.schemas import find_schema
 from qlora_nb.template import SYSTEM_PROMPT, encode
 
 pytestmark = pytest.mark.quick
@@ -539,8 +533,17 @@ def test_contents_that_are_no_text(value, tmp_path, tokenizer, capsys):
     rows = [{"question": "2+2?", "answer": "4"}] * 2 + [{"question": "3+3?", "answer": value}]
     data = load_sft_dataset(jsonl(tmp_path / "a.jsonl", rows))
     assert turns(data, 2) == [("user", "3+3?"), ("assistant", None)]
-    assert "contents that are not text: 1" in capsys.readouterr().err
+    assert "contents that are not text: 1 (row 3)\n" in capsys.readouterr().err
     assert codes(check_dataset(data, tokenizer))["non_string_content"] == ("error", 1, [2])
+
+
+def test_many_contents_that_are_no_text(capsys):
+    load_sft_dataset([{"question": "3+3?", "answer": value} for value in ("6", 6, 6, "6", 6, 6)])
+    assert "contents that are not text: 4 (rows 2, 3, 5, …)\n" in capsys.readouterr().err
+    load_sft_dataset([{"question": 3, "answer": 6}, {"question": "3+3?", "answer": "6"}] * 2)
+    assert "contents that are not text: 4 (rows 1, 3)\n" in capsys.readouterr().err
+    load_sft_dataset([{"question": 3, "answer": 6}] * 3)
+    assert "contents that are not text: 6 (rows 1, 2, 3)\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [None, "text", 3, [], ["a"], [{"role": "user"}], [{"x": 1}], [None], [[PAIR]]])
@@ -1378,8 +1381,8 @@ def test_a_row_is_rendered_twice_and_tokenized_once(tokenizer, monkeypatch):
     import qlora_nb.template as template
 
     rendered, tokenized = [], []
-    render, tokenize = template._render, template.tokenize_texts
-    monkeypatch.setattr(template, "_render", lambda *args, **more: rendered.append(1) or render(*args, **more))
+    render, tokenize = template.render_messages, template.tokenize_texts
+    monkeypatch.setattr(template, "render_messages", lambda *args, **more: rendered.append(1) or render(*args, **more))
     counted = lambda texts, *args, **more: tokenized.extend(texts) or tokenize(texts, *args, **more)  # noqa: E731
     monkeypatch.setattr(template, "tokenize_texts", counted)
     rows = load_sft_dataset(good(1000))

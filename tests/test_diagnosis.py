@@ -13,7 +13,6 @@ from qlora_nb.core import UserError, write_json, write_jsonl
 from qlora_nb.diagnosis import (
     DIAGNOSIS_RULES,
     EXPLAINED_CODES,
-    average_fifths,
     diagnose,
     find_divergence,
     find_early_end,
@@ -29,8 +28,8 @@ from qlora_nb.diagnosis import (
     find_overfitting,
     find_slow_steps,
     find_zero_loss,
-    read_evidence,
 )
+from qlora_nb.evidence import average_fifths, read_evidence
 from qlora_nb.run import copy_embedded_run
 
 USUAL = {
@@ -48,21 +47,21 @@ def data():
 @pytest.fixture(scope="module")
 def spoil(data, tmp_path_factory):
     "A real run in a folder of its own, and its diagnosis."
-    from qlora_nb import training, workflow
+    from qlora_nb import preparation, workflow
     from qlora_nb.model import add_lora, load_model
 
     torch.set_num_threads(1)
 
     def make(rows=None, change=None, collator=None, fails=(), **settings):
         model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", max_seq_length=256)
-        output, encode = tmp_path_factory.mktemp("run") / "run", training.encode_dataset
+        output, encode = tmp_path_factory.mktemp("run") / "run", preparation.encode_dataset
 
         def changed(*arguments, **more):
             encoded, left_out = encode(*arguments, **more)
             return (encoded.map(change) if change else encoded), left_out
 
         try:
-            with patch.object(training, "encode_dataset", changed):
+            with patch.object(preparation, "encode_dataset", changed):
                 workflow.train(
                     add_lora(model), tokenizer, data[0] if rows is None else rows, eval_data=data[1], output=output,
                     check=False, **{**USUAL, **settings},

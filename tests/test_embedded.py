@@ -400,3 +400,41 @@ def test_chat_template(tokenizer):
     )
     prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
     assert text.startswith(prompt) and prompt.endswith("assistant<|end_header_id|>\n\n")
+
+
+# --- the finished run -----------------------------------------------------------------------------------------------
+
+
+def test_the_run_is_of_this_model_these_data_and_this_template():
+    from transformers import AutoTokenizer
+
+    from qlora_nb.core import file_sha256
+    from qlora_nb.rows import data_fingerprint, load_sft_dataset
+    from qlora_nb.run import RunFolder
+    from qlora_nb.template import template_fingerprint
+
+    run = RunFolder.open(EMBEDDED_FOLDER / "run")
+    config, tokenizer = run.config, AutoTokenizer.from_pretrained(MODEL)
+    assert run.summary["adapter_sha256"] == file_sha256(run.adapter / "adapter_model.safetensors")
+    assert config["fingerprints"] == {
+        "data": data_fingerprint(load_sft_dataset()),
+        "eval_data": data_fingerprint(load_sft_dataset(split="heldout").select(range(200))),
+        "template": template_fingerprint(tokenizer),
+    }
+    assert len(run.metrics) == config["max_steps"] and len(run.replies) == 2 * 200
+
+
+def test_the_run_answers_as_its_file_says(tmp_path):
+    "By the model of today: twenty of the stored replies, and their score."
+    from qlora_nb.evaluation import evaluate
+    from qlora_nb.model import open_run
+    from qlora_nb.rows import load_sft_dataset
+    from qlora_nb.run import RunFolder, copy_embedded_run
+
+    path = copy_embedded_run(tmp_path)
+    stored = [row for row in RunFolder.open(path).replies if row["stage"] == "after"][:20]
+    rows = load_sft_dataset(split="heldout").select(range(20))
+    found = evaluate(*open_run(path), rows, max_new_tokens=112)
+    same = sum(ours["reply"] == theirs["reply"] for ours, theirs in zip(found.rows, stored))
+    assert same >= 18, f"{same} of 20"  # other processors round otherwise
+    assert abs(found.exact - sum(row["exact"] for row in stored) / 20) <= 0.1

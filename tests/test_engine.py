@@ -17,16 +17,9 @@ import pytest
 import torch
 
 from qlora_nb.core import UserError
-from qlora_nb.engine import (
-    Engine,
-    engine_of,
-    engine_refusal,
-    install_engine,
-    join_rows,
-    pack_rows,
-    release_recordings,
-    remove_engine,
-)
+from qlora_nb.engine.install import Engine, engine_of, engine_refusal, install_engine, remove_engine
+from qlora_nb.engine.line import join_rows, pack_rows
+from qlora_nb.engine.replay import release_recordings
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(
@@ -256,7 +249,7 @@ def test_the_kernels_get_what_they_expect(function):
     computes in double what the kernel should, from the layout that it documents."""
     import types
 
-    from qlora_nb.engine import _by_flash_attn, _by_torch, _row_by_row
+    from qlora_nb.engine.line import _by_flash_attn, _by_torch, _row_by_row
 
     name, call = ("flash_attn.cute", _by_flash_attn) if function is flash_attn_4 else (
         "torch.nn.attention.varlen", _by_torch)  # fmt: skip
@@ -271,7 +264,7 @@ def test_the_kernels_get_what_they_expect(function):
 
 
 def test_the_first_kernel_that_is_right_is_taken(capsys):
-    from qlora_nb import engine
+    from qlora_nb.engine import line
 
     def missing(*args):
         raise ImportError("not installed")
@@ -283,20 +276,20 @@ def test_the_first_kernel_that_is_right_is_taken(capsys):
         return exact_attention(q, k.flip(1), v, *more)
 
     kernels, place = {"missing": missing, "wrong": other_heads, "no gradient": without_gradient}, (4, 2, 16, 0.25)
-    with patch.object(engine, "ATTENTION_KERNELS", kernels):
-        assert engine._first_right("cpu", torch.bfloat16, *place) == ("one call a row", None)
+    with patch.object(line, "ATTENTION_KERNELS", kernels):
+        assert line._first_right("cpu", torch.bfloat16, *place) == ("one call a row", None)
     said = capsys.readouterr().err
     assert "wrong is not used on cpu: its results are wrong" in said and "missing" not in said
     assert "no gradient is not used on cpu: RuntimeError: The differentiated Tensor at index 2" in said
-    with patch.object(engine, "ATTENTION_KERNELS", {**kernels, "right": exact_attention, "never tried": None}):
-        assert engine._first_right("cpu", torch.bfloat16, *place) == ("right", exact_attention)
-    assert engine._kernel(torch.device("cpu"), torch.bfloat16, *place)[1] is None  # none is tried on a CPU
+    with patch.object(line, "ATTENTION_KERNELS", {**kernels, "right": exact_attention, "never tried": None}):
+        assert line._first_right("cpu", torch.bfloat16, *place) == ("right", exact_attention)
+    assert line._kernel(torch.device("cpu"), torch.bfloat16, *place)[1] is None  # none is tried on a CPU
 
 
 @pytest.mark.parametrize("kind", ["none", "one after the other", "reentrant"])
 def test_the_first_trial_inside_a_checkpoint(kind):
     "The trial runs a backward of its own while a checkpoint records what the layer saves."
-    from qlora_nb import engine
+    from qlora_nb.engine import line
 
     model, batch = peft_of(dtype=torch.bfloat16), join_rows(some_rows())
     install_engine(model)
@@ -305,8 +298,8 @@ def test_the_first_trial_inside_a_checkpoint(kind):
         model.get_base_model().gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})  # fmt: skip
         model.enable_input_require_grads()
-    tried = functools.cache(lambda device, *place: engine._first_right(device, *place))
-    with patch.object(engine, "ATTENTION_KERNELS", {"right": exact_attention}), patch.object(engine, "_kernel", tried):
+    tried = functools.cache(lambda device, *place: line._first_right(device, *place))
+    with patch.object(line, "ATTENTION_KERNELS", {"right": exact_attention}), patch.object(line, "_kernel", tried):
         found, ours = gradients(model, batch)
     assert tried.cache_info().misses == 1 and tried(
         torch.device("cpu"), torch.bfloat16, 4, 2, 16, 0.25)[0] == "right"  # fmt: skip
@@ -315,9 +308,9 @@ def test_the_first_trial_inside_a_checkpoint(kind):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and it compiles")
 def test_what_cant_be_compiled_is_said_and_runs_as_it_stands(capsys):
-    from qlora_nb.engine import PLAIN_PASSES, _passes
+    from qlora_nb.engine.passes import PLAIN_PASSES, choose_passes
 
-    assert _passes(torch.device("cuda"), torch.float32) is PLAIN_PASSES
+    assert choose_passes(torch.device("cuda"), torch.float32) is PLAIN_PASSES
     assert "passes over memory aren't fused on cuda for rank 16: " in capsys.readouterr().err
 
 
@@ -332,22 +325,22 @@ def test_the_installed_torch_has_the_arguments():
 
 def test_chunks_of_a_gpu_are_rounded(monkeypatch):
     "Positions that fill up the last chunk count for nothing."
-    from qlora_nb import engine
+    from qlora_nb.engine import loss as engine_loss
 
     torch.manual_seed(0)
     hidden, head = torch.randn(2, 150, 8, requires_grad=True), torch.randn(50, 8)
     labels = torch.randint(0, 50, (2, 150)).where(torch.rand(2, 150) < 0.7, -100)
     losses, shapes = [], []
     for devices in (("cuda",), ("cpu",)):
-        monkeypatch.setattr(engine, "FUSED_DEVICES", devices)
+        monkeypatch.setattr(engine_loss, "FUSED_DEVICES", devices)
         for chunk in (None, 128, 7):
             seen = []
 
             def own(logits, wanted, seen=seen):
                 seen.append(len(logits))
-                return engine.cross_entropy_(logits, wanted)
+                return engine_loss.cross_entropy_(logits, wanted)
 
-            loss = engine.labelled_loss(hidden, head, labels, chunk=chunk, cross_entropy_=own)
+            loss = engine_loss.labelled_loss(hidden, head, labels, chunk=chunk, cross_entropy_=own)
             losses.append((loss.item(), torch.autograd.grad(loss, hidden)[0]))
             shapes.append(seen)
     count = int((labels[:, 1:] != -100).sum())
@@ -355,7 +348,7 @@ def test_chunks_of_a_gpu_are_rounded(monkeypatch):
     for loss, gradient in losses[1:]:
         assert loss == pytest.approx(losses[0][0], rel=1e-6)
         torch.testing.assert_close(gradient, losses[0][1], rtol=1e-5, atol=1e-8)
-    assert engine.labelled_loss(hidden, head, torch.full((2, 9), -100)) == 0
+    assert engine_loss.labelled_loss(hidden, head, torch.full((2, 9), -100)) == 0
 
 
 @pytest.mark.parametrize("words, labelled, rows", [
@@ -365,25 +358,25 @@ def test_the_estimate_counts_the_chunks_of_the_loss(words, labelled, rows):
     "At least 256 MiB of fp32 logits, four times as much at most, in between a sixteenth of the positions."
     from types import SimpleNamespace
 
-    from qlora_nb.memory import count_engine_loss_bytes
+    from qlora_nb.activations import count_engine_loss_bytes
 
     assert count_engine_loss_bytes(SimpleNamespace(hidden=8, vocabulary=words), 10, labelled) == 640 + 2 * words * rows
 
 
 def test_a_long_line_has_sixteen_chunks(monkeypatch):
-    from qlora_nb import engine
+    from qlora_nb.engine import loss as engine_loss
 
     seen = []
 
     def own(logits, wanted):
         seen.append(len(logits))
-        return engine.cross_entropy_(logits, wanted)
+        return engine_loss.cross_entropy_(logits, wanted)
 
-    monkeypatch.setattr(engine, "LOSS_CHUNK_BYTES", 4 * 50 * 128)
+    monkeypatch.setattr(engine_loss, "LOSS_CHUNK_BYTES", 4 * 50 * 128)
     hidden, head = torch.randn(2, 3000, 8), torch.randn(50, 8)
-    engine.labelled_loss(hidden, head, torch.ones(2, 3000, dtype=torch.long), cross_entropy_=own)
+    engine_loss.labelled_loss(hidden, head, torch.ones(2, 3000, dtype=torch.long), cross_entropy_=own)
     assert len(seen) == 16 and sum(seen) == 5998 and set(seen[:-1]) == {384}
-    assert engine.labelled_loss(hidden, head, torch.full((2, 3000), -100), cross_entropy_=own) == 0
+    assert engine_loss.labelled_loss(hidden, head, torch.full((2, 3000), -100), cross_entropy_=own) == 0
 
 
 # --- layers of the same input ---------------------------------------------------------------------------------------
@@ -391,12 +384,12 @@ def test_a_long_line_has_sixteen_chunks(monkeypatch):
 
 def calls_of(model, batch):
     "How often each of the three functions runs in a step."
-    from qlora_nb import engine
+    from qlora_nb.engine import layers, passes
 
     found = {}
 
-    def counted(name):
-        real = getattr(engine, name)
+    def counted(room, name):
+        real = getattr(room, name)
 
         class Counted:
             @staticmethod
@@ -404,10 +397,10 @@ def calls_of(model, batch):
                 found[name] = found.get(name, 0) + 1
                 return real.apply(*args)
 
-        return patch.object(engine, name, Counted)
+        return patch.object(room, name, Counted)
 
     names = ("QLoRAFunction", "GroupedQLoRAFunction", "MLPFunction")
-    with counted(names[0]), counted(names[1]), counted(names[2]):
+    with counted(layers, names[0]), counted(layers, names[1]), counted(passes, names[2]):
         gradients(model, batch)
     return tuple(found.get(name, 0) for name in names)
 
@@ -436,12 +429,12 @@ def test_a_group_needs_all_its_layers(targets, calls):
 
 def test_nothing_is_held_after_a_step():
     "Neither inputs nor outputs of a group stay alive; nor after a call that stopped half way."
-    from qlora_nb.engine import _Group
+    from qlora_nb.engine.layers import LayerGroup
 
     model, batch = peft_of(), join_rows(some_rows())
     install_engine(model, Engine(mlp=False))
     groups = {id(g): g for g in (m.qlora_nb.group for m in model.modules() if hasattr(m, "qlora_nb")) if g is not None}
-    assert len(groups) == 8 and all(isinstance(g, _Group) for g in groups.values())
+    assert len(groups) == 8 and all(isinstance(g, LayerGroup) for g in groups.values())
     gradients(model, batch)
     assert all(g.x is None and not g.waiting for g in groups.values())
     attention = model.get_base_model().model.layers[0].self_attn
@@ -739,7 +732,7 @@ def test_ligers_kernels_stay_in_their_model():
 
     from transformers.models.llama import modeling_llama as code
 
-    from qlora_nb import engine
+    from qlora_nb.engine import install
 
     def rotary(*args, **kwargs):
         return old_rotary(*args, **kwargs)
@@ -762,7 +755,7 @@ def test_ligers_kernels_stay_in_their_model():
     fakes["liger_kernel.transformers.monkey_patch"] = patches
     model = peft_of()
     before = places(model)
-    with patch.dict(system.modules, fakes), patch.object(engine, "_has_liger", lambda base: True):
+    with patch.dict(system.modules, fakes), patch.object(install, "has_liger", lambda base: True):
         assert install_engine(model).kernels
         assert code.apply_rotary_pos_emb is rotary and code.LlamaRMSNorm is old_norm
         gradients(model, join_rows(some_rows()))
@@ -1018,7 +1011,7 @@ def test_layers_that_run_again(engine, reentrant):
 
 
 def test_a_layer_that_runs_again_keeps_its_input_alone():
-    from qlora_nb.engine import run_checkpointed
+    from qlora_nb.engine.checkpointing import run_checkpointed
 
     kept, wide = [], torch.nn.Linear(4, 400)
     x = torch.randn(3, 4, requires_grad=True)
@@ -1036,9 +1029,9 @@ def test_training_goes_through_the_engine_where_a_layer_runs_again():
     model, seen = peft_of(), []
     model.get_base_model().gradient_checkpointing_enable()
     install_engine(model)
-    from qlora_nb import engine
+    from qlora_nb.engine.passes import MLPFunction
 
-    with patch.object(engine.MLPFunction, "apply", lambda *a, old=engine.MLPFunction.apply: seen.append(1) or old(*a)):
+    with patch.object(MLPFunction, "apply", lambda *a, old=MLPFunction.apply: seen.append(1) or old(*a)):
         gradients(model.train(), join_rows(some_rows()))
     assert len(seen) == 2 * model.config.num_hidden_layers
 
@@ -1049,9 +1042,9 @@ def test_training_goes_through_the_engine_where_a_layer_runs_again():
 @pytest.fixture
 def on_a_cpu(monkeypatch):
     "Recordings on a CPU are the functions themselves: all but the graph is tried."
-    from qlora_nb import engine
+    from qlora_nb.engine import install
 
-    monkeypatch.setattr(engine, "REPLAY_DEVICES", ("cpu",))
+    monkeypatch.setattr(install, "REPLAY_DEVICES", ("cpu",))
 
 
 def replayed(engine=WHOLE):
@@ -1150,7 +1143,7 @@ def test_hidden_states_are_not_filled_up(on_a_cpu):
 
 def test_a_gradient_of_the_input_alone_is_refused():
     "It would add the weights' gradients in silence."
-    from qlora_nb.engine import run_checkpointed
+    from qlora_nb.engine.checkpointing import run_checkpointed
 
     x = torch.randn(3, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match="need backward.. without inputs=, and not autograd.grad"):
@@ -1159,7 +1152,7 @@ def test_a_gradient_of_the_input_alone_is_refused():
 
 def test_parts_that_were_switched_off_stay_off(on_a_cpu):
     from qlora_nb.adapter import set_model_info
-    from qlora_nb.training import set_checkpointing
+    from qlora_nb.preparation import set_checkpointing
 
     model, _ = replayed()
     set_model_info(model, backend="transformers", engine=True)
@@ -1171,10 +1164,10 @@ def test_parts_that_were_switched_off_stay_off(on_a_cpu):
 
 
 def test_what_cannot_be_recorded_runs_as_before(on_a_cpu, capsys, monkeypatch):
-    from qlora_nb import engine
+    from qlora_nb.engine import replay as room
 
     (model, replay), rows = replayed(), some_rows()
-    monkeypatch.setattr(engine, "_recorded", lambda *a: 1 / 0)
+    monkeypatch.setattr(room, "_recorded", lambda *a: 1 / 0)
     found = gradients(model, join_rows(rows))[1]
     assert "layers can't be replayed, they run as before: ZeroDivisionError" in capsys.readouterr().err
     assert replay.broken and replay.copied is None
@@ -1203,7 +1196,8 @@ def test_a_copy_of_a_replayed_model(on_a_cpu):
 
 def test_pieces_of_an_mlp():
     "Gradients of a quarter of the rows at a time are those of all rows at once."
-    from qlora_nb.engine import PLAIN_PASSES, LayerTerm, _mlp_back, _mlp_back_in_pieces, _thin
+    from qlora_nb.engine.layers import LayerTerm, thin_products
+    from qlora_nb.engine.passes import PLAIN_PASSES, _mlp_back, _mlp_back_in_pieces
 
     chance = torch.Generator().manual_seed(0)
     some = functools.partial(torch.randn, generator=chance)
@@ -1211,9 +1205,11 @@ def test_pieces_of_an_mlp():
     weights = (gate, up, down)
     terms = [LayerTerm(lambda dtype, w=w: w, None, some(2, w.shape[1]), some(w.shape[0], 2), 0.5) for w in weights]
     rows, dy = some(23, 8), some(23, 8)
-    whole = _mlp_back(rows, _thin(rows, terms[:2]), terms, dy, PLAIN_PASSES, torch.float32, True)
+    whole = _mlp_back(rows, thin_products(rows, terms[:2]), terms, dy, PLAIN_PASSES, torch.float32, True)
     for least, want_x in ((1, True), (5, True), (9, False), (100, True)):
-        parts = _mlp_back_in_pieces(rows, _thin(rows, terms[:2]), terms, dy, PLAIN_PASSES, torch.float32, want_x, least)
+        parts = _mlp_back_in_pieces(
+            rows, thin_products(rows, terms[:2]), terms, dy, PLAIN_PASSES, torch.float32, want_x, least
+        )
         assert len(parts) == len(whole) == 16
         for place, (ours, theirs) in enumerate(zip(parts, whole)):
             missing = theirs is None or (place == 0 and not want_x)
@@ -1226,7 +1222,7 @@ def some_weights():
 
 
 def test_a_flat_tensor_holds_the_weights():
-    from qlora_nb.engine import FlatAdapters
+    from qlora_nb.engine.layers import FlatAdapters
 
     weights, before = some_weights(), some_weights()
     adapters = FlatAdapters(weights)
@@ -1247,7 +1243,7 @@ def test_a_flat_tensor_holds_the_weights():
 
 
 def test_weights_of_two_kinds_are_not_made_one():
-    from qlora_nb.engine import FlatAdapters
+    from qlora_nb.engine.layers import FlatAdapters
 
     weights = some_weights()
     weights[1].data = weights[1].data.bfloat16()
@@ -1256,7 +1252,7 @@ def test_weights_of_two_kinds_are_not_made_one():
 
 
 def test_a_weight_put_elsewhere_is_not_trained_in_silence():
-    from qlora_nb.engine import FlatAdapters
+    from qlora_nb.engine.layers import FlatAdapters
 
     weights = some_weights()
     adapters = FlatAdapters(weights)
@@ -1269,7 +1265,7 @@ def test_a_weight_put_elsewhere_is_not_trained_in_silence():
 
 def test_weights_are_cast_together():
     "One copy of all adapters in 16 bits gives what a copy of each gives, to the bit; gradients are as the weights are."
-    from qlora_nb.engine import _CASTS, FlatAdapters, _cast
+    from qlora_nb.engine.layers import _CASTS, FlatAdapters, _cast
 
     model, batch = peft_of(dtype=torch.bfloat16), join_rows(some_rows())
     install_engine(model)
@@ -1293,7 +1289,7 @@ def test_weights_are_cast_together():
 
 
 def test_looked_up_once():
-    from qlora_nb.engine import cache_parameters
+    from qlora_nb.engine.layers import cache_parameters
 
     model = peft_of()
     model.get_base_model().eval()  # a peft model says that it trains, whatever its base does
@@ -1317,7 +1313,7 @@ def small_run(folder, engine, optim="adamw_torch", steps=3, prepare=None, resume
     from qlora_nb.core import PROFILES
     from qlora_nb.model import add_lora, load_model
     from qlora_nb.run import resolve_settings
-    from qlora_nb.training import make_trainer
+    from qlora_nb.trainer import make_trainer
 
     model, tokenizer = load_model(backend="transformers")
     model = add_lora(model)
@@ -1344,23 +1340,23 @@ def test_nobody_waits_for_bitsandbytes(tmp_path, monkeypatch):
     "While adapters are trained in one tensor, its optimizer asks us whether to wait; then, and elsewhere, itself."
     from bitsandbytes.optim import optimizer
 
-    from qlora_nb import training
+    from qlora_nb import trainer as trainer_module
 
     before, asked = optimizer.sync_gpu, []
 
     def note_call(tensor):
-        asked.append((id(tensor), training._here.unpaged))
+        asked.append((id(tensor), trainer_module._here.unpaged))
 
-    monkeypatch.setattr(training, "wait_unless_queued", note_call)
+    monkeypatch.setattr(trainer_module, "wait_unless_queued", note_call)
     trainer, _ = small_run(tmp_path / "run", Engine(), "adamw_8bit")
     tensors = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(asked) == 3 * len(tensors) and set(asked) == {(id(p), True) for p in tensors}
-    with pytest.raises(ZeroDivisionError), training.without_waiting():
-        assert optimizer.sync_gpu is training.wait_unless_queued
+    with pytest.raises(ZeroDivisionError), trainer_module.without_waiting():
+        assert optimizer.sync_gpu is trainer_module.wait_unless_queued
         raise ZeroDivisionError
-    assert optimizer.sync_gpu is before and not training._here.unpaged
+    assert optimizer.sync_gpu is before and not trainer_module._here.unpaged
     monkeypatch.delattr(optimizer, "sync_gpu")  # as in a version that doesn't wait
-    with training.without_waiting():
+    with trainer_module.without_waiting():
         assert not hasattr(optimizer, "sync_gpu")
     monkeypatch.setattr(optimizer, "sync_gpu", before, raising=False)
     asked.clear()
@@ -1376,37 +1372,37 @@ def test_work_in_another_stream_or_thread_is_waited_for(monkeypatch, stream, her
 
     from bitsandbytes import utils
 
-    from qlora_nb import training
+    from qlora_nb import trainer as trainer_module
 
     asked = []
     monkeypatch.setattr(utils, "sync_gpu", asked.append)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
-    with training.without_waiting() if here else contextlib.nullcontext():
-        training.wait_unless_queued(SimpleNamespace(is_cuda=True, device="cuda:0"))
-        training.wait_unless_queued(torch.zeros(1))  # of another kind of device: as bitsandbytes does
+    with trainer_module.without_waiting() if here else contextlib.nullcontext():
+        trainer_module.wait_unless_queued(SimpleNamespace(is_cuda=True, device="cuda:0"))
+        trainer_module.wait_unless_queued(torch.zeros(1))  # of another kind of device: as bitsandbytes does
     assert len(asked) == 1 + waits
 
 
 def test_the_trainer_casts_adapters_together(tmp_path, monkeypatch):
     "Once a batch; what the functions find there is what they compute with."
-    from qlora_nb import engine
+    from qlora_nb.engine import layers
 
-    real, seen = engine.FlatAdapters.cast_together, []
+    real, seen = layers.FlatAdapters.cast_together, []
 
     def counted(self, dtype):
         seen.append(dtype)
         return real(self, dtype)
 
-    monkeypatch.setattr(engine.FlatAdapters, "cast_together", counted)
+    monkeypatch.setattr(layers.FlatAdapters, "cast_together", counted)
     small_run(tmp_path / "run", Engine())
     assert seen == [torch.float32] * len(seen) and len(seen) >= 3
     model, batch = peft_of(dtype=torch.bfloat16), join_rows(some_rows())
     install_engine(model)
     loss, _ = gradients(model, batch)
-    adapters = engine.FlatAdapters(trained_of(model))
+    adapters = layers.FlatAdapters(trained_of(model))
     with real(adapters, torch.bfloat16):
-        for cast in engine._CASTS.values():
+        for cast in layers._CASTS.values():
             cast.add_(1)
         assert abs(gradients(model, batch)[0] - loss) > 0.01  # without the casts: the same loss to the bit
 
@@ -1464,10 +1460,10 @@ def test_one_process_of_several(tmp_path):
     program = """
 import torch
 from qlora_nb.core import PROFILES
-from qlora_nb.engine import engine_of
+from qlora_nb.engine.install import engine_of
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.run import resolve_settings
-from qlora_nb.training import trainer_arguments
+from qlora_nb.trainer import trainer_arguments
 model = load_model(engine=True)[0]
 model = add_lora(model, use_gradient_checkpointing=True)
 assert engine_of(model).checkpoint

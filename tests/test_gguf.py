@@ -612,7 +612,7 @@ def test_a_full_disk(quantization, asked_first, disk, tmp_path, monkeypatch):
     old = export_gguf(EMBEDDED_MODEL, None, place / "m" / "m-Q8_0.gguf", "q8_0")
     before = file_sha256(old)
     if not asked_first:
-        monkeypatch.setattr(gguf_export, "_check_disk", lambda *_: None)
+        monkeypatch.setattr(gguf_export, "check_disk", lambda *_: None)
     with pytest.raises(UserError, match="free some") as caught:
         export_gguf(EMBEDDED_MODEL, None, place / "m", quantization)
     assert "\n" not in str(caught.value)
@@ -622,7 +622,7 @@ def test_a_full_disk(quantization, asked_first, disk, tmp_path, monkeypatch):
 def test_llama_cpp_runs_out_of_space(disk, monkeypatch):
     "What it is made from fits, the K-quant doesn't."
     place = disk("size=6000k")
-    monkeypatch.setattr(gguf_export, "_check_disk", lambda *_: None)
+    monkeypatch.setattr(gguf_export, "check_disk", lambda *_: None)
     with pytest.raises(UserError, match="could not quantize to q6_k .no space left"):
         export_gguf(EMBEDDED_MODEL, None, place / "m.gguf", "q6_k")
     assert os.listdir(place) == []

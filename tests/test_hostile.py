@@ -19,7 +19,8 @@ import zipfile
 import pytest
 
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.preflight import DATASET_CODES, check_dataset
+from qlora_nb.preflight import check_dataset
+from qlora_nb.row_statistics import DATASET_CODES
 from qlora_nb.rows import load_sft_dataset
 
 EOT = "<|eot_id|>"

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.quick
 
 
 def python_files(folder):
-    return {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
+    return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
 
 
 def test_modules_are_exported(tmp_path):

@@ -26,8 +26,9 @@ from qlora_nb.evaluation import evaluate
 from qlora_nb.generation import chat
 from qlora_nb.gguf_export import export_gguf
 from qlora_nb.llama import chat_server
+from qlora_nb.loading import load_tokenizer
 from qlora_nb.merging import merge_adapter, save_merged
-from qlora_nb.model import add_lora, load_model, load_tokenizer, open_run
+from qlora_nb.model import add_lora, load_model, open_run
 from qlora_nb.rows import load_sft_dataset
 from qlora_nb.template import render
 from qlora_nb.workflow import train

@@ -12,18 +12,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 
+from qlora_nb.activations import count_engine_layer_bytes
+from qlora_nb.cards import KNOWN_CARDS, Card, choose_length, find_card, match_card, measure_row_lengths
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.memory import MEMORY_COMPONENTS, count_engine_layer_bytes, estimate_memory
-from qlora_nb.plan import (
-    KNOWN_CARDS,
-    Card,
-    Rows,
-    choose_length,
-    find_card,
-    match_card,
-    measure_row_lengths,
-    plan_training,
-)
+from qlora_nb.memory import MEMORY_COMPONENTS, estimate_memory
+from qlora_nb.plan import Rows, plan_training
 from qlora_nb.shapes import count_decoder_parameters, list_architectures, model_shape
 
 LLAMA = {

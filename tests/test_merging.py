@@ -377,9 +377,9 @@ def test_the_merged_model_is_the_adapted_one(kind, bits):
     assert torch.equal(logits(model), wanted)
     assert not hasattr(merged, "peft_config") and type(merged).__name__ == "LlamaForCausalLM"
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    names = {layer.name for layer in merged.merge_report}
-    assert len(names) == len(merged.merge_report) == (8 if kind == "some layers" else 28)
-    assert all(layer.error == 0 < layer.update for layer in merged.merge_report)
+    names = {layer.name for layer in merged.qlora_nb.merge_report}
+    assert len(names) == len(merged.qlora_nb.merge_report) == (8 if kind == "some layers" else 28)
+    assert all(layer.error == 0 < layer.update for layer in merged.qlora_nb.merge_report)
 
 
 def test_as_peft_merges_in_16_bits():
@@ -397,7 +397,7 @@ def test_the_report_is_the_difference_to_what_was_trained(load_in_4bit):
     model = with_adapter(load(load_in_4bit=load_in_4bit)[0])
     merged = merge_adapter(model)
     original = TensorFolder(EMBEDDED_MODEL)
-    for note in merged.merge_report:
+    for note in merged.qlora_nb.merge_report:
         layer, now = model.get_base_model().get_submodule(note.name), base_weight(merged.get_submodule(note.name))
         base = base_weight(layer.base_layer)
         update = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
@@ -423,7 +423,7 @@ def test_a_merged_folder(dtype, tmp_path):
     assert again.dtype == getattr(torch, dtype) and again.lm_head.weight is again.model.embed_tokens.weight
     built = merge_adapter(model, dtype=dtype)
     assert all(torch.equal(tensor, built.state_dict()[name]) for name, tensor in again.state_dict().items())
-    assert [layer.error for layer in report] == [layer.error for layer in built.merge_report]
+    assert [layer.error for layer in report] == [layer.error for layer in built.qlora_nb.merge_report]
     assert max(layer.lost for layer in report) < {"float32": 1e-9, "bfloat16": 0.1, "float16": 0.01}[dtype]
 
 

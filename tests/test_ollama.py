@@ -14,32 +14,29 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from repository import examples
 
+from qlora_nb.chat_templates import CHAT_TEMPLATES
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.gguf_export import pin_date
+from qlora_nb.gguf_tokens import pin_date
+from qlora_nb.go_template import GO_TEMPLATES, GO_TRIM, quote_go, render_go
+from qlora_nb.modelfile import format_modelfile, parse_modelfile, quote_value
+from qlora_nb.ollama_client import ollama_commands, ollama_create
 from qlora_nb.ollama_export import (
-    GO_TEMPLATES,
-    GO_TRIM,
-    choose_template,
     derive_go_template,
-    find_go_offers,
-    find_jinja_offers,
-    format_modelfile,
     modelfile_for,
     modelfile_refusal,
-    ollama_commands,
-    ollama_create,
-    parse_modelfile,
-    predict_template,
-    quote_go,
-    quote_value,
-    read_header_texts,
-    render_go,
     to_ollama_data,
     to_ollama_messages,
     write_modelfile,
 )
 from qlora_nb.run import RUN_FORMAT
-from qlora_nb.template import CHAT_TEMPLATES, render
+from qlora_nb.template import render
+from qlora_nb.template_choice import (
+    choose_template,
+    find_go_offers,
+    find_jinja_offers,
+    predict_template,
+    read_header_texts,
+)
 
 # One template and its data a line in; one line out: what Go wrote (base64, since it may be cut within a character).
 PROGRAM = """

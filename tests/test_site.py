@@ -18,10 +18,10 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
-from repository import MODULES, NBS, NOTEBOOKS, ROOT, cells, module_of, read, settings, tool
+from repository import MODULES, NBS, NOTEBOOKS, ROOT, cells, dotted, module_of, read, settings, tool
 
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-each_module = pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+each_module = pytest.mark.parametrize("module", MODULES, ids=dotted)
 TEXTS = sorted(NBS.glob("*.md"))
 EVERY = [*NOTEBOOKS, *TEXTS]
 each_page = pytest.mark.parametrize("page", EVERY, ids=lambda path: path.stem)
@@ -342,7 +342,7 @@ def test_noise_is_recognised():
 
 def public(module):
     "Names that a module defines and exports, with what they are."
-    names = importlib.import_module(f"qlora_nb.{module.stem}")
+    names = importlib.import_module(f"qlora_nb.{dotted(module)}")
     for name in names.__all__:
         thing = getattr(names, name)
         if callable(thing) and getattr(thing, "__module__", None) == names.__name__:
@@ -400,9 +400,9 @@ def test_public_names_stand_on_their_page(site, module):
     "nbdev's own index says where each name is; the page has it there, with its signature."
     from qlora_nb._modidx import d
 
-    places = d["syms"][f"qlora_nb.{module.stem}"]
+    places = d["syms"][f"qlora_nb.{dotted(module)}"]
     for name, _ in public(module):
-        place, _ = places[f"qlora_nb.{module.stem}.{name}"]
+        place, _ = places[f"qlora_nb.{dotted(module)}.{name}"]
         page, anchor = place.split("#")
         source = next(path for path in NOTEBOOKS if address(path) == page)
         made = parsed(site, source)
@@ -411,13 +411,13 @@ def test_public_names_stand_on_their_page(site, module):
 
 @each_module
 def test_source_links_lead_to_the_line(site, module):
-    page = next(path for path in NOTEBOOKS if module_of(path) == module.stem)
+    page = next(path for path in NOTEBOOKS if module_of(path) == dotted(module))
     text = html_of(site, page)
     found = re.findall(r'href="([^"]+)#L(\d+)"[^>]*>source</a></p>\s*<h3 id="[^"]*">([^<]*)</h3>', text)
     lines = module.read_text(encoding="utf-8").splitlines()
     assert bool(found) == any(True for _ in public(module))
     for link, line, name in found:
-        assert link.endswith(f"/qlora_nb/{module.name}"), f"{name}: {link}"
+        assert link.endswith(f"/{module.relative_to(ROOT).as_posix()}"), f"{name}: {link}"
         assert re.match(rf"(@|(async )?def {name}\b|class {name}\b)", lines[int(line) - 1]), f"{name}: line {line}"
 
 
@@ -642,7 +642,10 @@ def test_badge_and_install_line(notebook):
     assert (NBS / f"{target}.ipynb").is_file()
     if notebook.stem != "index":
         address = f"git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}"
-        extras = "unsloth,gguf" if notebook.stem in ("17_gguf", "22_certificate", "55_llama") else "unsloth"
+        runs = ("17_gguf", "18_ollama", "22_certificate", "55_llama", "72_cli", "83_gguf_writer")
+        llama = dict.fromkeys(runs, "unsloth,gguf")
+        serve = dict.fromkeys(("30_quickstart", "54_workflow"), "unsloth,serve")
+        extras = {**llama, **serve}.get(notebook.stem, "unsloth")
         line = f'%pip install -q "qlora_nb[{extras}] @ {address}"'
         assert [s for s in texts if re.match(r"#\| eval: false\n[%!]pip", s)] == [f"#| eval: false\n{line}"]
 
@@ -735,7 +738,7 @@ def test_trainer_on_a_t4_is_told_fp16_and_never_bf16(monkeypatch, tmp_path):
     import torch
     import trl  # before a GPU is made believe: importing it looks for one
 
-    from qlora_nb import model, training
+    from qlora_nb import model, trainer
 
     assert trl.SFTConfig
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -745,8 +748,8 @@ def test_trainer_on_a_t4_is_told_fp16_and_never_bf16(monkeypatch, tmp_path):
     seen = {}
     # The configuration itself asks the driver, which can't be faked: what it is given is what counts.
     monkeypatch.setattr("trl.SFTConfig", lambda **arguments: seen.update(arguments))
-    training.trainer_arguments(training.Settings(), tmp_path, dtype, checkpointing=True)
+    trainer.trainer_arguments(trainer.Settings(), tmp_path, dtype, checkpointing=True)
     assert (dtype, seen["fp16"], seen["bf16"], seen["use_cpu"]) == (torch.float16, True, False, False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a, **k: (8, 0))
-    training.trainer_arguments(training.Settings(), tmp_path, model.choose_dtype(), checkpointing=True)
+    trainer.trainer_arguments(trainer.Settings(), tmp_path, model.choose_dtype(), checkpointing=True)
     assert (seen["fp16"], seen["bf16"]) == (False, True)

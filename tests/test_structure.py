@@ -18,6 +18,7 @@ from repository import (
     ROOT,
     body,
     cells,
+    dotted,
     module_of,
     parse,
     read,
@@ -35,12 +36,12 @@ HEAVY = {"transformers", "trl", "peft", "datasets", "bitsandbytes", "unsloth", "
 EXPORTED = {module_of(path) for path in NOTEBOOKS if module_of(path)}
 
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-each_module = pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+each_module = pytest.mark.parametrize("module", MODULES, ids=dotted)
 
 
 def test_notebooks_and_modules_were_found():
     assert "index" in {path.stem for path in NOTEBOOKS} and len(NOTEBOOKS) > 1
-    assert {path.stem for path in MODULES} == EXPORTED, "a module without a notebook, or the other way round"
+    assert set(map(dotted, MODULES)) == EXPORTED, "a module without a notebook, or the other way round"
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ def test_constraints_lie_within_the_requirements():
 
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
-    for key in ("requirements", "unsloth_requirements", "dev_requirements"):
+    for key in ("requirements", "unsloth_requirements", "gguf_requirements", "serve_requirements", "dev_requirements"):
         for requirement in map(Requirement, settings()[key].split()):
             version = pins[requirement.name.lower().replace("_", "-")]
             assert requirement.specifier.contains(version), f"{requirement} excludes the tested {version}"
@@ -70,17 +71,40 @@ def test_min_python():
 # --- modules --------------------------------------------------------------------------------------------------------
 
 
-def imported_modules(node):
-    "The modules of this package that an import statement takes in, and the top-level names of others."
+def imported_modules(node, path=PACKAGE / "x.py"):
+    "The modules of this package that an import statement of this file takes in, and the top-level names of others."
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
-    elif node.level or node.module == "qlora_nb":
-        base = (node.module or "").removeprefix("qlora_nb").strip(".")
-        names = [f"qlora_nb.{base}"] if base else [f"qlora_nb.{alias.name}" for alias in node.names]
     else:
-        names = [node.module]
-    ours = [name.split(".")[1] for name in names if name.startswith("qlora_nb.")]
+        folder = ["qlora_nb", *path.relative_to(PACKAGE).parts[:-1]]
+        parts = (folder[: len(folder) + 1 - node.level] if node.level else []) + (node.module or "").split(".") * bool(
+            node.module
+        )
+        # What is imported from a package may be a module of it.
+        names = (
+            [".".join(parts)]
+            if not (ROOT / Path(*parts)).is_dir()
+            else [".".join([*parts, a.name]) for a in node.names]
+        )
+    ours = [name.removeprefix("qlora_nb.") for name in names if name.startswith("qlora_nb.")]
     return ours, {name.split(".")[0] for name in names}
+
+
+def test_imports_are_read_as_python_reads_them():
+    inside, line = PACKAGE / "core.py", PACKAGE / "engine" / "line.py"
+    for text, path, ours in (
+        ("import qlora_nb.core", inside, ["core"]),
+        ("from .core import UserError", inside, ["core"]),
+        ("from qlora_nb import core, kernels", inside, ["core", "kernels"]),
+        ("from qlora_nb.engine.loss import labelled_loss", inside, ["engine.loss"]),
+        ("from qlora_nb.engine import loss, passes", inside, ["engine.loss", "engine.passes"]),
+        ("from .loss import labelled_loss", line, ["engine.loss"]),
+        ("from . import loss", line, ["engine.loss"]),
+        ("from ..core import UserError", line, ["core"]),
+        ("from .. import core", line, ["core"]),
+        ("from torch import nn", line, []),
+    ):
+        assert imported_modules(ast.parse(text).body[0], path)[0] == ours, text
 
 
 ABOVE_ALL = {"workflow", "cli"}  # what may import every module, beside __init__ and __main__
@@ -92,7 +116,7 @@ def import_graph():
     for name, path in tool("house")["modules"]():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-        graph[name] = {found for node in imports for found in imported_modules(node)[0]} - {name}
+        graph[name] = {found for node in imports for found in imported_modules(node, path)[0]} - {name}
     return graph
 
 
@@ -158,18 +182,19 @@ def test_a_name_has_one_meaning():
     assert {name: sorted(modules) for name, modules in homes.items() if len(modules) > 1} == {}
 
 
-@pytest.mark.parametrize("module", [PACKAGE / "__init__.py", *MODULES], ids=lambda path: path.stem)
+@pytest.mark.parametrize("module", [PACKAGE / "__init__.py", *MODULES], ids=dotted)
 def test_no_heavy_import_at_the_top(module):
     heavy = HEAVY | {"torch"} if module.stem == "__init__" else HEAVY
     for node in top_level_imports(ast.parse(module.read_text(encoding="utf-8"))):
-        assert not imported_modules(node)[1] & heavy, f"{module.name}: {ast.unparse(node)}"
+        assert not imported_modules(node, module)[1] & heavy, f"{module.name}: {ast.unparse(node)}"
 
 
 def test_public_names_are_not_hidden_by_modules():
     script = """
 import importlib, pkgutil, qlora_nb
-for info in pkgutil.iter_modules(qlora_nb.__path__):
-    importlib.import_module(f"qlora_nb.{info.name}")
+for info in pkgutil.walk_packages(qlora_nb.__path__, "qlora_nb."):
+    if info.name != "qlora_nb.__main__":
+        importlib.import_module(info.name)
 assert qlora_nb.__all__
 wrong = [name for name in qlora_nb.__all__ if name != "__version__" and not callable(getattr(qlora_nb, name))]
 assert not wrong, f"not callable once every module is imported: {wrong}"
@@ -180,7 +205,7 @@ assert not wrong, f"not callable once every module is imported: {wrong}"
 
 @each_module
 def test_all_lists_what_exists(module):
-    names = importlib.import_module(f"qlora_nb.{module.stem}")
+    names = importlib.import_module(f"qlora_nb.{dotted(module)}")
     assert [name for name in names.__all__ if not hasattr(names, name)] == []
 
 
@@ -195,7 +220,7 @@ def test_names_are_flat_numbered_and_unique():
     assert len(pages) == len(set(pages)), "the site drops the numbers: two pages would have one name"
 
 
-NBDEV = re.compile(r"#\s*\|\s*(hide|exports?|exporti|cuda|slow|default_exp \w+)\s*$")  # nbdev takes these lines out
+NBDEV = re.compile(r"#\s*\|\s*(hide|exports?|exporti|cuda|slow|default_exp [\w.]+)\s*$")  # nbdev takes these lines out
 
 
 @each_notebook

@@ -7,23 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repository import examples
 
-from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.template import (
+from qlora_nb.chat_templates import (
     CHAT_TEMPLATES,
-    SYSTEM_PROMPT,
     TEMPLATE_DATE,
-    Encoder,
     adds_bos,
-    encode,
-    encode_batch,
-    prompt_ids,
-    render,
     stop_tokens,
-    template_fingerprint,
     template_text,
     tokenize_texts,
     turn_end,
 )
+from qlora_nb.core import EMBEDDED_MODEL, UserError
+from qlora_nb.template import SYSTEM_PROMPT, Encoder, encode, encode_batch, prompt_ids, render, template_fingerprint
 
 pytestmark = pytest.mark.quick
 
@@ -236,7 +230,8 @@ def test_unknown_template_and_missing_tokens(tokenizer):
 )
 def test_bad_templates(tokenizer, template, code):
     assert encode_batch([chat("What?", "That.")], tokenizer, template=template)[0].code == code
-    with pytest.raises(UserError):
+    cure = "use another template" if code in ("no_end_of_turn", "generation_prompt_mismatch") else "fix these messages"
+    with pytest.raises(UserError, match=rf"\({code}\): {cure}"):
         encode(chat("What?", "That."), tokenizer, template=template)
 
 

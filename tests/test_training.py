@@ -20,38 +20,40 @@ import pytest
 import torch
 import yaml
 
-from qlora_nb import training, workflow
+from qlora_nb import preparation, trainer, training, workflow
 from qlora_nb.adapter import load_adapter, model_info
+from qlora_nb.cards import Card
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError, file_sha256
-from qlora_nb.engine import engine_of, install_engine
+from qlora_nb.engine.install import engine_of, install_engine
 from qlora_nb.memory import CUDA_CONTEXT, estimate_memory
 from qlora_nb.model import add_lora, load_model
-from qlora_nb.plan import Card, plan_training
+from qlora_nb.plan import plan_training
+from qlora_nb.preparation import (
+    estimate_run_memory,
+    get_checkpointing,
+    load_base_task,
+    make_plan,
+    set_checkpointing,
+    warn_of_memory,
+)
 from qlora_nb.rows import load_sft_dataset
 from qlora_nb.run import RunFolder, read_config, resolve_settings
-from qlora_nb.shapes import model_shape
-from qlora_nb.training import (
+from qlora_nb.safeguards import (
     STOP_SIGNALS,
     TrainingDiverged,
     TrainingInterrupted,
     Tripwire,
-    estimate_run_memory,
     explain_interrupts,
     find_damage,
     gentle_interrupt,
-    get_checkpointing,
     last_checkpoint,
     likely_cause,
-    load_base_task,
-    make_plan,
-    make_trainer,
-    make_watch,
     raise_stop_signal,
-    run_trainer,
-    set_checkpointing,
     tidy_checkpoints,
-    warn_of_memory,
 )
+from qlora_nb.shapes import model_shape
+from qlora_nb.trainer import make_trainer
+from qlora_nb.training import make_watch, run_trainer
 from qlora_nb.workflow import load_run, train
 
 TINY = PROFILES["tiny"]
@@ -61,7 +63,7 @@ SHORT = {"eval_rows": 0, "max_steps": 2, "warmup_steps": 1}
 def lengths_of(data, tokenizer):
     from qlora_nb.preflight import encode_dataset
 
-    return training.count_row_tokens(encode_dataset(data, tokenizer, 2048)[0])
+    return preparation.count_row_tokens(encode_dataset(data, tokenizer, 2048)[0])
 
 
 def fresh(**more):
@@ -128,10 +130,10 @@ def test_rows_that_a_plan_drops_are_those_of_a_shorter_limit(data, adapted):
     "Without rendering them again, and the report says so."
     tokenizer = adapted[1]
     settings = resolve_settings({"max_seq_length": 130})
-    rows = training.prepare_rows(data, tokenizer, settings, None, check=True)
-    limit = sorted(training.count_row_tokens(rows.rows))[len(rows.rows) // 2]
+    rows = preparation.prepare_rows(data, tokenizer, settings, None, check=True)
+    limit = sorted(preparation.count_row_tokens(rows.rows))[len(rows.rows) // 2]
     kept = rows.keep_within(limit)
-    wanted = training.encode_dataset(data, tokenizer, limit)
+    wanted = preparation.encode_dataset(data, tokenizer, limit)
     assert (kept.rows.to_list(), kept.dropped) == (wanted[0].to_list(), wanted[1]) and rows.dropped and kept.dropped
     (finding,) = [f for f in kept.report.findings if f.code == "row_dropped" and "the plan chose" in f.cause]
     assert finding.count == len(kept.dropped) - len(rows.dropped) and kept.report.summary["max_seq_length"] == limit
@@ -272,7 +274,7 @@ SWITCH = """
 import sys, torch
 from qlora_nb.adapter import model_info
 from qlora_nb.model import add_lora, load_model
-from qlora_nb.training import get_checkpointing, set_checkpointing
+from qlora_nb.preparation import get_checkpointing, set_checkpointing
 model, _ = load_model("qlora_nb:embedded", backend=sys.argv[1])
 model = add_lora(model, use_gradient_checkpointing=False).train()
 own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
@@ -533,7 +535,7 @@ class Seen:
 
         from qlora_nb.preflight import encode_dataset
 
-        monkeypatch.setattr(training, "LATE_LOGGING_DEVICES", ("cpu",) if late else ())
+        monkeypatch.setattr(trainer, "LATE_LOGGING_DEVICES", ("cpu",) if late else ())
         model, tokenizer = load_model(TINY.model, max_seq_length=256, engine=True)
         settings = resolve_settings(
             {**SHORT, "max_steps": 7, "per_device_train_batch_size": 2, **settings}, profile=TINY
@@ -546,7 +548,7 @@ class Seen:
         class Step(TrainerCallback):
             def on_step_end(_, args, state, control, **kwargs):
                 self.weights[state.global_step] = {
-                    n: p.detach().clone() for n, p in training.trainable_parameters(self.watch.trainer.model).items()
+                    n: p.detach().clone() for n, p in trainer.trainable_parameters(self.watch.trainer.model).items()
                 }
                 self.written[state.global_step] = [m["step"] for m in self.watch.metrics]
                 act(state.global_step, self.watch, interrupted)
@@ -629,7 +631,7 @@ def test_what_is_queued_is_written_before_the_sum_of_a_run_that_ends_without_a_c
 def test_the_tripwire_names_the_right_step_where_rows_are_late(both, bad, good, good_late):
     def ruin(step, watch, _):
         if step == bad - 1:
-            next(iter(training.trainable_parameters(watch.trainer.model).values())).data.fill_(math.nan)
+            next(iter(trainer.trainable_parameters(watch.trainer.model).values())).data.fill_(math.nan)
 
     now, late = both(act=ruin)
     found = [json.loads((run.path / "stopped.json").read_text()) for run in (now, late)]
@@ -639,7 +641,7 @@ def test_the_tripwire_names_the_right_step_where_rows_are_late(both, bad, good, 
     assert f"stopped at step {bad}, where the loss is nan" in str(late.error)
     if good_late:
         assert (late.path / f"adapter-step-{good_late}").exists()
-        for name, weight in training.trainable_parameters(late.watch.trainer.model).items():
+        for name, weight in trainer.trainable_parameters(late.watch.trainer.model).items():
             assert torch.equal(weight, late.weights[good_late][name]), name
 
 
@@ -742,7 +744,7 @@ def test_a_signal_before_the_steps_and_after_them(data, tmp_path, monkeypatch):
     settings = {"output": tmp_path / "run", "eval_rows": 2, "max_new_tokens": 4, "max_steps": 1, "warmup_steps": 0}
 
     def stops_in(name, message, **more):
-        home = workflow if name == "write_reports" else training
+        home = {"write_reports": workflow, "check_trainable": preparation}.get(name, training)
         function = getattr(home, name)
         with monkeypatch.context() as patch:
             patch.setattr(home, name, lambda *a, **k: (send(signal.SIGTERM), function(*a, **k))[1])
@@ -904,10 +906,10 @@ def test_the_hash_is_that_of_the_saved_adapter(data, tmp_path, engine):
 
     model, tokenizer = load_model(TINY.model, max_seq_length=256, engine=engine)
     model = add_lora(model, r=4)
-    assert training.hash_trained_adapter(model) is None
+    assert preparation.hash_trained_adapter(model) is None
     with torch.no_grad():
         [p for name, p in model.named_parameters() if "lora_B" in name][-1].view(-1)[-1] = 1e-6
-    assert training.hash_trained_adapter(model) == save_adapter(model, tokenizer, tmp_path / "adapter")
+    assert preparation.hash_trained_adapter(model) == save_adapter(model, tokenizer, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("four_bit", [True, False])

@@ -32,14 +32,16 @@ def needs_of_unsloth(source):
 
 
 def replaced(line, source, wheel, unsloth):
-    "The install line with the wheel in place of the address, and the tested versions."
+    "The install line with the wheel in place of the address, and the tested versions; its other extras stay."
     config = ConfigParser()
     config.read(ROOT / "settings.ini", encoding="utf-8")
     cfg = config["DEFAULT"]
-    address = f'"qlora_nb[unsloth] @ git+https://github.com/{cfg["user"]}/{cfg["repo"]}@{cfg["branch"]}"'
-    assert line == f"%pip install -q {address}", line
-    extra = "[unsloth]" if unsloth else ""
-    return line.replace(address, f'"qlora_nb{extra} @ {wheel.as_uri()}" -c {source / "constraints.txt"}')
+    at = re.escape(f'git+https://github.com/{cfg["user"]}/{cfg["repo"]}@{cfg["branch"]}')
+    extras = re.fullmatch(rf'%pip install -q "qlora_nb\[([a-z,]+)\] @ {at}"', line)[1].split(",")
+    assert extras in (["unsloth"], ["unsloth", "serve"]), line
+    extras = extras[0 if unsloth else 1 :]
+    named = f"[{','.join(extras)}]" if extras else ""
+    return f'%pip install -q "qlora_nb{named} @ {wheel.as_uri()}" -c {source / "constraints.txt"}'
 
 
 def resolves(python, wheel, source, place, env):
@@ -107,5 +109,8 @@ def test_notebook_in_colab(name, colab):
     left = {path.name for path in outside.iterdir()} - {f"{name}.ipynb"}
     if name == "30_quickstart":
         assert len(list(outside.glob("runs/*/adapter/adapter_model.safetensors"))) == 1, "the run is gone"
+        assert len(list(outside.glob("runs/*/*-Q8_0.gguf"))) == 1, "no GGUF was written"
+        installed = run([str(python), "-m", "pip", "list"], outside, env, 60)
+        assert "llama-cpp-python" not in installed.lower().replace("_", "-"), "the quick start needs a compiler"
         left -= {"runs"}
     assert not left, "the notebook leaves files behind"

@@ -17,7 +17,16 @@ def test_wheel(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("qlora_nb/embedded/") and name.endswith(".safetensors") for name in names)
     assert any(name.startswith("qlora_nb/embedded/") and name.endswith(".parquet") for name in names)
-    assert {"qlora_nb/templates/report.html.j2", "qlora_nb/templates/report.css", "qlora_nb/doctor.yaml"} <= set(names)
+    assert {
+        "qlora_nb/templates/report.html.j2",
+        "qlora_nb/templates/report.css",
+        "qlora_nb/doctor.yaml",
+        "qlora_nb/preflight.yaml",
+        "qlora_nb/embedded/run/config.yaml",
+        "qlora_nb/embedded/run/metrics.jsonl",
+        "qlora_nb/embedded/run/adapter/adapter_model.safetensors",
+        "qlora_nb/engine/install.py",
+    } <= set(names)
     assert not [name for name in names if not name.startswith("qlora_nb")]
 
     python = tmp_path / "venv/bin/python"

@@ -1,7 +1,7 @@
 """Trains the embedded model again and keeps the run that comes with the package: python tools/embedded_run.py
 
-The adapter, the curve, the evaluation and the settings go to qlora_nb/embedded/run; checkpoints, pictures and the page,
-which can be made again from them, don't.
+The adapter, the curve, the evaluation and the settings go to qlora_nb/embedded/run; checkpoints, the picture and the
+reports, which can be made again from them, don't.
 """
 
 import os
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 KEPT = Path(__file__).resolve().parents[1] / "qlora_nb/embedded/run"
-LEFT_OUT = shutil.ignore_patterns("checkpoints", "*.png", "*.html")
+LEFT_OUT = shutil.ignore_patterns("checkpoints", "loss.png", "report.*")
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "nbs/results/gpu_tests.json"
 # What runs on a GPU in a step of training.
-ENGINE = ("engine.py", "engine/*.py", "kernels.py", "qlora.py", "lora.py", "nf4.py")
+ENGINE = ("engine/*.py", "kernels.py", "qlora.py", "lora.py", "nf4.py", "trainer.py")
 
 
 def engine_files():
@@ -62,11 +62,13 @@ def run():
     from qlora_nb.core import library_versions
 
     start = time.time()
-    done = subprocess.run([sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "cuda", "-q"], cwd=ROOT,
-                          stdout=subprocess.PIPE, text=True)  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "cuda", "-q", "-n", "4"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(done.stdout)
     if done.returncode:
         sys.exit(done.returncode)
+    if "skipped" in done.stdout.strip().splitlines()[-1]:
+        sys.exit("a test was skipped: install what it needs, and run all of them")
     result = {
         "engine_sha256": engine_hash(),
         "gpu": torch.cuda.get_device_name(),

@@ -32,7 +32,7 @@ LESSONS = {
     "04_memory": "estimate_memory",
     "05_recommend": "recommend",
     "06_engine": "install_engine",
-    "07_kernels": "multiply_by_adapters",
+    "07_kernels": "fused_swiglu",
     "08_plan": "plan_training",
     "09_preflight": "check_dataset",
     "10_model": "load_model",
@@ -43,14 +43,21 @@ LESSONS = {
     "15_training": "train",
     "16_merge": "merge_adapter",
     "17_gguf": "export_gguf",
-    "18_ollama": "write_modelfile",
+    "18_ollama": "modelfile_for",
     "19_diagnose": "diagnose",
     "22_certificate": "certify",
-    "30_quickstart": "chat",
+    "30_quickstart": "load_run",
+    "60_forwards": "replace_forward",
+    "61_line": "join_rows",
+    "62_layers": "fused_forward",
+    "63_passes": "mlp_forward",
+    "64_loss": "labelled_loss",
+    "65_checkpointing": "run_checkpointed",
+    "66_replay": "Replay",
 }
 EXPORT = re.compile(r"^\s*#\s*\|\s*(?:export|exporti|exports)\b", re.M)
 UNSEEN = re.compile(r"^\s*#\s*\|\s*(?:hide|eval:\s*false|include:\s*false|default_exp)\b", re.M)
-CHECK = re.compile(r"assert|test_|raises|shows_error")
+UNRUN = re.compile(r"^\s*#\s*\|\s*(?:eval:\s*false|default_exp)\b", re.M)
 NEAR = 4
 
 
@@ -108,10 +115,27 @@ def calls_in(tree):
     return {getattr(func, "id", None) or getattr(func, "attr", None) for func in called}
 
 
+def checks(source, tree):
+    "Whether a cell asserts something, where the reader sees it."
+    called = {str(name) for name in calls_in(tree)}
+    asserts = any(isinstance(node, ast.Assert) for node in ast.walk(tree))
+    return (
+        not is_exported(source)
+        and not UNRUN.search(source)
+        and (asserts or any(re.match("test_|assert_|raises$|shows_error$|check", name) for name in called))
+    )
+
+
+def shows(outputs):
+    "Whether something but warnings is stored."
+    return any(output.get("name") != "stderr" for output in outputs)
+
+
 def first_result(cells, headline):
     "How many cells the reader has passed when the headline call shows its result; None if it never does."
     for i, (_, source, tree, outputs) in enumerate(cells):
-        if tree and outputs and not is_exported(source) and headline in calls_in(tree):
+        seen = tree and shows(outputs) and not is_exported(source) and not UNSEEN.search(source)
+        if seen and headline in calls_in(tree):
             return i
     return None
 
@@ -119,13 +143,13 @@ def first_result(cells, headline):
 def longest_run(cells):
     "The most exported cells in a row without one that is seen to run between them, and their lines."
     best, run, lines = (0, 0), 0, 0
-    for _, source, tree, _ in cells:
+    for _, source, tree, outputs in cells:
         if tree is None or not tree.body or is_import_alone(tree):
             continue
         if is_exported(source):
             run, lines = run + 1, lines + code_lines(source)
             best = max(best, (run, lines))
-        elif not UNSEEN.search(source):
+        elif not UNSEEN.search(source) and (shows(outputs) or checks(source, tree)):
             run, lines = 0, 0
     return best
 
@@ -136,9 +160,7 @@ def checked_in_place(cells, public):
     for i, (_, source, tree, _) in enumerate(cells):
         if tree is None or not is_exported(source):
             continue
-        near = [
-            one for one in cells[i + 1 : i + 1 + NEAR] if one[2] and not is_exported(one[1]) and CHECK.search(one[1])
-        ]
+        near = [one for one in cells[i + 1 : i + 1 + NEAR] if one[2] and checks(one[1], one[2])]
         for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 good = any(node.name in names_in(one[2]) for one in near)

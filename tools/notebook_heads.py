@@ -32,8 +32,9 @@ if Path("../settings.ini").exists():  # a checkout; in Colab there is nothing to
     nbdev_export()"""
 # Made for a GPU, though their cells also run without one.
 WANT_GPU = ("30_quickstart",)
-# They make GGUF files, or open them in llama.cpp.
-WANT_LLAMA = ("17_gguf", "22_certificate", "55_llama")
+# What they install besides Unsloth: those that make K-quants or open a file in llama.cpp's library need a compiler.
+EXTRAS = dict.fromkeys(("17_gguf", "18_ollama", "22_certificate", "55_llama", "72_cli", "83_gguf_writer"), "gguf")
+EXTRAS |= dict.fromkeys(("30_quickstart", "54_workflow"), "serve")
 
 
 def settings(root=ROOT):
@@ -50,7 +51,7 @@ def badge(stem, cfg):
 
 def install_line(cfg, stem=""):
     "The one line that installs all in Colab; with llama.cpp for the notebooks that run it."
-    extras = "unsloth,gguf" if stem in WANT_LLAMA else "unsloth"
+    extras = f"unsloth,{EXTRAS[stem]}" if stem in EXTRAS else "unsloth"
     name, url = cfg["lib_name"], f"https://github.com/{cfg['user']}/{cfg['repo']}"
     return f'%pip install -q "{name}[{extras}] @ git+{url}@{cfg["branch"]}"'
 

@@ -21,8 +21,10 @@ import statistics
 
 from common import SHAPES, add_adapters, now, quantized_llama, torch, write
 
-from qlora_nb import engine as engine_module
-from qlora_nb.engine import Engine, attention_kernel, install_engine, join_rows, remove_engine
+from qlora_nb.engine import line as line_module
+from qlora_nb.engine.install import Engine, install_engine, remove_engine
+from qlora_nb.engine.line import attention_kernel, join_rows
+from qlora_nb.engine.passes import PLAIN_PASSES, choose_passes
 
 KINDS = {  # words in a kernel's name, the first that fits
     "attention": ("flash", "fmha", "attn", "attention"),
@@ -144,9 +146,9 @@ def measure_passes(size, tokens, device):
         "norm_back": ((*x, rstd, x[2][0]), 4, hidden),
         "cross_entropy_": ((some(512, words), torch.arange(512, device=device)), 3 * 512 / tokens, words),
     }
-    fused, found = engine_module._passes(torch.device(device), torch.bfloat16), {}
+    fused, found = choose_passes(torch.device(device), torch.bfloat16), {}
     for name, (given, count, width) in calls.items():
-        plain = getattr(engine_module.PLAIN_PASSES, name)
+        plain = getattr(PLAIN_PASSES, name)
         ways = {"kernel": getattr(fused, name), "as it stands": plain, "compiled by torch": torch.compile(plain)}
         found[name] = {"bytes": round(2 * count * tokens * width)}
         for way, function in ways.items():
@@ -195,17 +197,17 @@ def measure_attention(size, tokens, device):
     repeated = [inputs[0], *(t.detach().repeat_interleave(heads // kv_heads, 1).requires_grad_() for t in inputs[1:])]
 
     def by_row(query, key, value, bounds, longest, scaling):
-        return engine_module._row_by_row(*(t.transpose(0, 1)[None] for t in (query, key, value)), bounds, scaling)[0]
+        return line_module._row_by_row(*(t.transpose(0, 1)[None] for t in (query, key, value)), bounds, scaling)[0]
 
-    ways = {name: (kernel, inputs) for name, kernel in engine_module.ATTENTION_KERNELS.items()}
-    ways["torch's varlen_attn, key heads repeated"] = (engine_module.ATTENTION_KERNELS["torch's varlen_attn"], repeated)
+    ways = {name: (kernel, inputs) for name, kernel in line_module.ATTENTION_KERNELS.items()}
+    ways["torch's varlen_attn, key heads repeated"] = (line_module.ATTENTION_KERNELS["torch's varlen_attn"], repeated)
     ways |= {"cuDNN by jagged tensors": (by_cudnn, inputs), "one call a row": (by_row, inputs)}
     found = {"rows": len(lengths), "tokens": tokens, "pairs": sum(n * (n + 1) // 2 for n in lengths)}
     for name, (kernel, tensors) in ways.items():
         try:
             call = functools.partial(kernel, *tensors, bounds, max(lengths), scaling)
             place = (torch.device(device), torch.bfloat16, heads, kv_heads, width, scaling)
-            right = engine_module._is_right(kernel, *place)
+            right = line_module._is_right(kernel, *place)
             both = timed(lambda: torch.autograd.grad(call(), tensors, wish), device)  # noqa: B023
             with torch.no_grad():
                 found[name] = {"right": right, "forward_ms": timed(call, device), "both_ms": both}

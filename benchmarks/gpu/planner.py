@@ -51,7 +51,7 @@ def card_of(limit_gb):
 
     import torch
 
-    from qlora_nb.plan import KNOWN_CARDS, find_card
+    from qlora_nb.cards import KNOWN_CARDS, find_card
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "H200"
     here = KNOWN_CARDS["H100" if "H100" in name else "H200"]
@@ -157,8 +157,8 @@ def lengths_of_rows():
     from quickstart import conversations
     from transformers import AutoTokenizer
 
+    from qlora_nb.cards import measure_row_lengths
     from qlora_nb.core import EMBEDDED_MODEL
-    from qlora_nb.plan import measure_row_lengths
 
     return measure_row_lengths(conversations(240), AutoTokenizer.from_pretrained(EMBEDDED_MODEL))
 
