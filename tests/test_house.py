@@ -61,6 +61,12 @@ def test_every_test_file_is_in_one_part_of_test_all():
     assert sorted(listed) == sorted(files - {"gpu", "house", "in_sync", "structure"})
 
 
+def test_every_budget_is_of_a_file():
+    budgets = dict(map(str.split, (ROOT / "tests/budgets.txt").read_text(encoding="utf-8").splitlines()))
+    assert set(budgets) <= {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    assert sum(map(float, budgets.values())) < 26 * 60
+
+
 def test_only_code_counts_in_the_engines_hash():
     bare = GPU["bare"]
     code = 'def f(x):\n    return "# no comment"\n'

@@ -81,7 +81,12 @@ def run_notebook(name, folder, limit=TIME_LIMIT):
         pytest.fail(f"{name} failed (exit code {code})\n{out[-8000:]}", pytrace=False)
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+# They tell of measurements and export nothing: part of `make test-all`.
+STORIES = ("31_tiny_base", "32_measure_memory", "33_why_it_is_fast", "34_full_lora_qlora", "40_takeaways")
+EACH = [pytest.param(path, marks=[pytest.mark.heavy] * (path.stem in STORIES)) for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("notebook", EACH, ids=lambda path: path.stem)
 def test_notebook(notebook, tmp_path):
     workspace(tmp_path)
     before = listing(tmp_path)
