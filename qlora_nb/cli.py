@@ -658,6 +658,8 @@ def main(arguments: list[str] | None = None) -> None:
         refuse_several_processes()
         app(arguments)
     except UserError as error:
-        with contextlib.suppress(OSError):  # a terminal that was closed
-            print(f"qlora_nb: {error}", file=sys.stderr)
+        try:
+            print(f"qlora_nb: {error}", file=sys.stderr, flush=True)
+        except OSError:  # a terminal that was closed: what is still in the buffer would change the exit code
+            sys.stdout = sys.stderr = None
         raise SystemExit(error.exit_code) from None
