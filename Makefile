@@ -27,9 +27,10 @@ QUESTION ?= Mia has 12 apples. She buys 5 bags of 3 apples. She gives 7 to Tom. 
 help:
 	@echo "make install       the package and all it needs, in .venv"
 	@echo "make demo          fine-tune the embedded model and ask it something (QUESTION=...)"
-	@echo "make test          what CI runs: ruff, the tests, all notebooks"
+	@echo "make test          ruff, the tests, the notebooks but five stories of measurements"
 	@echo "make quick         the tests that take seconds"
-	@echo "make test-all      that, and the heavy tests, part by part ($(PARTS)); one part: make test-all-data"
+	@echo "make test-all      that, and the heavy tests in parts ($(PARTS))"
+	@echo "make test-all-data one part of them"
 	@echo "make test-gpu      the engine on this machine's GPU (nbs/results/gpu_tests.json keeps what ran)"
 	@echo "make release-check whether the engine is the one that was tried on a GPU"
 	@echo "make test-install  a wheel in an empty environment; a fresh clone"

@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -211,6 +212,13 @@ def read_jsonl(path: str | Path) -> list[dict]:
             if number < len(lines):
                 raise UserError(f"{path}, line {number}, is not JSON ({error.msg}): fix or remove the line") from error
     return rows
+
+# %% ../nbs/00_core.ipynb #8278ca02
+@cache
+def read_package_table(name: str) -> dict:
+    "Return a YAML file of the package, e.g. `preflight.yaml`."
+    with open(EMBEDDED_FOLDER.parent / name, encoding="utf-8") as file:
+        return yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 # %% ../nbs/00_core.ipynb #50a00051
 _TYPE_WORDS = {int: "a number", float: "a number", str: "text", bool: "true or false", dict: "a mapping", list: "a list"}

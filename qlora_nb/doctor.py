@@ -21,9 +21,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
-import yaml
-
-from .core import EMBEDDED_FOLDER, Finding, Findings, UserError
+from .core import Finding, Findings, UserError, read_package_table
 
 # %% ../nbs/70_doctor.ipynb #7369949b
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def read_rules(table: dict) -> dict[str, Rule]:
     return rules
 
 
-_TABLE = yaml.safe_load((EMBEDDED_FOLDER.parent / "doctor.yaml").read_text(encoding="utf-8"))
+_TABLE = read_package_table("doctor.yaml")
 TESTED_VERSIONS = _TABLE["versions"]
 OLD_CODE_RULES = read_rules(_TABLE)
 

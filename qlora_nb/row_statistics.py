@@ -15,9 +15,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 # %% ../nbs/78_row_statistics.ipynb #78000008
-import yaml
-
-from .core import EMBEDDED_FOLDER, Finding
+from .core import Finding, read_package_table
 
 # %% ../nbs/78_row_statistics.ipynb #7742c7f4-20
 @dataclass
@@ -34,7 +32,7 @@ class DatasetFinding(Finding):
         return f"{self.count}; rows {', '.join(map(str, self.rows))}{more}" if self.rows else str(self.count)
 
 # %% ../nbs/78_row_statistics.ipynb #7742c7f4-22
-CODE_TABLE = yaml.safe_load((EMBEDDED_FOLDER.parent / "preflight.yaml").read_text(encoding="utf-8"))["codes"]
+CODE_TABLE = read_package_table("preflight.yaml")["codes"]
 DATASET_CODES = {code: (row["severity"], row["fix"]) for code, row in CODE_TABLE.items()}
 
 # %% ../nbs/78_row_statistics.ipynb #7742c7f4-26

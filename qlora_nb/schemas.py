@@ -12,9 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 # %% ../nbs/74_schemas.ipynb #74000009
-import yaml
-
-from .core import EMBEDDED_FOLDER, UserError
+from .core import UserError, read_package_table
 from .readers import parse_json
 
 # %% ../nbs/74_schemas.ipynb #7742c7f4-7
@@ -169,8 +167,7 @@ class UnusedRule:
     fix: str  # what to do about it
 
 # %% ../nbs/74_schemas.ipynb #a0f6b7c3
-_TABLE = yaml.safe_load((EMBEDDED_FOLDER.parent / "preflight.yaml").read_text(encoding="utf-8"))["unused"]
-_RULES = {name: UnusedRule(**row) for name, row in _TABLE.items()}
+_RULES = {name: UnusedRule(**row) for name, row in read_package_table("preflight.yaml")["unused"].items()}
 
 # %% ../nbs/74_schemas.ipynb #a0f6b7c4
 def bare_name(name: str) -> str:

@@ -60,6 +60,7 @@ class OneProcessAFile(LoadScopeScheduling):
 SHARING = {path.name for path in Path(__file__).parent.glob("test_*.py") if 'scope="module"' in path.read_text()}
 
 
+@pytest.hookimpl(optionalhook=True)  # without xdist there is nothing to schedule
 def pytest_xdist_make_scheduler(config, log):
     return OneProcessAFile(config, log)
 

@@ -1,6 +1,7 @@
 """Judging replies, intervals, perplexity, and that measuring changes nothing."""
 
 import hashlib
+import html
 import math
 import re
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_nb.core import UserError
+from qlora_nb.core import UserError, render_html_table
 from qlora_nb.evaluation import (
     Evaluation,
     answer_loss,
@@ -280,6 +281,18 @@ def evaluation(replies, problem="p"):
         for reply in replies
     ]
     return Evaluation(exact=0.0, form=1.0, stops=1.0, base_perplexity=None, rows=rows)
+
+
+@pytest.mark.quick
+@given(st.text(max_size=300))
+def test_any_text_fits_into_a_table(text):
+    "Replies are shown in the core's table: whatever is in them, it is text there."
+    table = render_html_table(("problem", "before"), [(text, f"{text}<b>")])
+    assert set(re.findall(r"<[^>]*>?", table)) <= set(
+        re.findall("<[^>]*>", render_html_table(("a", "b"), [("c", "d")]))
+    )
+    cells = re.findall("<td>(.*?)</td>", table, re.S)
+    assert [html.unescape(cell) for cell in cells] == [html.unescape(html.escape(t)) for t in (text, f"{text}<b>")]
 
 
 @pytest.mark.quick

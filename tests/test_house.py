@@ -26,6 +26,11 @@ def test_exported_cells_are_seen_to_run(stem):
     assert FIGURES[stem]["run"] <= 3, "more than three exported cells in a row with nothing that runs between them"
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_shows_what_came_out(notebook):
+    assert any(HOUSE["shows"](outputs) for *_, outputs in HOUSE["read_cells"](notebook)), "no output is stored"
+
+
 def test_definitions_are_checked_where_they_are_made():
     for kind, least in (("checked", 0.5), ("public", 0.95)):
         done, whole = (sum(figures[kind][i] for figures in FIGURES.values()) for i in (0, 1))
