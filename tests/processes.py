@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -114,12 +115,11 @@ def load():
 
     del os.environ["MPLBACKEND"]
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # for good: a collection in a fork leaves alone, and so doesn't copy, what was imported
 
 
 def become(request):
     "In the fork: folder, environment, files and arguments of the new process."
-    gc.unfreeze()
     write = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     for number, (name, mode) in enumerate((("in", os.O_RDONLY), ("out", write), ("err", write))):
         os.dup2(os.open(f"{request['place']}/{name}", mode, 0o600), number)
@@ -152,6 +152,23 @@ def serve():
     os._exit(0)
 
 
+def leave(error):
+    "End as an interpreter does, but without its last two seconds, in which it takes apart what was imported."
+    code = error.code if isinstance(error, SystemExit) else 0 if error is None else 1
+    if not isinstance(error, SystemExit | None):
+        sys.excepthook(type(error), error, error.__traceback__)
+    elif not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    if isinstance(error, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit((code or 0) & 255)
+
+
 if __name__ == "__main__":
     outputs = os.dup(1), os.dup(2)
     for number in (1, 2):  # what imports print
@@ -161,4 +178,9 @@ if __name__ == "__main__":
     finally:
         os.dup2(outputs[0], 1), os.dup2(outputs[1], 2)
     os.write(1, f"{time.process_time()}\n".encode())
-    exec(compile(serve(), "<command>", "exec"), {"__name__": "__main__"})
+    error = None
+    try:
+        exec(compile(serve(), "<command>", "exec"), {"__name__": "__main__"})
+    except BaseException as raised:
+        error = raised
+    leave(error)
