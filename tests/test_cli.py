@@ -16,6 +16,9 @@ import yaml
 from processes import COMMAND, Process, qlora_nb
 from repository import ROOT
 
+from qlora_nb.core import EMBEDDED_FOLDER
+from qlora_nb.run import copy_embedded_run
+
 FRESH = [sys.executable, "-c", COMMAND]
 SHORT = ["--max-steps", "12", "--eval-rows", "0", "--save-steps", "4", "--limit", "200"]
 
@@ -30,31 +33,45 @@ def sha(run):
     return json.loads((Path(run) / "summary.json").read_text())["adapter_sha256"]
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    "What `make demo` does: train with no argument, then export and certify."
+@pytest.fixture(scope="module", params=["short", pytest.param("whole", marks=pytest.mark.heavy)])
+def demo(request, tmp_path_factory):
+    """What `make demo` does: train with no argument, then export and certify.
+
+    On a push it is a tenth as long; there the quick start's notebook trains all 300 steps."""
     place = tmp_path_factory.mktemp("demo")
-    done = fresh_qlora_nb("train", "--export", "q8_0", cwd=place)
+    less = ["--max-steps", "30", "--eval-rows", "8"] if request.param == "short" else []
+    done = fresh_qlora_nb("train", "--export", "q8_0", *less, cwd=place)
     assert done.returncode == 0, done.stderr[-4000:]
-    return Path(done.stdout.splitlines()[-1]), done
+    return Path(done.stdout.splitlines()[-1]), done, (30, 8) if less else (300, 200)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "The run that comes with the package, exported by the command: it answers well."
+    place = tmp_path_factory.mktemp("finished")
+    run = copy_embedded_run(place)
+    done = qlora_nb("export", run, "--quantization", "q8_0", cwd=place)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return run, place / done.stdout.strip()
 
 
 def test_the_main_job(demo):
-    run, done = demo
+    run, done, (steps, held_out) = demo
     assert run.is_absolute() and run.parent.name == "runs"
     summary = json.loads((run / "summary.json").read_text())
     before, after = summary["before"], summary["after"]
     rows = [json.loads(line) for line in open(run / "evaluation.jsonl")]
-    assert len(rows) == 400 and sum(row["stage"] == "after" for row in rows) == 200
-    assert before["exact"] <= 0.25, before
-    assert after["exact"] >= 0.80 and after["form"] >= 0.95 and after["stops"] >= 0.98, after
+    assert len(rows) == 2 * held_out and sum(row["stage"] == "after" for row in rows) == held_out
+    assert before["exact"] <= 0.25 and after["loss"] < 0.6 * before["loss"], summary
+    if steps == 300:
+        assert after["exact"] >= 0.80 and after["form"] >= 0.95 and after["stops"] >= 0.98, after
     assert before["base_perplexity"] > 1 and after["base_perplexity"] > 1
-    assert summary["backend"] == "transformers" and summary["steps"] == 300
+    assert summary["backend"] == "transformers" and summary["steps"] == steps
     print(f"before {before}, after {after}, {summary['seconds']} s")
 
 
 def test_what_is_served_is_what_was_trained(demo):
-    run, done = demo
+    run, done, _ = demo
     summary, certificate = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "certificate"))
     assert summary["certified"] is True and certificate["passed"] is True and certificate["failures"] == []
     (gguf,) = run.glob("*.gguf")
@@ -63,15 +80,13 @@ def test_what_is_served_is_what_was_trained(demo):
     assert "certified yet" not in (run / "report.html").read_text()
 
 
-def test_chat_with_the_file(demo, tmp_path):
-    (gguf,) = demo[0].glob("*.gguf")
+def test_chat_with_the_file(finished, tmp_path):
+    run, gguf = finished
     story = "Mia has 12 apples. She buys 5 bags of 3 apples. She gives 7 to Tom. How many apples does Mia have now?"
     asked = ("--message", story, "--temperature", "0")
     served = qlora_nb("chat", gguf, *asked, cwd=tmp_path)
     assert served.returncode == 0, served.stderr[-2000:]
-    assert (
-        served.stdout.startswith("<think>") and served.stdout == qlora_nb("chat", demo[0], *asked, cwd=tmp_path).stdout
-    )
+    assert served.stdout.startswith("<think>") and served.stdout == qlora_nb("chat", run, *asked, cwd=tmp_path).stdout
     short = ("--temperature", "0", "--max-new-tokens", "5")
     lines = qlora_nb("chat", gguf, *short, cwd=tmp_path, input="What is 2 + 2?\n\nWhat is 3 + 4?\n").stdout
     questions = ("What is 2 + 2?", "What is 3 + 4?")
@@ -83,8 +98,8 @@ def test_chat_with_the_file(demo, tmp_path):
     assert mixed.returncode == 2 and "a GGUF is given with" in mixed.stderr
 
 
-def test_the_commands_after_a_run(demo, tmp_path):
-    run = demo[0]
+def test_the_commands_after_a_run(finished, tmp_path):
+    run, _ = finished
     done = qlora_nb("export", run / "adapter", "--quantization", "f16,q4_k_m", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     files = done.stdout.split()
@@ -107,24 +122,28 @@ def test_the_commands_after_a_run(demo, tmp_path):
 
 def test_the_shares_are_counted_from_the_replies(demo):
     "What summary.json says follows from evaluation.jsonl, by a parser that shares no code with ours."
-    rows = [json.loads(line) for line in open(demo[0] / "evaluation.jsonl")]
-    after = [row for row in rows if row["stage"] == "after"]
-    last = [re.findall(r"\d+", row["reply"].split("</think>")[-1])[-1:] for row in after]
-    wanted = [re.findall(r"\d+", row["expected"].split("</think>")[-1])[-1:] for row in after]
-    exact = sum(a == b for a, b in zip(last, wanted)) / len(after)
-    assert json.loads((demo[0] / "summary.json").read_text())["after"]["exact"] == pytest.approx(exact)
+    for run in (demo[0], EMBEDDED_FOLDER / "run"):
+        rows = [json.loads(line) for line in open(run / "evaluation.jsonl")]
+        after = [row for row in rows if row["stage"] == "after"]
+        last = [re.findall(r"\d+", row["reply"].split("</think>")[-1])[-1:] for row in after]
+        wanted = [re.findall(r"\d+", row["expected"].split("</think>")[-1])[-1:] for row in after]
+        exact = sum(a == b for a, b in zip(last, wanted)) / len(after)
+        assert json.loads((run / "summary.json").read_text())["after"]["exact"] == pytest.approx(exact)
 
 
 def test_the_run_folder(demo):
-    run, _ = demo
+    run, _, (steps, _) = demo
     assert {path.name for path in run.iterdir()} == {
         "adapter", "checkpoints", "config.yaml", "evaluation.jsonl", "loss.png", "metrics.jsonl", "preflight.json",
         "report.html", "report.md", "summary.json", "versions.json", "certificate.json",
         "Modelfile", f"{run.name}-Q8_0.gguf",
     }  # fmt: skip
     metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
-    assert [m["step"] for m in metrics] == list(range(1, 301))
+    assert [m["step"] for m in metrics] == list(range(1, steps + 1))
     assert set(metrics[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_allocated"}
+    shipped = [json.loads(line) for line in open(EMBEDDED_FOLDER / "run/metrics.jsonl")]
+    for ours, theirs in zip(metrics[:5], shipped):  # the same rows, weights and warm-up, whatever the number of steps
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3), ours
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["seed"], config["random_state"], config["r"]) == (3407, 3407, 16)
     assert set(config["fingerprints"]) == {"data", "eval_data", "template"}
@@ -139,22 +158,24 @@ def test_what_others_get_holds_no_path_of_this_machine(demo):
             assert not [p for p in paths if str(p).encode() in path.read_bytes()], path
 
 
-def test_chat_with_the_run(demo, tmp_path):
+def test_chat_with_the_run(finished, tmp_path):
+    run, _ = finished
     story = "Mia has 12 apples. She buys 5 bags of 3 apples. How many apples does Mia have now?"
-    done = qlora_nb("chat", demo[0], "--message", story, "--temperature", "0", cwd=tmp_path)
+    done = qlora_nb("chat", run, "--message", story, "--temperature", "0", cwd=tmp_path)
     assert done.stdout.startswith("<think>\n") and "</think>" in done.stdout and "<|" not in done.stdout
     lines = qlora_nb(
-        "chat", demo[0], "--temperature", "0", "--max-new-tokens", "64", cwd=tmp_path, input=f"{story}\n\n{story}\n"
+        "chat", run, "--temperature", "0", "--max-new-tokens", "64", cwd=tmp_path, input=f"{story}\n\n{story}\n"
     )
     assert lines.stdout == done.stdout * 2
 
 
-def test_evaluate_says_the_same_again(demo, tmp_path):
-    done = qlora_nb("evaluate", demo[0], "--limit", "40", "--max-new-tokens", "112", cwd=tmp_path)
+def test_evaluate_says_the_same_again(finished, tmp_path):
+    run, _ = finished
+    done = qlora_nb("evaluate", run, "--limit", "24", "--max-new-tokens", "112", cwd=tmp_path)
     found = json.loads(done.stdout.splitlines()[-1])
-    rows = [json.loads(line) for line in open(demo[0] / "evaluation.jsonl")]
-    first = [row for row in rows if row["stage"] == "after"][:40]
-    assert found["n"] == 40 and found["exact"] == pytest.approx(sum(row["exact"] for row in first) / 40)
+    rows = [json.loads(line) for line in open(run / "evaluation.jsonl")]
+    first = [row for row in rows if row["stage"] == "after"][:24]
+    assert found["n"] == 24 and found["exact"] == pytest.approx(sum(row["exact"] for row in first) / 24)
 
 
 def test_info(tmp_path):
@@ -177,12 +198,9 @@ def whole(tmp_path_factory):
 def test_a_stopped_run_goes_on_to_the_same_bytes(how, code, whole, tmp_path):
     process = subprocess.Popen([*FRESH, "train", *SHORT, "--output", "run"], cwd=tmp_path,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    metrics, limit = tmp_path / "run/metrics.jsonl", time.time() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 6):
-        assert process.poll() is None and time.time() < limit
-        time.sleep(0.01)
+    wait_for(process, tmp_path / "run/metrics.jsonl", 6)
     process.send_signal(how)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == code and out == ""
     if how == signal.SIGINT:
         assert "checkpoint saved: resume it with qlora_nb train --resume" in err and "Traceback" not in err
@@ -431,10 +449,7 @@ def test_a_run_that_diverges_says_so(tmp_path):
 
 def test_ctrl_c_while_evaluating_says_how_to_go_on(tmp_path):
     process = Process(COMMAND, "train", "--output", "run", cwd=tmp_path)
-    limit = time.time() + 120
-    while not (tmp_path / "run/versions.json").exists():
-        assert process.poll() is None and time.time() < limit
-        time.sleep(0.01)
+    wait_for(process, tmp_path / "run/versions.json", 1)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
