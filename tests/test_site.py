@@ -13,9 +13,9 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 
+import processes
 import pytest
 import yaml
 from repository import MODULES, NBS, NOTEBOOKS, ROOT, cells, dotted, module_of, read, settings, tool
@@ -52,12 +52,10 @@ def build(place):
     shutil.copytree(NBS, place / "nbs", symlinks=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs"))
     shutil.copytree(ROOT / "tools", place / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     (place / "qlora_nb").symlink_to(ROOT / "qlora_nb")
-    env = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
     script = "import runpy, time; runpy.run_path('tools/prepare_docs.py', run_name='__main__')"
-    command = [sys.executable, "-c", f"{script}; print(time.process_time())"]
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=900)
+    done = processes.run(f"{script}; print(time.process_time())", cwd=place, without=("IN_TEST",), timeout=900)
     assert done.returncode == 0, done.stderr[-6000:]
-    said = names_of("plain_pages")["make"](place / "_proc", place / "html")
+    said = names_of("plain_pages")["make"](place / "_proc", place / "html", highlight=False)
     (place / "made.json").write_text(
         json.dumps({"said": said, "cpu_seconds": float(done.stdout.split()[-1]), "stderr": done.stderr})
     )

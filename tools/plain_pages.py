@@ -139,12 +139,13 @@ def pandoc():
     return pypandoc.get_pandoc_path()
 
 
-def to_html(path, out, template):
+def to_html(path, out, template, highlight):
     "Write the page; returns what pandoc said."
     place = out / f"{page_name(path).removesuffix('.html')}_files"
     text = to_markdown(path, place)
     command = [pandoc(), "-f", "markdown-smart", "-t", "html5", "--mathml", "--toc", "--toc-depth=3", "--standalone"]
-    command += ["--wrap=none", "--template", str(template), "--syntax-highlighting=pygments"]
+    command += ["--wrap=none", "--template", str(template)]
+    command += ["--syntax-highlighting=pygments" if highlight else "--syntax-highlighting=none"]
     done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=out)
     (out / page_name(path)).write_text(site_links(done.stdout), encoding="utf-8")
     return done.stderr.splitlines() + [f"pandoc ended with {done.returncode}"] * bool(done.returncode)
@@ -163,8 +164,8 @@ $body$
 """
 
 
-def make(proc, out):
-    "All pages of a folder that tools/prepare_docs.py made; returns {page: what pandoc said}."
+def make(proc, out, highlight=True):
+    "All pages of a folder that tools/prepare_docs.py made; returns {page: what pandoc said}. Colours cost the most."
     proc, out = Path(proc).resolve(), Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     template = out / "page.template"
@@ -173,7 +174,7 @@ def make(proc, out):
         target = out / path.relative_to(proc)
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(path.read_bytes())
-    said = {path.name: to_html(path, out, template) for path in pages(proc)}
+    said = {path.name: to_html(path, out, template, highlight) for path in pages(proc)}
     template.unlink()
     return said
 
