@@ -1,3 +1,4 @@
+import gc
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -65,6 +66,23 @@ def pytest_xdist_make_scheduler(config, log):
     return OneProcessAFile(config, log)
 
 
+# --- imports are not looked at again --------------------------------------------------------------------------------
+
+_FROZEN_FOR = []
+
+
+def freeze_imports(path):
+    "Before a file's first test: a garbage collection (each training makes one) then passes over what is imported."
+    if path not in _FROZEN_FOR:
+        _FROZEN_FOR.append(path)
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or nanobind takes what it finds at the end for leaks
+
+
 # --- what each file costs -------------------------------------------------------------------------------------------
 
 
@@ -73,6 +91,7 @@ def pytest_runtest_protocol(item):
     "The CPU time of a test with its fixtures, in this process and in those that it started and waited for."
     before = sum(os.times()[:4]) + processes.spent
     item.cpu_seconds = lambda: sum(os.times()[:4]) + processes.spent - before
+    freeze_imports(item.path)
     yield
 
 

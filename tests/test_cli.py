@@ -26,7 +26,7 @@ SHORT = ["--max-steps", "12", "--eval-rows", "0", "--save-steps", "4", "--limit"
 def fresh_qlora_nb(*arguments, cwd, **more):
     "In a new interpreter, which imports what it needs by itself."
     command = [*FRESH, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=400, **more)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900, **more)
 
 
 def sha(run):
