@@ -76,7 +76,7 @@ quick: $(STAMP)
 # The heavy tests of each part, and its properties with all their examples.
 PARTS := mathematics data engine training export reading install
 mathematics := lora nf4 qlora memory recommend study
-data := data template hostile embedded
+data := data readers template hostile embedded
 engine := engine kernels backends
 training := training diagnosis generation evaluation loading merging cli
 export := gguf ollama certificate

@@ -6,23 +6,50 @@
 __all__ = []
 
 # %% ../nbs/73_readers.ipynb #7742c7f4
+import ast
+import codecs
 import csv
+import glob
 import io
 import json
 import lzma
+import os
 import re
+import sys
+import warnings
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
+
+import yaml
 
 # %% ../nbs/73_readers.ipynb #73000009
 from .core import UserError
 
+# %% ../nbs/73_readers.ipynb #73000031
+def show_name(text, most: int = 100) -> str:
+    "Return a name as messages show it: control characters escaped, and no more than `most` characters."
+    shown = str(text)[:most] + "…" * (len(str(text)) > most)
+    return shown if shown.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+
+
+def list_names(names: Iterable, most: int = 20) -> str:
+    "Return the first names as a message lists them, and how many more there are."
+    names = [*names]
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return (", ".join(show_name(name) for name in names[:most]) or "none") + more
+
+
+def _show_path(path) -> str:
+    return show_name(path, 1000)
+
 # %% ../nbs/73_readers.ipynb #7742c7f4-2
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+_MOST_BYTES = 2**28  # of a line, and of a compressed file that has to be read whole
 
 
 def _zip_member(path: Path) -> str:
@@ -30,15 +57,17 @@ def _zip_member(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
     if len(names) != 1:
-        raise UserError(f"{path} holds {len(names)} files: unpack it, and name the one to read")
+        raise UserError(f"{_show_path(path)} holds {len(names)} files: unpack it, and name the one to read")
     return names[0]
 
 
 def _open(path: Path) -> io.BufferedIOBase:
     "Open a file for its bytes, decompressed by its last suffix."
     suffix = path.suffix.lower()
+    if suffix not in _COMPRESSED:
+        return open(path, "rb")
     if suffix == ".zip":
-        return zipfile.ZipFile(path).open(_zip_member(path))
+        return io.BufferedReader(zipfile.ZipFile(path).open(_zip_member(path)))
     if suffix == ".zst":
         import pyarrow as pa
 
@@ -46,6 +75,95 @@ def _open(path: Path) -> io.BufferedIOBase:
     from fsspec.implementations.local import LocalFileSystem
 
     return LocalFileSystem().open(str(path), "rb", compression="infer")
+
+
+def _read_whole(path: Path) -> bytes:
+    "Return the bytes of a file. Raise `UserError` where a compressed one unpacks to too many."
+    with _open(path) as file:
+        if path.suffix.lower() not in _COMPRESSED:
+            return file.read()
+        if len(content := file.read(_MOST_BYTES + 1)) > _MOST_BYTES:
+            raise UserError(f"{_show_path(path)} unpacks to more than {_MOST_BYTES >> 20} MB, all needed at once: unpack it first")
+        return content
+
+# %% ../nbs/73_readers.ipynb #73000034
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}  # the longer ones first
+_POINTER = b"version https://git-lfs"
+_NOT_TEXT = {
+    _POINTER: "a Git LFS pointer in place of the data: run `git lfs pull` in its folder",
+    b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or save it in Excel as CSV UTF-8",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook: save it in Excel as CSV UTF-8",
+    b"\x1f\x8b": "compressed with gzip: add .gz to its name",
+    b"PAR1": "a Parquet file: name it .parquet",
+    b"<!doctype html": "a web page: download the file itself (its raw form)",
+    b"<html": "a web page: download the file itself (its raw form)",
+    b"<?xml": "XML: convert it to JSONL or CSV",
+}
+
+
+def _check_text(path: Path, head: bytes) -> str | None:
+    "Return the encoding that a file's first bytes announce, if any. Raise `UserError` for what is not text."
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    for mark, what in _NOT_TEXT.items():
+        if start.startswith(mark.lower()):
+            raise UserError(f"{_show_path(path)} is {what}")
+    if abs(head[::2].count(0) - head[1::2].count(0)) > len(head) / 4:  # every second byte is a zero
+        raise UserError(f"{_show_path(path)}, line 1, is not UTF-8 text, but looks like UTF-16: save the file as UTF-8")
+    return None
+
+# %% ../nbs/73_readers.ipynb #73000036
+class _TextBytes(io.RawIOBase):
+    "The bytes of a text file as UTF-8, with a limit on each line, or on all of a compressed file that is read whole."
+
+    def __init__(self, path: Path, whole: bool = False):
+        self.path, self.whole, self.length = path, whole, 0
+        self.most = float("inf") if whole and path.suffix.lower() not in _COMPRESSED else _MOST_BYTES
+        self.file = _open(path)
+        try:
+            encoding = _check_text(path, self.file.peek(4096)[:4096])
+        except BaseException:
+            self.file.close()
+            raise
+        self.decoder = codecs.getincrementaldecoder(encoding)() if encoding else None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        "Fill a buffer. Raise `UserError` where the limit is passed."
+        count = self.translate(buffer) if self.decoder else self.file.readinto(buffer)
+        end = -1 if self.whole else bytes(buffer[:count]).rfind(b"\n")
+        self.length = count - end - 1 if end >= 0 else self.length + count
+        if self.length > self.most:
+            what = "unpacks to" if self.whole else "has a line of"
+            raise UserError(f"{_show_path(self.path)} {what} more than {_MOST_BYTES >> 20} MB: check that it is the right file")
+        return count
+
+    def translate(self, buffer) -> int:
+        "Fill a buffer with UTF-8 from another encoding."
+        text = ""
+        try:
+            while not text and (chunk := self.file.read(len(buffer) // 4)):  # no character grows more than that
+                text = self.decoder.decode(chunk)
+            text = text or self.decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{_show_path(self.path)} begins as {error.encoding} text and doesn't go on so: save the file as UTF-8") from error
+        buffer[: len(text.encode())] = text.encode()
+        return len(text.encode())
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+def _open_text(path: Path, whole: bool = False) -> io.BufferedReader:
+    "Open a text file for its bytes in UTF-8."
+    return io.BufferedReader(_TextBytes(path, whole), 2**16)
 
 # %% ../nbs/73_readers.ipynb #f6f8e3b8
 def _unique_keys(pairs: list[tuple]) -> dict:
@@ -57,41 +175,134 @@ def _unique_keys(pairs: list[tuple]) -> dict:
     return found
 
 # %% ../nbs/73_readers.ipynb #a66971aa
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+
+
+def _describe_byte(text: bytes, place: int) -> str:
+    "Return what stands where a text isn't UTF-8, and what it would be in the encoding that Windows calls ANSI."
+    near = text[max(0, place - 12) : place].decode("utf-8", "ignore").splitlines()
+    other = text[place : place + 1].decode("cp1252", "ignore")
+    return f"byte 0x{text[place]:02x}{f' after {near[-1]!r}' if near else ''}{f', {other!r} in Windows-1252' if other else ''}"
+
+
 def parse_json(text: bytes, where: str):
     "Return one JSON value. Raise `UserError`, which begins with `where`."
     try:
-        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+        return _DECODER.decode(text.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         lines = text.count(b"\n", 0, error.start)
         line = f", line {lines + 1}," if lines else ""
-        raise UserError(f"{where}{line} is not UTF-8 text (byte {error.start}): save the file as UTF-8") from error
+        raise UserError(f"{where}{line} is not UTF-8 text ({_describe_byte(text, error.start)}): save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:  # also a number with thousands of digits
         line = f", line {error.lineno}," if getattr(error, "lineno", 1) > 1 else ""
         raise UserError(f"{where}{line} is not JSON ({getattr(error, 'msg', error)}): fix or remove it") from error
 
+# %% ../nbs/73_readers.ipynb #73000039
+_WRAPPERS = {"array", "str_", "bool_", "int32", "int64", "float32", "float64"}  # numpy's names around a value
+_NAMES = {"nan": float("nan"), "inf": float("inf"), "null": None, "true": True, "false": False}
+_STRING = r"""'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*\""""
+_MISSING_COMMA = re.compile(rf"""({_STRING}|[\]}}]|\.\.\.)(\s+(?=['"\[{{.]))?""", re.DOTALL)
+
+
+class _Literals(ast.NodeTransformer):
+    "Takes numpy's wrappers off the values of an expression, and refuses what JSON doesn't have either."
+
+    def visit_Call(self, node):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if name not in _WRAPPERS or not node.args:
+            raise ValueError(f"it calls {ast.unparse(node.func)[:50]}")
+        return self.visit(node.args[0])
+
+    def visit_Name(self, node):
+        if node.id not in _NAMES:
+            raise ValueError(f"it names {node.id[:50]}")
+        return ast.copy_location(ast.Constant(_NAMES[node.id]), node)
+
+    def visit_Attribute(self, node):  # np.nan, np.True_
+        return self.visit_Name(ast.copy_location(ast.Name(node.attr.lower().rstrip("_")), node))
+
+    def visit_Set(self, node):
+        raise ValueError("it holds a set")
+
+    def visit_Constant(self, node):
+        if not isinstance(node.value, (str, int, float, bool, type(None))):
+            raise ValueError("it was cut short with ..." if node.value is ... else f"it holds {type(node.value).__name__}")
+        return node
+
+    def visit_Tuple(self, node):
+        return ast.copy_location(ast.List(self.generic_visit(node).elts, ast.Load()), node)
+
+    def visit_Dict(self, node):
+        keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+        if not len({*keys}) == len(keys) == len(node.keys):
+            raise ValueError("it has a duplicate key, or one that is no text")
+        return self.generic_visit(node)
+
+# %% ../nbs/73_readers.ipynb #7300003a
+def _parse_literal(text: str):
+    "Return the value of a Python literal. Raise `ValueError`, `SyntaxError` or `RecursionError` for anything else."
+    if len(text) > 2**24:
+        raise ValueError("it is longer than 16 million characters")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of backslashes
+        try:
+            tree = ast.parse(_MISSING_COMMA.sub(lambda m: m[1] + "," * bool(m[2]) + (m[2] or ""), text.strip()), mode="eval")
+        except MemoryError as error:  # what CPython calls too deep
+            raise ValueError("it is nested too deep") from error
+    return ast.literal_eval(_Literals().visit(tree))
+
+
+def parse_value(text: str, where: str):
+    "Return a value written as JSON, or by Python's `str`. Raise `UserError`, which begins with `where`."
+    try:
+        return _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        try:
+            return _parse_literal(text)
+        except (ValueError, SyntaxError, RecursionError) as other:
+            why = show_name(getattr(error, "msg", error)), show_name(getattr(other, "msg", other))
+            raise UserError(f"{where} is not JSON ({why[0]}), and not a Python literal ({why[1]}): write it with json.dumps") from error
+
 # %% ../nbs/73_readers.ipynb #9a694856
-def _read_jsonl(path: Path) -> Iterator[dict]:
-    "Yield the objects of a file with one JSON object a line; blank lines are skipped."
-    with _open(path) as file:
+_TURN_KEYS = set("role from content value name weight tool_calls tool_call_id function_call reasoning_content reasoning thinking".split())
+
+
+def _is_talk(value) -> bool:
+    "Return True for a list of turns, which have keys of turns alone: one conversation."
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(turn, dict) and turn.keys() <= _TURN_KEYS and ("role" in turn or "from" in turn) for turn in value)
+
+
+def _list_rows(value, where: str, alone: bool = False) -> list[dict]:
+    "Return the rows that a JSON value holds. `alone`: the value should be one row."
+    items = [{"messages": value}] if _is_talk(value) else value if isinstance(value, list) else [value]
+    rows = [item if isinstance(item, dict) or not _is_talk(item) else {"messages": item} for item in items]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            place, odd = (where, value) if alone else (f"{where}, row {number},", row)
+            advice = "write one {…} a line" if alone else "give a list of {…}"
+            raise UserError(f"{place} is a JSON {type(odd).__name__}, not an object: {advice}")
+    return rows
+
+
+def _read_lines(path: Path) -> Iterator[dict]:
+    "Yield the objects of a file with one JSON value a line; blank lines are skipped."
+    with _open_text(path) as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number},"
-            row = parse_json(line.strip(), where)
-            if not isinstance(row, dict):
-                raise UserError(f"{where} is a JSON {type(row).__name__}, not an object: write one {{…}} a line")
-            yield row
+            if line := line.strip():
+                where = f"{_show_path(path)}, line {number},"
+                value = parse_value(line.decode("utf-8", "replace"), where) if line.startswith(b"{'") else parse_json(line, where)
+                yield from [value] if isinstance(value, dict) else _list_rows(value, where, alone=True)
 
 # %% ../nbs/73_readers.ipynb #7742c7f4-3
 def _broken_row(text: str) -> int | None:
     "Return the number of the first row of a JSON list that can't be read; None where it is not a list of objects."
-    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
     place = text.find("[")
     row = 0
     while place >= 0 and (found := re.compile(r"\s*[\[,]\s*(?=\{)").match(text, place)):
         row += 1
         try:
-            place = decoder.raw_decode(text, found.end())[1]
+            place = _DECODER.raw_decode(text, found.end())[1]
         except (ValueError, RecursionError):
             return row
     return row + 1 if row else None
@@ -100,70 +311,222 @@ def _broken_row(text: str) -> int | None:
 def _rows_of_columns(value: dict) -> list[dict] | None:
     "Return the rows of an object that holds columns: lists of one length, or objects with the same numbers as keys (pandas)."
     cells = [*value.values()]
-    if cells and all(isinstance(c, dict) and c.keys() == cells[0].keys() and all(map(str.isdecimal, c)) for c in cells):
+    numbered = cells and all(isinstance(c, dict) and c.keys() == cells[0].keys() and all(str(k).isdecimal() for k in c) for c in cells)
+    if numbered and not all(str(name).isdecimal() for name in value):
         cells = [[*c.values()] for c in cells]
-    lists = cells and all(isinstance(c, list) and c and len(c) == len(cells[0]) for c in cells)
-    if not lists or any(isinstance(cell, dict) for c in cells for cell in c):  # a list of turns belongs to one row
+    if not cells or not all(isinstance(c, list) and len(c) == len(cells[0]) for c in cells):
         return None
+    if any(map(_is_talk, cells)) or all(c and all(isinstance(cell, dict) for cell in c) for c in cells):
+        return None  # a list of turns belongs to one row, and lists of objects are rows already
     return [dict(zip(value, row)) for row in zip(*cells)]
 
-# %% ../nbs/73_readers.ipynb #dcc049af
-def _read_json(path: Path) -> Iterator[dict]:
-    "Yield the objects of a JSON file: a list (also under `data`, `train` or `rows`), columns, or one object a line."
-    with _open(path) as file:
-        text = file.read()
-    lines = text.strip().splitlines()
-    if len(lines) > 1 and lines[0].startswith(b"{") and lines[0].rstrip().endswith(b"}"):
-        yield from _read_jsonl(path)
-        return
+# %% ../nbs/73_readers.ipynb #7300003c
+_LIST_KEYS = ("data", "train", "rows", "examples", "items", "records", "samples", "instances", "entries", "results", "dialogues")
+_NO_ROWS = {"tools", "functions", "features", "schema", "index"}  # lists of objects that are something else
+
+
+def _holds_rows(value) -> bool:
+    "Return True for a list of objects or of conversations, but not for one conversation."
+    return isinstance(value, list) and not _is_talk(value) and all(isinstance(item, dict) or _is_talk(item) for item in value)
+
+
+def _split_rows(value: dict) -> list[dict] | None:
+    "Return the rows of an object with the keys that pandas' `orient=\"split\"` writes."
+    names, cells = value.get("columns"), value.get("data")
+    if not (isinstance(names, list) and isinstance(cells, list) and value.keys() <= {"columns", "index", "data"}):
+        return None
+    fit = all(isinstance(name, str) for name in names) and all(isinstance(row, list) and len(row) == len(names) for row in cells)
+    return [dict(zip(names, row)) for row in cells] if fit else None
+
+
+def _find_rows(value: dict, where: str, depth: int = 0) -> list:
+    "Return the rows that a JSON file's object holds; the object itself where it is the only row. Raise `UserError`."
+    wrapped = len(value) == 1 and all(map(_holds_rows, value.values()))
+    if (rows := _split_rows(value)) is not None or not wrapped and (rows := _rows_of_columns(value)) is not None:
+        return rows
+    inner = [key for key in _LIST_KEYS if key in value and (_holds_rows(value[key]) or isinstance(value[key], dict))]
+    lists = inner[:1] or [key for key in value if value[key] and key not in _NO_ROWS and _holds_rows(value[key])]
+    if len(lists) > 1:
+        raise UserError(f"{where} holds several lists of objects ({list_names(lists)}): keep one of them, or name it 'data'")
+    if lists and isinstance(value[lists[0]], list):
+        rows = value[lists[0]]
+        viewed = all(isinstance(row, dict) and isinstance(row.get("row"), dict) and "row_idx" in row for row in rows)
+        return [row["row"] for row in rows] if viewed else rows
+    objects = [found for found in value.values() if isinstance(found, dict)]
+    if depth < 3 and (lists or len(objects) == len(value) == 1):
+        return _find_rows(value[lists[0]] if lists else objects[0], where, depth + 1)
+    if len(objects) == len(value) > 1 and not _is_talk(objects) and set.intersection(*map(set, objects)):
+        return objects
+    lengths = {key: len(found) for key, found in value.items() if isinstance(found, list) and not _is_talk(found)}
+    if len(lengths) == len(value) > 1:
+        raise UserError(f"{where} holds columns of different lengths ({list_names(f'{k}: {n}' for k, n in lengths.items())}): make them equal")
+    return [value]
+
+# %% ../nbs/73_readers.ipynb #7300003f
+def _is_by_line(path: Path, usual: bool) -> bool:
+    "Return True where a JSON file has a value a line, judged by its beginning. `usual`: its name says so."
+    with _open_text(path) as file:
+        lines = filter(bytes.strip, iter(lambda: file.readline(2**20), b""))
+        first = next(lines, b"")
+        if len(first) == 2**20:  # not read to its end
+            return usual and first.lstrip().startswith(b"{")
+        second = next(lines, b"").lstrip()
+    first = first.strip().removeprefix(codecs.BOM_UTF8)
     try:
-        value = parse_json(text, str(path)) if lines else []
+        _DECODER.decode(first.decode())
+    except json.JSONDecodeError as error:  # a line that ends too early: there is more below, unless the next row is there
+        return usual and (error.pos < len(error.doc) or not second or first[:1] == second[:1] == b"{")
+    except (ValueError, RecursionError):
+        return usual
+    return usual or (bool(second) and first.startswith(b"{"))
+
+# %% ../nbs/73_readers.ipynb #dcc049af
+def _parse_values(text: bytes, where: str) -> list:
+    "Return the values of a JSON text: one, or several one after the other. Raise `UserError`, which begins with `where`."
+    try:
+        return [parse_json(text, where)]
+    except UserError as error:
+        if getattr(error.__cause__, "msg", "") != "Extra data":
+            raise
+    text, values, place = text.decode().removeprefix("\ufeff").strip(), [], 0
+    try:
+        while place < len(text):
+            value, place = _DECODER.raw_decode(text, place)
+            values.append(value)
+            place += len(text[place : place + 100]) - len(text[place : place + 100].lstrip())
+    except (ValueError, RecursionError) as error:
+        place = f"line {getattr(error, 'lineno', 1)}, object {len(values) + 1},"
+        raise UserError(f"{where}, {place} is not JSON ({getattr(error, 'msg', error)}): fix or remove it") from error
+    return values
+
+
+def _read_values(path: Path) -> Iterator[dict]:
+    "Yield the rows of a JSON file that is read whole."
+    with _open_text(path, whole=True) as file:
+        text = file.read()
+    where = _show_path(path)
+    try:
+        values = _parse_values(text, where) if text.strip() else []
     except UserError as error:
         row = _broken_row(text.decode("utf-8-sig", "replace"))
         raise UserError(f"{error} (row {row})" if row else str(error)) from error
-    if isinstance(value, dict):
-        lists = [value[key] for key in ("data", "train", "rows") if isinstance(value.get(key), list)]
-        value = lists[0] if lists else _rows_of_columns(value) or [value]
-    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, row {number}, is a JSON {type(row).__name__}, not an object: give a list of {{…}}")
-        yield row
+    del text
+    if len(values) == 1 and isinstance(values[0], dict):
+        values = [_find_rows(values[0], where)]
+    for value in values:
+        yield from _list_rows(value, where)
+
+
+def _read_json(path: Path) -> Iterator[dict]:
+    "Yield the rows of a JSON file: a list, an object that holds rows, objects one after the other, or one a line."
+    return _read_lines(path) if _is_by_line(path, usual=False) else _read_values(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[dict]:
+    "Yield the rows of a JSON Lines file. One that holds a list, or objects of several lines, is read whole."
+    return _read_lines(path) if _is_by_line(path, usual=True) else _read_values(path)
 
 # %% ../nbs/73_readers.ipynb #ed2e962a
-def _delimiter(path: Path, header: str) -> str:
-    "Return what separates the values: a tab in .tsv; else a comma, or what the header has instead of one."
-    if ".tsv" in path.suffixes:
+def _outside_quotes(line: str) -> str:
+    return re.sub(r'"[^"]*"', '""', line)
+
+
+def _find_delimiter(path: Path, lines: list[str]) -> str:
+    """Return what separates the values of the first lines of a file: the mark in the header, outside quotes.
+
+    Of several, the one under which the most rows have as many values as the header has names."""
+    marks = [mark for mark in ",;\t|" if mark in _outside_quotes(lines[0])]
+    if ".tsv" in path.name.lower() and "\t" in marks:
         return "\t"
-    return next((mark for mark in ",;\t|" if mark in header), ",")
+    if len(marks) < 2:
+        return "".join(marks) or ","
+
+    def agreement(mark: str) -> tuple:
+        names, *rows = [row for row in csv.reader(lines, delimiter=mark) if row]
+        agree = sum(len(row) == len(names) for row in rows) / max(len(rows), 1)
+        return agree, len(names), mark != ","  # a name may hold a comma, and seldom another mark
+
+    return max(marks, key=agreement)
 
 # %% ../nbs/73_readers.ipynb #c4e488ee
 def _check_header(path: Path, names: list[str]) -> None:
     "Raise `UserError` for a duplicate column name: the values of one of the two would be lost."
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{path}, row 0 (the header), names the column {twice[0]!r} twice: give each column a name of its own")
+        raise UserError(f"{_show_path(path)}, row 0 (the header), names the column {show_name(twice[0])!r} twice: give each column a name of its own")
+
+# %% ../nbs/73_readers.ipynb #73000041
+def _name_columns(path: Path, header: list[str]) -> list[str]:
+    "Return the names of a header, without blanks around them; a column without one is called as pandas calls it."
+    bare = [name.strip() for name in header]
+    names = bare if len({*bare}) == len({*header}) else header
+    names = [name if name.strip() else f"Unnamed: {number}" for number, name in enumerate(names)]
+    _check_header(path, names)
+    return names
+
+
+def _fit_row(names: list[str], unnamed: set[str], values: list[str]) -> dict | None:
+    "Return the row of some values, without empty ones that have no name; None where there are too few or too many."
+    if any(map(str.strip, values[len(names) :])) or not unnamed.issuperset(names[len(values) :]):
+        return None
+    return {name: value for name, value in zip(names, values) if value.strip() or name not in unnamed}
 
 # %% ../nbs/73_readers.ipynb #7742c7f4-4
+def _list_values(path: Path, file: io.TextIOWrapper) -> Iterator[list[str]]:
+    "Return a reader of the header and the rows of a CSV file, as lists of values."
+    head = file.readlines(2**16)
+    mark = re.fullmatch(r'"?sep=(.)"?\1*\s*', head[0] if head else "", re.IGNORECASE)  # Excel may name the separator
+    head = head[1:] if mark else head
+    while head and not head[0].strip():
+        head = head[1:] or file.readlines(2**16)
+    delimiter = mark[1] if mark else _find_delimiter(path, head) if head else ","
+    padded = bool(head) and f'{delimiter} "' in _outside_quotes(head[0])  # a blank before each quote
+    return csv.reader(chain(head, file), delimiter=delimiter, strict=True, skipinitialspace=padded)
+
+
+def _name_values(path: Path, rows: Iterator[list[str]]) -> Iterator[dict]:
+    "Yield the rows of a CSV file by column; those without a value are left out at its end. Raise `UserError`."
+    names = _name_columns(path, next(rows, []))
+    unnamed = {name for name in names if re.fullmatch(r"Unnamed: \d+", name)}
+    row = empty = 0
+    for values in rows:
+        if not any(map(str.strip, values)):
+            empty += len(values) >= len(names)  # else a blank line
+            continue
+        if empty:
+            yield from [dict.fromkeys((name for name in names if name not in unnamed), "") for _ in range(empty)]
+        row, empty = row + empty + 1, 0
+        plain = len(values) == len(names) and not unnamed
+        if (found := dict(zip(names, values)) if plain else _fit_row(names, unnamed, values)) is None:
+            count = f"the {len(names)} columns of the header, but {len(values)} value{'s' * (len(values) != 1)}"
+            raise UserError(f"{_show_path(path)}, row {row}, doesn't have {count} (it ends in line {rows.line_num}): quote commas and newlines")
+        yield found
+
+# %% ../nbs/73_readers.ipynb #73000042
+def _find_bad_byte(path: Path) -> str:
+    "Return where a file is not UTF-8, for a message."
+    with _open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number}: {_describe_byte(line, error.start)}"
+    return "at its end"
+
+
 def _read_csv(path: Path) -> Iterator[dict]:
     "Yield the rows of a CSV (or TSV) file with a header line; values are text, and may hold newlines."
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(_MOST_BYTES)
     row = 0
-    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(_open_text(path), encoding="utf-8-sig", newline="") as file:
         try:
-            header = file.readline()
-            mark = re.fullmatch(r'"?sep=(.)"?\s*', header, re.IGNORECASE)  # Excel may name the separator before the header
-            header = file.readline() if mark else header
-            delimiter = mark[1] if mark else _delimiter(path, header)
-            reader = csv.DictReader(chain([header], file), delimiter=delimiter, strict=True)
-            _check_header(path, reader.fieldnames if header.strip() else [])
-            for row, found in enumerate(reader, 1):
-                if None in found or None in found.values():
-                    count = len(reader.fieldnames)
-                    raise UserError(f"{path}, row {row}, doesn't have the {count} columns of the header: quote commas and newlines")
+            for found in _name_values(path, _list_values(path, file)):
+                row += 1
                 yield found
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}, near row {row + 1}, is not UTF-8 text: save the file as UTF-8") from error
+            place = f"near row {row + 1}, is not UTF-8 text"
+            raise UserError(f"{_show_path(path)}, {place}: save the file as UTF-8 ({_find_bad_byte(path)})") from error
         except csv.Error as error:
-            raise UserError(f"{path}, row {row + 1}, is not CSV ({error}): fix the quotes there") from error
+            raise UserError(f"{_show_path(path)}, row {row + 1}, is not CSV ({error}): fix the quotes there") from error
 
 # %% ../nbs/73_readers.ipynb #c575a7c8
 def first_line(error: Exception) -> str:
@@ -171,28 +534,64 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 # %% ../nbs/73_readers.ipynb #7742c7f4-5
-def _read_parquet(path: Path, choose: Callable[[list[str]], list[str]] | None = None) -> Iterator[dict]:
-    "Yield the rows of a Parquet file, read in groups, with the chosen columns alone."
-    import pyarrow as pa
+def _parquet_batches(source, pick: Callable[[list[str]], list[str]]) -> Iterator:
+    "Yield the batches of a Parquet file, with the picked columns alone."
     import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(source)
+    yield from file.iter_batches(batch_size=1000, columns=pick(file.schema_arrow.names))
+
+
+def _arrow_batches(source, pick: Callable[[list[str]], list[str]]) -> Iterator:
+    "Yield the batches of an Arrow file or stream, with the picked columns alone."
+    import pyarrow as pa
+
+    source = pa.BufferReader(source.getvalue()) if isinstance(source, io.BytesIO) else pa.memory_map(source)
+    try:
+        file = pa.ipc.open_file(source)
+        batches = (file.get_batch(i) for i in range(file.num_record_batches))
+    except pa.ArrowInvalid:
+        source.seek(0)
+        batches = file = pa.ipc.open_stream(source)
+    names = pick(file.schema.names)
+    for batch in batches:
+        yield from (batch.select(names).slice(start, 1000) for start in range(0, batch.num_rows, 1000))
+
+
+def _read_batches(path: Path, choose: Callable | None, open_batches: Callable, kind: str) -> Iterator[dict]:
+    "Yield the rows of a file whose columns have types. Raise `UserError`."
+    import pyarrow as pa
+
+    def pick(names: list[str]) -> list[str]:
+        _check_header(path, names)
+        return choose(names) if choose else names
 
     row = 0
     try:
-        source = io.BytesIO(_open(path).read()) if path.suffix.lower() in _COMPRESSED else str(path)
-        file = pq.ParquetFile(source)
-        _check_header(path, file.schema_arrow.names)
-        names = choose(file.schema_arrow.names) if choose else None
-        for batch in file.iter_batches(batch_size=1000, columns=names):
+        source = io.BytesIO(_read_whole(path)) if path.suffix.lower() in _COMPRESSED else str(path)
+        for batch in open_batches(source, pick):
             yield from batch.to_pylist()
             row += batch.num_rows
     except (pa.ArrowException, ValueError) as error:
-        raise UserError(f"{path}, after row {row}, is not a readable Parquet file ({first_line(error)}): write it again") from error
+        why = show_name(first_line(error), 300)
+        raise UserError(f"{_show_path(path)}, after row {row}, is not a readable {kind} file ({why}): write it again") from error
+
+# %% ../nbs/73_readers.ipynb #73000043
+def _read_parquet(path: Path, choose: Callable[[list[str]], list[str]] | None = None) -> Iterator[dict]:
+    "Yield the rows of a Parquet file, read in groups, with the chosen columns alone."
+    return _read_batches(path, choose, _parquet_batches, "Parquet")
+
+
+def _read_arrow(path: Path, choose: Callable[[list[str]], list[str]] | None = None) -> Iterator[dict]:
+    "Yield the rows of an Arrow or Feather file, with the chosen columns alone."
+    return _read_batches(path, choose, _arrow_batches, "Arrow")
 
 # %% ../nbs/73_readers.ipynb #7742c7f4-6
 _READERS = {
     ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": _read_parquet, ".arrow": _read_arrow, ".feather": _read_arrow,
 }
+_WORKBOOKS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers")
 
 
 def _find_reader(path: Path):
@@ -204,22 +603,32 @@ def _find_reader(path: Path):
             suffixes = [Path(_zip_member(path)).suffix.lower()]
     return _READERS.get(suffixes[-1]) if suffixes else None
 
+
+def _check_file(path: Path) -> None:
+    "Raise `UserError` for a file of a kind that isn't read, and for a Git LFS pointer."
+    if path.suffix.lower() in _WORKBOOKS:
+        raise UserError(f"{_show_path(path)} is a spreadsheet: save it as CSV UTF-8 (Excel: File, Save As), and give that file")
+    if _find_reader(path) is None:
+        raise UserError(f"{_show_path(path)} has no known suffix: give {', '.join(_READERS)} (also with {', '.join(_COMPRESSED)})")
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{_show_path(path)} is {_NOT_TEXT[_POINTER]}")
+
 # %% ../nbs/73_readers.ipynb #c575a7c9
 def read_rows(path: Path, choose: Callable[[list[str]], list[str]] | None = None) -> Iterator[dict]:
     """Yield the rows of one data file. Raise `UserError` with file and row for what can't be read.
 
-    `choose` picks the columns of a Parquet file from their names."""
+    `choose` picks the columns of a Parquet or Arrow file from their names."""
     row = 0
     try:
-        if (reader := _find_reader(path)) is None:
-            kinds = ", ".join(_READERS)
-            raise UserError(f"{path} has no known suffix: give {kinds} (also with {', '.join(_COMPRESSED)})")
-        for found in _read_parquet(path, choose) if reader is _read_parquet else reader(path):
+        _check_file(path)
+        reader = _find_reader(path)
+        for found in reader(path, choose) if reader in (_read_parquet, _read_arrow) else reader(path):
             row += 1
             yield found
     except (OSError, EOFError, RuntimeError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
-        why = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path} can't be read after row {row} ({why}): check that it is complete, "
+        why = show_name(getattr(error, "strerror", None) or first_line(error), 300)
+        raise UserError(f"{_show_path(path)} can't be read after row {row} ({why}): check that it is complete, "
                         "and compressed as its name says") from error
 
 # %% ../nbs/73_readers.ipynb #d594fbd4
@@ -230,34 +639,199 @@ def _load_saved(path: Path, split: str):
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise UserError(f"{path} looks saved by datasets but can't be read ({first_line(error)}): save it again") from error
+        raise UserError(f"{_show_path(path)} looks saved by datasets but can't be read ({first_line(error)}): save it again") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
-            raise UserError(f"{path} has no split {split!r}: choose one of {', '.join(data)}")
+            raise UserError(f"{_show_path(path)} has no split {split!r}: choose one of {list_names(data)}")
         data = data[split]
     return data.with_format(None)
+
+# %% ../nbs/73_readers.ipynb #73000045
+_SPLIT_NAMES = (("train", "training"), ("validation", "valid", "val", "dev"), ("test", "testing", "eval", "evaluation"))
+
+
+def _split_names(split: str) -> tuple[str, ...]:
+    "Return the names that a split goes by."
+    return next((names for names in _SPLIT_NAMES if split in names), (split,))
+
+
+def _read_configs(folder: Path) -> list[dict]:
+    "Return the configurations that the card (README.md) of a clone lists with their files."
+    card = folder / "README.md"
+    text = card.read_bytes()[: 2**20].decode("utf-8", "replace") if card.is_file() else ""
+    head = re.match(r"\ufeff?---\s*\n(.*?\n)---\s*(\n|$)", text, re.DOTALL)
+    try:
+        found = yaml.load(head[1], getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if head else None
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
+        return []
+    configs = found.get("configs") if isinstance(found, dict) else None
+    configs = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
+    return [config for config in configs if config.get("data_files") or config.get("data_dir")]
+
+
+def _choose_config(folder: Path, configs: list[dict], name: str | None) -> dict:
+    "Return the configuration of this name; of none, the default one, or the only one. Raise `UserError`."
+    named = {str(config.get("config_name", "default")): config for config in configs}
+    first = [config for config in configs if config.get("default") is True]
+    if chosen := named.get(name) if name else (first + [named.get("default")] + configs * (len(named) == 1))[0]:
+        return chosen
+    what = f"no configuration {name!r}" if name else f"{len(named)} configurations"
+    raise UserError(f"the folder {_show_path(folder)} has {what} (README.md lists {list_names(named)}): choose one with name= (--data-name)")
+
+# %% ../nbs/73_readers.ipynb #73000047
+def _data_files(folder: Path) -> list[Path]:
+    "Return the data files in a folder and below it (four levels), sorted; hidden ones and descriptions are left out."
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        depth = len(Path(place).relative_to(folder).parts)
+        folders[:] = [name for name in sorted(folders) if not name.startswith((".", "__"))] if depth < 4 else []
+        found += [Path(place, name) for name in names if not name.startswith((".", "cache-")) and name not in _DESCRIPTIONS]
+    return sorted(file for file in found if file.is_file() and _find_reader(file))
+
+
+_DESCRIPTIONS = {  # of a data set, a model or a run, and no rows
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json", "croissant.json", "config.json",
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "adapter_config.json",
+}
+
+
+def _list_folder(folder: Path) -> str:
+    "Return the names in a folder, for a message."
+    found = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return list_names(name + "/" * (folder / name).is_dir() for name in found) if found else "nothing"
+
+# %% ../nbs/73_readers.ipynb #7300004c
+def _paths_of_splits(config: dict) -> dict[str, list[str]]:
+    "Return the names and patterns of each split's files, as a configuration lists them: with splits, or all to train on."
+    listed = config["data_files"]
+    if isinstance(listed, dict):
+        listed = [{"split": name, "path": paths} for name, paths in listed.items()]
+    splits = {}
+    for entry in listed if isinstance(listed, list) else [listed]:
+        entry = entry if isinstance(entry, dict) else {"path": entry}
+        paths = entry.get("path") or []
+        splits.setdefault(str(entry.get("split", "train")), []).extend(map(str, paths if isinstance(paths, list) else [paths]))
+    return splits
+
+
+def _below(folder: Path, path: str) -> Path:
+    "Return a place below a folder, named by its card. Raise `UserError` for one that is elsewhere."
+    if "://" in path or Path(path).is_absolute() or os.pardir in Path(path).parts:
+        raise UserError(f"README.md of {_show_path(folder)} lists {show_name(path)!r}, which is not below it: name the data files yourself")
+    return folder / path
+
+
+def _files_of_config(folder: Path, config: dict, split: str) -> list[Path]:
+    "Return the files of one split that a configuration lists. Raise `UserError` for none."
+    splits = _paths_of_splits(config)
+    if not (name := next((name for name in (split, *_split_names(split)) if name in splits), None)):
+        raise UserError(f"the folder {_show_path(folder)} has no split {split!r} (README.md lists {list_names(splits)}): name a file, or another split")
+    base = _below(folder, str(config.get("data_dir") or "."))
+    paths = [str(_below(base, path).relative_to(base)) for path in splits[name]]
+    found = sorted({base / file for path in paths for file in glob.glob(path, root_dir=base, recursive=True)})
+    if not (files := [file for file in found if file.is_file() and _find_reader(file)]):
+        raise UserError(f"the folder {_show_path(folder)} has no data file {list_names(paths)}, which README.md lists for the split {name!r} "
+                        f"(found {_list_folder(base)}): clone it with its files")
+    return files
+
+# %% ../nbs/73_readers.ipynb #7300004a
+_SHARD = re.compile(r"([-_.]?(part|shard|chunk))?([-_.]?\d+)?([-_.]of[-_.]\d+)?([-_.][0-9a-f]{16})?$", re.IGNORECASE)
+
+
+def _name_parts(folder: Path, file: Path) -> list[str]:
+    "Return the names around a file, the file's own last: without suffixes, and without the number of a part."
+    stem = re.sub(r"(\.[A-Za-z]+)+$", "", file.name)
+    return [part.lower() for part in (*file.relative_to(folder).parts[:-1], _SHARD.sub("", stem) or stem)]
+
+
+def _rank_split(parts: list[str], names: tuple[str, ...]) -> int:
+    "Return 2 where a name is that of the split, 1 where a name holds it as a word, else 0; inner names come first."
+    known = {*names, *chain.from_iterable(_SPLIT_NAMES)}
+    if named := next((part for part in reversed(parts) if part in known), None):
+        return 2 * (named in names)
+    words = (set(re.split("[^a-z0-9]+", part)) for part in reversed(parts))
+    return int(any(found & {*names} for found in words))
+
+
+def _home(folder: Path, file: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    "Return the folders around a file that are not its split: its configuration."
+    return tuple(part for part in file.relative_to(folder).parts[:-1] if not {*re.split("[^a-z0-9]+", part.lower())} & {*names})
+
+
+def _choose_home(folder: Path, homes: dict, name: str | None) -> list[Path]:
+    "Return the files of the configuration of this name; of none, those of the nearest folder. Raise `UserError` for several."
+    fits = [home for home in homes if name in home] if name else [home for home in ((), ("data",), ("default",)) if home in homes]
+    if not name and not fits or name == "default" and not fits:
+        fits = [*homes]
+    if len(fits) == 1 or fits and not name and fits[0] in ((), ("data",), ("default",)):
+        return homes[fits[0]]
+    found = list_names("/".join(home) or "." for home in homes)
+    raise UserError(f"the folder {_show_path(folder)} has {f'no configuration {name!r}' if name else 'several configurations'} (found {found}): "
+                    "choose one with name= (--data-name)")
+
+# %% ../nbs/73_readers.ipynb #7300004d
+@cache
+def _say(note: str) -> None:
+    "Write a note to stderr, once however often a source is opened again."
+    print(note, file=sys.stderr)
+
+
+def _unnamed_files(folder: Path, name: str | None) -> list[Path]:
+    "Return the data files of a folder where no name says which split they are, and say that they are to train on; else none."
+    words = (*chain.from_iterable(_SPLIT_NAMES), "heldout", "holdout")
+    files = _data_files(folder)
+    if not files or any(_rank_split(_name_parts(folder, file), words) for file in files):
+        return []
+    homes = {}
+    for file in files:
+        homes.setdefault(_home(folder, file, ()), []).append(file)
+    files = _choose_home(folder, homes, name)
+    shown = list_names(file.relative_to(folder) for file in files)
+    if len({_find_reader(file) for file in files}) > 1:
+        raise UserError(f"the folder {_show_path(folder)} holds files of several kinds ({shown}): name one, or a pattern such as *.jsonl")
+    _say(f"the folder {_show_path(folder)}: no name says which split its files are, so all are read as 'train' ({shown})")
+    return files
+
+
+def _files_of_split(folder: Path, name: str | None, split: str) -> list[Path]:
+    "Return the files of one split, by the names of files and folders. Raise `UserError` for none, or where several could be it."
+    names, files = _split_names(split), _data_files(folder)
+    ranks = {file: _rank_split(_name_parts(folder, file), names) for file in files}
+    homes = {}
+    for file in files:
+        if ranks[file] and ranks[file] == max(ranks.values()):
+            homes.setdefault(_home(folder, file, names), []).append(file)
+    chosen = _choose_home(folder, homes, name) if homes else _unnamed_files(folder, name) if split == "train" else []
+    found = list_names(file.relative_to(folder) for file in files)
+    if not chosen:
+        found = found if files else f"no data files, but {_list_folder(folder)}" if any(folder.iterdir()) else "no data files"
+        raise UserError(f"the folder {_show_path(folder)} has no split {split!r} (found {found}): name a file, or another split")
+    if homes and ranks[chosen[0]] == 1 and len({_name_parts(folder, file)[-1] for file in chosen}) > 1:
+        raise UserError(f"the folder {_show_path(folder)} has several files that could be the split {split!r} ({found}): name one, or its split")
+    return chosen
 
 # %% ../nbs/73_readers.ipynb #7742c7f4-14
 def _check_parts(files: list[Path]) -> None:
     "Raise `UserError` where a file of a split in several parts is missing."
-    parts = [re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\..*", file.name) for file in files]
+    parts = [re.fullmatch(r"(.*)-\d{5}-of-(\d{5})(?:-[0-9a-f]{16})?\..*", file.name) for file in files]
     for (name, total), count in Counter(part.groups() for part in parts if part).items():
         if count != int(total):
-            raise UserError(f"the folder {files[0].parent} holds {count} of the {int(total)} files {name}-…-of-{total}: copy the missing ones there")
+            place = _show_path(files[0].parent)
+            raise UserError(f"the folder {place} holds {count} of the {int(total)} files {name}-…-of-{total}: copy the missing ones there")
 
 
-def _rows_of_folder(path: Path, split: str, choose: Callable | None = None) -> Iterable[dict]:
-    "Return the rows of one split of a folder."
+def _rows_of_folder(path: Path, name: str | None, split: str, choose: Callable | None = None) -> Iterable[dict]:
+    "Return the rows of one split of a folder. `name`: one of several configurations."
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _select_columns(_load_saved(path, split), choose)
-    places = [place for place in (path, path / "data") if place.is_dir()]
-    files = [sorted(file for file in place.iterdir() if file.is_file() and _find_reader(file)) for place in places]
-    fits = [[file for file in found if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", file.name)] for found in files]
-    if not (chosen := next(filter(None, fits), [])):
-        names = ", ".join(file.name for found in files for file in found) or "no data files"
-        raise UserError(f"the folder {path} has no split {split!r} (found {names}): name a file, or another split")
-    _check_parts(chosen)
-    return (row for file in chosen for row in read_rows(file, choose))
+    files = None
+    if configs := _read_configs(path):
+        config = _choose_config(path, configs, name)
+        files = _files_of_config(path, config, split) if config.get("data_files") else None
+        path, name = (path, name) if files else (_below(path, str(config["data_dir"])), None)
+    files = files or _files_of_split(path, name, split)
+    _check_parts(files)
+    return (row for file in files for row in read_rows(file, choose))
 
 # %% ../nbs/73_readers.ipynb #6985df39
 def _undecoded(feature):
@@ -281,40 +855,79 @@ def _select_columns(data, choose: Callable | None):
     return data
 
 # %% ../nbs/73_readers.ipynb #7742c7f4-15
+def _explain_hub(error: Exception) -> str:
+    "Return the first line of an error of `datasets`, and the configurations that it lists below."
+    why = show_name(first_line(error), 500)
+    listed = re.search(r"available configs: (\[.*?\])", str(error), re.DOTALL)
+    return f"{why} Choose one of {show_name(listed[1], 500)} with name= (--data-name)" if listed and listed[1] not in why else why
+
+
 def _rows_of_hub(source: str, name: str | None, split: str, streaming: bool, choose: Callable | None) -> Iterator[dict]:
     "Yield the rows of a data set on the Hub. Raise `UserError` in one sentence for whatever fails."
     import datasets
 
     try:
         rows = _select_columns(datasets.load_dataset(source, name, split=split, streaming=streaming), choose)
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"{source!r} is not a file or folder here, and can't be loaded from the Hub: {first_line(error)}") from error
+        raise UserError(f"{source!r} is not a file or folder here, and can't be loaded from the Hub: {_explain_hub(error)}") from error
     try:
         yield from rows
     except (UserError, GeneratorExit):
         raise
     except Exception as error:
-        raise UserError(f"reading {source!r} from the Hub stopped: {first_line(error)}") from error
+        raise UserError(f"reading {source!r} from the Hub stopped: {show_name(first_line(error), 500)}") from error
+
+# %% ../nbs/73_readers.ipynb #73000051
+def _rows_of_object(source, split: str, choose: Callable | None) -> Iterable[dict]:
+    "Return the rows of an object in memory. Raise `UserError` where there are none."
+    source = source[split] if isinstance(source, dict) and split in source else source
+    if isinstance(source, dict) and (rows := _rows_of_columns(source)) is not None:
+        return rows
+    if hasattr(source, "to_batches"):  # pyarrow
+        return (row for batch in source.to_batches(1000) for row in batch.to_pylist())
+    if isinstance(source, dict) or not isinstance(source, Iterable):
+        found = f" (found {list_names(source)})" if isinstance(source, dict) else ""
+        raise UserError(f"the data is a {type(source).__name__} without a split {split!r}{found}: give a data set or a list of rows")
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas, whose cells may be numpy's
+        rows = (dict(zip(source.columns, row)) for row in source.itertuples(index=False, name=None))
+        return ({name: cell.tolist() if hasattr(cell, "tolist") else cell for name, cell in row.items()} for row in rows)
+    return _select_columns(source, choose)
+
+
+def _files_of_pattern(source: str) -> list[Path]:
+    "Return the data files that a pattern (data/*.jsonl) names, sorted. Raise `UserError` for none."
+    found = sorted(Path(name) for name in glob.glob(str(Path(source).expanduser()), recursive=True) if Path(name).is_file())
+    read = [file for file in found if _find_reader(file) or file.suffix.lower() in _WORKBOOKS]
+    if not read:
+        parts = Path(source).expanduser().parts
+        place = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
+        what = f"holds {_list_folder(place)}" if place.is_dir() else "is not there"
+        raise UserError(f"no data file fits {show_name(source)}: the folder {_show_path(place)} {what}")
+    if other := [file for file in found if file not in read]:
+        _say(f"{show_name(source)}: not read, since they are no data files: {list_names(other)}")
+    return read
 
 # %% ../nbs/73_readers.ipynb #f6e66e22
 def open_data_source(source, name: str | None, split: str, streaming: bool, choose: Callable | None) -> Iterable[dict]:
-    "Return the rows of a source. Raise `UserError` where there are none."
+    "Return the rows of a source, or of all in a list of files and folders. Raise `UserError` where there are none."
+    if isinstance(source, (list, tuple)) and source and all(isinstance(one, (str, Path)) for one in source):
+        return chain.from_iterable([open_data_source(one, name, split, streaming, choose) for one in source])
     if not isinstance(source, (str, Path)):
-        if isinstance(source, dict) and split in source:
-            source = source[split]
-        if isinstance(source, dict) or not isinstance(source, Iterable):
-            raise UserError(f"the data is a {type(source).__name__} without a split {split!r}: give a data set or a list of rows")
-        return _select_columns(source, choose)
+        return _rows_of_object(source, split, choose)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _rows_of_folder(path, split, choose)
-    if path.is_file():
+        return _rows_of_folder(path, name, split, choose)
+    pattern = not path.is_file() and glob.has_magic(str(source))
+    if path.is_file() or pattern:
+        files = _files_of_pattern(str(source)) if pattern else [path]
         if split != "train":
-            raise UserError(f"{source} is one file, with the split 'train' alone: name the file that holds {split!r}")
-        return read_rows(path, choose)
+            raise UserError(f"{_show_path(source)} is one file, with the split 'train' alone: name the file that holds {split!r}")
+        return chain.from_iterable(read_rows(file, choose) for file in files)
     hub_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
-    if not hub_name or _find_reader(path) or path.suffix in _COMPRESSED:
-        raise UserError(f"there is no file or folder {source}: check the name")
+    if not hub_name or _find_reader(path) or path.suffix.lower() in (*_COMPRESSED, *_WORKBOOKS):
+        raise UserError(f"there is no file or folder {_show_path(source)}: check the name")
     return _rows_of_hub(source, name, split, streaming, choose)
 
 # %% ../nbs/73_readers.ipynb #7742c7f4-18
@@ -335,7 +948,7 @@ def find_data_kind(batch: dict, kinds: tuple[str, ...]) -> str:
     "Return the first of these columns that a batch has. Raise `UserError` for none."
     if kind := next((kind for kind in kinds if kind in batch), None):
         return kind
-    raise UserError(f"the data has the columns {', '.join(batch) or 'none'}, but no messages: load it with load_sft_dataset")
+    raise UserError(f"the data has the columns {list_names(batch)}, but no messages: load it with load_sft_dataset")
 
 
 def iterate_messages(data) -> Iterator[list[list[dict]]]:

@@ -285,7 +285,7 @@ def test_csv_with_newlines_quotes_and_a_long_field(tmp_path):
         ("a.jsonl", LINE * 500 + b'{"question": "2\n' + LINE, "a.jsonl, line 501, is not JSON"),
         ("a.jsonl", LINE + b"[1, 2]\n", "a.jsonl, line 2, is a JSON list"),
         ("a.jsonl", LINE + b'"\xff"\n', "a.jsonl, line 2, is not UTF-8"),
-        ("a.jsonl", LINE.decode().encode("utf-16"), "a.jsonl, line 1, is not UTF-8"),
+        ("a.jsonl", LINE.decode().encode("utf-16-le"), "a.jsonl, line 1, is not UTF-8"),
         ("a.jsonl", b'{"question": ' + b"[" * 100_000 + b"\n", "a.jsonl, line 1, is not JSON"),
         ("a.jsonl", b'{"question": ' + b"9" * 10_000 + b"}\n", "a.jsonl, line 1, is not JSON"),
         ("a.json", b'[{"a": 1},\n{"a": }]', "a.json, line 2, is not JSON"),
@@ -455,8 +455,8 @@ def test_objects():
         load_sft_dataset(DatasetDict({"test": one}))
     with pytest.raises(UserError, match="the data is a int"):
         load_sft_dataset(3)
-    with pytest.raises(UserError, match="rows of type str"):
-        load_sft_dataset(["a", "b"])
+    with pytest.raises(UserError, match="rows of type int"):
+        load_sft_dataset([1, 2])
     with pytest.raises(UserError, match="has no rows"):
         load_sft_dataset([])
 
@@ -1209,9 +1209,10 @@ def test_json_by_columns(value, count, tmp_path):
     assert len(data) == count and {tuple(turns(data, i)) for i in range(count)} == {tuple(PLAIN)}
 
 
-def test_json_columns_of_other_lengths_are_named(tmp_path, tokenizer):
+def test_json_columns_of_other_lengths_are_named(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"question": ["2+2?"] * 3, "answer": ["4"] * 2}))
-    assert codes(check_dataset(load_sft_dataset(tmp_path / "a.json"), tokenizer))["non_string_content"][0] == "error"
+    with pytest.raises(UserError, match="columns of different lengths .question: 3, answer: 2.: make them equal"):
+        load_sft_dataset(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("first", ["sep=;", "SEP=;\r", '"sep=;"', "\ufeffsep=;\r", "sep=\t", "sep=|"])
@@ -1229,7 +1230,7 @@ def test_a_clone_from_the_hub(tmp_path):
         parquet(tmp_path / f"data/train-0000{i}-of-00002.parquet", good(3, start=3 * i))
     parquet(tmp_path / "data/test-00000-of-00001.parquet", good(2))
     assert load_sft_dataset(tmp_path).to_list() == good(6) and len(load_sft_dataset(tmp_path, split="test")) == 2
-    with pytest.raises(UserError, match="no split 'valid' .found test-00000-of-00001.parquet, train-"):
+    with pytest.raises(UserError, match="no split 'valid' .found data/test-00000-of-00001.parquet, data/train-"):
         load_sft_dataset(tmp_path, split="valid")
     (tmp_path / "data/train-00000-of-00002.parquet").unlink()
     with pytest.raises(UserError, match="holds 1 of the 2 files train-…-of-00002: copy the missing ones"):
