@@ -96,7 +96,7 @@ _NOT_TEXT = {
     b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or save it in Excel as CSV UTF-8",
     b"\xd0\xcf\x11\xe0": "an Excel workbook: save it in Excel as CSV UTF-8",
     b"\x1f\x8b": "compressed with gzip: add .gz to its name",
-    b"PAR1": "a Parquet file: name it .parquet",
+    b"PAR1\x15": "a Parquet file: name it .parquet",
     b"<!doctype html": "a web page: download the file itself (its raw form)",
     b"<html": "a web page: download the file itself (its raw form)",
     b"<?xml": "XML: convert it to JSONL or CSV",
@@ -108,9 +108,9 @@ def _check_text(path: Path, head: bytes) -> str | None:
     for mark, encoding in _BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return encoding
-    start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()[:40]
     for mark, what in _NOT_TEXT.items():
-        if start.startswith(mark.lower()):
+        if (start.lower() if mark[:1] == b"<" else start).startswith(mark):
             raise UserError(f"{_show_path(path)} is {what}")
     if abs(head[::2].count(0) - head[1::2].count(0)) > len(head) / 4:  # every second byte is a zero
         raise UserError(f"{_show_path(path)}, line 1, is not UTF-8 text, but looks like UTF-16: save the file as UTF-8")
@@ -171,7 +171,7 @@ def _unique_keys(pairs: list[tuple]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        raise ValueError(f"duplicate key {twice!r}")
+        raise ValueError(f"duplicate key '{show_name(twice)}'")
     return found
 
 # %% ../nbs/73_readers.ipynb #a66971aa
@@ -285,13 +285,24 @@ def _list_rows(value, where: str, alone: bool = False) -> list[dict]:
     return rows
 
 
+def _parse_line(line: bytes, where: str):
+    "Return the value of a line: JSON, or an object that Python's `str` wrote."
+    if line.startswith(b"{'"):
+        try:
+            return parse_value(line.decode(), where)
+        except UnicodeDecodeError:
+            pass  # told below
+    return parse_json(line, where)
+
+
 def _read_lines(path: Path) -> Iterator[dict]:
     "Yield the objects of a file with one JSON value a line; blank lines are skipped."
+    shown = _show_path(path)
     with _open_text(path) as file:
         for number, line in enumerate(file, 1):
             if line := line.strip():
-                where = f"{_show_path(path)}, line {number},"
-                value = parse_value(line.decode("utf-8", "replace"), where) if line.startswith(b"{'") else parse_json(line, where)
+                where = f"{shown}, line {number},"
+                value = _parse_line(line, where)
                 yield from [value] if isinstance(value, dict) else _list_rows(value, where, alone=True)
 
 # %% ../nbs/73_readers.ipynb #7742c7f4-3
@@ -341,6 +352,8 @@ def _split_rows(value: dict) -> list[dict] | None:
 
 def _find_rows(value: dict, where: str, depth: int = 0) -> list:
     "Return the rows that a JSON file's object holds; the object itself where it is the only row. Raise `UserError`."
+    if any(map(_is_talk, value.values())):
+        return [value]
     wrapped = len(value) == 1 and all(map(_holds_rows, value.values()))
     if (rows := _split_rows(value)) is not None or not wrapped and (rows := _rows_of_columns(value)) is not None:
         return rows
@@ -452,7 +465,7 @@ def _find_delimiter(path: Path, lines: list[str]) -> str:
 def _check_header(path: Path, names: list[str]) -> None:
     "Raise `UserError` for a duplicate column name: the values of one of the two would be lost."
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{_show_path(path)}, row 0 (the header), names the column {show_name(twice[0])!r} twice: give each column a name of its own")
+        raise UserError(f"{_show_path(path)}, row 0 (the header), names the column '{show_name(twice[0])}' twice: give each column a name of its own")
 
 # %% ../nbs/73_readers.ipynb #73000041
 def _name_columns(path: Path, header: list[str]) -> list[str]:
@@ -476,8 +489,9 @@ def _list_values(path: Path, file: io.TextIOWrapper) -> Iterator[list[str]]:
     head = file.readlines(2**16)
     mark = re.fullmatch(r'"?sep=(.)"?\1*\s*', head[0] if head else "", re.IGNORECASE)  # Excel may name the separator
     head = head[1:] if mark else head
-    while head and not head[0].strip():
-        head = head[1:] or file.readlines(2**16)
+    while head and not any(map(str.strip, head)):
+        head = file.readlines(2**16)
+    head = head[next((i for i, line in enumerate(head) if line.strip()), 0) :]
     delimiter = mark[1] if mark else _find_delimiter(path, head) if head else ","
     padded = bool(head) and f'{delimiter} "' in _outside_quotes(head[0])  # a blank before each quote
     return csv.reader(chain(head, file), delimiter=delimiter, strict=True, skipinitialspace=padded)
@@ -639,7 +653,7 @@ def _load_saved(path: Path, split: str):
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise UserError(f"{_show_path(path)} looks saved by datasets but can't be read ({first_line(error)}): save it again") from error
+        raise UserError(f"{_show_path(path)} looks saved by datasets but can't be read ({show_name(first_line(error), 300)}): save it again") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise UserError(f"{_show_path(path)} has no split {split!r}: choose one of {list_names(data)}")
@@ -673,26 +687,36 @@ def _choose_config(folder: Path, configs: list[dict], name: str | None) -> dict:
     "Return the configuration of this name; of none, the default one, or the only one. Raise `UserError`."
     named = {str(config.get("config_name", "default")): config for config in configs}
     first = [config for config in configs if config.get("default") is True]
-    if chosen := named.get(name) if name else (first + [named.get("default")] + configs * (len(named) == 1))[0]:
-        return chosen
+    if chosen := [named[name]] if name in named else [] if name else first or configs * (len(named) == 1) or [*filter(None, [named.get("default")])]:
+        return chosen[0]
     what = f"no configuration {name!r}" if name else f"{len(named)} configurations"
     raise UserError(f"the folder {_show_path(folder)} has {what} (README.md lists {list_names(named)}): choose one with name= (--data-name)")
 
 # %% ../nbs/73_readers.ipynb #73000047
+_DESCRIPTIONS = {  # of a data set, a model or a run, and no rows
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json", "croissant.json", "config.json",
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "adapter_config.json",
+}
+
+
+def _is_data(file: Path) -> bool:
+    "Return True for a file with rows, by its name; of an archive, by the name of its one file."
+    if file.name.startswith((".", "cache-")) or file.name in _DESCRIPTIONS or not file.is_file():
+        return False
+    try:
+        return _find_reader(file) is not None
+    except (UserError, OSError, zipfile.BadZipFile):
+        return False
+
+
 def _data_files(folder: Path) -> list[Path]:
     "Return the data files in a folder and below it (four levels), sorted; hidden ones and descriptions are left out."
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
         depth = len(Path(place).relative_to(folder).parts)
-        folders[:] = [name for name in sorted(folders) if not name.startswith((".", "__"))] if depth < 4 else []
-        found += [Path(place, name) for name in names if not name.startswith((".", "cache-")) and name not in _DESCRIPTIONS]
-    return sorted(file for file in found if file.is_file() and _find_reader(file))
-
-
-_DESCRIPTIONS = {  # of a data set, a model or a run, and no rows
-    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json", "croissant.json", "config.json",
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "adapter_config.json",
-}
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))] if depth < 4 else []
+        found += [file for name in names if _is_data(file := Path(place, name))]
+    return sorted(found)
 
 
 def _list_folder(folder: Path) -> str:
@@ -886,11 +910,13 @@ def _rows_of_object(source, split: str, choose: Callable | None) -> Iterable[dic
     if isinstance(source, dict) and (rows := _rows_of_columns(source)) is not None:
         return rows
     if hasattr(source, "to_batches"):  # pyarrow
+        _check_header(Path("the table"), source.column_names)
         return (row for batch in source.to_batches(1000) for row in batch.to_pylist())
     if isinstance(source, dict) or not isinstance(source, Iterable):
         found = f" (found {list_names(source)})" if isinstance(source, dict) else ""
         raise UserError(f"the data is a {type(source).__name__} without a split {split!r}{found}: give a data set or a list of rows")
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas, whose cells may be numpy's
+    if hasattr(source, "itertuples"):  # pandas, whose cells may be numpy's
+        _check_header(Path("the table"), [*source.columns])
         rows = (dict(zip(source.columns, row)) for row in source.itertuples(index=False, name=None))
         return ({name: cell.tolist() if hasattr(cell, "tolist") else cell for name, cell in row.items()} for row in rows)
     return _select_columns(source, choose)
@@ -923,7 +949,8 @@ def open_data_source(source, name: str | None, split: str, streaming: bool, choo
     if path.is_file() or pattern:
         files = _files_of_pattern(str(source)) if pattern else [path]
         if split != "train":
-            raise UserError(f"{_show_path(source)} is one file, with the split 'train' alone: name the file that holds {split!r}")
+            what = "names files" if pattern else "is one file"
+            raise UserError(f"{_show_path(source)} {what}, with the split 'train' alone: name the file that holds {split!r}")
         return chain.from_iterable(read_rows(file, choose) for file in files)
     hub_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
     if not hub_name or _find_reader(path) or path.suffix.lower() in (*_COMPRESSED, *_WORKBOOKS):

@@ -143,6 +143,20 @@ def test_a_card_with_several_configurations(clone):
     assert rows_of(clone) == pairs(4)
 
 
+def test_a_card_with_one_configuration_by_another_name(clone):
+    write(clone / "README.md", "---\nconfigs:\n- config_name: main\n  data_files: main/test*\n---\n")
+    assert rows_of(clone) == pairs(3) == rows_of(clone, name="main")
+
+
+def test_archives_beside_the_data_are_left_alone(tmp_path):
+    write(tmp_path / "data/train.jsonl", lines(pairs(0)))
+    write(tmp_path / "images.zip", "PK")
+    with zipfile.ZipFile(tmp_path / "data/train.zip", "w") as archive:
+        archive.writestr("a.png", "")
+        archive.writestr("b.png", "")
+    assert rows_of(tmp_path) == pairs(0)
+
+
 def test_a_card_whose_files_are_missing(clone):
     shutil.rmtree(clone / "socratic")
     assert (
@@ -356,6 +370,9 @@ def test_what_spreadsheets_write(mark, end, how, tmp_path):
         (",question,answer\n0,a,b\n", {"Unnamed: 0": "0", "question": "a", "answer": "b"}),
         ("question,question \na,b\n", {"question": "a", "question ": "b"}),
         ("text\nfirst\n\n \n", {"text": "first"}),
+        ("\n" * 70_000 + "sep\nfirst\n", {"sep": "first"}),
+        ("par1,PAR1\na,b\n", {"par1": "a", "PAR1": "b"}),
+        (" <htm,b\n1,2\n", {"<htm": "1", "b": "2"}),
         ("a.b|c\n1|2\n", {"a.b": "1", "c": "2"}),
     ],
 )
@@ -485,6 +502,7 @@ def test_rows_that_python_wrote(tmp_path):
     rows = [{"messages": TALK, "n": None}, {"messages": TALK, "n": True}]
     assert rows_of(write(tmp_path / "a.jsonl", "\n".join(map(str, rows)))) == rows
     assert rows_of(write(tmp_path / "b.jsonl", lines(rows[:1]) + str(rows[1]))) == rows
+    assert "line 1, is not UTF-8 text" in refused(write(tmp_path / "c.jsonl", "{'a': 'é'}\n".encode("latin-1")))
 
 
 # --- the shapes of JSON -----------------------------------------------------------------------------------------------
@@ -559,6 +577,7 @@ def test_values_one_after_the_other(text, name, tmp_path):
         ([{"from": "a@b.c", "subject": "x"}], [{"from": "a@b.c", "subject": "x"}]),
         ([{"role": "user", "content": "a", "chat": 1}], [{"role": "user", "content": "a", "chat": 1}]),
         (pair(), [pair()]),
+        ({"messages": TALK, "items": [{"a": 1}]}, [{"messages": TALK, "items": [{"a": 1}]}]),
         ({"question": ["a"], "meta": [{"x": 1}]}, [{"question": "a", "meta": {"x": 1}}]),
         ({"data": []}, []),
         ({"question": [], "answer": []}, []),
@@ -656,9 +675,11 @@ def test_tables_in_memory():
         {"train": columns},
         (pair(i) for i in (0, 1)),
     ):
-        assert rows_of(source) == pairs(0, 1) or rows_of(source) == columns
+        assert rows_of(source) == pairs(0, 1)
     frame = pd.DataFrame({"messages": [np.array(TALK, dtype=object)], "n": [np.int64(3)]})
     assert rows_of(frame) == [{"messages": TALK, "n": 3}]
+    for twice in (frame.loc[:, ["n", "n"]], pa.table([[1], [2]], names=["n", "n"])):
+        assert "names the column 'n' twice" in refused(twice)
     assert "a dict without a split 'train' (found test, valid)" in refused({"test": [], "valid": [1]})
 
 
