@@ -47,6 +47,12 @@ def list_names(names: Iterable, most: int = 20) -> str:
 def _show_path(path) -> str:
     return show_name(path, 1000)
 
+
+@cache
+def _say(note: str) -> None:
+    "Write a note to stderr, once however often a source is opened again."
+    print(note, file=sys.stderr)
+
 # %% ../nbs/73_readers.ipynb #7742c7f4-2
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _MOST_BYTES = 2**28  # of a line, and of a compressed file that has to be read whole
@@ -140,8 +146,8 @@ class _TextBytes(io.RawIOBase):
         end = -1 if self.whole else bytes(buffer[:count]).rfind(b"\n")
         self.length = count - end - 1 if end >= 0 else self.length + count
         if self.length > self.most:
-            what = "unpacks to" if self.whole else "has a line of"
-            raise UserError(f"{_show_path(self.path)} {what} more than {_MOST_BYTES >> 20} MB: check that it is the right file")
+            what, advice = ("unpacks to", "unpack it first") if self.whole else ("has a line of", "write one row a line")
+            raise UserError(f"{_show_path(self.path)} {what} more than {_MOST_BYTES >> 20} MB: {advice}")
         return count
 
     def translate(self, buffer) -> int:
@@ -152,7 +158,7 @@ class _TextBytes(io.RawIOBase):
                 text = self.decoder.decode(chunk)
             text = text or self.decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            raise UserError(f"{_show_path(self.path)} begins as {error.encoding} text and doesn't go on so: save the file as UTF-8") from error
+            raise UserError(f"{_show_path(self.path)} starts as {error.encoding} text, but isn't valid throughout: save the file as UTF-8") from error
         buffer[: len(text.encode())] = text.encode()
         return len(text.encode())
 
@@ -264,7 +270,7 @@ def parse_value(text: str, where: str):
             raise UserError(f"{where} is not JSON ({why[0]}), and not a Python literal ({why[1]}): write it with json.dumps") from error
 
 # %% ../nbs/73_readers.ipynb #9a694856
-_TURN_KEYS = set("role from content value name weight tool_calls tool_call_id function_call reasoning_content reasoning thinking".split())
+_TURN_KEYS = set("role from content value name weight tool_calls tool_call_id function_call reasoning_content reasoning thinking train training loss".split())
 
 
 def _is_talk(value) -> bool:
@@ -357,10 +363,13 @@ def _find_rows(value: dict, where: str, depth: int = 0) -> list:
     wrapped = len(value) == 1 and all(map(_holds_rows, value.values()))
     if (rows := _split_rows(value)) is not None or not wrapped and (rows := _rows_of_columns(value)) is not None:
         return rows
-    inner = [key for key in _LIST_KEYS if key in value and (_holds_rows(value[key]) or isinstance(value[key], dict))]
-    lists = inner[:1] or [key for key in value if value[key] and key not in _NO_ROWS and _holds_rows(value[key])]
+    lists = [key for key in _LIST_KEYS if key in value and (_holds_rows(value[key]) or isinstance(value[key], dict))]
+    lists = lists or [key for key in value if value[key] and key not in _NO_ROWS and _holds_rows(value[key])]
+    lists = ["train"] if "train" in lists else lists
     if len(lists) > 1:
-        raise UserError(f"{where} holds several lists of objects ({list_names(lists)}): keep one of them, or name it 'data'")
+        raise UserError(f"{where} holds several lists of objects ({list_names(lists)}): keep one of them, or name it 'train'")
+    if lists and len(value) > 1:
+        _say(f"{where}: the rows are those below {lists[0]!r}; not read: {list_names(key for key in value if key != lists[0])}")
     if lists and isinstance(value[lists[0]], list):
         rows = value[lists[0]]
         viewed = all(isinstance(row, dict) and isinstance(row.get("row"), dict) and "row_idx" in row for row in rows)
@@ -794,12 +803,6 @@ def _choose_home(folder: Path, homes: dict, name: str | None) -> list[Path]:
                     "choose one with name= (--data-name)")
 
 # %% ../nbs/73_readers.ipynb #7300004d
-@cache
-def _say(note: str) -> None:
-    "Write a note to stderr, once however often a source is opened again."
-    print(note, file=sys.stderr)
-
-
 def _unnamed_files(folder: Path, name: str | None) -> list[Path]:
     "Return the data files of a folder where no name says which split they are, and say that they are to train on; else none."
     words = (*chain.from_iterable(_SPLIT_NAMES), "heldout", "holdout")
@@ -949,7 +952,7 @@ def open_data_source(source, name: str | None, split: str, streaming: bool, choo
     if path.is_file() or pattern:
         files = _files_of_pattern(str(source)) if pattern else [path]
         if split != "train":
-            what = "names files" if pattern else "is one file"
+            what = "is a pattern of files" if pattern else "is one file"
             raise UserError(f"{_show_path(source)} {what}, with the split 'train' alone: name the file that holds {split!r}")
         return chain.from_iterable(read_rows(file, choose) for file in files)
     hub_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)

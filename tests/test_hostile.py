@@ -182,7 +182,7 @@ BROKEN = {
     "csv: UTF-16, cut short": (
         "a.csv",
         CSV.decode().encode("utf-16")[:-1],
-        "a.csv begins as utf-16.* text and doesn't",
+        "a.csv starts as utf-16.* text, but isn.t valid",
     ),
     "csv: empty": ("a.csv", b"", "has no rows"),
     "csv: a header alone": ("a.csv", b"question,answer\n", "has no rows"),

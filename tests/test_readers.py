@@ -419,7 +419,7 @@ def test_rows_without_a_value_are_left_out_at_the_end_alone(tmp_path):
         ("a.json", b"\n\n<html>", "is a web page"),
         ("a.jsonl", gzip.compress(b"{}"), "is compressed with gzip: add .gz to its name"),
         ("a.jsonl", b"PAR1\x15", "is a Parquet file: name it .parquet"),
-        ("a.jsonl", "{}\n".encode("utf-16")[:-1], "begins as utf-16"),
+        ("a.jsonl", "{}\n".encode("utf-16")[:-1], "starts as utf-16"),
     ],
 )
 def test_what_is_not_a_table_of_text(name, content, words, tmp_path):
@@ -526,8 +526,12 @@ JSON = {
 
 @pytest.mark.parametrize("shape", JSON)
 @pytest.mark.parametrize("indent", [None, 2])
-def test_shapes_of_json(shape, indent, tmp_path):
+def test_shapes_of_json(shape, indent, tmp_path, capsys):
     assert rows_of(write(tmp_path / "a.json", json.dumps(JSON[shape], indent=indent))) == ROWS
+    beside = [key for key in JSON[shape] if key not in ("sums", "data", "examples", "train", "rows")]
+    said = capsys.readouterr().err
+    if shape in ("version and data", "examples", "the only list, and tools", "splits"):
+        assert said.endswith(f"not read: {', '.join(beside)}\n"), "what lies beside the rows is named"
 
 
 @pytest.mark.parametrize("orient", ["records", "columns", "index", "split", "table"])
@@ -592,9 +596,10 @@ def test_conversations_and_single_rows(value, expected, tmp_path):
     [
         (
             '{"math": [{"a": 1}], "code": [{"a": 2}], "n": 1}',
-            "a.json holds several lists of objects (math, code): keep one of them",
+            "a.json holds several lists of objects (math, code): keep one of them, or name it 'train'",
         ),
         ('{"a": ["x", "y"], "b": ["x"]}', "a.json holds columns of different lengths (a: 2, b: 1): make them equal"),
+        ('{"data": [{"a": 1}], "items": [{"a": 2}]}', "several lists of objects (data, items)"),
         ('{"data": [{"a": 1, "a": 2}]}', "duplicate key 'a'"),
         ('{"data": {"a": 1, "a": 2}}', "duplicate key 'a'"),
         ('{\n"a": 1}\n{"a": 1,\n"a": 2}', "duplicate key 'a'"),
