@@ -7,19 +7,22 @@ __all__ = ['CodeReport', 'explain_old_code', 'read_code']
 
 # %% ../nbs/70_doctor.ipynb #2fcef4b9
 import ast
+import contextlib
 import io
 import json
 import re
 import shlex
 import string
+import sys
 import tokenize
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import get_args
 
 from .core import Finding, Findings, UserError, read_package_table
 
@@ -39,11 +42,17 @@ class Rule:
     home: str = ""
     names: dict[str, str] = field(default_factory=dict)
     shim: bool = False
-    says: str = ""
+    model: str = ""
     unless: str = ""
     without: str = ""
 
 # %% ../nbs/70_doctor.ipynb #4612828a
+def shorten_name(dotted: str) -> str:
+    "Return a dotted name without the modules between the library and the name."
+    root, _, rest = dotted.partition(".")
+    return f"{root}.{rest.rpartition('.')[2]}" if rest else root
+
+
 def read_rules(table: dict) -> dict[str, Rule]:
     "Return the rules of a table by their codes, with the versions put into their texts."
     words = {name: f"{name} {version}" for name, version in table["versions"].items()}
@@ -56,15 +65,38 @@ def read_rules(table: dict) -> dict[str, Rule]:
     return rules
 
 
+def read_arguments(table: dict[str, list[str]]) -> dict[str, set[str]]:
+    "Return the arguments of each callable by its short name (trl.ORPOTrainer), those of the callables it names included."
+    found = {}
+    for call, names in table.items():
+        own = {name for name in names if "." not in name}
+        found[shorten_name(call)] = own.union(*(found[shorten_name(name)] for name in names if "." in name))
+    return found
+
+
 _TABLE = read_package_table("doctor.yaml")
 TESTED_VERSIONS = _TABLE["versions"]
 OLD_CODE_RULES = read_rules(_TABLE)
+KNOWN_ARGUMENTS = read_arguments(_TABLE["accepts"])
 
 # %% ../nbs/70_doctor.ipynb #ab3200f4
 _ASSUMED = {name: f"{root}.{name}" for root, names in _TABLE["libraries"].items() for name in names}
+_FAMILY = re.compile("|".join("(?:" + words.replace("(?i)", "") + ")" for words in _TABLE["families"].values()), re.IGNORECASE)
 _OTHER = object()  # a name that is bound to something that is not followed
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 _TEXTS = (ast.Constant, ast.JoinedStr, ast.BinOp)
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_BINDERS = (ast.stmt, ast.Call, ast.NamedExpr, ast.comprehension, ast.withitem)
+
+
+@cache
+def sort_by_kind(looks: tuple) -> dict[type, list]:
+    "Return the looks for each kind of node, as the annotation of their first argument says."
+    kinds = {}
+    for look in looks:
+        for kind in get_args(look.__annotations__["node"]) or [look.__annotations__["node"]]:
+            kinds.setdefault(kind, []).append(look)
+    return kinds
 
 # %% ../nbs/70_doctor.ipynb #658ace74
 @cache
@@ -92,7 +124,8 @@ def list_roots(tree) -> list[str]:
     "Return the libraries that a tree imports when it is run, in the order of the lines; not those inside of functions."
     if isinstance(tree, (ast.Import, ast.ImportFrom)):
         return [dotted.partition(".")[0] for _, dotted, _ in list_imports(tree)]
-    return [] if isinstance(tree, _FUNCTIONS) else [root for part in ast.iter_child_nodes(tree) for root in list_roots(part)]
+    parts = [] if isinstance(tree, _FUNCTIONS) else ast.iter_child_nodes(tree)
+    return [root for part in parts if isinstance(part, (ast.stmt, ast.excepthandler, ast.match_case)) for root in list_roots(part)]
 
 # %% ../nbs/70_doctor.ipynb #70a0000b
 def list_columns(node) -> set[str]:
@@ -118,11 +151,19 @@ class CodeReader:
         self.functions = {}  # names → definitions
         self.texts = []  # string constants
         self.made = set()  # columns that the cells make
-        self.attributes = set()  # `.eos_token`, `.bos_token`, …
+        self.words = set()  # names and attributes that are used: `.bos_token`, …
+        self.given = {}  # names → the texts that they are given anywhere
+        self.loaded = []  # what is loaded: the first argument of `from_pretrained`
+        self.ends = False  # whether the end of a turn is put behind something
+        self.masks = True  # until a padding token was found that a collator masks
         self._said = {}  # expressions → whether a text matches
-        for node in (node for tree in trees for node in ast.walk(tree)):
-            self._gather(node)
+        for tree in trees:
+            for node in ast.walk(tree):
+                if not isinstance(node, ast.expr_context):
+                    node.cell = getattr(tree, "cell", None)  # a hit may lie in an earlier cell
+                    self._gather(node)
         self.roots = [root for tree in trees for root in list_roots(tree)]
+        self.models = self._name_models()
 
     def _gather(self, node) -> None:
         for name, dotted, _ in list_imports(node):
@@ -131,18 +172,61 @@ class CodeReader:
             self.later.setdefault(node.id, _OTHER)
         elif isinstance(node, ast.arg):
             self.later.setdefault(node.arg, _OTHER)
-        elif isinstance(node, ast.Attribute):
-            self.attributes.add(node.attr)
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            self.words.add(getattr(node, "attr", None) or node.id)
+        elif isinstance(node, ast.Call):
+            self._gather_call(node)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             self.later.setdefault(node.name, _OTHER)
             self.functions[node.name] = node
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             self.texts.append(node.value)
-        self.made |= list_columns(node)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            texts = [part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                self.given.setdefault(getattr(target, "attr", getattr(target, "id", "")), []).extend(texts[:9])
+        elif isinstance(node, ast.BinOp) and isinstance(node.right, ast.List):
+            self.ends |= any(getattr(part, "attr", "") == "eos_token_id" for part in node.right.elts)
+        if isinstance(node, (ast.Dict, ast.Subscript, ast.Call)):
+            self.made |= list_columns(node)
+
+    def _gather_call(self, node: ast.Call) -> None:
+        words = {word.arg: word.value for word in node.keywords}
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if name == "from_pretrained":
+            self.loaded += node.args[:1] + [words[word] for word in ("model_name", "pretrained_model_name_or_path") if word in words]
+        elif name.endswith("Trainer") and "model" in words:
+            self.loaded.append(words["model"])
+        elif name == "append":
+            self.ends |= any(getattr(part, "attr", "") == "eos_token_id" for part in node.args)
+        self.ends |= getattr(words.get("add_eos_token"), "value", False) is True
+
+    def _name_models(self) -> list[str]:
+        "Return the texts that name a model of a known family: those that are loaded, else any that looks like a name."
+        names = [getattr(node, "value", None) for node in self.loaded if isinstance(node, ast.Constant)]
+        names += [text for node in self.loaded for text in self.given.get(getattr(node, "attr", getattr(node, "id", "")), ())]
+        known = [name for name in names if isinstance(name, str) and _FAMILY.search(name)]
+        return known or [text for text in self.texts if _FAMILY.search(text) and re.fullmatch(r"[\w.-]+/[\w.-]+", text)]
+
+    @property
+    def has_two_bos(self) -> bool:
+        "True unless each model of a known family is one whose template, or whose tokenizer, writes no BOS."
+        return not self.models or any(re.search(_TABLE["families"]["two_bos"], name) for name in self.models)
 
     def uses(self, root: str) -> bool:
         "Return True where a name comes from this library, even inside of a function."
         return any(isinstance(name, str) and name.partition(".")[0] == root for name in self.later.values())
+
+    def uses_name(self, dotted: str) -> bool:
+        "Return True where a name of a library is used, imported, assumed or as an attribute of the library."
+        if dotted not in self._said:
+            meant = [self.later.get(word, dotted if dotted.endswith("." + word) else None) for word in self.words]
+            self._said[dotted] = any(isinstance(name, str) and matches_name(name, dotted) for name in meant)
+        return self._said[dotted]
+
+    def names_model(self, pattern: str) -> bool:
+        "Return True where a model's name, or in code that names none, any text, matches the pattern."
+        return any(re.search(pattern, name) for name in self.models) if self.models else self.says(pattern)
 
     def says(self, pattern: str) -> bool:
         "Return True where a string constant matches the pattern."
@@ -232,7 +316,7 @@ class CodeReader:
         for name, dotted, _ in list_imports(node):
             self.bind(name, dotted)
         if isinstance(node, ast.ClassDef):
-            own = any(getattr(part, "name", "") == "__init__" for part in node.body)
+            own = any(isinstance(part, ast.AnnAssign) or getattr(part, "name", "") == "__init__" for part in node.body)
             self.bind(node.name, node.bases[0] if node.bases and not own else _OTHER)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             self.bind(node.name, _OTHER)
@@ -253,19 +337,22 @@ class CodeReader:
     def walk(self, node, looks: tuple, whole: bool = True) -> "Iterator[Hit]":
         "Yield what the looks find in a tree, in line order; `whole` is False inside a text that was checked already."
         is_text = isinstance(node, _TEXTS)
-        for look in looks if whole or not is_text else ():
+        for look in sort_by_kind(looks).get(type(node), ()) if whole or not is_text else ():
             yield from look(node, self)
         if isinstance(node, _FUNCTIONS):
             self.levels.append({part.arg: _OTHER for part in ast.walk(node.args) if isinstance(part, ast.arg)})
         inside = whole and not (is_text and self.text(node) is not None)
-        parts = sorted(ast.iter_child_nodes(node), key=lambda part: not isinstance(part, ast.comprehension))  # these come first
+        parts = [part for part in ast.iter_child_nodes(node) if not isinstance(part, (ast.expr_context, ast.operator))]
+        if isinstance(node, _COMPREHENSIONS):
+            parts.sort(key=lambda part: not isinstance(part, ast.comprehension))  # these come first
         for part in parts:
             if isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
                 continue  # a text by itself, as a docstring is
             yield from self.walk(part, looks, inside or not isinstance(part, _TEXTS))
         if isinstance(node, _FUNCTIONS):
             self.levels.pop()
-        self.bind_names(node)
+        if isinstance(node, _BINDERS):
+            self.bind_names(node)
 
 # %% ../nbs/70_doctor.ipynb #63d04dee
 @dataclass
@@ -277,7 +364,7 @@ class Hit:
     old: str = ""
     new: str = ""
     call: str = ""  # the name of what is called
-    shimmed: bool = False  # Unsloth still accepts it here
+    shim: str = ""  # what Unsloth makes of it: taken or dropped
 
 # %% ../nbs/70_doctor.ipynb #ec8225c1
 def _has_value(rule: Rule, node) -> bool:
@@ -288,36 +375,63 @@ def _has_value(rule: Rule, node) -> bool:
     return value is True if rule.value is True else isinstance(value, (int, float)) and value > rule.value
 
 
-def look_arguments(node, reader: CodeReader) -> Iterator[Hit]:
-    "Look for arguments that a callable no longer has, or whose value does harm."
-    if not isinstance(node, ast.Call) or (name := reader.called(node)) is None:
+def _applies(rule: Rule, name: str, given: dict, reader: CodeReader) -> bool:
+    "Return True where a rule is about this call."
+    if not matches_name(name, *rule.calls) or (rule.model and not reader.names_model(rule.model)):
+        return False
+    return not ((rule.unless and (rule.unless in given or reader.says(rule.unless))) or (rule.without and reader.uses(rule.without)))
+
+
+def _find_shim(name: str, old: str, rule: Rule, reader: CodeReader) -> str:
+    "Return what Unsloth, imported first, makes of an argument of TRL's that is gone; nothing where it raises."
+    if not (reader.has_shim and name.startswith("trl.") and rule.value is None):
+        return ""
+    if rule.shim or old in _TABLE["unsloth"]["moves"]:
+        return "taken"
+    return "dropped" if name.endswith("Config") or old in _TABLE["unsloth"]["drops"] else ""
+
+
+def look_arguments(node: ast.Call, reader: CodeReader) -> Iterator[Hit]:
+    "Look for arguments that a callable doesn't have, or whose value does harm."
+    if (name := reader.called(node)) is None:
         return
-    given = reader.keywords(node)
-    for rule in OLD_CODE_RULES.values():
-        if not matches_name(name, *rule.calls) or (rule.says and not reader.says(rule.says)):
-            continue
-        if (rule.unless and reader.says(rule.unless)) or (rule.without and reader.uses(rule.without)):
-            continue
-        for old in given.keys() & rule.arguments.keys():
-            if _has_value(rule, reader.value(given[old][1])):
-                shimmed = rule.shim and reader.has_shim and name.startswith("trl.")
-                yield Hit(given[old][0], rule.code, old, rule.arguments[old], name.rpartition(".")[2], shimmed)
-        if not rule.arguments:
-            yield Hit(node, rule.code)
+    given, short = reader.keywords(node), shorten_name(name)
+    rules = [rule for rule in OLD_CODE_RULES.values() if rule.calls and _applies(rule, name, given, reader)]
+    hits = [(rule.code, old, rule.arguments[old]) for rule in rules for old in given.keys() & rule.arguments.keys()]
+    explained = {old for code, old, _ in hits if OLD_CODE_RULES[code].value is None}
+    config = re.sub("Trainer$", "TrainingArguments" if short.startswith("transformers.") else "Config", short)
+    for old in given.keys() - explained - KNOWN_ARGUMENTS.get(short, given.keys()):
+        moved = config != short and old in KNOWN_ARGUMENTS.get(config, ())
+        hits.append(("trainer_setting", old, config.partition(".")[2]) if moved else ("argument_gone", old, ""))
+    for code, old, new in hits:
+        if _has_value(rule := OLD_CODE_RULES[code], reader.value(given[old][1])):
+            yield Hit(given[old][0], code, old, new, short.partition(".")[2], _find_shim(name, old, rule, reader))
+    yield from (Hit(node, rule.code) for rule in rules if not rule.arguments)
 
 # %% ../nbs/70_doctor.ipynb #23679bae
-def look_names(node, reader: CodeReader) -> Iterator[Hit]:
+@cache
+def explain_name(dotted: str | None) -> tuple[str, str, str] | None:
+    "Return (code of the rule, old name, new name) for a name that can't be imported any more; None for another."
+    for rule in OLD_CODE_RULES.values():
+        if old := next((name for name in rule.names if matches_name(dotted, name)), None):
+            return rule.code, dotted if "*" in old else old, rule.names[old]
+    root, *rest = (dotted or "").split(".")
+    known = _TABLE["exports"].get(root, ())
+    return (f"{root}_gone", ".".join([root, *rest]), "") if known and rest and rest[0] not in (*known, "*") else None
+
+
+def look_names(node: ast.Import | ast.ImportFrom | ast.Attribute | ast.Name, reader: CodeReader) -> Iterator[Hit]:
     "Look for names that can't be imported any more, wherever they are used, and for Unsloth imported late."
     found = [(dotted, place) for _, dotted, place in list_imports(node)]
     for dotted, place in found:
         if dotted.partition(".")[0] == "unsloth" and not reader.has_shim and len(reader.levels) == 1:
             yield Hit(place, "unsloth_late")
     if isinstance(node, ast.Attribute) or (isinstance(node, ast.Name) and reader.find(node.id) is None):
-        found = [(reader.dotted(node), node)]
+        known = isinstance(node, ast.Attribute) and explain_name(reader.dotted(node.value))  # reported where it was imported
+        found = [] if known else [(reader.dotted(node), node)]
     for dotted, place in found:
-        for rule in OLD_CODE_RULES.values():
-            if old := next((name for name in rule.names if matches_name(dotted, name)), None):
-                yield Hit(place, rule.code, old, rule.names[old])
+        if gone := explain_name(dotted):
+            yield Hit(place, *gone)
 
 # %% ../nbs/70_doctor.ipynb #c75b77f3
 def _returns_list(function: ast.FunctionDef) -> bool:
@@ -329,7 +443,7 @@ def _returns_list(function: ast.FunctionDef) -> bool:
     return any(isinstance(value, lists) or getattr(value, "id", None) in names for value in values)
 
 
-def look_trainer(node, reader: CodeReader) -> Iterator[Hit]:
+def look_trainer(node: ast.Call, reader: CodeReader) -> Iterator[Hit]:
     "Look for SFTTrainer with TrainingArguments, a needless collator, or a formatting_func that returns a list."
     if not matches_name(reader.called(node), "trl.SFTTrainer"):
         return
@@ -349,36 +463,57 @@ def look_trainer(node, reader: CodeReader) -> Iterator[Hit]:
         yield Hit(place, "formatting_list")
 
 # %% ../nbs/70_doctor.ipynb #07c76d83
-def look_pad(node, reader: CodeReader) -> Iterator[Hit]:
+def _ends_turn(node, reader: CodeReader) -> bool:
+    "Return True for `tokenizer.eos_token`, its id, or a token that ends turns, as a text."
+    text = reader.text(node)
+    return getattr(node, "attr", "") in ("eos_token", "eos_token_id") or text in ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>")
+
+
+def find_padding(node, reader: CodeReader) -> Iterator[ast.AST]:
+    "Yield what a node makes the tokenizer's padding token."
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            owner = getattr(target, "value", None)
+            of_tokenizer = not getattr(owner, "attr", getattr(owner, "id", "")).endswith("config")
+            if getattr(target, "attr", "") in ("pad_token", "pad_token_id") and of_tokenizer:
+                yield node.value
+    elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("add_special_tokens", "from_pretrained"):
+        given = dict(reader.keywords(node))
+        for part in map(reader.value, node.args[:1]):
+            if isinstance(part, ast.Dict):
+                given |= {key.value: (key, value) for key, value in zip(part.keys, part.values) if isinstance(key, ast.Constant)}
+        yield from (given[name][1] for name in ("pad_token", "pad_token_id") if name in given)
+
+
+def look_pad(node: ast.Assign | ast.Call | ast.Subscript | ast.Attribute, reader: CodeReader) -> Iterator[Hit]:
     "Look for padding with the end of turn where a collator masks padding, and for a training loss that is a mean."
     key = getattr(getattr(node, "slice", None), "value", None)
     if key == "train_loss" or getattr(node, "attr", None) == "training_loss":
         yield Hit(node, "train_loss")
-    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Attribute):
-        return
-    pads = any(isinstance(target, ast.Attribute) and target.attr in ("pad_token", "pad_token_id") for target in node.targets)
-    names = [name for name in reader.later.values() if isinstance(name, str)]
-    masks = any(matches_name(name, "transformers.DataCollatorForLanguageModeling") for name in names)
-    if pads and node.value.attr in ("eos_token", "eos_token_id") and masks:
+    pads = any(_ends_turn(part, reader) for part in find_padding(node, reader))
+    if pads and reader.masks and reader.uses_name("transformers.DataCollatorForLanguageModeling"):
+        reader.masks = False  # once: what comes later is generation
         yield Hit(node, "pad_is_eos")
 
 # %% ../nbs/70_doctor.ipynb #bcc77622
 def find_chat_call(node, reader: CodeReader, tokenized: bool) -> ast.Call | None:
-    "Return the call of apply_chat_template that an expression stands for, where it gives ids (or text); else None."
+    "Return the call of apply_chat_template that an expression stands for, where it gives a BatchEncoding (or text); else None."
     node = reader.value(node)
     if not isinstance(node, ast.Call) or getattr(node.func, "attr", None) != "apply_chat_template":
         return None
     given = {name: value.value for name, (_, value) in reader.keywords(node).items() if isinstance(value, ast.Constant)}
-    if given.get("tokenize", True) is False:
+    owner = ast.unparse(node.func.value)
+    of_processor = "processor" in owner or "FastVisionModel" in reader.words  # its tokenize and return_dict are False by default
+    if given.get("tokenize", not of_processor) is False:
         return None if tokenized else node
-    return node if tokenized and given.get("return_dict", True) is not False else None
+    return node if tokenized and given.get("return_dict", not of_processor) is not False else None
 
 # %% ../nbs/70_doctor.ipynb #cf2ba776
 def find_uses_as_ids(node) -> Iterator[tuple[ast.AST, str]]:
     "Yield (expression, use) where a node takes an expression for ids."
     if isinstance(node, ast.Attribute) and node.attr in ("shape", "size", "tolist"):
         yield node.value, f".{node.attr}"
-    elif isinstance(node, ast.Subscript) and not (isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)):
+    elif isinstance(node, ast.Subscript) and not hasattr(node, "counted") and not (isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)):
         yield node.value, "an index into it"
     elif isinstance(node, ast.BinOp):
         yield from ((side, "adding to it") for side in (node.left, node.right))
@@ -387,6 +522,8 @@ def find_uses_as_ids(node) -> Iterator[tuple[ast.AST, str]]:
         yield from ((value, 'a column "input_ids"') for value in ids)
     elif isinstance(node, ast.Call):
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if name == "len" and node.args:
+            node.args[0].counted = True  # len(enc[0]) is right: that row is an Encoding
         if name in ("generate", "decode", "batch_decode", "tensor", "len"):
             yield from ((argument, f"{name}(…)") for argument in node.args[:1])
         if name == "generate":
@@ -394,16 +531,16 @@ def find_uses_as_ids(node) -> Iterator[tuple[ast.AST, str]]:
             yield from ((word.value, f"generate({word.arg}=…)") for word in words)
 
 # %% ../nbs/70_doctor.ipynb #14a42355
-def look_chat_ids(node, reader: CodeReader) -> Iterator[Hit]:
+def look_chat_ids(node: ast.Attribute | ast.Subscript | ast.BinOp | ast.Dict | ast.Call, reader: CodeReader) -> Iterator[Hit]:
     "Look for the result of apply_chat_template where ids are expected."
     for expression, use in find_uses_as_ids(node):
         if place := find_chat_call(expression, reader, tokenized=True):
             yield Hit(place, "chat_ids", use)
 
 # %% ../nbs/70_doctor.ipynb #530677a2
-def look_chat_text(node, reader: CodeReader) -> Iterator[Hit]:
+def look_chat_text(node: ast.Call, reader: CodeReader) -> Iterator[Hit]:
     "Look for a rendered text that is tokenized with its special tokens."
-    if not isinstance(node, ast.Call) or not node.args or isinstance(node.func, ast.Attribute):
+    if not node.args or isinstance(node.func, ast.Attribute) or not reader.has_two_bos:
         return
     if "add_special_tokens" in reader.keywords(node):
         return
@@ -414,14 +551,15 @@ def look_chat_text(node, reader: CodeReader) -> Iterator[Hit]:
             yield Hit(node, "chat_text_tokenized")
 
 # %% ../nbs/70_doctor.ipynb #3bc100d4
-def look_text_column(node, reader: CodeReader) -> Iterator[Hit]:
+def look_text_column(node: ast.Dict | ast.Assign, reader: CodeReader) -> Iterator[Hit]:
     "Look for a `text` column of rendered conversations from which nothing removes the BOS."
     values = []
     if isinstance(node, ast.Dict):
         values = [v for k, v in zip(node.keys, node.values) if getattr(k, "value", None) == "text"]
     elif isinstance(node, ast.Assign):
         values = [node.value for target in node.targets if getattr(getattr(target, "slice", None), "value", None) == "text"]
-    if "bos_token" in reader.attributes or reader.says("add_special_tokens"):
+    removed = "bos_token" in reader.words or reader.says(r"add_special_tokens|^<(bos|s|\|begin_of_text\|)>$|^(?s:(?!.*bos_token).*{%.*%})")
+    if removed or reader.has_shim or not reader.has_two_bos:  # Unsloth's trainer leaves out the second BOS
         return
     for part in (part for value in values for part in ast.walk(reader.value(value))):
         if place := find_chat_call(part, reader, tokenized=False) if isinstance(part, (ast.Call, ast.Name)) else None:
@@ -453,15 +591,15 @@ def find_template_faults(text: str) -> Iterator[str]:
             yield "no_end_of_turn"
 
 # %% ../nbs/70_doctor.ipynb #af38444b
-def look_template(node, reader: CodeReader) -> Iterator[Hit]:
+def look_template(node: ast.Constant | ast.JoinedStr | ast.BinOp, reader: CodeReader) -> Iterator[Hit]:
     "Look for a template written by hand."
-    if not isinstance(node, _TEXTS) or not _HEADERS.search(text := reader.text(node) or ""):
+    if not _HEADERS.search(text := reader.text(node) or ""):
         return
     written = (part for part in ast.walk(node) if isinstance(part, (ast.Constant, ast.JoinedStr)))
     place = next((part for part in written if _HEADERS.search(reader.text(part) or "")), None)
     if place is None:  # all of it is elsewhere, and was checked there
         return
-    ended = "eos_token" in reader.attributes or reader.says(r"^(<\|eot_id\|>|<\|im_end\|>|</s>|<\|end_of_text\|>)$")
+    ended = "eos_token" in reader.words or reader.ends or reader.says(r"^(<\|eot_id\|>|<\|im_end\|>|</s>|<\|end_of_text\|>)$")
     for code in find_template_faults(text):
         if code != "no_end_of_turn" or not ended:
             yield Hit(place, code)
@@ -476,9 +614,9 @@ def find_bad_field(template: str) -> str | None:
     return next(("{" + name + "…" for name in fields if not re.fullmatch(r"\w*([.\[][\w.\]\[]*)?", name)), None)
 
 
-def look_format(node, reader: CodeReader) -> Iterator[Hit]:
+def look_format(node: ast.Call, reader: CodeReader) -> Iterator[Hit]:
     "Look for str.format on a chat template."
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format"):
+    if getattr(node.func, "attr", "") != "format":
         return
     text = reader.text(node.func.value)
     if text is not None and _HEADERS.search(text):
@@ -489,12 +627,16 @@ def look_format(node, reader: CodeReader) -> Iterator[Hit]:
 _READ_COLUMNS = {"prompt", "response", "instruction", "output", "question", "answer", "completion"}  # by tutorials
 
 
-def look_data(node, reader: CodeReader) -> Iterator[Hit]:
-    "Look for columns that R1-Distill-SFT doesn't have, and for a slice that downloads everything."
+def look_data(node: ast.Subscript | ast.Call, reader: CodeReader) -> Iterator[Hit]:
+    "Look for columns that R1-Distill-SFT doesn't have, a slice that downloads everything, and tasks that are gone."
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         column = reader.text(node.slice)
         if column in _READ_COLUMNS - reader.made and reader.says("^ServiceNow-AI/R1-Distill-SFT$"):
             yield Hit(node, "r1_columns", column)
+    if matches_name(reader.called(node), "transformers.pipeline"):
+        task = reader.text(node.args[0] if node.args else reader.keywords(node).get("task", (None, None))[1])
+        if task in _TABLE["tasks"] or (task or "").startswith("translation_"):
+            yield Hit(node, "pipeline_task", task)
     if matches_name(reader.called(node), "datasets.load_dataset"):
         given = reader.keywords(node)
         place, split = given.get("split", (None, None))
@@ -503,45 +645,55 @@ def look_data(node, reader: CodeReader) -> Iterator[Hit]:
         if "[" in (reader.text(split) or "") and not files:
             yield Hit(place, "split_slice")
 
-# %% ../nbs/70_doctor.ipynb #95d09b62
-_LOOKS = (look_arguments, look_names, look_trainer, look_pad, look_chat_ids, look_chat_text, look_text_column,
-          look_template, look_format, look_data)
-
 # %% ../nbs/70_doctor.ipynb #3be7a505
-_MAGIC = re.compile(r"\s*(?:(?:[\w, ]+=\s*)?[!%].*|\?{1,2}\S+|[^#'\"]*[^#'\"\s]\?{1,2}|(?:pip3?|conda|apt(?:-get)?|cd|ls)\b(?!\s*[=(.,]).*)\s*")
+_MAGIC = re.compile(r"\s*(?:(?:[\w, ]+=\s*)?[!%].*|\?{1,2}\S+|[^#'\"]*[^#'\"\s]\?{1,2}|(?:uv|pip3?|conda|apt(?:-get)?|cd|ls)\b(?!\s*[=(.,]).*)\s*")
 _TIMED = {"%time ": "None; ", "%timeit ": "None  ; "}  # as long as what they replace, so that columns stay
 
 # %% ../nbs/70_doctor.ipynb #ff71cf74
-def _blank_magic(lines: list[str], at: int) -> str | None:
-    "Blank out the magic at line `at`, with the lines that a backslash adds; return its text, None for no magic."
-    if not _MAGIC.fullmatch(lines[at]):
-        return None
+@lru_cache(maxsize=8)
+def split_lines(source: str) -> list[str]:
+    "Return the lines of a source, as Python counts them."
+    return re.sub("\r\n?", "\n", source).split("\n")
+
+
+def join_line(lines: list[str], at: int) -> str:
+    "Return line `at` with the lines that a backslash adds."
+    end = at
+    while lines[end].rstrip().endswith("\\") and end + 1 < len(lines):
+        end += 1
+    return "\n".join(lines[at : end + 1])
+
+
+def find_magic(lines: list[str], at: int) -> int | None:
+    "Return where the magic begins that makes Python stumble at line `at`: there, where its continued line begins, or above."
+    first = at
+    while first and lines[first - 1].rstrip().endswith("\\"):
+        first -= 1
+    if found := [line for line in (first, at) if _MAGIC.fullmatch(lines[line])]:
+        return found[0]
+    return next((line for line in range(at, -1, -1) if re.match(r"\s*[!%]", lines[line])), None)
+
+
+def blank_magic(lines: list[str], at: int) -> str:
+    "Blank out the magic at line `at`, with the lines that a backslash adds; return its text."
     code = lines[at].lstrip()
     indent = lines[at][: len(lines[at]) - len(code)]
     for magic, python in _TIMED.items():
         if code.startswith(magic):
             lines[at] = indent + python + code.removeprefix(magic)
             return ""
-    end = at
-    while lines[end].rstrip().endswith("\\") and end + 1 < len(lines):
-        end += 1
-    text = "\n".join(lines[at : end + 1])
-    lines[at : end + 1] = [indent + "pass"] + [""] * (end - at)
+    text = join_line(lines, at)
+    lines[at : at + text.count("\n") + 1] = [indent + "pass"] + [""] * text.count("\n")
     return text
-
-
-def split_lines(source: str) -> list[str]:
-    "Return the lines of a source, as Python counts them."
-    return re.sub("\r\n?", "\n", source).split("\n")
 
 # %% ../nbs/70_doctor.ipynb #30c471f6
 def parse_cell(source: str, where: str = "") -> tuple[ast.Module, list[tuple[int, str]]]:
     "Return (tree, magics as (line, text)) of one cell. Raise `UserError` for what is not Python, with its line."
-    lines = split_lines(source)
+    lines = list(split_lines(source))
     magics = []
     first = next((i for i, line in enumerate(lines) if line.strip()), 0)
     if cell_magic := lines[first].lstrip().startswith("%%"):
-        rest = list(enumerate(lines[first + 1 :], first + 2))
+        rest = [(i + 1, join_line(lines, i)) for i in range(first + 1, len(lines)) if not lines[i - 1].rstrip().endswith("\\")]
         lines[first] = ""
     while True:
         try:
@@ -549,8 +701,8 @@ def parse_cell(source: str, where: str = "") -> tuple[ast.Module, list[tuple[int
                 return ast.parse("\n".join(lines)), magics
         except SyntaxError as error:
             at = min(max((error.lineno or 1) - 1, 0), len(lines) - 1)
-            if (text := _blank_magic(lines, at)) is not None:
-                magics.append((at + 1, text))
+            if (start := find_magic(lines, at)) is not None:
+                magics.append((start + 1, blank_magic(lines, start)))
             elif cell_magic:
                 return ast.Module([], []), rest
             else:
@@ -575,22 +727,43 @@ def is_old_pin(requirement: str) -> bool:
     return any(Version(bound) <= Version(today) for bound in bounds)
 
 # %% ../nbs/70_doctor.ipynb #96a07033
+_FROM_GIT = re.compile(r"git\+\S*/(?:unsloth|transformers|trl|peft|accelerate|bitsandbytes|datasets)\b(?:\.git)?(?:@(?!main|master)(?P<commit>[\w.-]+))?")
+
+
 def find_old_pins(line: str) -> Iterator[tuple[str, str]]:
     "Yield (code, requirement) for each part of a line with `pip install` that is old."
-    for command in re.findall(r"\bpip3?\s+install\s+([^;&|]+)", line.replace("\\\n", "  ")):
+    for command in re.findall(r"\bpip3?\s+(?:-\S+\s+)*install\s+([^;&|]+)", line.replace("\\\n", "  ")):
         try:
             words = shlex.split(command, comments=True)
         except ValueError:  # an open quote
             words = command.replace("'", " ").replace('"', " ").split()
         for word in words:
-            if re.search(r"git\+\S*/unsloth", word):
-                yield "pip_git", word
+            if found := _FROM_GIT.search(word):
+                yield "pip_old" if found["commit"] else "pip_git", word
             elif re.match(r"xformers\b", word):
                 yield "pip_xformers", word
             elif is_old_pin(word):
                 yield "pip_old", word
 
+# %% ../nbs/70_doctor.ipynb #70a00021
+def look_shell(node: ast.Call, reader: CodeReader) -> Iterator[Hit]:
+    "Look for pip in a call of the shell, such as `get_ipython().system(…)` or `subprocess.run([…])`."
+    if getattr(node.func, "attr", "") in _SHELL:
+        parts = [part for argument in node.args for part in (argument.elts if isinstance(argument, ast.List) else [argument])]
+        command = " ".join(text for text in map(reader.text, parts) if text)
+        yield from (Hit(node, code, word) for code, word in find_old_pins(command))
+
+
+_SHELL = ("system", "run_line_magic", "run_cell_magic", "getoutput", "run", "check_call", "call", "Popen")
+
+# %% ../nbs/70_doctor.ipynb #95d09b62
+_LOOKS = (look_arguments, look_names, look_trainer, look_pad, look_chat_ids, look_chat_text, look_text_column,
+          look_template, look_format, look_data, look_shell)
+
 # %% ../nbs/70_doctor.ipynb #8bf18252
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
 @dataclass
 class CodeFinding(Finding):
     "Something in a source that older tutorials write."
@@ -600,6 +773,9 @@ class CodeFinding(Finding):
     line: int  # in the cell or the script, from 1
     column: int  # from 1
     old: str  # what is written there (its first line)
+
+    def __post_init__(self):  # a notebook from elsewhere may hold what a terminal obeys
+        self.old, self.cause, self.fix = (_CONTROL.sub(lambda m: ascii(m.group())[1:-1], text) for text in (self.old, self.cause, self.fix))
 
     @property
     def where(self) -> str:
@@ -623,22 +799,18 @@ class CodeReport(Findings):
         return finding.cell or 0, finding.line, finding.column
 
 # %% ../nbs/70_doctor.ipynb #bcc649cf
-_SHIMMED = "Unsloth, imported before TRL, still accepts it; TRL alone: TypeError"
-
-
 def explain_hit(hit: Hit, cell: int | None, source: str) -> CodeFinding:
     "Return a hit with its place and the words of its rule."
-    rule = OLD_CODE_RULES[hit.code]
-    lines = split_lines(source)
+    rule, place = OLD_CODE_RULES[hit.code], hit.place
     words = {"$old": hit.old, "$new": hit.new, "$call": hit.call}
     cause, fix = (re.sub(r"\$(old|new|call)", lambda m: words[m.group()], text) for text in (rule.cause, rule.fix))
-    line = lines[hit.place.lineno - 1]
-    start = hit.place.col_offset
-    column = len(line.encode("utf-8", "replace")[:start].decode("utf-8", "ignore"))  # the tree counts bytes
-    text = (ast.get_source_segment("\n".join(lines), hit.place) or line[column:]).split("\n")[0]
+    line = split_lines(source)[place.lineno - 1].encode("utf-8", "replace")  # the tree counts bytes
+    end = place.end_col_offset if place.end_lineno == place.lineno else None
+    before, text = (part.decode("utf-8", "ignore") for part in (line[: place.col_offset], line[place.col_offset : end]))
     text = text if len(text) <= 80 else text[:79] + "…"
-    severity, cause = ("info", _SHIMMED) if hit.shimmed else (rule.severity, cause)
-    return CodeFinding(rule.code, severity, cause, fix, rule.source, cell, hit.place.lineno, column + 1, text)
+    severity = {"": rule.severity, "taken": "info", "dropped": "warning"}[hit.shim]
+    cause = _TABLE["unsloth"][hit.shim] if hit.shim else cause
+    return CodeFinding(rule.code, severity, cause, fix, rule.source, cell, place.lineno, len(before) + 1, text)
 
 
 def explain_magic(first: int, text: str, cell: int | None) -> Iterator[CodeFinding]:
@@ -651,21 +823,68 @@ def explain_magic(first: int, text: str, cell: int | None) -> Iterator[CodeFindi
         cause = rule.cause.replace("$old", word)
         yield CodeFinding(code, rule.severity, cause, rule.fix, rule.source, cell, line, column, word)
 
+# %% ../nbs/70_doctor.ipynb #70a00025
+MOST_CODE = 5_000_000  # characters; nobody writes more by hand
+
+
+def note_unreadable(error: UserError, cell: int | None, line: int = 1) -> CodeFinding:
+    "Return a finding for a cell that can't be read."
+    rule, line = OLD_CODE_RULES["unreadable"], getattr(error.__cause__, "lineno", None) or line
+    cause = rule.cause.replace("$old", str(error).removesuffix(": fix it, or leave it out"))
+    return CodeFinding(rule.code, rule.severity, cause, rule.fix, rule.source, cell, line, 1, "")
+
+
+def parse_cells(cells: dict) -> tuple[dict, list[CodeFinding]]:
+    "Return what each cell parses to, and a finding for each that doesn't. Raise `UserError` where none does."
+    parsed, findings, errors = {}, [], []
+    for number, source in cells.items():
+        try:
+            parsed[number] = parse_cell(source, f"cell {number}, " if number else "")
+        except UserError as error:
+            errors.append(error)
+            findings.append(note_unreadable(error, number))
+    if errors and not parsed:
+        raise errors[0]
+    return parsed, findings
+
+# %% ../nbs/70_doctor.ipynb #70a00027
+_MARK = re.compile(r"^# ?(?:%%|In\[).*$")  # between the cells of a script
+
+
+def parse_script(source: str) -> tuple[dict, list[CodeFinding]]:
+    "Return what a script parses to, and a finding for each of its cells that doesn't. Raise `UserError` where none does."
+    lines = split_lines(source)
+    marks = [i for i, line in enumerate(lines) if _MARK.match(line)]
+    magics = [(i + 1, line) for i, line in enumerate(lines) if marks and re.match(r"#\s*[!%](?!%)", line)]
+    try:
+        tree, more = parse_cell(source)
+        return {None: (tree, magics + more)}, []
+    except UserError:
+        if not marks:
+            raise
+    bounds = [0, *marks, len(lines)]
+    cells = {start: "\n" * start + "\n".join(lines[start:end]) for start, end in zip(bounds, bounds[1:])}
+    parsed, findings = parse_cells(cells)
+    body = [part for tree, _ in parsed.values() for part in tree.body]
+    findings = [replace(finding, cell=None, cause=re.sub(r"^cell \d+, ", "", finding.cause)) for finding in findings]
+    return {None: (ast.Module(body, []), magics + [magic for _, more in parsed.values() for magic in more])}, findings
+
 # %% ../nbs/70_doctor.ipynb #8aa3c4ce
 def explain_cells(parsed: dict, cells: dict) -> Iterator[CodeFinding]:
-    "Yield the findings in parsed cells. Raise `UserError` for code that is nested too deeply to follow."
+    "Yield the findings in parsed cells. Raise `UserError` where there is one alone, and it is nested too deeply to follow."
     for number, (tree, _) in parsed.items():
-        for node in ast.walk(tree):
-            node.cell = number  # a hit may lie in an earlier cell
-    trees = [tree for tree, _ in parsed.values()]
-    reader = CodeReader(*trees)
-    try:
-        for tree in trees:
+        tree.cell = number
+    reader = CodeReader(*(tree for tree, _ in parsed.values()))
+    for number, (tree, magics) in parsed.items():
+        try:
             for hit in reader.walk(tree, _LOOKS):
                 yield explain_hit(hit, hit.place.cell, cells[hit.place.cell])
-    except RecursionError as error:
-        raise UserError("the source is nested too deeply to follow: give its parts one by one") from error
-    for number, (_, magics) in parsed.items():
+        except RecursionError:
+            error = UserError("the source is nested too deeply to follow: give its parts one by one")
+            if len(parsed) == 1:
+                raise error from None
+            del reader.levels[1:]
+            yield note_unreadable(error, number)
         for first, text in magics:
             yield from explain_magic(first, text, number)
 
@@ -681,10 +900,12 @@ def explain_old_code(
     cells = [source] if isinstance(source, str) else source
     if not isinstance(cells, (list, tuple)) or not all(isinstance(cell, str) for cell in cells):
         raise UserError(f"the source is a {type(source).__name__}: give a cell as text, or a list of cells (read_code reads files)")
-    numbers = [None] if isinstance(source, str) else list(range(1, len(cells) + 1))
-    parsed = {number: parse_cell(cell, f"cell {number}, " if number else "") for number, cell in zip(numbers, cells)}
+    if (size := sum(map(len, cells))) > MOST_CODE:
+        raise UserError(f"the source has {size:,} characters of code; more than {MOST_CODE:,} are not read: give its parts one by one")
+    cells = {None: source} if isinstance(source, str) else dict(enumerate(cells, 1))
+    parsed, unreadable = parse_script(source) if isinstance(source, str) else parse_cells(cells)
     found = {}
-    for finding in explain_cells(parsed, dict(zip(numbers, cells))):
+    for finding in [*unreadable, *explain_cells(parsed, cells)]:
         found.setdefault((finding.code, finding.where), finding)
     return CodeReport(list(found.values()))
 
@@ -708,17 +929,29 @@ def read_cells(text: str, path: Path) -> list[str]:
     code = [cell.get("source", cell.get("input", "")) for cell in cells]
     return ["".join(map(str, part)) if isinstance(part, list) else str(part) for part in code]
 
+# %% ../nbs/70_doctor.ipynb #70a00023
+MOST_BYTES = 100_000_000  # of a file, outputs included
+
+
+def read_bytes(path: Path) -> bytes:
+    "Return a file's bytes, or what comes on standard input for `-`. Raise `UserError` for more than a notebook may have."
+    with contextlib.nullcontext(sys.stdin.buffer) if str(path) == "-" else open(path, "rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{path} is larger than {MOST_BYTES // 10**6} MB, and is not read: clear the notebook's outputs, and save it again")
+    return data
+
 # %% ../nbs/70_doctor.ipynb #4a4f7d7b
 def read_code(
-    path: str | Path,  # FILE.py or FILE.ipynb
+    path: str | Path,  # FILE.py or FILE.ipynb; - for either of them on standard input
 ) -> str | list[str]:
     "Return a script's text, or a notebook's code cells. Raise `UserError` for a missing, damaged or other file."
     path = Path(path).expanduser()
-    if path.suffix.lower() not in (".py", ".ipynb"):
+    if str(path) != "-" and path.suffix.lower() not in (".py", ".ipynb"):
         raise UserError(f"{path} is neither .py nor .ipynb: give a script or a notebook")
     try:
-        data = path.read_bytes()
-        if path.suffix.lower() == ".ipynb":
+        data = read_bytes(path)
+        if path.suffix.lower() == ".ipynb" or (str(path) == "-" and data.lstrip().startswith(b"{") and b'"cells"' in data):
             return read_cells(data.decode("utf-8-sig"), path)
         return data.decode(tokenize.detect_encoding(io.BytesIO(data).readline)[0])
     except OSError as error:

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 (sources are written in one line)
 import dataclasses
+import fnmatch
 import importlib
 import importlib.util
 import inspect
@@ -15,15 +16,31 @@ import pytest
 from repository import NBS, NOTEBOOKS, ROOT, module_of
 
 from qlora_nb.core import EMBEDDED_MODEL, Findings, UserError
-from qlora_nb.doctor import _LOOKS, OLD_CODE_RULES, TESTED_VERSIONS, explain_old_code, parse_cell, read_code
+from qlora_nb.doctor import (
+    _LOOKS,
+    _TABLE,
+    KNOWN_ARGUMENTS,
+    OLD_CODE_RULES,
+    TESTED_VERSIONS,
+    explain_name,
+    explain_old_code,
+    matches_name,
+    parse_cell,
+    read_code,
+    shorten_name,
+)
 
 BY_ARGUMENT = [
     (rule, call) for rule in OLD_CODE_RULES.values() for call in rule.calls if rule.arguments and rule.value is None
 ]
+FORWARDED = [(rule, call) for rule, call in BY_ARGUMENT if "from_pretrained" in call or "load_dataset" in call]
 PARAMETERS = [
-    (rule, call) for rule, call in BY_ARGUMENT if "from_pretrained" not in call and "load_dataset" not in call
+    (rule, full)
+    for rule, call in BY_ARGUMENT
+    if (rule, call) not in FORWARDED
+    for full in _TABLE["accepts"]
+    if matches_name(shorten_name(full), call)
 ]
-FORWARDED = [(rule, call) for rule, call in BY_ARGUMENT if (rule, call) not in PARAMETERS]  # to a model or a builder
 
 
 def codes(source):
@@ -56,6 +73,23 @@ def test_the_versions_are_those_that_are_tested():
             )
 
 
+@pytest.mark.parametrize("call", _TABLE["accepts"])
+def test_the_table_has_every_argument(call):
+    assert parameters(call) == KNOWN_ARGUMENTS[shorten_name(call)], f"{call} has moved: write its arguments again"
+
+
+def test_the_table_has_every_name():
+    import pkgutil
+
+    import trl
+
+    names = {name for name in dir(trl) if not name.startswith("_")} | {
+        m.name for m in pkgutil.iter_modules(trl.__path__)
+    }
+    assert set(_TABLE["exports"]["trl"]) == {name for name in names if not name.startswith("_") and name != "sys"}
+    assert [name for name in _TABLE["exports"]["trl"] if explain_name(f"trl.{name}")] == []
+
+
 @pytest.mark.parametrize("rule, call", PARAMETERS, ids=lambda x: getattr(x, "code", x))
 def test_arguments_are_gone_and_their_heirs_are_there(rule, call):
     """An older name must be an error today. What took its place must be known to the same callable, or to `home`."""
@@ -69,15 +103,15 @@ def test_every_argument_stood_somewhere():
     "A renamed setting is written for all configurations: each must be one of transformers' or TRL's own."
     fields = {f.name for f in dataclasses.fields(installed("trl.SFTConfig"))}
     fields |= {f.name for f in dataclasses.fields(installed("transformers.TrainingArguments"))}
-    for code in ("warmup_ratio", "setting_renamed", "config_max_seq_length", "trainer_setting"):
+    for code in ("warmup_ratio", "setting_renamed", "config_max_seq_length"):
         assert set(OLD_CODE_RULES[code].arguments.values()) <= fields, code
-        if code != "trainer_setting":
-            assert not set(OLD_CODE_RULES[code].arguments) & fields, code
+        assert not set(OLD_CODE_RULES[code].arguments) & fields, code
 
 
 @pytest.mark.parametrize("rule, call", FORWARDED, ids=lambda x: getattr(x, "code", x))
 def test_arguments_that_are_passed_on(rule, call, tmp_path):
     import datasets
+    import peft
     import transformers
 
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
@@ -86,8 +120,14 @@ def test_arguments_that_are_passed_on(rule, call, tmp_path):
     def use(**given):
         if call == "datasets.load_dataset":
             return datasets.load_dataset("json", **files, **given)
-        model = transformers.AutoModel if "AutoModel." in call else transformers.AutoModelForCausalLM
+        if call.startswith("peft."):
+            return peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", **given)
+        model = transformers.AutoModel if "Auto" in call else transformers.LlamaForCausalLM
         return model.from_pretrained(EMBEDDED_MODEL, **given)
+
+    if call.startswith("peft."):
+        model = transformers.AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
 
     for old in rule.arguments:
         if rule.severity == "error":
@@ -105,7 +145,7 @@ def test_arguments_that_are_passed_on(rule, call, tmp_path):
     elif "attn_implementation" in heirs:
         model = transformers.AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, attn_implementation="eager")
         assert model.config._attn_implementation == "eager"
-    else:
+    elif heirs:
         assert heirs == {"token"}
         assert "token" in inspect.signature(transformers.PreTrainedModel.from_pretrained).parameters
 
@@ -121,8 +161,19 @@ NAMES = [(old, new) for rule in OLD_CODE_RULES.values() for old, new in rule.nam
 
 @pytest.mark.parametrize("old, new", NAMES, ids=lambda name: name or "none")
 def test_names_are_gone_and_their_heirs_are_there(old, new):
-    with pytest.raises(AttributeError):
-        installed(old)
+    module = "transformers" if old.startswith(".") else old.partition(".")[0]
+    if "*" in old or old.count(".") > 1 or old.startswith("."):
+        holders = [
+            installed(f"transformers.{name}")
+            for name in ("PreTrainedTokenizerBase", "PreTrainedTokenizerFast", "PreTrainedModel")
+        ]
+        assert not any(hasattr(holder, old[1:]) for holder in holders), old
+        assert not fnmatch.filter([f"{module}.{name}" for name in dir(importlib.import_module(module))], old)
+    else:
+        with pytest.raises(AttributeError):
+            installed(old)
+    if "(" in new or "=" in new:
+        return
     if new.startswith("trl.SFTConfig."):
         assert new.rpartition(".")[2] in parameters("trl.SFTConfig")
     elif new:
@@ -196,7 +247,20 @@ SAMPLES = {  # code: (what meets it, what comes near and doesn't)
     "trainer_tokenizer": ("SFTTrainer(tokenizer=t)", "SFTTrainer(processing_class=t)"),
     "trainer_max_seq_length": ("SFTTrainer(max_seq_length=9)", "FastLanguageModel.from_pretrained(max_seq_length=9)"),
     "trainer_setting": ("SFTTrainer(dataset_text_field='text')", "SFTConfig(dataset_text_field='text')"),
-    "setting_gone": ("TrainingArguments(overwrite_output_dir=True)", "TrainingArguments(output_dir='o')"),
+    "argument_gone": ("TrainingArguments(overwrite_output_dir=True)", "TrainingArguments(output_dir='o')"),
+    "max_prompt_length": ("GRPOConfig(max_prompt_length=9)", "GRPOConfig(max_completion_length=9)"),
+    "model_argument": (
+        "AutoModelForCausalLM.from_pretrained('m', resume_download=True)",
+        "AutoTokenizer.from_pretrained('m', resume_download=True)",
+    ),
+    "name_removed": (
+        "from transformers import TFAutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM",
+    ),
+    "trl_gone": ("from trl.core import LengthSampler", "from trl.experimental.orpo import ORPOTrainer"),
+    "trl_moved": ("from trl import ORPOTrainer, ORPOConfig", "from trl import DPOTrainer, DPOConfig"),
+    "method_gone": ("ids = tok.batch_encode_plus(texts)", "ids = tok.batch_decode(texts)"),
+    "pipeline_task": ("pipeline('text2text-generation', model='m')", "pipeline('text-generation', model='m')"),
     "config_max_seq_length": ("SFTConfig(max_seq_length=9)", "SFTConfig(max_length=9)"),
     "warmup_ratio": ("TrainingArguments(warmup_ratio=0.1)", "TrainingArguments(warmup_steps=0.1)"),
     "setting_renamed": ("TrainingArguments(evaluation_strategy='no')", "TrainingArguments(eval_strategy='no')"),
@@ -242,10 +306,10 @@ SAMPLES = {  # code: (what meets it, what comes near and doesn't)
     "unsloth_late": ("from trl import SFTTrainer\nimport unsloth", "import unsloth\nfrom trl import SFTTrainer"),
     "train_loss": ("print(stats.metrics['train_loss'])", "print(stats.metrics['train_runtime'])"),
     "pad_is_eos": (
-        "from transformers import DataCollatorForLanguageModeling\ntok.pad_token = tok.eos_token",
-        "tok.pad_token = tok.eos_token",
+        "DataCollatorForLanguageModeling(tok, mlm=False)\ntok.pad_token = tok.eos_token",
+        "DataCollatorForSeq2Seq(tok)\ntok.pad_token = tok.eos_token",
     ),
-    "hot": ("model.generate(**x, temperature=1.5)", "model.generate(**x, temperature=1.0)"),
+    "hot": ("model.generate(**x, temperature=1.5)", "model.generate(**x, temperature=1.5, min_p=0.1)"),
     "chat_ids": ("model.generate(tok.apply_chat_template(m))", "model.generate(**tok.apply_chat_template(m))"),
     "chat_text_tokenized": (
         "text = tok.apply_chat_template(m, tokenize=False)\ntok([text], return_tensors='pt')",
@@ -276,6 +340,7 @@ SAMPLES = {  # code: (what meets it, what comes near and doesn't)
         "load_dataset('a/b', split='train[:9]')",
         "load_dataset('json', data_files='a', split='train[:9]')",
     ),
+    "unreadable": (["x = 1", "y = = 2"], ["x = 1", "y = 2"]),
     "pip_old": ("!pip install 'trl<0.9'", "!pip install 'trl>=1.15'"),
     "pip_git": ("!pip install git+https://github.com/unslothai/unsloth", "!pip install git+https://github.com/me/mine"),
     "pip_xformers": ("!pip install xformers==0.0.26", "!pip install torch"),
@@ -420,9 +485,10 @@ def test_nothing_is_run(tmp_path, monkeypatch):
         (None, "is a NoneType"),
         (b"x = 1", "is a bytes"),
         (["x = 1", None], "give a cell as text"),
-        (["x = 1", "y = = 2"], "cell 2, line 1 is not Python"),
+        (["x = = 1", "y = = 2"], "cell 1, line 1 is not Python"),
+        ("x = 1\n" * 1_000_000, "more than 5,000,000 are not read"),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_what_is_no_code_is_one_sentence(source, words):
     with pytest.raises(UserError, match=words) as caught:
