@@ -38,7 +38,7 @@ class Rule:
     source: str
     calls: list[str] = field(default_factory=list)
     arguments: dict[str, str] = field(default_factory=dict)
-    value: bool | float | None = None
+    value: bool | float | list[str] | None = None
     home: str = ""
     names: dict[str, str] = field(default_factory=dict)
     shim: bool = False
@@ -120,11 +120,17 @@ def list_imports(node) -> list[tuple[str, str, ast.alias]]:
     return [(alias.asname or alias.name, f"{module}.{alias.name}", alias) for alias in node.names]
 
 
+def is_scope(node) -> bool:
+    "Return True for a function; not for a marimo notebook's cell, which is written as one."
+    decorators = [getattr(part, "func", part) for part in getattr(node, "decorator_list", ())]
+    return isinstance(node, _FUNCTIONS) and not any(getattr(part, "attr", "") == "cell" for part in decorators)
+
+
 def list_roots(tree) -> list[str]:
     "Return the libraries that a tree imports when it is run, in the order of the lines; not those inside of functions."
     if isinstance(tree, (ast.Import, ast.ImportFrom)):
         return [dotted.partition(".")[0] for _, dotted, _ in list_imports(tree)]
-    parts = [] if isinstance(tree, _FUNCTIONS) else ast.iter_child_nodes(tree)
+    parts = [] if is_scope(tree) else ast.iter_child_nodes(tree)
     return [root for part in parts if isinstance(part, (ast.stmt, ast.excepthandler, ast.match_case)) for root in list_roots(part)]
 
 # %% ../nbs/70_doctor.ipynb #70a0000b
@@ -151,7 +157,7 @@ class CodeReader:
         self.functions = {}  # names → definitions
         self.texts = []  # string constants
         self.made = set()  # columns that the cells make
-        self.words = set()  # names and attributes that are used: `.bos_token`, …
+        self.words = set()  # names and attributes that are used: `bos_token`; `add_bos_token=` where one is set
         self.given = {}  # names → the texts that they are given anywhere
         self.loaded = []  # what is loaded: the first argument of `from_pretrained`
         self.ends = False  # whether the end of a turn is put behind something
@@ -173,7 +179,8 @@ class CodeReader:
         elif isinstance(node, ast.arg):
             self.later.setdefault(node.arg, _OTHER)
         if isinstance(node, (ast.Name, ast.Attribute)):
-            self.words.add(getattr(node, "attr", None) or node.id)
+            self.words.add(name := getattr(node, "attr", None) or node.id)
+            self.words |= {f"{name}="} if isinstance(node.ctx, ast.Store) else set()
         elif isinstance(node, ast.Call):
             self._gather_call(node)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -339,17 +346,18 @@ class CodeReader:
         is_text = isinstance(node, _TEXTS)
         for look in sort_by_kind(looks).get(type(node), ()) if whole or not is_text else ():
             yield from look(node, self)
-        if isinstance(node, _FUNCTIONS):
+        if is_scope(node):
             self.levels.append({part.arg: _OTHER for part in ast.walk(node.args) if isinstance(part, ast.arg)})
         inside = whole and not (is_text and self.text(node) is not None)
         parts = [part for part in ast.iter_child_nodes(node) if not isinstance(part, (ast.expr_context, ast.operator))]
         if isinstance(node, _COMPREHENSIONS):
             parts.sort(key=lambda part: not isinstance(part, ast.comprehension))  # these come first
         for part in parts:
-            if isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
-                continue  # a text by itself, as a docstring is
+            prose = isinstance(part, ast.Expr) and getattr(getattr(part.value, "func", None), "attr", "") == "md"
+            if prose or (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)):
+                continue  # a text by itself, as a docstring is, or marimo's Markdown
             yield from self.walk(part, looks, inside or not isinstance(part, _TEXTS))
-        if isinstance(node, _FUNCTIONS):
+        if is_scope(node):
             self.levels.pop()
         if isinstance(node, _BINDERS):
             self.bind_names(node)
@@ -370,8 +378,8 @@ class Hit:
 def _has_value(rule: Rule, node) -> bool:
     "Return True where an argument has the value that a rule is about."
     value = node.value if isinstance(node, ast.Constant) else None
-    if rule.value is None:
-        return True
+    if rule.value is None or isinstance(rule.value, list):
+        return rule.value is None or value in rule.value
     return value is True if rule.value is True else isinstance(value, (int, float)) and value > rule.value
 
 
@@ -413,7 +421,7 @@ def look_arguments(node: ast.Call, reader: CodeReader) -> Iterator[Hit]:
 def explain_name(dotted: str | None) -> tuple[str, str, str] | None:
     "Return (code of the rule, old name, new name) for a name that can't be imported any more; None for another."
     for rule in OLD_CODE_RULES.values():
-        if old := next((name for name in rule.names if matches_name(dotted, name)), None):
+        if old := next((name for name in rule.names if matches_name(dotted, name) and dotted != rule.names[name]), None):
             return rule.code, dotted if "*" in old else old, rule.names[old]
     root, *rest = (dotted or "").split(".")
     known = _TABLE["exports"].get(root, ())
@@ -423,9 +431,10 @@ def explain_name(dotted: str | None) -> tuple[str, str, str] | None:
 def look_names(node: ast.Import | ast.ImportFrom | ast.Attribute | ast.Name, reader: CodeReader) -> Iterator[Hit]:
     "Look for names that can't be imported any more, wherever they are used, and for Unsloth imported late."
     found = [(dotted, place) for _, dotted, place in list_imports(node)]
-    for dotted, place in found:
-        if dotted.partition(".")[0] == "unsloth" and not reader.has_shim and len(reader.levels) == 1:
-            yield Hit(place, "unsloth_late")
+    late = [place for dotted, place in found if dotted.partition(".")[0] == "unsloth"]
+    known = any(str(name).startswith("unsloth") for name in reader.levels[0].values()) if late else True
+    if late and not (known or reader.has_shim or len(reader.levels) > 1):
+        yield Hit(late[0], "unsloth_late")
     if isinstance(node, ast.Attribute) or (isinstance(node, ast.Name) and reader.find(node.id) is None):
         known = isinstance(node, ast.Attribute) and explain_name(reader.dotted(node.value))  # reported where it was imported
         found = [] if known else [(reader.dotted(node), node)]
@@ -465,8 +474,8 @@ def look_trainer(node: ast.Call, reader: CodeReader) -> Iterator[Hit]:
 # %% ../nbs/70_doctor.ipynb #07c76d83
 def _ends_turn(node, reader: CodeReader) -> bool:
     "Return True for `tokenizer.eos_token`, its id, or a token that ends turns, as a text."
-    text = reader.text(node)
-    return getattr(node, "attr", "") in ("eos_token", "eos_token_id") or text in ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>")
+    named = (reader.dotted(node) or "").endswith((".eos_token", ".eos_token_id"))
+    return named or reader.text(node) in ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>")
 
 
 def find_padding(node, reader: CodeReader) -> Iterator[ast.AST]:
@@ -486,10 +495,12 @@ def find_padding(node, reader: CodeReader) -> Iterator[ast.AST]:
 
 
 def look_pad(node: ast.Assign | ast.Call | ast.Subscript | ast.Attribute, reader: CodeReader) -> Iterator[Hit]:
-    "Look for padding with the end of turn where a collator masks padding, and for a training loss that is a mean."
+    "Look for padding with the end of turn where a collator masks padding, for `add_eos_token`, and for a training loss that is a mean."
     key = getattr(getattr(node, "slice", None), "value", None)
     if key == "train_loss" or getattr(node, "attr", None) == "training_loss":
         yield Hit(node, "train_loss")
+    if "add_bos_token=" not in reader.words and any(getattr(part, "attr", "") == "add_eos_token" for part in getattr(node, "targets", ())):
+        yield Hit(node, "add_eos_token")
     pads = any(_ends_turn(part, reader) for part in find_padding(node, reader))
     if pads and reader.masks and reader.uses_name("transformers.DataCollatorForLanguageModeling"):
         reader.masks = False  # once: what comes later is generation
@@ -579,7 +590,7 @@ _REPLIES = {  # how a reply begins, and what ends it
 # %% ../nbs/70_doctor.ipynb #d41ca46b
 def find_template_faults(text: str) -> Iterator[str]:
     "Yield codes of what is wrong with a hand-written template; none for a Jinja template or another text."
-    if not _HEADERS.search(text) or "{%" in text:
+    if not _HEADERS.search(text) or "{%" in text or "{OUTPUT}" in text:  # Jinja, or Unsloth's own templates
         return
     if found := _BEGIN.search(text):
         yield "text_before_bos" if text[: found.start()].strip() else "hand_bos"
@@ -642,7 +653,7 @@ def look_data(node: ast.Subscript | ast.Call, reader: CodeReader) -> Iterator[Hi
         place, split = given.get("split", (None, None))
         source = reader.text(node.args[0] if node.args else given.get("path", (None, None))[1])
         files = source in ("json", "csv", "parquet", "text", "arrow") or "data_files" in given
-        if "[" in (reader.text(split) or "") and not files:
+        if re.search(r"\[:(\d+|1?\d%)\]", reader.text(split) or "") and not files:  # the first rows; not both halves
             yield Hit(place, "split_slice")
 
 # %% ../nbs/70_doctor.ipynb #3be7a505

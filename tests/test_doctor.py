@@ -6,6 +6,7 @@ import fnmatch
 import importlib
 import importlib.util
 import inspect
+import io
 import json
 import os
 import re
@@ -33,7 +34,11 @@ from qlora_nb.doctor import (
 BY_ARGUMENT = [
     (rule, call) for rule in OLD_CODE_RULES.values() for call in rule.calls if rule.arguments and rule.value is None
 ]
-FORWARDED = [(rule, call) for rule, call in BY_ARGUMENT if "from_pretrained" in call or "load_dataset" in call]
+FORWARDED = [
+    (rule, call)
+    for rule, call in BY_ARGUMENT
+    if ("from_pretrained" in call and "Tokenizer" not in call) or "load_dataset" in call
+]
 PARAMETERS = [
     (rule, full)
     for rule, call in BY_ARGUMENT
@@ -180,6 +185,62 @@ def test_names_are_gone_and_their_heirs_are_there(old, new):
         assert callable(installed(new))
 
 
+def test_add_eos_token_takes_the_bos_away():
+    from transformers import AutoTokenizer
+
+    def first(**given):
+        tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL, **given)
+        return tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+    assert first() and first(add_eos_token=True, add_bos_token=True)
+    assert not first(add_eos_token=True) and not first(add_eos_token=False)
+
+
+def test_values_and_methods_are_gone():
+    import transformers
+    from transformers.pipelines import PIPELINE_REGISTRY, SUPPORTED_TASKS
+    from transformers.training_args import OptimizerNames
+
+    assert not set(OLD_CODE_RULES["optim_gone"].value) & {name.value for name in OptimizerNames}
+    assert not set(_TABLE["tasks"]) & {*SUPPORTED_TASKS, *PIPELINE_REGISTRY.task_aliases}
+    taken = inspect.signature(transformers.PreTrainedModel.push_to_hub).parameters
+    assert not set(OLD_CODE_RULES["push_to_hub"].arguments) & set(taken)
+
+
+def test_what_unsloth_moves_and_drops():
+    "Its tables need nothing but Python, and are read without importing it (which patches TRL)."
+    if (found := importlib.util.find_spec("unsloth")) is None:
+        pytest.skip("Unsloth is not installed")
+    from pathlib import Path
+
+    scope = {"__name__": "tables"}
+    exec((Path(found.origin).parent / "models" / "rl_config_compat.py").read_text(), scope)
+    moves, drops = set(_TABLE["unsloth"]["moves"]), set(_TABLE["unsloth"]["drops"])
+    assert scope["TRL_CONFIG_RENAMES"].keys() | scope["TRANSFORMERS_CONFIG_RENAMES"].keys() <= moves
+    assert set(scope["TRL_REMOVED_FIELD_ADVICE"]) == drops
+
+
+@pytest.mark.parametrize(
+    "use, severity",
+    [
+        ("SFTTrainer(tokenizer=t)", "info"),
+        ("DPOTrainer(beta=0.1)", "info"),
+        ("DPOTrainer(max_prompt_length=9)", "warning"),
+        ("DPOTrainer(never_heard_of=1)", "error"),
+        ("GRPOConfig(max_prompt_length=9)", "warning"),
+        ("SFTConfig(warmup_ratio=0.1)", "info"),
+        ("SFTConfig(evaluation_strategy='no')", "warning"),
+        ("TrainingArguments(evaluation_strategy='no')", "error"),
+    ],
+)
+def test_old_arguments_under_unsloth(use, severity):
+    imports = (
+        "from trl import DPOTrainer, GRPOConfig, SFTConfig, SFTTrainer\nfrom transformers import TrainingArguments\n"
+    )
+    assert [f.severity for f in explain_old_code(f"import unsloth\n{imports}{use}").findings] == [severity]
+    assert [f.severity for f in explain_old_code(imports + use).findings] == ["error"]
+
+
 def test_the_shim_is_real(tmp_path):
     "What is called unneeded under Unsloth is taken there, and the configuration's old names are not."
     if importlib.util.find_spec("unsloth") is None:
@@ -264,6 +325,13 @@ SAMPLES = {  # code: (what meets it, what comes near and doesn't)
     "config_max_seq_length": ("SFTConfig(max_seq_length=9)", "SFTConfig(max_length=9)"),
     "warmup_ratio": ("TrainingArguments(warmup_ratio=0.1)", "TrainingArguments(warmup_steps=0.1)"),
     "setting_renamed": ("TrainingArguments(evaluation_strategy='no')", "TrainingArguments(eval_strategy='no')"),
+    "setting_spelled": ("TrainingArguments(group_by_length=True)", "TrainingArguments(length_column_name='n')"),
+    "optim_gone": ("TrainingArguments(optim='adamw_hf')", "TrainingArguments(optim='paged_adamw_8bit')"),
+    "add_eos_token": (
+        "from transformers import AutoTokenizer\nAutoTokenizer.from_pretrained('m', add_eos_token=True)",
+        "from transformers import AutoTokenizer\nAutoTokenizer.from_pretrained('m', add_eos_token=True, add_bos_token=True)",
+    ),
+    "push_to_hub": ("model.push_to_hub('m', use_auth_token=True)", "model.push_to_hub('m', token=True)"),
     "load_in_4bit": (
         "AutoModelForCausalLM.from_pretrained('m', load_in_4bit=True)",
         "FastLanguageModel.from_pretrained('m', load_in_4bit=True)",
@@ -403,6 +471,126 @@ def test_no_false_alarm(source):
     assert codes(source) == []
 
 
+TRAINERS = ("SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO", "ORPO")
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_trainer_is_known(name):
+    "The same three faults in each trainer and its configuration, whatever it is imported from."
+    home = f"trl.experimental.{name.lower()}" if name == "ORPO" else "trl"
+    source = f"""from {home} import {name}Config, {name}Trainer
+args = {name}Config(evaluation_strategy="no", max_length=9, loging_steps=1)
+{name}Trainer(model, args=args, tokenizer=t, learning_rate=1e-4)"""
+    found = {(f.code, f.old.partition("=")[0]) for f in explain_old_code(source).findings}
+    wrong = {("argument_gone", "max_length")} if name in ("GRPO", "RLOO") else set()
+    assert found - wrong == {
+        ("setting_renamed", "evaluation_strategy"),
+        ("argument_gone", "loging_steps"),
+        ("trainer_tokenizer", "tokenizer"),
+        ("trainer_setting", "learning_rate"),
+    }
+    assert wrong <= found
+    fix = [f.fix for f in explain_old_code(source).findings if f.code == "trainer_setting"]
+    assert fix == [f"{name}Trainer(args={name}Config(learning_rate=…, …), …)"]
+
+
+def test_a_marimo_notebook():
+    "Its cells are functions, whose arguments are the names of other cells; its prose is a text."
+    prose = "mo.md(r'''Think. <|begin_of_text|><|start_header_id|>user<|end_header_id|>\\n{}''')"
+    source = f"""@app.cell
+def _():
+    import unsloth
+    from trl import SFTTrainer
+    return (SFTTrainer,)
+@app.cell(hide_code=True)
+def _(mo):
+    {prose}
+    return
+@app.cell
+def _(SFTTrainer, model):
+    SFTTrainer(model, tokenizer=t)"""
+    assert [(f.code, f.severity, f.line) for f in explain_old_code(source).findings] == [
+        ("trainer_tokenizer", "info", 12)
+    ]
+
+
+def test_unsloth_is_late_once():
+    source = "import trl\nfrom unsloth import FastLanguageModel\nfrom unsloth.chat_templates import get_chat_template"
+    assert [(f.code, f.line) for f in explain_old_code(source).findings] == [("unsloth_late", 2)]
+
+
+def test_slices_that_leave_most_out():
+    for split, found in (("train[:500]", 1), ("train[:5%]", 1), ("train[:]", 0), ("train[5%:]", 0), ("train[:90%]", 0)):
+        assert codes(f"load_dataset('a/b', split='{split}')") == ["split_slice"] * found, split
+    assert codes("load_dataset('a/b', split=f'train[:{n}%]')\nload_dataset('a/b', split=f'train[{n}%:]')") == []
+
+
+def test_a_class_with_fields_of_its_own_is_not_judged():
+    own = "class Args(TrainingArguments):\n    cache_dir: str = None\nArgs(cache_dir='c', evaluation_strategy='no')"
+    assert codes(own) == []
+
+
+MASKS = [
+    "from transformers import DataCollatorForLanguageModeling as D\nD(tok, mlm=False)",
+    "DataCollatorForLanguageModeling(tok)",
+]
+MASKS += ["import transformers\ntransformers.DataCollatorForLanguageModeling(tok, mlm=False)"]
+MASKS += ["import transformers as tr\ncollate = tr.data.data_collator.DataCollatorForLanguageModeling(tok, False)"]
+PADS = [
+    "tok.pad_token = tok.eos_token",
+    "tok.pad_token_id = tok.eos_token_id",
+    "self.tok.pad_token = self.tok.eos_token",
+]
+PADS += [
+    "tok.add_special_tokens({'pad_token': tok.eos_token})",
+    "tok = AutoTokenizer.from_pretrained('m', pad_token='</s>')",
+]
+PADS += ["if tok.pad_token is None:\n    tok.pad_token, x = '<|im_end|>', 1\n    tok.pad_token = '<|im_end|>'"]
+PADS += [
+    "end = tok.eos_token\ntok.pad_token = end",
+    "extra = {'pad_token': '<|eot_id|>'}\ntok.add_special_tokens(extra)",
+]
+APART = ["model.config.pad_token_id = tok.eos_token_id", "model.generation_config.pad_token_id = tok.eos_token_id"]
+APART += [
+    "tok.pad_token = tok.unk_token",
+    "tok.add_special_tokens({'pad_token': '[PAD]'})",
+    "tok.eos_token = tok.pad_token",
+]
+APART += ["model.generate(x, pad_token_id=tok.eos_token_id)", "tok.pad_token = '<|endoftext|>'"]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_padding_that_ends_turns(mask):
+    for pad in PADS:
+        assert codes(f"{mask}\n{pad}") == ["pad_is_eos"], pad
+        assert codes(pad) == [], pad
+    for apart in APART:
+        assert codes(f"{mask}\n{apart}") == [], apart
+
+
+@pytest.mark.parametrize(
+    "loads, two",
+    [
+        ("tok = AutoTokenizer.from_pretrained('Qwen/Qwen2.5-7B-Instruct')", False),
+        ("name = 'HuggingFaceTB/SmolLM2-135M'\ntok = AutoTokenizer.from_pretrained(name)", False),
+        ("class C:\n    model_name: str = 'Qwen/Qwen3-4B'\ntok = AutoTokenizer.from_pretrained(C().model_name)", False),
+        (
+            "all = ['unsloth/llama-3-8b']\nm, tok = FastLanguageModel.from_pretrained(model_name='unsloth/gpt-oss-20b')",
+            False,
+        ),
+        ("tok = AutoTokenizer.from_pretrained('deepseek-ai/DeepSeek-R1-Distill-Qwen-7B')", True),
+        ("tok = AutoTokenizer.from_pretrained('meta-llama/Llama-3.1-8B-Instruct')", True),
+        ("tok = AutoTokenizer.from_pretrained('google/gemma-2-2b-it')", True),
+        ("tok = AutoTokenizer.from_pretrained('./somewhere')", True),
+        ("", True),
+    ],
+)
+def test_a_second_bos_needs_a_first(loads, two):
+    uses = "text = tok.apply_chat_template(m, tokenize=False)\n"
+    assert codes(f"{loads}\n{uses}tok(text)") == (["chat_text_tokenized"] if two else [])
+    assert codes(f"{loads}\n{uses}row = {{'text': text}}") == (["text_column"] if two else [])
+
+
 def test_texts_that_a_loop_gathers():
     gathers = """def f(rows):
     texts = []
@@ -512,6 +700,15 @@ def test_what_is_no_code_is_one_sentence(source, words):
         "!pip install 'trl==0.8.6",
         "!pip install trl==0.8.* # pinned",
         "x?\n!pip install trl==0.8.6\ny??",
+        "%%capture\n%pip install -q \\\n  peft \\\n  'trl<0.9' \\\n\nx = 1",
+        "%%bash\nset -e\npip install \\\n  peft \\\n  trl==0.8.6",
+        "%%bash\nfor i in 1 2; do\n  pip install trl==0.8.6\ndone",
+        "%env TOKEN='a (b\n%env X=0.6B\n!pip install trl==0.8.6",
+        "!python train.py \\\n  --size 0.6B_x \\\n  --json '{\"a\": [1,' \\\n  --end\n!pip install trl==0.8.6",
+        "%%time\n%%capture\n!pip install trl==0.8.6\nx = [1,\n  2]",
+        "!uv pip -q install trl==0.8.6",
+        "%cd /content\n!git clone https://x/y (\n!python -m pip install trl==0.8.6 2>&1 | tail -1",
+        "# %%\n# !pip install trl==0.8.6\nx = 1",
         "!echo don't (\n!pip install trl==0.8.6",
     ],
 )
@@ -520,6 +717,68 @@ def test_magics(source):
     assert [f.code for f in report.findings] == ["pip_old"]
     found = report.findings[0]
     assert source.split("\n")[found.line - 1][found.column - 1 :].startswith("trl")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "get_ipython().system('pip install -q trl==0.8.6')",
+        "get_ipython().run_line_magic('pip', 'install trl==0.8.6')",
+        "get_ipython().run_cell_magic('capture', '', '!pip install trl==0.8.6\\n')",
+        "os.system('pip install trl==0.8.6')",
+        "subprocess.run([sys.executable, '-m', 'pip', 'install', 'trl==0.8.6'])",
+    ],
+)
+def test_pip_called_by_python(call):
+    assert codes(call) == ["pip_old"]
+    assert codes(call.replace("==0.8.6", "")) == []
+
+
+def test_python_below_magics_is_read():
+    for magics in (
+        "!a \\\n  --b 0.6B\n",
+        "%%capture\n!x 'y\n",
+        "%env A=0.6B\n",
+        "!echo \"it's (\n",
+        "%load_ext autoreload\n%autoreload 2\n",
+    ):
+        report = explain_old_code(f"{magics}x = '''\n!no\n'''\nSFTTrainer(\n  tokenizer=t)")
+        assert [(f.code, f.line) for f in report.findings] == [("trainer_tokenizer", magics.count("\n") + 5)], magics
+
+
+def test_a_cell_that_cannot_be_read_costs_no_other():
+    cells = [
+        "from trl import SFTTrainer as T",
+        "git clone https://x.y/z",
+        "T(tokenizer=t)",
+        "x = (",
+        "-" * 100_000 + "1",
+        "T(model, ...)",
+    ]
+    report = explain_old_code(cells)
+    found = [(f.code, f.cell) for f in report.findings]
+    assert found == [("unreadable", 2), ("trainer_tokenizer", 3), ("unreadable", 4), ("unreadable", 5)]
+    assert "cell 2, line 1 is not Python" in str(report) and not report.ok
+    assert explain_old_code(["x = 1", "y = = 2"]).summary == {"error": 0, "warning": 1, "info": 0}
+
+
+def test_the_cells_of_a_script():
+    "One cell in the middle is no Python; the lines of the others stay what they are."
+    script = "# %%\nfrom trl import SFTTrainer as T\n# %% [markdown]\n# text\n# %%\ngit clone x y\n# %%\nT(\n  tokenizer=t)\n"
+    found = [(f.code, f.cell, f.line) for f in explain_old_code(script).findings]
+    assert found == [("unreadable", None, 6), ("trainer_tokenizer", None, 9)]
+    with pytest.raises(UserError, match="line 2 is not Python"):
+        explain_old_code("x = 1\ngit clone x y\n")
+
+
+def test_what_a_terminal_would_obey_is_escaped():
+    report = explain_old_code(
+        "T = trl.SFTTrainer(tokenizer='\x1b]0;a\x07\u202e\x9b')\n!pip install 'trl<0.9' \x1b[2J".replace(
+            "T =", "import trl\nT ="
+        )
+    )
+    assert len(report.findings) == 2 and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", str(report))
+    assert r"\x1b]0;a\x07\u202e" in str(report)
 
 
 def test_magics_within_a_text_stay():
@@ -659,6 +918,27 @@ def test_files_that_cannot_be_read(name, content, words, tmp_path):
     with pytest.raises(UserError, match=words) as caught:
         read_code(path)
     assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_standard_input(monkeypatch):
+    notebook = json.dumps(
+        {
+            "cells": [
+                {"cell_type": "code", "source": "x = 1"},
+                {"cell_type": "code", "source": "SFTTrainer(tokenizer=t)"},
+            ]
+        }
+    )
+    for data, found in ((notebook, (2, 1)), ("x = 1\nSFTTrainer(tokenizer=t)", (None, 2))):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.encode())))
+        report = explain_old_code(read_code("-"))
+        assert [(f.cell, f.line) for f in report.findings] == [found]
+
+
+def test_a_file_without_end(tmp_path):
+    (tmp_path / "zero.py").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="larger than 100 MB"):
+        read_code(tmp_path / "zero.py")
 
 
 def test_a_folder_is_no_file(tmp_path):
