@@ -1,14 +1,14 @@
-"""How fast the preflight is beside the tokenizer alone, and whether its memory grows with the rows.
+"""How long the preflight takes beside the tokenizer alone, and whether its memory grows with the rows.
 
 `check_dataset` (one call over all rows, streamed) and the tokenizer's own batched call get the same rows of about 600
-tokens in one process, with the same threads. They take turns, so that a slow minute of the machine falls on both.
-The tokenizer gets rendered texts, so rendering counts against the preflight alone.
+tokens in one process, with one thread. They take turns, so that a slow minute of the machine falls on both, and the
+seconds are those of the CPU, so that other processes don't count. The tokenizer gets rendered texts, so rendering
+counts against the preflight alone. Each part is a pair; `times` is what the preflight takes, with the tokenizer as 1.
 
-    python benchmarks/preflight.py                          # 100,000 rows; about three minutes on 2 CPU cores
+    python benchmarks/preflight.py                          # 20,000 rows; about two minutes on 2 CPU cores
     python benchmarks/preflight.py --rows 5000              # in a moment
-    python benchmarks/preflight.py --memory                 # RssAnon after 20,000 and 200,000 short streamed rows
-    TOKENIZERS_PARALLELISM=true python benchmarks/preflight.py
-    python benchmarks/preflight.py --out nbs/results/preflight.json    # all three, each in a process of its own
+    python benchmarks/preflight.py --memory                 # peak memory of 20,000 and 300,000 short streamed rows
+    python benchmarks/preflight.py --out nbs/results/preflight.json    # both, each in a process of its own
 """
 
 import argparse
@@ -56,48 +56,48 @@ class Turns:
 
     def __init__(self, rows, tok):
         self.rows, self.tok, self.tokens = rows, tok, 0
-        self.seconds, self.outside = 0.0, 0.0  # of the tokenizer; of all that isn't the preflight
+        self.pairs = []  # seconds of the tokenizer and of the preflight, for each part
 
     def iter(self, size):
         rng = random.Random(0)
         for first in range(0, self.rows, PART):
-            begun = time.perf_counter()
             part = [row(i, rng) for i in range(first, min(first + PART, self.rows))]
             texts = [self.tok.apply_chat_template(messages, tokenize=False) for messages in part]
-            start = time.perf_counter()
+            start = time.process_time()
             ids = self.tok(texts, add_special_tokens=False)["input_ids"]
-            self.seconds += time.perf_counter() - start
+            seconds = time.process_time() - start
             self.tokens += sum(map(len, ids))
             del ids, texts
-            self.outside += time.perf_counter() - begun
+            start = time.process_time()
             for place in range(0, len(part), size):
                 yield {"messages": part[place : place + size]}
+            self.pairs.append((seconds, time.process_time() - start))
 
 
 def speed(rows, max_length=2048):
-    "Tokens a second of both, over `rows` rows, and their ratio."
+    "CPU seconds of both over `rows` rows, and how many times the tokenizer's the preflight's are, in all and by part."
     from qlora_nb.preflight import check_dataset
 
     tok = tokenizer()
     check_dataset(Turns(50, tok), tok, max_length)
-    turns, start = Turns(rows, tok), time.perf_counter()
+    turns = Turns(rows, tok)
     report = check_dataset(turns, tok, max_length)
-    seconds = time.perf_counter() - start - turns.outside
+    alone, checked = map(sum, zip(*turns.pairs))
     assert report.summary["tokens"] == turns.tokens and report.findings == []
     return {
         "rows": rows, "tokens_per_row": round(turns.tokens / rows, 1),
-        "tokenizer_tokens_per_second": round(turns.tokens / turns.seconds),
-        "preflight_tokens_per_second": round(turns.tokens / seconds), "ratio": round(turns.seconds / seconds, 3),
+        "tokenizer_cpu_seconds": round(alone, 2), "preflight_cpu_seconds": round(checked, 2),
+        "times": round(checked / alone, 2), "times_by_part": [round(b / a, 2) for a, b in turns.pairs],
     }  # fmt: skip
 
 
-def anonymous():
-    "This process's anonymous memory in MiB (Linux)."
-    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
+def peak():
+    "The most memory that this process has held, in MiB (Linux)."
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
 
 
 def streamed(count):
-    "RssAnon after looking at `count` short streamed rows."
+    "Peak memory after looking at `count` short streamed rows, every fiftieth of which has an empty reply."
     from datasets import IterableDataset
 
     from qlora_nb.preflight import check_dataset
@@ -105,38 +105,33 @@ def streamed(count):
     def rows():
         for i in range(count):
             question = {"role": "user", "content": f"What is {i} + {i}?"}
-            yield {"messages": [question, {"role": "assistant", "content": f"It is {2 * i}."}]}
+            reply = f"It is {2 * i}." if i % 50 else ""
+            yield {"messages": [question, {"role": "assistant", "content": reply}]}
 
     report = check_dataset(IterableDataset.from_generator(rows), tokenizer())
-    assert report.summary["rows"] == count and report.findings == []
-    return anonymous()
+    assert report.summary["rows"] == count and report.invalid_rows == [*range(0, count, 50)]
+    return peak()
 
 
 def memory(counts):
-    "RssAnon for each count, each in a process of its own."
+    "Peak memory for each count, each in a process of its own."
     found = {}
     for count in counts:
         done = subprocess.run(
             [sys.executable, __file__, "--streamed", str(count)], capture_output=True, text=True, check=True
         )
-        found[f"{count}_rows_rss_anon_mib"] = round(float(done.stdout), 1)
+        found[f"{count}_rows_peak_mib"] = round(float(done.stdout), 1)
     return found
 
 
 def everything(rows, counts, path):
-    """Speed without the tokenizer's threads, speed with them (over a fifth of the rows), and memory.
-
-    Each in a process of its own; written to `path`.
-    """
+    "Speed and memory, each in a process of its own; written to `path`."
     from qlora_nb.core import library_versions
 
     runs = []
-    for parallel, arguments in [
-        ("false", ["--rows", rows]), ("true", ["--rows", rows // 5]), ("false", ["--memory", "--counts", *counts])
-    ]:  # fmt: skip
-        env = {**os.environ, "TOKENIZERS_PARALLELISM": parallel}
+    for arguments in (["--rows", rows], ["--memory", "--counts", *counts]):
         command = [sys.executable, __file__, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         runs.append(json.loads(done.stdout))
         print(done.stdout, end="", file=sys.stderr)
     versions = {
@@ -149,9 +144,9 @@ def everything(rows, counts, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--memory", action="store_true", help="measure memory in place of speed")
-    parser.add_argument("--counts", type=int, nargs="*", default=[20_000, 200_000])
+    parser.add_argument("--counts", type=int, nargs="*", default=[20_000, 300_000])
     parser.add_argument("--out", help="measure all, and write it to this file")
     parser.add_argument("--streamed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -120,9 +120,9 @@ def estimate_pass_seconds(shape: Shape, card: Card, method: str, tokens: float, 
     return max(launch, products + unpack) if engine else launch + products + unpack
 
 # %% ../nbs/89_cards.ipynb #8ffdeb19
-def measure_row_lengths(data, tokenizer=None) -> list[int]:
+def measure_row_lengths(data, tokenizer=None, template_kwargs: dict | None = None) -> list[int]:
     "Count the tokens of every usable row; lengths are taken as they are. Raise `UserError` where they can't be counted."
-    data = list(data)
+    source, data = data, list(data)
     if not data:
         raise UserError("data has no rows: give lengths or conversations, or leave it out")
     if all(isinstance(row, Integral) and not isinstance(row, bool) for row in data):
@@ -133,13 +133,16 @@ def measure_row_lengths(data, tokenizer=None) -> list[int]:
         raise UserError("data holds neither whole numbers nor rows of messages: load it with load_sft_dataset")
     if tokenizer is None:
         raise UserError("data holds conversations: give tokenizer= too, or the rows' lengths in tokens")
-    from qlora_nb.template import encode_batch
+    from qlora_nb.schemas import iterate_conversations
+    from qlora_nb.template import Encoder
 
-    batches = ([row["messages"] for row in data[i : i + 200]] for i in range(0, len(data), 200))
-    found = [len(row.input_ids) for batch in batches for row in encode_batch(batch, tokenizer) if row.input_ids is not None]
-    if not found:
-        raise UserError("data has no row that can be used: check it with check_dataset")
-    return found
+    encoder = Encoder(tokenizer, template_kwargs=template_kwargs)
+    batches = iterate_conversations(source if hasattr(source, "features") else data)
+    rows = [row for batch in batches for row in encoder.encode([row.messages for row in batch], tools=[row.tools for row in batch])]
+    if found := [len(one.input_ids) for row in rows for one in (row, *row.parts) if one.input_ids is not None]:
+        return found
+    first = next((f", as {row.why} ({row.code})" for row in rows if row.code), "")
+    raise UserError(f"data has no row that can be used{first}: qlora_nb check (in Python check_dataset) names what is wrong")
 
 # %% ../nbs/89_cards.ipynb #7844e053
 def choose_length(lengths: Sequence[int], context: int) -> int:

@@ -33,11 +33,12 @@ from qlora_nb.certificate_checks import (
     open_subject,
     read_modelfile,
     record_template_choice,
+    select_plain,
     spread_evenly,
 )
 from .chat_templates import TEMPLATE_DATE, stop_tokens, template_text, turn_end
 from .core import EMBEDDED_NAME, UserError, file_sha256, unwrap_base
-from .evaluation import parse_answer
+from .evaluation import opens_reasoning, parse_answer
 from .generation import as_conversation, generate_replies, generation_mode, to_reply
 from .go_template import render_go
 from .llama import LlamaFile, chat_server
@@ -56,7 +57,7 @@ def encode_as_training(conversations: list[list[dict]], tokenizer, template: str
         start = next(i for i, label in enumerate(row.labels) if label != -100)
         return Ids(row.input_ids[:start], row.input_ids)
 
-    return [cut(row) for row in encode_batch(conversations, tokenizer, template=template)]
+    return [cut(row) for row in encode_batch(conversations, tokenizer, template=template, train_on="last")]
 
 
 def encode_by_tokenizer(messages: list[dict], tokenizer, template: str | None = None) -> Ids:
@@ -88,8 +89,10 @@ def encode_by_modelfile(messages: list[dict], modelfile: Modelfile, file: LlamaF
 # %% ../nbs/22_certificate.ipynb #80e3d50a
 def check_paths(cases: list[Case], wanted: list[Ids], tokenizer, file: LlamaFile, modelfile: Modelfile | None = None,
                 template: str | None = None) -> list[PathCheck]:
-    "Compare training's ids (`wanted`) with those of the other three paths; of two where there is no TEMPLATE."
-    end = turn_end(tokenizer, template)
+    """Compare training's ids (`wanted`) with those of the other three paths; of two where there is no TEMPLATE.
+
+    Where the prompt opens `<think>`, a template writes a past reply differently than it was trained: then the prompts are compared."""
+    end, opened = turn_end(tokenizer, template), opens_reasoning(tokenizer, template)
     with chat_server(file.path) as ask:
         ways = {
             "tokenizer": lambda turns: encode_by_tokenizer(turns, tokenizer, template),
@@ -104,6 +107,8 @@ def check_paths(cases: list[Case], wanted: list[Ids], tokenizer, file: LlamaFile
                     got = ways[check.path](case.messages)
                 except UserError as error:
                     got = str(error)
+                if opened and isinstance(got, Ids):
+                    got = Ids(got.prompt, got.prompt + want.whole[len(want.prompt) :])
                 check.note(case, want, got, tokenizer, end)
     return checks
 
@@ -181,13 +186,14 @@ def compare_replies(subject: Subject, cases: list[Case], ids: list[Ids], files: 
             check.accuracy = sum(answer == b for answer, _, b in known) / len(known)
 
 # %% ../nbs/22_certificate.ipynb #08e0c2fb
-def _prepare(subject: Subject, data, rows: int, modelfile: Modelfile | None) -> tuple[list[Case], list[Ids], int]:
-    "Return conversations as they are served, their ids in training, and how many were left out."
+def _prepare(subject: Subject, data, rows: int, modelfile: Modelfile | None) -> tuple[list[Case], list[Ids], int, int]:
+    "Return conversations as they are served, their ids in training, how many training would leave out, and how many rows hold tools or reasoning."
     if data is None:
         if model_info(subject.model, required=False).get("model") != EMBEDDED_NAME:
             raise UserError("no held-out rows were given: pass data=, rows that the model was not trained on")
         data = load_sft_dataset(split="heldout")
-    cases = make_cases(data, subject.tokenizer, rows)
+    plain, others = select_plain(data, rows)
+    cases = make_cases(plain, subject.tokenizer, rows)
     if modelfile:
         cases = [Case(case.kind, prepend_modelfile(case.messages, modelfile)) for case in cases]
     ids = encode_as_training([case.messages for case in cases], subject.tokenizer, subject.template)
@@ -195,7 +201,7 @@ def _prepare(subject: Subject, data, rows: int, modelfile: Modelfile | None) -> 
     kept = [(case, row) for case, row in zip(cases, ids) if row and len(row.whole) < context]
     if not kept:
         raise UserError(f"none of the {len(cases)} held-out conversations can be rendered within {context} tokens: give others")
-    return [case for case, _ in kept], [row for _, row in kept], len(cases) - len(kept)
+    return [case for case, _ in kept], [row for _, row in kept], len(cases) - len(kept), others
 
 # %% ../nbs/22_certificate.ipynb #19b49b3f
 def _compare(subject, paths, modelfile, cases, ids, count, limit) -> tuple[list[FileCheck], int]:
@@ -248,12 +254,12 @@ def certify(
     check_positive(rows=rows, model_rows=model_rows)
     files, found = list_files(gguf), read_modelfile(modelfile)
     subject = open_subject(subject, tokenizer, base, load_in_4bit)
-    cases, ids, left_out = _prepare(subject, data, rows, found)
+    cases, ids, left_out, others = _prepare(subject, data, rows, found)
     count = min(len(cases), rows if model_rows is None else model_rows)
     limit = subject.config.get("max_new_tokens", 256) if max_new_tokens is None else max_new_tokens
     checks, answered = _compare(subject, files, found, cases, ids, count, limit)
     notes = check_modelfile(found, Path(modelfile).expanduser().absolute(), files, subject) if found else []
-    facts = {"date": time.strftime("%Y-%m-%d"), "versions": list_versions(), "adapter_sha256": subject.adapter_sha256, **record_template_choice(found, modelfile, files)}
+    facts = {"date": time.strftime("%Y-%m-%d"), **({"rows_with_tools_or_reasoning": others} if others else {}), "versions": list_versions(), "adapter_sha256": subject.adapter_sha256, **record_template_choice(found, modelfile, files)}
     return Certificate(
         subject.name, dict(Counter(case.kind for case in cases)), left_out, count, answered, checks,
         {**DEFAULT_BOUNDS, **(thresholds or {})}, notes, facts, time.perf_counter() - start, files[0].absolute().parent,

@@ -56,6 +56,22 @@ def _make_awkward(kind: str, turns: list[dict], before: list[dict], look_alike: 
     return [turn if keep else {**turn, "content": wrap.replace("{}", turn["content"], 1)} for turn, keep in zip(turns, kept)]
 
 # %% ../nbs/88_certificate_checks.ipynb #f50b262c
+def select_plain(data, rows: int) -> tuple[list[dict], int]:
+    "Return the first rows of roles and contents alone, and how many before them hold tools or reasoning, which only some of the paths can write."
+    found, others = [], 0
+    for row in data:
+        if len(found) == rows:
+            break
+        own = {name for turn in row["messages"] for name, value in turn.items() if value is not None} - {"role", "content", "weight"}
+        if own or row.get("tools") or any(turn["role"] == "tool" for turn in row["messages"]):
+            others += 1
+        else:
+            found.append({"messages": [{name: turn[name] for name in ("role", "content")} for turn in row["messages"]]})
+    if others and not found:
+        raise UserError(f"all {others} held-out rows hold tools or reasoning of their own, which can't be compared: give data= (--data) with plain conversations too")
+    return found, others
+
+
 def make_cases(data, tokenizer, rows: int = 200) -> list[Case]:
     """Return conversations for a certificate, made from held-out rows that end with a reply: three in five as they are, then awkward ones in turn.
 
@@ -320,6 +336,8 @@ class Certificate:
             lines.append(f"{self.facts['ollama_reads_reason']}. {_SERVED_BY[read]}")
         if base := next((check.base_kl for check in self.checks if check.base_kl is not None), None):
             lines.append(f"The base without its adapter is {base:.1e} nats from the trained model (mean KL).")
+        if others := self.facts.get("rows_with_tools_or_reasoning"):
+            lines.append(f"{others} rows with tools or reasoning of their own were not compared: only some of the paths can write them.")
         if self.left_out:
             lines.append(f"{self.left_out} conversations were left out, as training would have left them out.")
         return lines
@@ -387,7 +405,8 @@ class Subject:
 
     @property
     def template(self) -> str | None:
-        return self.config.get("template")
+        "The chat template where it isn't the tokenizer's own; with switches it is, as it was saved with these set."
+        return None if self.config.get("template_kwargs") else self.config.get("template")
 
 
 def _open_folder(path: Path, base: str | Path | None, load_in_4bit: bool | None) -> Subject:

@@ -5,8 +5,13 @@
 # %% auto #0
 __all__ = ['CHAT_TEMPLATES', 'stop_tokens']
 
+# %% ../nbs/90_chat_templates.ipynb #9000000a
+import json
+import re
+
 # %% ../nbs/90_chat_templates.ipynb #81000009
 from .core import EMBEDDED_MODEL, UserError
+from .turns import TURN_KEYS, grade_loss, kind_of
 
 # %% ../nbs/90_chat_templates.ipynb #9a00f15d
 EMBEDDED_TEMPLATE = (EMBEDDED_MODEL / "chat_template.jinja").read_text(encoding="utf-8")
@@ -96,6 +101,13 @@ def template_text(tokenizer, template: str | None = None) -> str:
         raise UserError(f"the template {template!r} needs the token {end}, which this tokenizer doesn't have: choose another")
     return "{{- bos_token }}\n" + text if template == "chatml" and adds_bos(tokenizer) else text
 
+
+def tool_template_text(tokenizer, template: str | None = None) -> str:
+    "Return the Jinja text for conversations with tools: some tokenizers have one of their own for these."
+    if template is None and isinstance(tokenizer.chat_template, dict):
+        return tokenizer.get_chat_template(tools=[])
+    return template_text(tokenizer, template)
+
 # %% ../nbs/90_chat_templates.ipynb #25d0ccb5-8
 def find_content_problem(messages) -> tuple[str, str] | None:
     "Return a code and what is wrong with the shape of some messages; None where they can be rendered."
@@ -104,41 +116,91 @@ def find_content_problem(messages) -> tuple[str, str] | None:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return "bad_roles", f"message {number} has no role"
+        place = f"message {number} ({message['role']})"
         content = message.get("content")
-        where = f"the content of message {number} ({message['role']})"
+        if len(message) > 2 and (problem := _find_field_problem(message, place)):
+            return problem
+        if content is None and message.get("tool_calls"):
+            continue
         if not isinstance(content, str):
-            return "non_string_content", f"{where} is {type(content).__name__}, not text"
-        try:
-            content.encode()
-        except UnicodeEncodeError:
-            return "odd_characters", f"{where} holds half a character (a lone surrogate)"
+            return "non_string_content", f"the content of {place} is {type(content).__name__}, not text"
+        if problem := _find_lone_half(content, f"the content of {place}"):
+            return problem
     return None
 
+
+def _find_lone_half(text: str, where: str) -> tuple[str, str] | None:
+    "Return what is wrong with the characters of a text; None if nothing is."
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "odd_characters", f"{where} holds half a character (a lone surrogate)"
+
+
+_READ_AS = {"calls": "tool_calls", "reasoning": "reasoning_content", "weights": "weight"}
+
+
+def _find_field_problem(message: dict, place: str) -> tuple[str, str] | None:
+    "Return what is wrong with the calls, the reasoning or the weight of a message; None if nothing is."
+    for key, value in message.items():
+        if key not in TURN_KEYS and (name := _READ_AS.get(kind_of(key))) and grade_loss(key, value, message["role"]):
+            return "unused_key", f"{place} has the key {key!r}, which load_sft_dataset reads as {name}, and nothing reads here"
+    if message["role"] == "assistant" and message.get("weight") not in (None, 0, 1):
+        return "unused_key", f"the weight of {place} is {message['weight']!r}, not 0 or 1"
+    reasoning = message.get("reasoning_content")
+    if not isinstance(reasoning, (str, type(None))):
+        return "non_string_content", f"the reasoning_content of {place} is {type(reasoning).__name__}, not text"
+    calls = message.get("tool_calls") or ()
+    functions = [isinstance(call, dict) and (call.get("function") or call) for call in calls] if isinstance(calls, (list, tuple)) else [None]
+    if not all(isinstance(f, dict) and isinstance(f.get("name"), str) and isinstance(f.get("arguments"), (dict, str, type(None))) for f in functions):
+        return "tools_unsupported", f"the tool_calls of {place} are not a list of functions, each with a name and arguments"
+    return _find_lone_half((reasoning or "") + json.dumps(calls, ensure_ascii=False, default=str), f"a call or the reasoning of {place}")
+
+# %% ../nbs/90_chat_templates.ipynb #7742c7f4-23
+_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
+
+# %% ../nbs/90_chat_templates.ipynb #a9f9663a
+def find_role_problem(messages: list[dict]) -> str | None:
+    "Return what is wrong with the order of the turns; None where nothing is."
+    roles = [m["role"] for m in messages]
+    turns = roles[1:] if roles[0] in ("system", "developer") else roles
+    if unknown := next((r for r in roles if r not in _ROLES), None):
+        return f"the role {unknown!r} is not known"
+    if "assistant" not in turns:
+        return "there is no assistant turn"
+    if turns[0] != "user":
+        return f"the first turn after the system is the {turns[0]}'s, not the user's"
+    if "system" in turns or "developer" in turns:
+        return "there is a system turn within the conversation"
+    if same := next((a for a, b in zip(turns, turns[1:]) if a == b and a in ("user", "assistant")), None):
+        return f"two {same} turns follow each other"
+    return None if turns[-1] == "assistant" else f"the last turn is the {turns[-1]}'s, not the assistant's"
+
 # %% ../nbs/90_chat_templates.ipynb #25d0ccb5-9
-def render_messages(messages: list[dict], tokenizer, text: str, add_generation_prompt: bool = False) -> str:
+def render_messages(messages: list[dict], tokenizer, text: str, add_generation_prompt: bool = False, *, tools=None, template_kwargs=None) -> str:
     "Return `messages` rendered by the Jinja `text`. Raise `UserError` with the template's own words where it refuses them."
     import jinja2
 
+    settings = {"date_string": TEMPLATE_DATE, **(template_kwargs or {}), "add_generation_prompt": add_generation_prompt}
     try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=text, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=TEMPLATE_DATE
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"the chat template can't render these messages ({error}): fix the messages or choose a template") from error
+        return tokenizer.apply_chat_template(messages, tools=tools or None, chat_template=text, tokenize=False, **settings)
+    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, MemoryError, RecursionError) as error:
+        words = str(error) or type(error).__name__
+        raise UserError(f"the chat template can't render these messages ({words}): fix the messages or choose a template") from error
 
 # %% ../nbs/90_chat_templates.ipynb #098103b0
 PROBE_MESSAGES = ({"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "It is so."})
 
 
-def probe_template(tokenizer, template: str | None = None) -> tuple[str, str, str] | None:
+def probe_template(tokenizer, template: str | None = None, template_kwargs: dict | None = None) -> tuple[str, str, str] | None:
     """Return how the template writes a question, the question with the reply asked for, and question and reply.
 
     None where there is no template, or it refuses. `template` is as for `template_text`."""
     try:
         text = template_text(tokenizer, template)
-        question = render_messages([*PROBE_MESSAGES[:1]], tokenizer, text)
-        asked = render_messages([*PROBE_MESSAGES[:1]], tokenizer, text, add_generation_prompt=True)
-        return question, asked, render_messages([*PROBE_MESSAGES], tokenizer, text)
+        question = render_messages([*PROBE_MESSAGES[:1]], tokenizer, text, template_kwargs=template_kwargs)
+        asked = render_messages([*PROBE_MESSAGES[:1]], tokenizer, text, add_generation_prompt=True, template_kwargs=template_kwargs)
+        return question, asked, render_messages([*PROBE_MESSAGES], tokenizer, text, template_kwargs=template_kwargs)
     except UserError:
         return None
 
@@ -148,22 +210,44 @@ def control_tokens(tokenizer) -> dict[int, str]:
     marked = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return marked | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
 
+
+def join_names(names) -> str:
+    "Return a pattern of some tokens' names, the longer ones first; for no tokens, a pattern that never matches."
+    return "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
+
 # %% ../nbs/90_chat_templates.ipynb #9e513ab2
-def turn_end(tokenizer, template: str | None = None) -> int | None:
+def find_following(done: str, longer: str, controls: str, header: str = "") -> str:
+    "Return what comes between a finished reply and the next turn, up to the first control token; nothing if each turn begins with that token (`header`)."
+    found = re.match(rf"\s*(?:{controls})", longer[len(done) :]) if longer.startswith(done) else None
+    return found.group() if found and found.group().strip() != header else ""
+
+
+def turn_end(tokenizer, template: str | None = None, template_kwargs: dict | None = None) -> int | None:
     "Return the control token that the template writes after a reply; None where there is none."
-    if (probe := probe_template(tokenizer, template)) is None:
+    if (probe := probe_template(tokenizer, template, template_kwargs)) is None:
         return None
-    rest = probe[2].rpartition(PROBE_MESSAGES[1]["content"])[2]
-    known = control_tokens(tokenizer)
-    for i in tokenize_texts([rest], tokenizer)[0]:
-        if i in known or tokenizer.decode([i]).strip():
-            return i if i in known and i != tokenizer.bos_token_id else None
-    return None
+    names = {name: i for i, name in control_tokens(tokenizer).items() if i != tokenizer.bos_token_id}
+    controls = join_names(names)
+    try:
+        turns = [*PROBE_MESSAGES, PROBE_MESSAGES[0]]
+        longer = render_messages(turns, tokenizer, template_text(tokenizer, template), template_kwargs=template_kwargs)
+    except UserError:
+        longer = ""
+    question, _, done = probe
+    begins = re.search(controls, done.removeprefix(question))
+    header = begins.group() if begins else ""
+    rest, goes_on = (text.rpartition(PROBE_MESSAGES[1]["content"])[2] for text in (done, longer))
+    ends = [m.group() for m in re.finditer(controls, rest) if goes_on.startswith(rest[: m.end()]) and m.group() != header]
+    if not ends and (first := re.match(rf"\s*({controls})", rest)):
+        ends = [first.group(1)]
+    if not ends and not rest.strip():
+        ends = [find_following(done, longer, controls, header).strip()]
+    return names.get(ends[-1]) if ends else None
 
 # %% ../nbs/90_chat_templates.ipynb #25d0ccba
 END_OF_TURN = (
-    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<turn|>", "<|end|>",
-    "<|return|>", "<|end_of_turn|>", "<|end_of_sentence|>", "<｜end▁of▁sentence｜>",
+    "<|eot_id|>", "<|eom_id|>", "<|call|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<turn|>",
+    "<|end|>", "<|return|>", "<|end_of_turn|>", "<|end_of_sentence|>", "<｜end▁of▁sentence｜>",
 )
 
 # %% ../nbs/90_chat_templates.ipynb #25d0ccb5-11
@@ -171,11 +255,12 @@ def stop_tokens(
     tokenizer,  # a transformers tokenizer
     model=None,  # its `generation_config` is consulted as well
     template: str | None = None,  # None: the tokenizer's own; a name in `CHAT_TEMPLATES`; or Jinja text
+    template_kwargs: dict | None = None,  # the template's own switches, such as {"enable_thinking": False}
 ) -> list[int]:
     "Return the ids that end a reply, in ascending order."
     known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = {*known} if isinstance(known, (list, tuple)) else {known}
-    ids |= {tokenizer.eos_token_id, turn_end(tokenizer, template)}
+    ids |= {tokenizer.eos_token_id, turn_end(tokenizer, template, template_kwargs)}
     names = {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens}
     ids.update(tokenizer.convert_tokens_to_ids(token) for token in END_OF_TURN if token in names)
     return sorted(ids - {None})

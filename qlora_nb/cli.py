@@ -20,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-from .core import UserError, library_versions, profile, quiet_environment
+from .core import UserError, escape_controls, library_versions, profile, quiet_environment, write_aside
 from qlora_nb.run import (
     DATA_FROM_PYTHON,
     RunFolder,
@@ -65,8 +65,8 @@ def load_rows(settings: Settings) -> tuple:  # (training rows, held-out rows or 
 
     if settings.data == DATA_FROM_PYTHON:
         raise UserError("that run's data was given in Python and has no name: name it with --data")
-    source = {name: getattr(settings, name) for name in ("data", "data_name", "limit", "add_system")}
-    load = partial(load_sft_dataset, system=settings.add_system)
+    source = {name: getattr(settings, name) for name in ("data", "data_name", "columns", "limit", "add_system")}
+    load = partial(load_sft_dataset, system=settings.add_system, columns=settings.columns)
     if settings.data is None:
         rows, held_out = load(limit=settings.limit), load(split="heldout")
     else:
@@ -132,12 +132,13 @@ def warn_of_large_model(name: str, settings: Settings, card=None) -> None:
             print(warning, file=sys.stderr)
 
 # %% ../nbs/72_cli.ipynb #a2f61c09
-def check_exportable(model, tokenizer, template: str | None = None) -> None:
+def check_exportable(model, tokenizer, template: str | None = None, template_kwargs: dict | None = None) -> None:
     "Raise `UserError` before the training where the export or its certificate would fail after it; report on stderr where Ollama gets no TEMPLATE."
     from qlora_nb.gguf_tokens import read_vocabulary
     from qlora_nb.gguf_writer import find_architecture
     from qlora_nb.merging import check_mergeable
     from qlora_nb.ollama_export import modelfile_refusal
+    from qlora_nb.training import with_template
 
     check_mergeable(model)
     find_architecture({**model.config.to_dict(), "architectures": [type(model.get_base_model()).__name__]})
@@ -147,12 +148,14 @@ def check_exportable(model, tokenizer, template: str | None = None) -> None:
             importlib.import_module(name)
         except (ImportError, RuntimeError, OSError) as error:
             raise UserError(f"the certificate needs {name} ({error}): pip install 'qlora_nb[gguf]', or train without --export") from error
+    if template_kwargs:  # the saved template sets them itself
+        tokenizer, template = with_template(tokenizer, template, template_kwargs), None
     if why := modelfile_refusal(tokenizer, template):
         print(why, file=sys.stderr)
 
 # %% ../nbs/72_cli.ipynb #826fda92-10
 TRAIN_FLAGS = {  # in addition to the settings; name: (type, help)
-    "system": (str, "system text for rows that have none; default: one that asks for <think>, where replies have it"),
+    "system": (str, "system text for rows that have none; default: none, but for R1-Distill-SFT and the embedded set, which get one that asks for <think>"),
     "no_system": (bool, "add no system text to any row"),
     "output": (str, "run folder, new or empty; default ./runs/<time>-<model>"),
     "config": (str, "a run's config.yaml, or one of your own"),
@@ -180,6 +183,25 @@ def with_flags(function):
     function.__signature__ = inspect.Signature(parameters)
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return function
+
+# %% ../nbs/72_cli.ipynb #72a00002
+def setting_option(name: str):
+    "Return a text option with a setting's flag and help, for commands other than `train`."
+    found = next(f for f in fields(Settings) if f.name == name)
+    return Annotated[str | None, typer.Option("--" + name.replace("_", "-"), help=found.metadata["help"])]
+
+
+COLUMNS_OPTION, SWITCHES_OPTION = setting_option("columns"), setting_option("template_kwargs")
+
+
+def check_switches(text: str | None, config: dict) -> dict | None:
+    "Return the switches of `--template-kwargs`. Raise `UserError` for a value other than the one that a run was trained with, since its template sets that."
+    switches = check_setting("template_kwargs", text)
+    trained = config.get("template_kwargs") or {}
+    for name, value in (switches or {}).items():
+        if name in trained and trained[name] != value:
+            raise UserError(f"the run was trained with {name}={trained[name]!r}, which its chat template sets: leave it out of --template-kwargs")
+    return switches
 
 # %% ../nbs/72_cli.ipynb #826fda92-9
 def process_start() -> float:
@@ -228,7 +250,7 @@ def train_from_flags(flags: dict, formats: list[str]):
     model, tokenizer = load_model(how.pop("model"), **how)
     model = add_lora(model, **drop_missing(**settings.of_part("adapter")))
     if formats:
-        check_exportable(model, tokenizer, settings.template)
+        check_exportable(model, tokenizer, settings.template, settings.template_kwargs)
     trainer = {name: value for name, value in given.items() if name in settings_of_part("trainer")}
     run = train_and_report(
         model, tokenizer, data, trainer, config=None if flags["resume"] else config, eval_data=held_out, output=flags["output"],
@@ -294,6 +316,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="limit of a reply")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.7,
     backend: Annotated[str | None, typer.Option(help="auto, unsloth or transformers")] = None,
+    template_kwargs: SWITCHES_OPTION = None,
 ):
     "Talk to a fine-tuned model, to a base, or to a GGUF file in llama.cpp."
     with contextlib.ExitStack() as stack:
@@ -301,15 +324,15 @@ def chat(
             if run and run.lower().endswith(".gguf"):
                 from qlora_nb.llama import gguf_chat
 
-                if model or adapter or backend or base:
-                    raise UserError("a GGUF is given with --model, --adapter, --base or --backend: llama.cpp needs the file alone")
+                if model or adapter or backend or base or template_kwargs:
+                    raise UserError("a GGUF can't be combined with --model, --adapter, --base, --backend or --template-kwargs: llama.cpp needs only the file")
 
                 ask, config = stack.enter_context(gguf_chat(run)), config_around(Path(run))
             else:
                 from qlora_nb.generation import chat as ask_model
 
                 loaded, tokenizer, config = open_for_chat(run, model, adapter, backend, base)
-                ask = partial(ask_model, loaded, tokenizer)
+                ask = partial(ask_model, loaded, tokenizer, template_kwargs=check_switches(template_kwargs, config))
         system = (system if system is not None else config.get("system")) or None  # an empty text is none
         how = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
         for line in [message] if message is not None else sys.stdin:
@@ -327,6 +350,8 @@ def evaluate(
     limit: Annotated[int, typer.Option(help="how many rows")] = 200,
     max_new_tokens: Annotated[int | None, typer.Option(help="limit of a reply; default: the run's, or 512")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, unsloth or transformers")] = None,
+    columns: COLUMNS_OPTION = None,
+    template_kwargs: SWITCHES_OPTION = None,
 ):
     "Answer held-out rows and count the replies that are exact, in form, and end by themselves; the last line is JSON."
     with quiet_stdout():
@@ -337,26 +362,40 @@ def evaluate(
         loaded, tokenizer, config = open_for_chat(run, model, adapter, backend)
         if data is None and config.get("data") is not None:
             raise UserError(f"the run {run} was trained on {config['data']}: name the rows to answer with --data")
+        switches, named = check_switches(template_kwargs, config), check_setting("columns", columns)
         limit_ = config.get("max_new_tokens", 512) if max_new_tokens is None else max_new_tokens
-        rows = load_sft_dataset(data, data_name, split="train" if data else "heldout", limit=limit, system=config.get("add_system"))
-        found = measure(loaded, tokenizer, rows, max_new_tokens=limit_, base_data=load_base_task(loaded))
+        rows = load_sft_dataset(data, data_name, split="train" if data else "heldout", limit=limit, system=config.get("add_system"), columns=named)
+        found = measure(loaded, tokenizer, rows, max_new_tokens=limit_, base_data=load_base_task(loaded), template_kwargs=switches)
     print(json.dumps({"n": len(found.rows), **found.summary()}))
 
 # %% ../nbs/72_cli.ipynb #0d25fe2b
-def make_plans(model: str, gpu: str | None, data: str | None, data_name: str | None, limit: int, backend: str | None, **wishes) -> list:
+def open_tokenizer(model: str):
+    "Load the tokenizer of a model, which needn't have its weights. Raise `UserError` for a folder without its files."
+    from qlora_nb.loading import load_tokenizer
+    from qlora_nb.shapes import model_folder
+
+    folder = model_folder(model)
+    if folder and not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")):
+        raise UserError(f"the folder {folder} has no tokenizer (tokenizer.json), which --data needs to count the rows' tokens: "
+                        "copy tokenizer.json, tokenizer_config.json and chat_template.jinja there, or leave out --data")
+    return load_tokenizer(folder or model)
+
+
+def make_plans(model: str, gpu: str | None, data: str | None, data_name: str | None, limit: int, backend: str | None,
+               columns: str | None = None, template_kwargs: str | None = None, **wishes) -> list:
     "Return a `Plan` for the card, for this machine's, or for each of the usual ones."
     import torch
 
     from qlora_nb.cards import KNOWN_CARDS, find_card, measure_row_lengths
-    from qlora_nb.loading import load_tokenizer_and_config
     from qlora_nb.plan import plan_training
     from qlora_nb.rows import load_sft_dataset
     from qlora_nb.shapes import model_shape
 
     shape, lengths = model_shape(model), None
     if data is not None or data_name is not None:
-        rows = load_sft_dataset(data, data_name, limit=limit)
-        lengths = measure_row_lengths(rows, load_tokenizer_and_config(model, None)[0])
+        tokenizer, switches = open_tokenizer(model), check_setting("template_kwargs", template_kwargs)
+        rows = load_sft_dataset(data, data_name, limit=limit, columns=check_setting("columns", columns))
+        lengths = measure_row_lengths(rows, tokenizer, switches)
     cards = [gpu] if gpu else ["cuda"] if torch.cuda.is_available() else list(KNOWN_CARDS)
     return [plan_training(shape, card, lengths, backend=backend or backend_on_card(shape, find_card(card)), **wishes) for card in cards]
 
@@ -390,12 +429,14 @@ def plan(
     r: Annotated[int, typer.Option(help="rank of the adapter")] = 16,
     method: Annotated[str | None, typer.Option(help="qlora or lora; default: the faster of those that fit")] = None,
     backend: Annotated[str | None, typer.Option(help="unsloth, transformers or engine; default: what auto takes on that card")] = None,
+    columns: COLUMNS_OPTION = None,
+    template_kwargs: SWITCHES_OPTION = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ):
     "Choose settings that fit a card and should be fastest, before anything is loaded. Exit code 1 where nothing fits."
     with quiet_stdout():
         found = make_plans(model or profile().model, gpu, data, data_name, limit, max_seq_length=max_seq_length, effective_batch=effective_batch, r=r, method=method,
-                      backend=backend)
+                           backend=backend, columns=columns, template_kwargs=template_kwargs)
     if as_json:
         print(json.dumps([p.to_dict() for p in found] if len(found) > 1 else found[0].to_dict(), indent=2, ensure_ascii=False))
     else:
@@ -405,24 +446,70 @@ def plan(
 
 # %% ../nbs/72_cli.ipynb #7872092f
 def check_named_data(model: str, revision: str | None, data: str | None, data_name: str | None, eval_data: str | None, limit: int | None,
-                     max_seq_length: int, system: str | bool | None = None, **settings):
-    "Load what is named and check it; return the `DatasetReport`. Rows of a file are streamed."
+                     max_seq_length: int, system: str | bool | None = None, columns: dict | None = None, **settings) -> tuple:
+    "Load the data that is named and check it; return the `DatasetReport` and the rows. Rows from a file are streamed."
     from qlora_nb.loading import load_tokenizer_and_config
     from qlora_nb.preflight import check_dataset
     from qlora_nb.rows import load_sft_dataset
 
     tokenizer, config = load_tokenizer_and_config(model, revision)
-    named = {"model": model, "data_name": data_name, "eval_data": eval_data, "limit": limit, "add_system": system}
+    named = {"model": model, "data_name": data_name, "eval_data": eval_data, "limit": limit, "add_system": system, "columns": columns}
     if data is None:
         rows, held_out, _ = load_rows(resolve_settings(drop_missing(**named), profile=profile_for(model)))
     else:
-        rows = load_sft_dataset(data, data_name, limit=limit, streaming=True, system=system)
-        held_out = load_sft_dataset(eval_data, system=system) if eval_data is not None else None
-    return check_dataset(rows, tokenizer, max_seq_length, eval_data=held_out, model=config, **settings)
+        rows = load_sft_dataset(data, data_name, limit=limit, streaming=True, system=system, columns=columns)
+        held_out = load_sft_dataset(eval_data, system=system, columns=columns) if eval_data is not None else None
+    return check_dataset(rows, tokenizer, max_seq_length, eval_data=held_out, model=config, **settings), rows
+
+# %% ../nbs/72_cli.ipynb #72a00006
+def name_data(source: str | None, data: str | None) -> str | None:
+    "Return the data that is named, by an argument or a flag. Raise `UserError` for both."
+    if source and data:
+        raise UserError("the data is given twice, as the argument and with --data: leave one of them out")
+    return source or data
+
+
+def check_target(write: str | None, overwrite: bool, drop_duplicates: bool = False) -> Path | None:
+    "Return the file for the good rows. Raise `UserError` for one that exists already, or is of another kind, before anything slow begins."
+    if write is None:
+        if drop_duplicates:
+            raise UserError("--drop-duplicates needs --write: name a file for the good rows, or leave it out")
+        return None
+    path = Path(write).expanduser()
+    if path.suffix != ".jsonl":
+        raise UserError(f"--write {write} is not a .jsonl file, but rows are written as JSON Lines: name one, such as good.jsonl")
+    if path.exists() and not overwrite:
+        raise UserError(f"--write {write} already exists: name a new file, or replace this one with --overwrite")
+    return path
+
+
+def write_good_rows(rows, report, path: Path, drop_duplicates: bool) -> dict:  # counts
+    "Write the rows that training can use as JSON Lines, in order; a row that is too long is kept. If none is left, no file is written."
+    from qlora_nb.preflight import clean_dataset
+    from qlora_nb.schemas import iterate_conversations
+
+    found, seen = {}, set()
+    for reason, numbers in (("invalid", report.invalid_rows), ("leaked", report.leaked_rows), ("duplicate", report.duplicate_rows if drop_duplicates else ())):
+        found[reason] = len(set(numbers) - seen)
+        seen |= set(numbers)
+    if left := report.summary["rows"] - len(seen):
+        with write_aside(path) as part, part.open("w", encoding="utf-8") as file:
+            for batch in iterate_conversations(clean_dataset(rows, report, duplicates=drop_duplicates)):
+                for row in batch:
+                    file.write(json.dumps({"messages": row.messages, **({"tools": row.tools} if row.tools else {})}, ensure_ascii=False) + "\n")
+    return {"file": str(path), "rows": left, **found}
+
+
+def describe_written(written: dict) -> str:
+    "Return one line that says how many rows were written, and which were left out."
+    gone = ", ".join(f"{count} {reason}" for reason, count in written.items() if reason not in ("file", "rows") and count)
+    done = f"{written['rows']} rows written" if written["rows"] else "not written, since no row is left"
+    return f"{written['file']}: {done}{f'; left out: {gone}' if gone else ''}"
 
 # %% ../nbs/72_cli.ipynb #048a4b8e
 @app.command()
 def check(
+    source: Annotated[str | None, typer.Argument(metavar="[DATA]", help="the same as --data")] = None,
     model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the profile's")] = None,
     data: Annotated[str | None, typer.Option(help="Hub name, folder, or a JSONL, JSON, CSV or Parquet file; default: by model")] = None,
     data_name: Annotated[str | None, typer.Option(help="configuration of a Hub data set")] = None,
@@ -437,15 +524,27 @@ def check(
     truncation: Annotated[str, typer.Option(help="rows that are too long: drop, or cut_prompt")] = "drop",
     system: Annotated[str | None, typer.Option(help=TRAIN_FLAGS["system"][1])] = None,
     no_system: Annotated[bool | None, typer.Option("--no-system", help=TRAIN_FLAGS["no_system"][1])] = None,
+    columns: COLUMNS_OPTION = None,
+    train_on: setting_option("train_on") = "all",
+    template_kwargs: SWITCHES_OPTION = None,
+    write: Annotated[str | None, typer.Option(help="write the good rows to this .jsonl file, without rows that have an error or whose question is in --eval-data")] = None,
+    drop_duplicates: Annotated[bool, typer.Option("--drop-duplicates", help="with --write: also leave out rows that repeat an earlier one")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="with --write: replace the file")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ):
-    "Check a data set as the model will see it, and say what would go wrong. Exit code 1 where there are errors."
+    "Check a data set as the model will see it, and say what would go wrong. Exit code 1 if there are errors; with --write, if any remain."
     with quiet_stdout():
-        report = check_named_data(model or profile().model, revision, data, data_name, eval_data, limit, max_seq_length, template=template,
-                         max_steps=max_steps, effective_batch=effective_batch, min_rows=min_rows, truncation=truncation,
-                         system=choose_system(system, no_system))
-    print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else report)
-    if not report.ok:
+        target = check_target(write, overwrite, drop_duplicates)
+        report, rows = check_named_data(
+            model or profile().model, revision, name_data(source, data), data_name, eval_data, limit, max_seq_length, template=template,
+            max_steps=max_steps, effective_batch=effective_batch, min_rows=min_rows, truncation=truncation, train_on=train_on,
+            template_kwargs=check_setting("template_kwargs", template_kwargs), columns=check_setting("columns", columns),
+            system=choose_system(system, no_system))
+        written = target and write_good_rows(rows, report, target, drop_duplicates)
+    print(json.dumps({**report.to_dict(), **({"written": written} if target else {})}, indent=2, ensure_ascii=False) if as_json else report)
+    if target:
+        print(describe_written(written), file=sys.stderr)
+    if (target and not written["rows"]) or any(finding.severity == "error" and not (target and finding.rows) for finding in report.findings):
         raise typer.Exit(1)
 
 # %% ../nbs/72_cli.ipynb #b3e70d02
@@ -515,6 +614,7 @@ def certify(
     output: Annotated[str | None, typer.Option(help="JSON; default: certificate.json beside the first GGUF")] = None,
     base: BASE_OPTION = None,
     load_in_4bit: BITS_OPTION = None,
+    columns: COLUMNS_OPTION = None,
 ):
     "Prove that GGUF and Modelfile serve what was trained; exit code 1 where they don't. The last line is the JSON's path."
     with quiet_stdout(), explain_stop(lambda: "no certificate was written, so start again"):
@@ -523,7 +623,8 @@ def certify(
         from qlora_nb.workflow import try_to_report
 
         beside = Path((gguf := find_gguf_files(run, gguf))[0]).expanduser().absolute().parent / "Modelfile"
-        held_out = load_sft_dataset(data, data_name, limit=rows, system=config_around(beside).get("add_system")) if data else None
+        named = check_setting("columns", columns)
+        held_out = load_sft_dataset(data, data_name, limit=rows, system=config_around(beside).get("add_system"), columns=named) if data else None
         found = compare(run, gguf=gguf, modelfile=modelfile or (beside if beside.exists() else None), data=held_out, rows=rows,
                         model_rows=model_rows, max_new_tokens=max_new_tokens, base=base, load_in_4bit=load_in_4bit)
         print(found, file=sys.stderr)
@@ -569,7 +670,7 @@ def compare(
 # %% ../nbs/72_cli.ipynb #b3e70d09
 @app.command()
 def doctor(
-    file: Annotated[Path, typer.Argument(help="a script (.py) or a notebook (.ipynb); it is read, never run")],
+    file: Annotated[Path, typer.Argument(help="a script (.py) or a notebook (.ipynb), or - for standard input; it is read, never run")],
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ):
     "Find what no longer works in older code, and what to write now. Exit code 1 where something breaks or silently goes wrong."
@@ -590,6 +691,8 @@ def recommend(
     rows: Annotated[int | None, typer.Option(help="the number of rows, instead of the data")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, a card's name, or a size such as '24 GB'; default: this machine")] = None,
     method: Annotated[str, typer.Option(help="lora, qlora or full")] = "qlora",
+    columns: COLUMNS_OPTION = None,
+    template_kwargs: SWITCHES_OPTION = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ):
     "Recommend settings to start from for this model and data, each with its reason and source."
@@ -600,9 +703,9 @@ def recommend(
         model = model or profile().model
         tokenizer, config = load_tokenizer_and_config(model, None)
         if rows is None:
-            named = drop_missing(model=model, data=data, data_name=data_name, limit=limit)
+            named = drop_missing(model=model, data=data, data_name=data_name, limit=limit, columns=columns)
             rows = load_rows(resolve_settings(named, profile=profile_for(model)))[0]
-        found = advise(config, rows, device, tokenizer=tokenizer, method=method)
+        found = advise(config, rows, device, tokenizer=tokenizer, method=method, template_kwargs=check_setting("template_kwargs", template_kwargs))
     print(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else found)
 
 # %% ../nbs/72_cli.ipynb #c1a5e003
@@ -659,7 +762,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except UserError as error:
         try:
-            print(f"qlora_nb: {error}", file=sys.stderr, flush=True)
+            print(f"qlora_nb: {escape_controls(str(error))}", file=sys.stderr, flush=True)
         except OSError:  # a terminal that was closed: what is still in the buffer would change the exit code
             sys.stdout = sys.stderr = None
         raise SystemExit(error.exit_code) from None

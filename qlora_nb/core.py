@@ -220,6 +220,14 @@ def read_package_table(name: str) -> dict:
     with open(EMBEDDED_FOLDER.parent / name, encoding="utf-8") as file:
         return yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
+# %% ../nbs/00_core.ipynb #8278ca05
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def escape_controls(text: str) -> str:
+    "Return a text with its control characters escaped, but for tabs and newlines."
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+
 # %% ../nbs/00_core.ipynb #50a00051
 _TYPE_WORDS = {int: "a number", float: "a number", str: "text", bool: "true or false", dict: "a mapping", list: "a list"}
 

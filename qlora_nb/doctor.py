@@ -24,7 +24,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import get_args
 
-from .core import Finding, Findings, UserError, read_package_table
+from .core import Finding, Findings, UserError, escape_controls, read_package_table
 
 # %% ../nbs/70_doctor.ipynb #7369949b
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def read_rules(table: dict) -> dict[str, Rule]:
 
 
 def read_arguments(table: dict[str, list[str]]) -> dict[str, set[str]]:
-    "Return the arguments of each callable by its short name (trl.ORPOTrainer), those of the callables it names included."
+    "Return the arguments of each callable by its short name (trl.ORPOTrainer), including those of the callables that it names."
     found = {}
     for call, names in table.items():
         own = {name for name in names if "." not in name}
@@ -121,7 +121,7 @@ def list_imports(node) -> list[tuple[str, str, ast.alias]]:
 
 
 def is_scope(node) -> bool:
-    "Return True for a function; not for a marimo notebook's cell, which is written as one."
+    "Return True for a function, but not for a marimo notebook's cell, which is written as one."
     decorators = [getattr(part, "func", part) for part in getattr(node, "decorator_list", ())]
     return isinstance(node, _FUNCTIONS) and not any(getattr(part, "attr", "") == "cell" for part in decorators)
 
@@ -161,7 +161,7 @@ class CodeReader:
         self.given = {}  # names → the texts that they are given anywhere
         self.loaded = []  # what is loaded: the first argument of `from_pretrained`
         self.ends = False  # whether the end of a turn is put behind something
-        self.masks = True  # until a padding token was found that a collator masks
+        self.masks = True  # until a padding token that a collator masks has been found
         self._said = {}  # expressions → whether a text matches
         for tree in trees:
             for node in ast.walk(tree):
@@ -209,7 +209,7 @@ class CodeReader:
         self.ends |= getattr(words.get("add_eos_token"), "value", False) is True
 
     def _name_models(self) -> list[str]:
-        "Return the texts that name a model of a known family: those that are loaded, else any that looks like a name."
+        "Return the texts that name a model of a known family: those that are loaded, else any that look like a name."
         names = [getattr(node, "value", None) for node in self.loaded if isinstance(node, ast.Constant)]
         names += [text for node in self.loaded for text in self.given.get(getattr(node, "attr", getattr(node, "id", "")), ())]
         known = [name for name in names if isinstance(name, str) and _FAMILY.search(name)]
@@ -217,7 +217,7 @@ class CodeReader:
 
     @property
     def has_two_bos(self) -> bool:
-        "True unless each model of a known family is one whose template, or whose tokenizer, writes no BOS."
+        "True unless every model of a known family has a template, or a tokenizer, that adds no BOS."
         return not self.models or any(re.search(_TABLE["families"]["two_bos"], name) for name in self.models)
 
     def uses(self, root: str) -> bool:
@@ -225,14 +225,14 @@ class CodeReader:
         return any(isinstance(name, str) and name.partition(".")[0] == root for name in self.later.values())
 
     def uses_name(self, dotted: str) -> bool:
-        "Return True where a name of a library is used, imported, assumed or as an attribute of the library."
+        "Return True if a name of a library is used: imported, assumed, or as an attribute of the library."
         if dotted not in self._said:
             meant = [self.later.get(word, dotted if dotted.endswith("." + word) else None) for word in self.words]
             self._said[dotted] = any(isinstance(name, str) and matches_name(name, dotted) for name in meant)
         return self._said[dotted]
 
     def names_model(self, pattern: str) -> bool:
-        "Return True where a model's name, or in code that names none, any text, matches the pattern."
+        "Return True if a model's name (or, in code that names none, any text) matches the pattern."
         return any(re.search(pattern, name) for name in self.models) if self.models else self.says(pattern)
 
     def says(self, pattern: str) -> bool:
@@ -372,7 +372,7 @@ class Hit:
     old: str = ""
     new: str = ""
     call: str = ""  # the name of what is called
-    shim: str = ""  # what Unsloth makes of it: taken or dropped
+    shim: str = ""  # what Unsloth does with it: taken or dropped
 
 # %% ../nbs/70_doctor.ipynb #ec8225c1
 def _has_value(rule: Rule, node) -> bool:
@@ -384,14 +384,14 @@ def _has_value(rule: Rule, node) -> bool:
 
 
 def _applies(rule: Rule, name: str, given: dict, reader: CodeReader) -> bool:
-    "Return True where a rule is about this call."
+    "Return True if a rule applies to this call."
     if not matches_name(name, *rule.calls) or (rule.model and not reader.names_model(rule.model)):
         return False
     return not ((rule.unless and (rule.unless in given or reader.says(rule.unless))) or (rule.without and reader.uses(rule.without)))
 
 
 def _find_shim(name: str, old: str, rule: Rule, reader: CodeReader) -> str:
-    "Return what Unsloth, imported first, makes of an argument of TRL's that is gone; nothing where it raises."
+    "Return what Unsloth, imported first, does with an argument that TRL removed; nothing if it raises."
     if not (reader.has_shim and name.startswith("trl.") and rule.value is None):
         return ""
     if rule.shim or old in _TABLE["unsloth"]["moves"]:
@@ -419,7 +419,7 @@ def look_arguments(node: ast.Call, reader: CodeReader) -> Iterator[Hit]:
 # %% ../nbs/70_doctor.ipynb #23679bae
 @cache
 def explain_name(dotted: str | None) -> tuple[str, str, str] | None:
-    "Return (code of the rule, old name, new name) for a name that can't be imported any more; None for another."
+    "Return (code of the rule, old name, new name) for a name that can no longer be imported; None for any other."
     for rule in OLD_CODE_RULES.values():
         if old := next((name for name in rule.names if matches_name(dotted, name) and dotted != rule.names[name]), None):
             return rule.code, dotted if "*" in old else old, rule.names[old]
@@ -479,7 +479,7 @@ def _ends_turn(node, reader: CodeReader) -> bool:
 
 
 def find_padding(node, reader: CodeReader) -> Iterator[ast.AST]:
-    "Yield what a node makes the tokenizer's padding token."
+    "Yield what a node sets as the tokenizer's padding token."
     if isinstance(node, ast.Assign):
         for target in node.targets:
             owner = getattr(target, "value", None)
@@ -495,7 +495,7 @@ def find_padding(node, reader: CodeReader) -> Iterator[ast.AST]:
 
 
 def look_pad(node: ast.Assign | ast.Call | ast.Subscript | ast.Attribute, reader: CodeReader) -> Iterator[Hit]:
-    "Look for padding with the end of turn where a collator masks padding, for `add_eos_token`, and for a training loss that is a mean."
+    "Look for padding with the end of turn where a collator masks padding, for `add_eos_token`, and for a training loss that is a mean over the run."
     key = getattr(getattr(node, "slice", None), "value", None)
     if key == "train_loss" or getattr(node, "attr", None) == "training_loss":
         yield Hit(node, "train_loss")
@@ -639,7 +639,7 @@ _READ_COLUMNS = {"prompt", "response", "instruction", "output", "question", "ans
 
 
 def look_data(node: ast.Subscript | ast.Call, reader: CodeReader) -> Iterator[Hit]:
-    "Look for columns that R1-Distill-SFT doesn't have, a slice that downloads everything, and tasks that are gone."
+    "Look for columns that R1-Distill-SFT doesn't have, a slice that downloads everything, and removed tasks."
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         column = reader.text(node.slice)
         if column in _READ_COLUMNS - reader.made and reader.says("^ServiceNow-AI/R1-Distill-SFT$"):
@@ -676,7 +676,7 @@ def join_line(lines: list[str], at: int) -> str:
 
 
 def find_magic(lines: list[str], at: int) -> int | None:
-    "Return where the magic begins that makes Python stumble at line `at`: there, where its continued line begins, or above."
+    "Return the line where the magic begins that makes Python fail at line `at`: that line, the start of its continuation, or one above."
     first = at
     while first and lines[first - 1].rstrip().endswith("\\"):
         first -= 1
@@ -772,9 +772,6 @@ _LOOKS = (look_arguments, look_names, look_trainer, look_pad, look_chat_ids, loo
           look_template, look_format, look_data, look_shell)
 
 # %% ../nbs/70_doctor.ipynb #8bf18252
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
 @dataclass
 class CodeFinding(Finding):
     "Something in a source that older tutorials write."
@@ -785,8 +782,8 @@ class CodeFinding(Finding):
     column: int  # from 1
     old: str  # what is written there (its first line)
 
-    def __post_init__(self):  # a notebook from elsewhere may hold what a terminal obeys
-        self.old, self.cause, self.fix = (_CONTROL.sub(lambda m: ascii(m.group())[1:-1], text) for text in (self.old, self.cause, self.fix))
+    def __post_init__(self):  # a notebook from elsewhere may hold terminal control sequences
+        self.old, self.cause, self.fix = map(escape_controls, (self.old, self.cause, self.fix))
 
     @property
     def where(self) -> str:
@@ -835,18 +832,18 @@ def explain_magic(first: int, text: str, cell: int | None) -> Iterator[CodeFindi
         yield CodeFinding(code, rule.severity, cause, rule.fix, rule.source, cell, line, column, word)
 
 # %% ../nbs/70_doctor.ipynb #70a00025
-MOST_CODE = 5_000_000  # characters; nobody writes more by hand
+MOST_CODE = 5_000_000  # characters; nobody writes more than that by hand
 
 
 def note_unreadable(error: UserError, cell: int | None, line: int = 1) -> CodeFinding:
-    "Return a finding for a cell that can't be read."
+    "Return a finding for a cell that can't be parsed."
     rule, line = OLD_CODE_RULES["unreadable"], getattr(error.__cause__, "lineno", None) or line
     cause = rule.cause.replace("$old", str(error).removesuffix(": fix it, or leave it out"))
     return CodeFinding(rule.code, rule.severity, cause, rule.fix, rule.source, cell, line, 1, "")
 
 
 def parse_cells(cells: dict) -> tuple[dict, list[CodeFinding]]:
-    "Return what each cell parses to, and a finding for each that doesn't. Raise `UserError` where none does."
+    "Return the parsed cells, and a finding for each that can't be parsed. Raise `UserError` if none can."
     parsed, findings, errors = {}, [], []
     for number, source in cells.items():
         try:
@@ -863,7 +860,7 @@ _MARK = re.compile(r"^# ?(?:%%|In\[).*$")  # between the cells of a script
 
 
 def parse_script(source: str) -> tuple[dict, list[CodeFinding]]:
-    "Return what a script parses to, and a finding for each of its cells that doesn't. Raise `UserError` where none does."
+    "Return the parsed cells of a script, and a finding for each that can't be parsed. Raise `UserError` if none can."
     lines = split_lines(source)
     marks = [i for i, line in enumerate(lines) if _MARK.match(line)]
     magics = [(i + 1, line) for i, line in enumerate(lines) if marks and re.match(r"#\s*[!%](?!%)", line)]
@@ -882,7 +879,7 @@ def parse_script(source: str) -> tuple[dict, list[CodeFinding]]:
 
 # %% ../nbs/70_doctor.ipynb #8aa3c4ce
 def explain_cells(parsed: dict, cells: dict) -> Iterator[CodeFinding]:
-    "Yield the findings in parsed cells. Raise `UserError` where there is one alone, and it is nested too deeply to follow."
+    "Yield the findings in parsed cells. Raise `UserError` if the only cell is nested too deeply to follow."
     for number, (tree, _) in parsed.items():
         tree.cell = number
     reader = CodeReader(*(tree for tree, _ in parsed.values()))
@@ -891,7 +888,7 @@ def explain_cells(parsed: dict, cells: dict) -> Iterator[CodeFinding]:
             for hit in reader.walk(tree, _LOOKS):
                 yield explain_hit(hit, hit.place.cell, cells[hit.place.cell])
         except RecursionError:
-            error = UserError("the source is nested too deeply to follow: give its parts one by one")
+            error = UserError("the source is nested too deeply to follow: check its parts one by one")
             if len(parsed) == 1:
                 raise error from None
             del reader.levels[1:]
@@ -912,7 +909,7 @@ def explain_old_code(
     if not isinstance(cells, (list, tuple)) or not all(isinstance(cell, str) for cell in cells):
         raise UserError(f"the source is a {type(source).__name__}: give a cell as text, or a list of cells (read_code reads files)")
     if (size := sum(map(len, cells))) > MOST_CODE:
-        raise UserError(f"the source has {size:,} characters of code; more than {MOST_CODE:,} are not read: give its parts one by one")
+        raise UserError(f"the source has {size:,} characters of code; more than {MOST_CODE:,} are not read: check its parts one by one")
     cells = {None: source} if isinstance(source, str) else dict(enumerate(cells, 1))
     parsed, unreadable = parse_script(source) if isinstance(source, str) else parse_cells(cells)
     found = {}
@@ -945,7 +942,7 @@ MOST_BYTES = 100_000_000  # of a file, outputs included
 
 
 def read_bytes(path: Path) -> bytes:
-    "Return a file's bytes, or what comes on standard input for `-`. Raise `UserError` for more than a notebook may have."
+    "Return a file's bytes, or those of standard input for `-`. Raise `UserError` for more than `MOST_BYTES`."
     with contextlib.nullcontext(sys.stdin.buffer) if str(path) == "-" else open(path, "rb") as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
@@ -954,7 +951,7 @@ def read_bytes(path: Path) -> bytes:
 
 # %% ../nbs/70_doctor.ipynb #4a4f7d7b
 def read_code(
-    path: str | Path,  # FILE.py or FILE.ipynb; - for either of them on standard input
+    path: str | Path,  # FILE.py or FILE.ipynb; - for either on standard input
 ) -> str | list[str]:
     "Return a script's text, or a notebook's code cells. Raise `UserError` for a missing, damaged or other file."
     path = Path(path).expanduser()

@@ -6,6 +6,7 @@
 __all__ = ['parse_answer', 'has_form', 'Evaluation', 'evaluate', 'before_and_after', 'measure_change']
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8
+import json
 import math
 import re
 import time
@@ -15,8 +16,10 @@ from statistics import NormalDist
 
 import torch
 
-from .core import UserError
+from .chat_templates import probe_template
+from .core import UserError, read_package_table
 from .generation import default_batch_size, generate_replies, generation_mode, input_device
+from .schemas import describe_mark, iterate_conversations
 from .template import Encoded, encode_batch
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-2
@@ -43,11 +46,18 @@ def parse_answer(
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-4
 def has_form(
     text: str,  # a reply
+    opened: bool = False,  # the prompt ends with `<think>` already
 ) -> bool:
-    "Return whether a reply starts with `<think>`, has exactly one `</think>`, and text after it."
-    if not text.startswith("<think>") or text.count("</think>") != 1:
+    "Return whether a reply starts with `<think>` (or the prompt did), has exactly one `</think>`, and text after it."
+    if not (opened or text.startswith("<think>")) or text.count("</think>") != 1:
         return False
     return bool(text.partition("</think>")[2].strip())
+
+# %% ../nbs/14_evaluation.ipynb #14a00022
+def opens_reasoning(tokenizer, template: str | None = None, template_kwargs: dict | None = None) -> bool:
+    "Return whether the prompt that this template writes ends with `<think>`."
+    probe = probe_template(tokenizer, template, template_kwargs)
+    return bool(probe) and probe[1].rstrip().endswith("<think>")
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-5
 def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -79,17 +89,52 @@ def bootstrap_interval(
     return low, high
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-6
+NOT_MEASURED = ("too_long", "no_weight")  # codes of rows that have no loss, and are asked all the same
+
+
 class EncodedRows(list[Encoded | None]):
     "Rows with ids and labels, None for one that doesn't fit: encoded once, for several evaluations."
 
 
-def encode_rows(data: Iterable[dict], tokenizer, model: torch.nn.Module, template: str | None = None) -> EncodedRows:
+def list_conversations(data: Iterable[dict]) -> list[dict]:
+    "Return the `messages`, `tools` and `marks` of rows, as training reads them. Raise `UserError` for data without messages."
+    return [row._asdict() for batch in iterate_conversations(data) for row in batch]
+
+
+def explain_marks(marks: list[str]) -> str | None:
+    "Return why a row with these marks isn't an answer to learn from, and what to do; None where it may be one."
+    for severity, place, name in (mark.split(" ", 2) for mark in marks if mark.startswith("error ")):
+        cause, fix = describe_mark(severity, place, name)
+        return f"{cause} (unused_{place})" + (f": {fix}" if fix else "")
+    return None
+
+
+def encode_last_replies(data: Iterable[dict], tokenizer, **how) -> list[Encoded]:
+    "Encode held-out rows, with labels on the last reply alone; `how` is as for `encode_batch`."
+    rows = list_conversations(data)
+    return encode_batch([row["messages"] for row in rows], tokenizer, tools=[row["tools"] for row in rows], train_on="last", **how)
+
+
+def explain_fault(row: Encoded) -> str:
+    "Return why a row can't be used, and what to do: the fault may be the template's."
+    return f"{row.why} ({row.code}): {read_package_table('preflight.yaml')['codes'].get(row.code, {}).get('fix', 'fix this row or leave it out')}"
+
+
+def find_unusable_rows(data: Iterable[dict], tokenizer, **how) -> dict[int, str]:
+    "Return the numbers of held-out rows that can't be asked or judged, or aren't to be learned from, with why and what to do."
+    rows = list_conversations(data)
+    marked = {number: explain_marks(row["marks"]) for number, row in enumerate(rows)}
+    faults = {number: explain_fault(row) for number, row in enumerate(encode_last_replies(rows, tokenizer, **how)) if row.code not in (None, *NOT_MEASURED)}
+    return {number: faults.get(number) or why for number, why in marked.items() if why or number in faults}
+
+
+def encode_rows(data: Iterable[dict], tokenizer, model: torch.nn.Module, template: str | None = None, template_kwargs: dict | None = None) -> EncodedRows:
     "Encode rows that fit into the model's context, at most 2,048 tokens. Raise `UserError` for a row that can't be learned."
     limit = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
-    rows = encode_batch([row["messages"] for row in data], tokenizer, template=template, max_seq_length=limit)
-    for number, row in enumerate(rows, 1):
-        if row.code not in (None, "too_long"):
-            raise UserError(f"row {number}: {row.why} ({row.code}): fix these messages or leave them out")
+    rows = encode_last_replies(data, tokenizer, template=template, template_kwargs=template_kwargs, max_seq_length=limit)
+    for number, row in enumerate(rows):
+        if row.code not in (None, *NOT_MEASURED):
+            raise UserError(f"row {number}: {explain_fault(row)}")
     return EncodedRows(row if row.input_ids is not None and len(row.input_ids) <= limit else None for row in rows)
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-7
@@ -114,9 +159,10 @@ def row_losses(
     data: Iterable[dict] | EncodedRows,  # rows with `messages`, or from `encode_rows`
     template: str | None = None,
     batch_size: int | None = None,  # rows at once; None chooses by the model's size
+    template_kwargs: dict | None = None,  # the template's switches
 ) -> list[tuple[float, int] | None]:  # nats in all and tokens, of each row; None where it doesn't fit
     "Return the negative log-likelihood of the last reply's tokens, row by row in their order. Raise `UserError`."
-    rows = data if isinstance(data, EncodedRows) else encode_rows(data, tokenizer, model, template)
+    rows = data if isinstance(data, EncodedRows) else encode_rows(data, tokenizer, model, template, template_kwargs)
     order = sorted((i for i, row in enumerate(rows) if row), key=lambda i: -len(rows[i].input_ids))
     size = batch_size or max(1, default_batch_size(model) // 4)
     found: list[tuple[float, int] | None] = [None] * len(rows)
@@ -133,31 +179,40 @@ def _ratio(pairs: list[tuple[float, float]]) -> float | None:
     return math.fsum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None
 
 
-def answer_loss(model: torch.nn.Module, tokenizer, data, template=None, batch_size=None) -> tuple[float, int]:
+def answer_loss(model: torch.nn.Module, tokenizer, data, template=None, batch_size=None, template_kwargs=None) -> tuple[float, int]:
     "Return the mean negative log-likelihood of the last reply's tokens (nats a token), and their number. Raise `UserError` where no row fits."
-    found = row_losses(model, tokenizer, data, template, batch_size)
+    found = row_losses(model, tokenizer, data, template, batch_size, template_kwargs)
     fitting = [loss for loss in found if loss]
     if not fitting:
         raise UserError(f"none of the {len(found)} rows fits into the model's context, at most 2048 tokens: give some, or shorter ones")
     return _ratio(fitting), sum(count for _, count in fitting)
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-9
-def measure_perplexity(model: torch.nn.Module, tokenizer, data, template=None, batch_size=None) -> float:
+def measure_perplexity(model: torch.nn.Module, tokenizer, data, template=None, batch_size=None, template_kwargs=None) -> float:
     "Return exp of `answer_loss`: the number of equally likely tokens that the model hesitates between."
-    loss, _ = answer_loss(model, tokenizer, data, template, batch_size)
+    loss, _ = answer_loss(model, tokenizer, data, template, batch_size, template_kwargs)
     return math.exp(min(loss, 700.0))
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-10
+def write_expected(turn: dict) -> str:
+    "Return what a reply of the data says: its reasoning in `<think>`, its content, its calls."
+    said = [f"<think>\n{turn['reasoning_content']}\n</think>"] if turn.get("reasoning_content") else []
+    said += [turn["content"]] if turn.get("content") else []
+    calls = [call.get("function") or call for call in turn.get("tool_calls") or ()]
+    said += [json.dumps({"name": call.get("name"), "arguments": call.get("arguments", {})}, ensure_ascii=False) for call in calls]
+    return "\n\n".join(said)
+
+
 def split_reply(data: Iterable[dict]) -> tuple[list[list[dict]], list[str]]:
     "Return prompts and expected replies of held-out rows. Raise `UserError` for a row that doesn't end with a reply."
     prompts = []
     expected = []
-    for number, row in enumerate(data, 1):
+    for number, row in enumerate(data):
         *before, last = row["messages"] or [{"role": None}]
         if last["role"] != "assistant" or not before:
             raise UserError(f"held-out row {number} is not a question with a reply: it ends with the role {last['role']!r}")
         prompts.append(before)
-        expected.append(last["content"])
+        expected.append(write_expected(last))
     if not prompts:
         raise UserError("found 0 held-out rows: give at least one")
     return prompts, expected
@@ -225,15 +280,15 @@ def expected_answer(
 _JUDGED_SHARE = 0.2  # of the rows, at least; fewer say nothing about the data set
 
 
-def _judge(prompt: list[dict], expected: str, reply, loss: tuple[float, int] | None = None) -> dict:
-    "One row of an evaluation."
+def _judge(prompt: list[dict], expected: str, reply, loss: tuple[float, int] | None = None, opened: bool = False) -> dict:
+    "One row of an evaluation; `opened`: the prompt ended with `<think>`."
     answer = expected_answer(expected)
     return {
         "problem": prompt[-1]["content"],
         "expected": expected,
         "reply": reply.text,
         "exact": None if answer is None else parse_answer(reply.text) == answer,
-        "form": has_form(reply.text) if has_form(expected.strip()) else None,
+        "form": has_form(reply.text, opened) if has_form(expected.strip(), opened) else None,
         "stops": reply.stopped,
         "length": reply.tokens,
         "loss": loss and loss[0] / loss[1],  # nats per token of the expected reply
@@ -262,20 +317,22 @@ def evaluate(
     batch_size: int | None = None,  # replies at once; None chooses by the model's size
     base_data: Iterable[dict] | EncodedRows | None = None,  # rows of the base's own task, for forgetting
     template: str | None = None,  # another chat template than the tokenizer's
+    template_kwargs: dict | None = None,  # its switches; a run's are in its tokenizer already
 ) -> Evaluation:
     """Judge greedy replies to held-out rows, and measure their loss and the perplexity on the base's task. Raise `UserError`.
 
     `exact` counts rows whose expected reply ends with a number, `form` those whose expected reply is `<think>…</think>` and an answer;
     each is None where fewer than a fifth of the rows are such.
     """
-    start, data = time.perf_counter(), list(data)
+    start, data = time.perf_counter(), list_conversations(data)
+    how = {"template": template, "template_kwargs": template_kwargs}
     prompts, expected = split_reply(data)
     replies = generate_replies(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template
-    )
-    losses = row_losses(model, tokenizer, data, template)
-    rows = _hide_rare([_judge(*row) for row in zip(prompts, expected, replies, losses)])
-    base = [] if base_data is None else [loss for loss in row_losses(model, tokenizer, base_data, template) if loss]
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, tools=[row["tools"] for row in data], **how)
+    losses = row_losses(model, tokenizer, data, **how)
+    opened = opens_reasoning(tokenizer, **how)
+    rows = _hide_rare([_judge(*row, opened) for row in zip(prompts, expected, replies, losses)])
+    base = [] if base_data is None else [loss for loss in row_losses(model, tokenizer, base_data, **how) if loss]
     return Evaluation(
         **{name: _share(row[name] for row in rows) for name in ("exact", "form", "stops", "length")},
         base_perplexity=math.exp(min(_ratio(base), 700.0)) if base else None,
@@ -294,9 +351,9 @@ def before_and_after(
     "Evaluate the same rows with the adapter switched off, then on. Raise `UserError` where there is no adapter."
     if not hasattr(model, "disable_adapter"):
         raise UserError("the model has no adapter to switch off: give one from add_lora or load_adapter")
-    data = list(data)
+    data = list_conversations(data)
     if base_data is not None:
-        base_data = encode_rows(base_data, tokenizer, model, settings.get("template"))
+        base_data = encode_rows(base_data, tokenizer, model, settings.get("template"), settings.get("template_kwargs"))
     with model.disable_adapter():
         before = evaluate(model, tokenizer, data, base_data=base_data, **settings)
     return before, evaluate(model, tokenizer, data, base_data=base_data, **settings)

@@ -25,13 +25,15 @@ def as_conversation(message_or_messages: str | list[dict], system: str | None = 
     "Return the list of turns to answer, a `system` text first. Raise `UserError` for an empty message, no turns, or a second system turn."
     if isinstance(message_or_messages, str):
         message_or_messages = [{"role": "user", "content": message_or_messages}]
-    turns = [dict(turn) for turn in message_or_messages]
+    turns = [{name: value for name, value in turn.items() if value is not None} for turn in message_or_messages]
     if not turns:
         raise UserError("the conversation has no turns: give a question, or at least one user turn")
     for number, turn in enumerate(turns, 1):
+        if turn.get("tool_calls"):  # a turn that calls may say nothing
+            turn.setdefault("content", "")
         if "role" not in turn or not isinstance(turn.get("content"), str):
             raise UserError(f"turn {number} of the conversation is not a dict with the strings `role` and `content`")
-    if not turns[-1]["content"].strip():
+    if not turns[-1]["content"].strip() and turns[-1]["role"] != "tool":
         raise UserError("the message is empty: write a question")
     if turns[-1]["role"] == "assistant":
         raise UserError("the conversation ends with the assistant's turn: end it with the turn to answer")
@@ -139,9 +141,11 @@ def _generate(model, rows: list[list[int]], limit: int, stops: list[int], pad: i
     return out[:, ids.shape[1] :].tolist()
 
 # %% ../nbs/13_generate.ipynb #568ea01c-13
-def _prompts(conversations: list[list[dict]], tokenizer, template: str | None, context: int | None) -> list[list[int]]:
-    "Return the token ids of each prompt. Raise `UserError` for one that doesn't fit into the model's context."
-    rows = [prompt_ids(as_conversation(turns), tokenizer, template) for turns in conversations]
+def _prompts(conversations: list[list[dict]], tokenizer, context: int | None, tools: list | None = None, **how) -> list[list[int]]:
+    "Return the token ids of each prompt; `how` is the rendering's. Raise `UserError` for one that doesn't fit into the model's context."
+    if tools is not None and len(tools) != len(conversations):
+        raise UserError(f"tools has {len(tools)} entries for {len(conversations)} conversations: give one for each, None where it has no tools")
+    rows = [prompt_ids(as_conversation(turns), tokenizer, tools=own, **how) for turns, own in zip(conversations, tools or [None] * len(conversations))]
     for number, row in enumerate(rows, 1):
         if context is not None and len(row) >= context:
             where = "the prompt" if len(rows) == 1 else f"prompt {number} of {len(rows)}"
@@ -159,6 +163,8 @@ def generate_replies(
     do_sample: bool = False,  # False: greedy
     batch_size: int | None = None,  # rows at once; None chooses by the model's size
     template: str | None = None,  # another chat template than the tokenizer's
+    template_kwargs: dict | None = None,  # its switches, such as {"enable_thinking": False}
+    tools: list | None = None,  # for each conversation the tools it may call, as a list of schemas, or None
 ) -> list[Reply]:
     "Answer many conversations, in their order. Sampling follows `torch.manual_seed`. Raise `UserError` for invalid settings and prompts."
     _check_settings(max_new_tokens, temperature, do_sample)
@@ -166,8 +172,9 @@ def generate_replies(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: give at least 1")
     context = getattr(model.config, "max_position_embeddings", None)
-    rows = _prompts(list(conversations), tokenizer, template, context)
-    stops = stop_tokens(tokenizer, model)
+    how = {"template": template, "template_kwargs": template_kwargs}
+    rows = _prompts(list(conversations), tokenizer, context, tools, **how)
+    stops = stop_tokens(tokenizer, model, **how)
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {"do_sample": False}
     replies: list[Reply | None] = [None] * len(rows)
@@ -189,10 +196,13 @@ def chat(
     max_new_tokens: int = 512,  # the limit of the reply
     temperature: float = 0.7,  # 0.2 is sober, 1.0 is what was learned
     do_sample: bool = True,  # False: greedy, the same reply every time
+    template_kwargs: dict | None = None,  # the template's switches; a run's are in its tokenizer already
+    tools: list[dict] | None = None,  # schemas of the tools that it may call
 ) -> str:
     "Ask the model and return its reply alone. Raise `UserError` for an invalid message or setting."
     turns = as_conversation(message_or_messages, system)
     replies = generate_replies(
-        model, tokenizer, [turns], max_new_tokens=max_new_tokens, temperature=temperature, do_sample=do_sample
+        model, tokenizer, [turns], max_new_tokens=max_new_tokens, temperature=temperature, do_sample=do_sample,
+        template_kwargs=template_kwargs, tools=None if tools is None else [tools],
     )
     return replies[0].text

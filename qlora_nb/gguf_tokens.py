@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/82_gguf_tokens.ipynb #82a00004
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 
 from .chat_templates import TEMPLATE_DATE, control_tokens, template_text, turn_end
@@ -18,20 +19,24 @@ from .template import render
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CASES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|", r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|")
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_DEEPSEEK = (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
 KNOWN_SPLITS = [  # (steps, whether a token that is in the vocabulary as a whole is left alone, llama.cpp's name)
     *(([case + _WORD % "{1,3}", "bytes"], whole, name) for case in _CASES for whole, name in ((True, "llama-bpe"), (False, "smaug-bpe"))),
     *(([case + _WORD % "", "bytes"], False, "qwen2") for case in _CASES),
     ([_GPT2, "bytes"], False, "gpt-2"), (["digits, one by one", _GPT2, "bytes"], False, "smollm"),
+    ([_TEKKEN, "bytes"], True, "tekken"), ([*_DEEPSEEK, "bytes"], False, "deepseek-v3"),
 ]
 
 # %% ../nbs/82_gguf_tokens.ipynb #5b90e6d1-17
 def _split_steps(pre_tokenizer: dict | None) -> list:
-    "Return the regexes and steps of a byte-level tokenizer before it merges, in order."
+    "Return the regexes and steps that a byte-level tokenizer applies before merging, in order; a line end in a regex is escaped."
     steps = []
     for part in (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}]):
         kind = part.get("type")
         if kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
-            steps.append(part["pattern"].get("Regex"))
+            steps.append((part["pattern"].get("Regex") or "").replace("\r", r"\r").replace("\n", r"\n") or part["pattern"])
         elif kind == "Digits":
             steps.append(f"digits, {'one by one' if part['individual_digits'] else 'together'}")
         elif kind == "ByteLevel" and not part.get("add_prefix_space"):
@@ -49,7 +54,7 @@ def name_pre_tokenizer(tokenizer: dict) -> str:  # for tokenizer.ggml.pre
             return name
     raise UserError(
         f"the tokenizer splits text in a way that is not known here ({steps[:3]}, ignore_merges={ignore_merges}): "
-        "llama.cpp would make different tokens; known are the splits of Llama 3, Qwen 2 and 3, GPT-2 and SmolLM")
+        "llama.cpp would make different tokens; the known splits are those of Llama 3, Qwen 2 and 3, Mistral's tekken, DeepSeek V3, GPT-2 and SmolLM")
 
 # %% ../nbs/82_gguf_tokens.ipynb #5b90e6d1-18
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # tokenizer.ggml.token_type
@@ -70,12 +75,25 @@ class Vocabulary:
     template: str | None = None
 
 # %% ../nbs/82_gguf_tokens.ipynb #5b90e6d1-19
+def _find_rowless(tokenizer, rows: int) -> list[str]:
+    "Return the added tokens beyond the embedding's `rows` rows. Raise `UserError` if one is used, or isn't an added token."
+    vocabulary = tokenizer.get_vocab()
+    beyond = sorted(token for token, i in vocabulary.items() if i >= rows)
+    used = [token for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token) if token]
+    text = template_text(tokenizer) if tokenizer.chat_template else ""
+    if any(token not in tokenizer.added_tokens_encoder or token in used or token in text for token in beyond):
+        size = max(vocabulary.values()) + 1
+        raise UserError(f"the tokenizer has {size} tokens and the embedding {rows} rows: it belongs to another model, or the model has to be resized")
+    return beyond
+
+
 def _list_tokens(tokenizer, rows: int) -> tuple[list[str], list[int]]:
     "Return token and type for each row of the embedding; a row with no token is `[PADi]`, unused."
     vocabulary = tokenizer.get_vocab()
+    for token in _find_rowless(tokenizer, rows):
+        print(f"tokenizer: {token} has no row in the embedding, and nothing uses it: it is left out of the file", file=sys.stderr)
+        del vocabulary[token]
     size = max(vocabulary.values(), default=-1) + 1
-    if size > rows:
-        raise UserError(f"the tokenizer has {size} tokens and the embedding {rows} rows: it belongs to another model, or the model has to be resized")
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [_UNUSED] * rows
     if clash := sorted(set(tokens[size:]) & set(vocabulary)):
         raise UserError(f"the tokenizer has a token {clash[0]}, the name of an unused row: rename it")
@@ -85,18 +103,25 @@ def _list_tokens(tokenizer, rows: int) -> tuple[list[str], list[int]]:
     for i, token in tokenizer.added_tokens_decoder.items():
         if token.lstrip or token.rstrip or token.single_word:
             raise UserError(f"the token {token.content!r} takes in the white space beside it (lstrip, rstrip or single_word), which GGUF can't express")
-        types[i] = _CONTROL if i in control else _USER_DEFINED
+        if i < rows:
+            types[i] = _CONTROL if i in control else _USER_DEFINED
     return tokens, types
 
 # %% ../nbs/82_gguf_tokens.ipynb #5b90e6d1-20
+def _normalizer_steps(parts: dict) -> list[dict]:
+    "Return what a tokenizer does to text before it splits it, in order."
+    normal = parts.get("normalizer")
+    return [] if normal is None else normal.get("normalizers", [normal])
+
+
 def _fill_byte_level(parts: dict, vocabulary: Vocabulary) -> None:
     "Fill in a byte-level BPE. Raise `UserError` for settings that llama.cpp doesn't have."
     model = parts["model"]
     for key in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
         if model.get(key):
             raise UserError(f"the tokenizer's BPE has {key}={model[key]!r}, which llama.cpp doesn't support: it can't be exported")
-    if (parts.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
-        raise UserError(f"the tokenizer changes text before it splits it ({parts['normalizer']['type']}), llama.cpp would not: it can't be exported")
+    if changes := [step["type"] for step in _normalizer_steps(parts) if step["type"] != "NFC"]:
+        raise UserError(f"the tokenizer changes text before it splits it ({', '.join(changes)}), but llama.cpp would not: it can't be exported")
     vocabulary.pre = name_pre_tokenizer(parts)
     vocabulary.merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 
@@ -134,9 +159,7 @@ def _spm_scores(tokens: list[str], types: list[int], merges: list) -> list[float
 # %% ../nbs/82_gguf_tokens.ipynb #5b90e6d1-21
 def _spm_space(parts: dict) -> str:
     "Return when a SentencePiece-like tokenizer puts a space before text: always, first, never, or normalizer (always, even before another space)."
-    normal = parts.get("normalizer")
-    steps = [] if normal is None else normal.get("normalizers", [normal])
-    pre = parts.get("pre_tokenizer")
+    steps, pre = _normalizer_steps(parts), parts.get("pre_tokenizer")
     if not steps and pre and pre["type"] == "Metaspace" and pre["replacement"] == "▁" and not pre.get("split", True):
         return pre.get("prepend_scheme", "always")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -144,7 +167,7 @@ def _spm_space(parts: dict) -> str:
         return "normalizer"
     if pre is None and steps == [replace]:
         return "never"
-    raise UserError(f"the tokenizer prepares text in a way that is not known here ({normal}, {pre}): llama.cpp would make different tokens")
+    raise UserError(f"the tokenizer prepares text in an unknown way ({steps}, {pre}): llama.cpp would make different tokens")
 
 # %% ../nbs/82_gguf_tokens.ipynb #5b90e6d1-22
 def _wants_space_prefix(when: str, texts: list[tuple[str, bool]]) -> bool | None:

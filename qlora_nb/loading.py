@@ -6,14 +6,19 @@
 __all__ = ['load_tokenizer']
 
 # %% ../nbs/81_loading.ipynb #81b00004
+import base64
 import contextlib
 import copy
+import functools
 import importlib
 import json
 import logging
 import logging.handlers
 import re
+import shutil
+import struct
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -237,21 +242,173 @@ def check_4bit_layers(model: torch.nn.Module) -> None:
                 f"{name} has rows of {layer.in_features} weights, not a multiple of the block size {state.blocksize}: bitsandbytes dequantizes "
                 "them wrongly on this CPU (AVX512); load the model with load_in_4bit=False, or on a GPU")
 
+# %% ../nbs/81_loading.ipynb #81c00001
+_TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "*tekken*.json", "tokenizer.model", "*.model.v[0-9]*")
+
+
+def tokenizer_file(name: str | Path, revision: str | None = None) -> Path | None:
+    """Return the file that defines the tokenizer of a folder or a Hub model; None if there is none of a known kind.
+
+    Raise `UserError` if a folder holds several of a kind."""
+    if not Path(name).is_dir():
+        from transformers.utils import cached_file
+
+        quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        found = (model_file(name, file, revision) or cached_file(name, file, revision=revision, **quietly) for file in _TOKENIZER_FILES if "*" not in file)
+        return next((Path(file) for file in found if file), None)
+    for pattern in _TOKENIZER_FILES:
+        files = sorted(Path(name).glob(pattern))
+        if len(files) > 1:
+            raise UserError(f"the folder {name} holds {' and '.join(file.name for file in files)}: leave only the tokenizer file that belongs to the model")
+        if files:
+            return files[0]
+    return None
+
+# %% ../nbs/81_loading.ipynb #81c00004
+def rank_merges(rank: dict[str, float]) -> list[tuple[str, str]]:
+    "Return all pairs of tokens whose union is a token, in the order in which their unions rank."
+    merges = []
+    for token in sorted(rank, key=rank.get):
+        pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        merges += sorted((pair for pair in pairs if pair[0] in rank and pair[1] in rank), key=lambda pair: (rank[pair[0]], rank[pair[1]]))
+    return merges
+
+# %% ../nbs/81_loading.ipynb #81c00007
+_TEKKEN_CONTROL = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] "
+    "[PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]").split()
+
+
+def _add_control(backend, names: list[str], bos: str | None) -> None:
+    "Make these tokens control tokens, and put BOS before each text."
+    from tokenizers import AddedToken, processors
+
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    if bos is not None:
+        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, backend.token_to_id(bos))])
+
+
+def read_tekken(file: Path) -> tuple:  # (tokenizers.Tokenizer, names of its special tokens)
+    "Return the tokenizer of a tekken.json. Source: mistral-common 1.13.1, `Tekkenizer`."
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    found = json.loads(file.read_text(encoding="utf-8"))
+    listed = sorted(found.get("special_tokens") or (), key=lambda token: token["rank"])
+    control = [token["token_str"] for token in listed] or list(_TEKKEN_CONTROL)
+    room = found["config"].get("default_num_special_tokens", len(control))
+    control += [f"<SPECIAL_{i}>" for i in range(len(control), room)]
+    size = found["config"].get("default_vocab_size", len(found["vocab"]) + room)
+    letters = str.maketrans({chr(byte): letter for byte, letter in bytes_to_unicode().items()})  # the letters in which byte-level BPEs write bytes
+    words = [base64.b64decode(entry["token_bytes"]).decode("latin-1").translate(letters) for entry in found["vocab"][:size - room]]
+    rank = {word: i for i, word in enumerate(words)}
+    ids = {name: i for i, name in enumerate(control)} | {word: room + i for word, i in rank.items()}
+    backend = Tokenizer(models.BPE(ids, rank_merges(rank), ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(found["config"]["pattern"]), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    names = {kind: f"<{name}>" for kind, name in (("bos_token", "s"), ("eos_token", "/s"), ("unk_token", "unk"), ("pad_token", "pad")) if f"<{name}>" in control}
+    _add_control(backend, control, names.get("bos_token"))
+    return backend, names
+
+# %% ../nbs/81_loading.ipynb #81c0000a
+def proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    "Yield number and value of each field of a protobuf message."
+    at = 0
+
+    def integer() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = data[at], at + 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        number, kind = divmod(integer(), 8)
+        if kind == 0:
+            yield number, integer()
+            continue
+        size = {1: 8, 5: 4}.get(kind) or integer()
+        yield number, data[at:at + size]
+        at += size
+
+# %% ../nbs/81_loading.ipynb #81c0000c
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # kinds of pieces
+
+
+def _check_sentencepiece(file: Path, trainer: dict, normal: dict, defined: list[str]) -> None:
+    "Raise `UserError` for a SentencePiece model whose ids the tokenizers library wouldn't give."
+    lacks = None
+    if trainer.get(3, 1) != 2:
+        lacks = "it isn't a BPE model"
+    elif not trainer.get(35):
+        lacks = "it has no tokens for single bytes"
+    elif normal.get(2) or normal.get(4, 1):
+        lacks = f"it changes text before it splits it (normalizer {normal.get(1, b'').decode() or 'unnamed'})"
+    elif odd := [piece for piece in defined if "▁" in piece]:
+        lacks = f"its symbol {odd[0]!r} contains spaces"
+    if lacks:
+        raise UserError(f"{file} can't be converted: {lacks}; put the tokenizer.json that was published for this model beside it")
+
+
+def read_sentencepiece(file: Path) -> tuple:  # (tokenizers.Tokenizer, names of its special tokens)
+    "Return the tokenizer of a SentencePiece BPE model, as used by Mistral and Llama 2. Raise `UserError` for other kinds."
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    fields = list(proto_fields(file.read_bytes()))
+    trainer, normal = (functools.reduce(lambda all, value: all | dict(proto_fields(value)), [v for k, v in fields if k == number], {}) for number in (2, 3))
+    pieces = [dict(proto_fields(value)) for number, value in fields if number == 1]
+    texts, kinds = [piece[1].decode() for piece in pieces], [piece.get(3, _NORMAL) for piece in pieces]
+    defined = [text for text, kind in zip(texts, kinds) if kind == _USER_DEFINED]
+    _check_sentencepiece(file, trainer, normal, defined)
+    rank = {text: -struct.unpack("<f", piece.get(2, bytes(4)))[0] for text, kind, piece in zip(texts, kinds, pieces) if kind == _NORMAL}
+    unknown, begin, end, pad = (texts[i] if 0 <= i < len(texts) else None for i in (trainer.get(40, 0), trainer.get(41, 1), trainer.get(42, 2), trainer.get(43, -1)))
+    ids = {text: i for i, text in enumerate(texts)}
+    backend = Tokenizer(models.BPE(ids, rank_merges(rank), unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = bool(normal.get(3, 1))  # SentencePiece puts a space before each text
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "always" if prefix else "never", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *[decoders.Strip(" ", 1, 0)] * prefix])
+    _add_control(backend, [text for text, kind in zip(texts, kinds) if kind in (_UNKNOWN, _CONTROL)], begin)
+    backend.add_tokens([AddedToken(text, normalized=False) for text in defined])
+    return backend, {k: v for k, v in (("bos_token", begin), ("eos_token", end), ("unk_token", unknown), ("pad_token", pad)) if v is not None}
+
+# %% ../nbs/81_loading.ipynb #81c0000f
+def read_tokenizer(file: Path) -> tuple:  # (tokenizers.Tokenizer, names of its special tokens; none where tokenizer_config.json has them)
+    "Return the tokenizer that a file describes, using nothing but this file. Raise `UserError` if it can't be read."
+    from tokenizers import Tokenizer
+
+    if file.name != "tokenizer.json" and file.suffix != ".json" and re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read_bytes()[:200]):
+        raise UserError(f"{file} is a tiktoken file, which doesn't say how text is split: put the tokenizer.json that was published for this model beside it")
+    try:
+        if file.name == "tokenizer.json":
+            return Tokenizer.from_file(str(file)), {}
+        return read_tekken(file) if file.suffix == ".json" else read_sentencepiece(file)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise UserError(f"{file} can't be read as a tokenizer ({_first_line(error)}): the file is damaged, or in a newer format; download or copy it again") from error
+
 # %% ../nbs/81_loading.ipynb #a11e0011
 _TRIAL_TEXTS = (
-    "Olga buys 3 boxes.", "  two blanks,   three", "a line\n\nanother\n    indented\n\ttab", "3.14159, 1,234,567 and x  49", "don't, I'LL; we've",
-    "naïve café — 東京 שלום 👩‍💻", "def f(x):\n    return {'a': [x**2]}  # ok", " <b>&amp;</b> C:\\temp\\new ",
+    "Olga buys 3 boxes.", "  two blanks,   three", "a line\n\nanother\r\n    indented\n\ttab \n", "3.14159, 1,234,567 and x  49 or 12３", "don't, I'LL; we've, École ÉCOLE iPhone",
+    "naïve cafe\u0301 — ﬁne ½ \u212b 東京 שלום 👩‍💻", "def f(x):\n    return {'a': [x**2]}  # ok", " <b>&amp;</b> C:\\temp\\new ", "\u200b\u00a0\u3000x 𓀀 \x07 ▁a",
 )
 
 
-def tokenizer_difference(tokenizer, file: Path) -> str | None:
-    "Return the first text that a tokenizer encodes or decodes unlike its tokenizer.json, in words; None where all agree."
-    from tokenizers import Tokenizer
+def trial_texts(own) -> list[str]:
+    "Return texts on which tokenizers differ, and one that contains control tokens of `own` (a tokenizers.Tokenizer)."
+    control = [token.content for _, token in sorted(own.get_added_tokens_decoder().items()) if token.special]
+    return [*_TRIAL_TEXTS, "x".join(f"{token}user {token} 4\n" for token in control[:2] + control[-2:])]
 
-    own = Tokenizer.from_file(str(file))
+
+def tokenizer_difference(tokenizer, own, texts: list[str] | None = None) -> str | None:
+    "Describe the first text that a tokenizer encodes or decodes differently from `own`, its file's tokenizer; None if all agree."
     own.no_truncation()
     own.no_padding()
-    for text in _TRIAL_TEXTS:
+    for text in texts or trial_texts(own):
         wanted = own.encode(text, add_special_tokens=False).ids
         try:
             found = list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -266,45 +423,68 @@ def tokenizer_difference(tokenizer, file: Path) -> str | None:
     return None
 
 # %% ../nbs/81_loading.ipynb #a11e0012
-def own_tokenizer(tokenizer, name: str, revision: str | None = None):
-    """The tokenizer, or the one that tokenizer.json describes where `tokenizer` is None or gives other ids.
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 
-    Raise `UserError` where tokenizer.json's own one gives other ids, too.
-    """
+
+def build_tokenizer(own, names: dict[str, str], name: str, revision: str | None = None):
+    "Return transformers' tokenizer around `own`, with what tokenizer_config.json and the chat template in the folder or Hub model `name` say."
     from transformers import PreTrainedTokenizerFast
 
-    file = model_file(name, "tokenizer.json", revision)
+    with tempfile.TemporaryDirectory() as place:
+        Path(place, "tokenizer.json").write_text(own.to_str(), encoding="utf-8")
+        for file in _BESIDE:
+            if found := model_file(name, file, revision):
+                shutil.copy(found, place)
+        settings = Path(place, "tokenizer_config.json")
+        said = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+        settings.write_text(json.dumps(names | said), encoding="utf-8")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(place)
+    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(name)
+    return tokenizer
+
+
+def own_tokenizer(tokenizer, name: str, revision: str | None = None):
+    """Return the tokenizer, or the one that the model's own file describes where `tokenizer` is None or gives other ids.
+
+    Raise `UserError` if the file's own tokenizer gives other ids for plain text, too: then the files beside it change it."""
+    file = tokenizer_file(name, revision)
     if file is None:
         return tokenizer  # there is nothing to compare it with
-    difference = tokenizer_difference(tokenizer, file) if tokenizer is not None else "it can't be built"
+    own, names = read_tokenizer(file)
+    difference = tokenizer_difference(tokenizer, own) if tokenizer is not None else "it can't be built"
     if difference is None:
         return tokenizer
-    own = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
-    if again := tokenizer_difference(own, file):
-        raise UserError(f"the tokenizer of {name} doesn't do what its tokenizer.json says ({again}): save it again from the original model")
-    print(f"tokenizer: the class that {name} names doesn't do what its tokenizer.json says ({difference}), so the file's own tokenizer is used", file=sys.stderr)
-    return own
+    built = build_tokenizer(own, names, name, revision)
+    if again := tokenizer_difference(built, own, list(_TRIAL_TEXTS)):
+        raise UserError(f"the tokenizer of {name} doesn't do what its {file.name} says ({again}): save it again from the original model")
+    if again := tokenizer_difference(built, own):
+        print(f"tokenizer: the settings beside {file.name} in {name} change how its control tokens are read ({again}); they are used, as transformers does", file=sys.stderr)
+        return built if tokenizer is None else tokenizer
+    if tokenizer is not None or file.name == "tokenizer.json":
+        print(f"tokenizer: the class that {name} names doesn't do what its {file.name} says ({difference}), so the file's own tokenizer is used", file=sys.stderr)
+    return built
 
 # %% ../nbs/81_loading.ipynb #a11e0014
 def load_tokenizer(name: str | Path, revision: str | None = None):
-    "The tokenizer of a model's or an adapter's folder, or of a Hub model: with the ids of its tokenizer.json. Raise `UserError`."
+    "The tokenizer of a model's or an adapter's folder, or of a Hub model: with the ids of its tokenizer.json, tekken.json or tokenizer.model. Raise `UserError`."
     from transformers import AutoTokenizer
 
     name = str(name)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
+    for file in ("tokenizer.json", "tokenizer_config.json", "tekken.json"):
         if (path := model_file(name, file, revision)) and not path.read_bytes().lstrip().startswith(b"{"):
             raise UserError(f"{path} is not a JSON object: the file is damaged, download or copy it again")
     with quiet_libraries(), translate_errors(name):
+        file, tokenizer = tokenizer_file(name, revision), None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+            if file is None or file.name == "tokenizer.json":  # with the others transformers gives other ids, or none
+                tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, mistral_format=False)
         except Exception:  # a class that doesn't take the file fails in its own way
-            if model_file(name, "tokenizer.json", revision) is None:
+            if file is None:
                 raise
-            tokenizer = None
         return own_tokenizer(tokenizer, name, revision)
 
 # %% ../nbs/81_loading.ipynb #fca80c77-10
-_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "<pad>", "<unk>")
+_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "<pad>", "[PAD]", "<｜▁pad▁｜>", "<unk>")
 
 
 def set_pad_token(tokenizer) -> str:
@@ -341,7 +521,7 @@ def load_tokenizer_and_config(model: str | Path, revision: str | None = None) ->
     "Return a model's tokenizer and its text configuration, without its weights."
     from transformers import AutoConfig
 
-    name = model_path(model)
+    name = str(model_folder(model) or model)
     tokenizer = load_tokenizer(name, revision)
     with translate_errors(name):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -354,9 +534,9 @@ def adapter_tokenizer(adapter: str | Path, tokenizer, rows: int | None = None):
 
     Another template than the base's is named on stderr. Raise `UserError` for no tokenizer at all, or one with more tokens than the embedding has rows."""
     folder = Path(adapter).expanduser()
-    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if folder.is_dir() and tokenizer_file(folder):
         found = load_tokenizer(folder)
-        if rows is not None and len(found) > rows:
+        if rows is not None and len(found) > max(rows, len(tokenizer or ())):  # some base models themselves have a token without a row
             raise UserError(f"the tokenizer in {folder} has {len(found)} tokens, and the base's embedding {rows} rows: name the base that it was trained on")
         set_pad_token(found)
     elif tokenizer is None:

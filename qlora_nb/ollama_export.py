@@ -16,7 +16,7 @@ from .chat_templates import CHAT_TEMPLATES, adds_bos, stop_tokens, template_text
 from .core import UserError, write_aside
 from .gguf_tokens import pin_date
 from .go_template import GO_TEMPLATES, GO_TRIM, quote_go, render_go
-from .loading import adapter_tokenizer, load_tokenizer, model_path
+from .loading import adapter_tokenizer, load_tokenizer, model_path, tokenizer_file
 from .modelfile import format_modelfile, list_parameters, path_for_from
 from .run import RunFolder
 from .template import render
@@ -231,7 +231,7 @@ def write_modelfile(
 def load_tokenizer_of(folder: Path, base: str | Path | None = None):
     "Load the tokenizer of a run's, an adapter's or a merged model's folder; the base's where an adapter brings none. Raise `UserError`."
     home = folder / "adapter" if (folder / "adapter").is_dir() else folder
-    own = any((home / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    own = home.is_dir() and tokenizer_file(home) is not None
     if (home / "adapter_config.json").exists():
         return adapter_tokenizer(home, None if own else load_tokenizer(model_path(base or adapter_base(home))))
     if not own:
@@ -258,6 +258,10 @@ def modelfile_for(
     known["parameters"] = {**context, **(settings.pop("parameters", None) or {})}
     known |= {name: value for name, value in settings.items() if value is not None}
     tokenizer = load_tokenizer_of(folder, base or config.get("model"))
+    if switches := config.get("template_kwargs"):  # as they are set in the template that was saved with the adapter
+        from qlora_nb.training import with_template
+
+        tokenizer, known["template"] = with_template(tokenizer, known["template"], switches), None
     if not (known.get("go_template") or known.get("without_template")) and (why := modelfile_refusal(tokenizer, known["template"])):
         print(why, file=sys.stderr)
         known["without_template"] = True

@@ -288,6 +288,7 @@ def plan_training(
     data=None,  # rows of `messages`, or their lengths in tokens; None supposes full rows
     *,
     tokenizer=None,  # to count the tokens of messages
+    template_kwargs: dict | None = None,  # the chat template's switches, for the same
     effective_batch: int = 8,  # rows that make one step
     max_seq_length: int | None = None,  # longest row in tokens; None keeps 99 % of the data's rows, or is 2,048
     r: int = 16,  # rank of the adapters
@@ -303,10 +304,10 @@ def plan_training(
 ) -> Plan:
     "Return settings that fit the card and should be fastest, and what was rejected. Raise `UserError` for an unknown model or card and impossible settings."
     max_seq_length = seq_length if max_seq_length is None else max_seq_length
-    want = {name: value for name, value in locals().items() if name not in ("model", "device", "data", "tokenizer", "seq_length")}
+    want = {name: value for name, value in locals().items() if name not in ("model", "device", "data", "tokenizer", "template_kwargs", "seq_length")}
     shape, card = model_shape(model), find_card(device)
     _check_wishes(shape, want)
-    lengths = measure_row_lengths(data, tokenizer) if data is not None else []
+    lengths = measure_row_lengths(data, tokenizer, template_kwargs) if data is not None else []
     rows = _keep_rows(lengths, max_seq_length or choose_length(lengths, shape.context))
     want["methods"] = (method,) if method else ("lora", "qlora")
     choices, budget = _choices(shape, card, rows, want), card.bytes * (1 - margin)

@@ -8,8 +8,8 @@ __all__ = []
 # %% ../nbs/77_preparation.ipynb #77a00004
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +19,13 @@ from .adapter import has_adapter, model_info, set_model_info
 from .cards import Card, choose_length, find_card
 from .core import EMBEDDED_NAME, UserError, fingerprint
 from .engine.install import engine_of, install_engine
+from .evaluation import find_unusable_rows
 from .memory import MemoryEstimate
 from .model import count_parameters
 from .plan import Plan, Rows, estimate_for_rows, format_gib, plan_training
-from .preflight import CheckedRows, check_and_encode, encode_dataset
-from .row_statistics import DatasetFinding, question_hash
+from .preflight import check_and_encode
+from .readers import format_count
+from .row_statistics import CheckedRows, DatasetFinding, RowSet, encode_conversations, question_hash
 from .rows import data_fingerprint, load_sft_dataset
 from .run import RUN_FORMAT, RunFolder, Settings, check_setting, profile_for, resolve_settings, settings_of_part
 from .safeguards import clear_stop, last_checkpoint
@@ -90,9 +92,123 @@ def check_run_settings(model, settings: Settings) -> None:
     check_choices(settings)
     check_packing(settings, info["backend"], engine_of(model))
 
+# %% ../nbs/77_preparation.ipynb #77a00070
+def count_row_tokens(rows) -> list[int]:
+    "Return the number of tokens of each encoded row."
+    return [len(ids) for batch in rows.iter(1000) for ids in batch["input_ids"]]
+
+
+HOW_TO_DROP = "or leave such rows out with drop_invalid=True (--drop-invalid), or write the good ones with qlora_nb check --write FILE"
+
+# %% ../nbs/77_preparation.ipynb #5d1a9e01
+LEFT_OUT = {  # by reason: what is wrong with such rows, in a sentence
+    "invalid": "have an error", "leaked": "ask what a held-out row asks", "duplicate": "repeat an earlier row",
+}
+
+
+@dataclass
+class TrainingRows(CheckedRows):
+    "Rows ready to train on, with what was found on the way: `report` is None where the data was not checked."
+
+    total: int = 0  # rows of the data, the dropped ones included
+    held: list[int] = field(default_factory=list)  # numbers of the rows that are held out
+
+    @property
+    def cut(self) -> int | None:
+        "The number of rows with a shortened prompt; None where the data was not checked."
+        return None if self.report is None else sum(f.count for f in self.report.findings if f.code == "prompt_cut")
+
+    @property
+    def too_long(self) -> int:
+        "The number of rows that are left out only for their length."
+        return len(self.dropped) - sum(self.left_out.get(reason, 0) for reason in LEFT_OUT)
+
+    def select(self, keep: list[bool], dropped: Iterable[int], total: int) -> "TrainingRows":
+        "Return the encoded rows that `keep` names, from data with these rows dropped."
+        numbers = [number for number, kept in zip(self.numbers, keep) if kept]
+        rows = self.rows if all(keep) else self.rows.select([i for i, kept in enumerate(keep) if kept])
+        return replace(self, rows=rows, numbers=numbers, dropped=sorted(dropped), total=total)
+
+    def without(self, held: Iterable[int]) -> "TrainingRows":
+        "Return the rows without those with these numbers, which are held out."
+        held = set(held)
+        found = self.select([number not in held for number in self.numbers], set(self.dropped) - held, self.total - len(held))
+        return replace(found, held=sorted(held))
+
+    def keep_within(self, limit: int) -> "TrainingRows":
+        "Return the rows of at most `limit` tokens, and note those that are dropped in the report. Raise `UserError` where none is left."
+        lengths = count_row_tokens(self.rows)
+        keep = [length <= limit for length in lengths]
+        longer = sorted({number for number, fits in zip(self.numbers, keep) if not fits})
+        if not any(keep):
+            raise UserError(f"no row fits max_seq_length={limit}: the shortest has {min(lengths)} tokens, the longest {max(lengths)}; raise it")
+        some = {number for number, fits in zip(self.numbers, keep) if fits}
+        if self.report:
+            gone = set(longer) - some
+            self.report.summary.update(max_seq_length=limit, usable=self.report.summary["usable"] - len(gone))
+            self.report.sets["long_rows"].update(RowSet(gone))
+            self.report.findings.append(DatasetFinding(
+                "row_dropped", "warning", f"{len(longer)} rows are longer than max_seq_length={limit}, which the plan chose, and are left out",
+                "set max_seq_length, or accept that they are left out", len(longer), longer[:5]))
+            self.report.findings.sort(key=self.report.order)
+        return self.select(keep, {*self.dropped, *longer} - some, self.total)
+
+    def summary(self) -> dict:
+        "Return what is trained on, for `config.yaml`: rows, those left out (for their length, or by reason) or cut, the longest in tokens, learned tokens."
+        whole = self.report.lengths if self.report else {}
+        conversations = len(set(self.numbers))
+        return {
+            "rows": len(self.rows), **({"conversations": conversations} if conversations < len(self.rows) else {}),
+            "left_out": self.too_long, **self.count_left_out(), "cut": self.cut,
+            "longest": max([*whole, *map(len, self.rows["input_ids"])]),
+            "learned_tokens": sum(label != -100 for labels in self.rows["labels"] for label in labels),
+        }
+
+    def count_left_out(self) -> dict:
+        "Return how many rows were left out for reasons other than length, by reason."
+        return {reason: self.left_out[reason] for reason in LEFT_OUT if self.left_out.get(reason)}
+
+    def raise_for_errors(self) -> None:
+        "Print the check's warnings to stderr. Raise `UserError` for data with errors."
+        for finding in self.report.findings if self.report else ():
+            if finding.severity == "warning":
+                print_to_stderr(f"warning: {finding.cause}; {finding.fix}")
+        if self.report and not self.report.ok:
+            own = all(finding.rows and finding.code != "row_dropped" for finding in self.report.findings if finding.severity == "error")
+            try:
+                self.report.raise_for_errors()
+            except UserError as error:
+                raise UserError(f"{error}; {HOW_TO_DROP}" if own else str(error)) from None
+
+    def announce(self, limit: int) -> None:
+        "Print to stderr which rows were left out, and what was too long for `limit` tokens."
+        for reason, count in self.count_left_out().items():
+            print_to_stderr(f"{count} of {self.total} rows {LEFT_OUT[reason]} and were left out")
+        if self.cut:
+            print_to_stderr(f"{self.cut} of {self.total} rows are longer than {limit} tokens: their prompts were cut")
+        if self.too_long:
+            print_to_stderr(f"{self.too_long} of {self.total} rows are longer than {limit} tokens and were left out")
+
+# %% ../nbs/77_preparation.ipynb #96a31b6b-27
+def prepare_rows(data, tokenizer, settings: Settings, eval_data: object, check: bool) -> TrainingRows:
+    "Render and tokenize every row once, and check the data on the way."
+    how = {"template": settings.template, "truncation": settings.truncation, "train_on": settings.train_on,
+           "template_kwargs": settings.template_kwargs, "drop_invalid": settings.drop_invalid}
+    if check:
+        found = check_and_encode(
+            data, tokenizer, settings.max_seq_length, eval_data=eval_data, drop_duplicates=settings.drop_duplicates, **how,
+            max_steps=None if settings.num_train_epochs else settings.max_steps,
+            effective_batch=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
+        )
+    elif settings.drop_duplicates:
+        raise UserError("drop_duplicates needs the check, which finds the duplicates: leave out check=False")
+    else:
+        found = encode_conversations(data, tokenizer, settings.max_seq_length, **how)
+    return TrainingRows(found.report, found.rows, found.dropped, len(data), numbers=found.numbers, left_out=found.left_out, faulty=found.faulty)
+
 # %% ../nbs/77_preparation.ipynb #96a31b6b-20
-def split_held_out(data, rows: int, seed: int):
-    "Return the data without, and with, about `rows` rows chosen by `seed` (at most a fifth of all); (data, None) for none."
+def choose_held_out(data, rows: int, seed: int) -> list[int]:
+    "Return the numbers of about `rows` rows, whole questions, chosen by `seed` (at most a fifth of all); none if that would take most rows."
     rows = min(rows, len(data) // 5)
     asked = [question_hash(messages) for messages in data["messages"]] if rows else []
     count = Counter(asked)
@@ -103,85 +219,34 @@ def split_held_out(data, rows: int, seed: int):
             chosen.add(asked[i])
             held += count[asked[i]]
     inside = [i for i, question in enumerate(asked) if question in chosen]
-    if not inside or len(inside) > len(data) // 2:
-        return data, None
-    return data.select(sorted(set(range(len(data))) - set(inside))), data.select(inside)
+    return inside if len(inside) <= len(data) // 2 else []
 
 # %% ../nbs/77_preparation.ipynb #77a00075
-def hold_out_rows(data, eval_data, settings: Settings):
-    "Return the rows to train on, and those held out (or None). Raise `UserError` where there are none."
-    if len(data) == 0:
-        raise UserError("the data set has no rows: give one with at least one conversation")
+def hold_out_rows(data, eval_data, settings: Settings, rows: TrainingRows):
+    "Return the data to train on, the rows held out (or None), and the encoded rows without these."
+    if eval_data is not None:
+        return data, eval_data.select(range(min(settings.eval_rows, len(eval_data)))) if settings.eval_rows else None, rows
+    out = set(rows.faulty)  # not those that are too long: what is held out is the same for every max_seq_length
+    sound = [i for i in range(len(data)) if i not in out]
+    held = [sound[i] for i in choose_held_out(data.select(sound) if out else data, settings.eval_rows, settings.seed)]
+    if not held:
+        return data, None, rows
+    return data.select(sorted(set(range(len(data))) - set(held))), data.select(held), rows.without(held)
+
+# %% ../nbs/77_preparation.ipynb #77a00027
+def check_held_out(eval_data, tokenizer, settings: Settings):
+    "Return the held-out rows that can be asked; with `drop_invalid` the others are counted on stderr, else they raise `UserError`."
     if eval_data is None:
-        return split_held_out(data, settings.eval_rows, settings.seed)
-    return data, eval_data.select(range(min(settings.eval_rows, len(eval_data)))) if settings.eval_rows else None
-
-# %% ../nbs/77_preparation.ipynb #77a00070
-def count_row_tokens(rows) -> list[int]:
-    "Return the number of tokens of each encoded row."
-    return [len(ids) for batch in rows.iter(1000) for ids in batch["input_ids"]]
-
-# %% ../nbs/77_preparation.ipynb #5d1a9e01
-@dataclass
-class TrainingRows(CheckedRows):
-    "Rows ready to train on, with what was found on the way: `report` is None where the data was not checked."
-
-    total: int = 0  # rows of the data, the dropped ones included
-
-    @property
-    def cut(self) -> int | None:
-        "The number of rows with a shortened prompt; None where the data was not checked."
-        return None if self.report is None else sum(f.count for f in self.report.findings if f.code == "prompt_cut")
-
-    def keep_within(self, limit: int) -> "TrainingRows":
-        "Return the rows of at most `limit` tokens, and note those that are dropped in the report. Raise `UserError` where none is left."
-        lengths = count_row_tokens(self.rows)
-        numbers = sorted(set(range(self.total)) - set(self.dropped))  # of the rows that are here
-        longer = [number for number, length in zip(numbers, lengths) if length > limit]
-        kept = self.rows.select([i for i, length in enumerate(lengths) if length <= limit])
-        if not len(kept):
-            raise UserError(f"no row fits max_seq_length={limit}: the shortest has {min(lengths)} tokens, the longest {max(lengths)}; raise it")
-        if self.report:
-            self.report.summary["max_seq_length"] = limit
-            self.report.findings.append(DatasetFinding(
-                "row_dropped", "warning", f"{len(longer)} rows are longer than max_seq_length={limit}, which the plan chose, and are left out",
-                "set max_seq_length, or accept that they are left out", len(longer), longer[:5]))
-            self.report.findings.sort(key=self.report.order)
-        return replace(self, rows=kept, dropped=sorted([*self.dropped, *longer]))
-
-    def summary(self) -> dict:
-        "Return what is trained on, for `config.yaml`: rows, those left out or cut, the longest in tokens, learned tokens."
-        whole = self.report.lengths if self.report else {}
-        return {
-            "rows": len(self.rows), "left_out": len(self.dropped), "cut": self.cut,
-            "longest": max([*whole, *map(len, self.rows["input_ids"])]),
-            "learned_tokens": sum(label != -100 for labels in self.rows["labels"] for label in labels),
-        }
-
-    def announce(self, limit: int) -> None:
-        "Print warnings, and what is too long for `limit` tokens, to stderr. Raise `UserError` for data with errors."
-        for finding in self.report.findings if self.report else ():
-            if finding.severity == "warning":
-                print_to_stderr(f"warning: {finding.cause}; {finding.fix}")
-        if self.report:
-            self.report.raise_for_errors()
-        if self.cut:
-            print_to_stderr(f"{self.cut} of {self.total} rows are longer than {limit} tokens: their prompts were cut")
-        if self.dropped:
-            print_to_stderr(f"{len(self.dropped)} of {self.total} rows are longer than {limit} tokens and were left out")
-
-# %% ../nbs/77_preparation.ipynb #96a31b6b-27
-def prepare_rows(data, tokenizer, settings: Settings, eval_data: object, check: bool) -> TrainingRows:
-    "Render and tokenize every row once, and check the data on the way."
-    how = {"template": settings.template, "truncation": settings.truncation}
-    if not check:
-        return TrainingRows(None, *encode_dataset(data, tokenizer, settings.max_seq_length, **how), len(data))
-    found = check_and_encode(
-        data, tokenizer, settings.max_seq_length, eval_data=eval_data, **how,
-        max_steps=None if settings.num_train_epochs else settings.max_steps,
-        effective_batch=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
-    )
-    return TrainingRows(found.report, found.rows, found.dropped, len(data))
+        return None
+    how = {"template": settings.template, "template_kwargs": settings.template_kwargs}
+    bad = find_unusable_rows(eval_data, tokenizer, **how)
+    if bad and not settings.drop_invalid:
+        number, why = next(iter(bad.items()))
+        raise UserError(f"{format_count(len(bad))} held out can't be used (first {number}): {why}; fix the held-out data, {HOW_TO_DROP}")
+    if not bad:
+        return eval_data
+    print_to_stderr(f"{len(bad)} of {len(eval_data)} held-out rows can't be used and were left out")
+    return eval_data.select([i for i in range(len(eval_data)) if i not in bad]) if len(bad) < len(eval_data) else None
 
 # %% ../nbs/77_preparation.ipynb #5c1e7b16
 def load_base_task(model, limit: int = 200):
@@ -317,10 +382,10 @@ def follow_plan(model, found: Plan, settings: Settings) -> Plan:
     return found
 
 # %% ../nbs/77_preparation.ipynb #54aea6c4
-def plan_run(model, tokenizer, data, eval_data, plan, rows: TrainingRows, settings: Settings, decide: Callable, given: Mapping):
-    "Return (settings, rows, plan) with the plan followed, and the rows that its length keeps. The plan is None where there is nothing to plan for."
-    if rows.report and not rows.report.ok:  # which is what stops the run
-        return settings, rows, None
+def plan_run(model, plan, rows: TrainingRows, settings: Settings, decide: Callable, encode: Callable, given: Mapping):
+    """Return (settings, rows, plan) with the plan applied, and the rows that its length keeps. The plan is None if there is nothing to plan for.
+
+    `decide(plan=…)` makes settings, `encode(settings)` rows."""
     fixed = {name: getattr(settings, name) for name in given if name in settings_of_part("trainer")}
     lengths = count_row_tokens(rows.rows)
     found = make_plan(model, lengths, plan, settings, fixed)
@@ -331,13 +396,13 @@ def plan_run(model, tokenizer, data, eval_data, plan, rows: TrainingRows, settin
     found = follow_plan(model, found, settings)
     if settings.max_seq_length < max(lengths, default=0):
         cut = settings.truncation != "drop"  # which needs the texts again
-        rows = prepare_rows(data, tokenizer, settings, eval_data, rows.report is not None) if cut else rows.keep_within(settings.max_seq_length)
+        rows = encode(settings) if cut else rows.keep_within(settings.max_seq_length)
     return settings, rows, found
 
 # %% ../nbs/77_preparation.ipynb #96a31b6b-21
 def find_common_system(data) -> str | None:
     "Return the system text that all of the first rows share; None where they don't."
-    texts = {m[0]["content"] if m and m[0]["role"] == "system" else None for m in data[:100]["messages"]}
+    texts = {m[0]["content"] if m and m[0]["role"] in ("system", "developer") else None for m in data[:100]["messages"]}
     return texts.pop() if len(texts) == 1 else None
 
 # %% ../nbs/77_preparation.ipynb #96a31b6b-22
@@ -354,7 +419,7 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
         "random_state": info.get("random_state", 3407), "system": find_common_system(data), **settings.of_part("trainer"),
         "fingerprints": {
             "data": data_fingerprint(data), "eval_data": data_fingerprint(eval_data) if eval_data is not None else None,
-            "template": template_fingerprint(tokenizer, settings.template),
+            "template": template_fingerprint(tokenizer, settings.template, settings.template_kwargs),
         },
     }
 
@@ -409,33 +474,46 @@ class PreparedRun:
     checkpoint: Path | None = None  # to resume from
 
 # %% ../nbs/77_preparation.ipynb #77a00077
+def encode_and_hold_out(data, eval_data, tokenizer, settings: Settings, check: bool) -> tuple:  # (data to train on, held-out rows or None, encoded rows)
+    "Encode all rows, and hold some out. Raise `UserError` for rows that can't be used."
+    if len(data) == 0:
+        raise UserError("the data set has no rows: give one with at least one conversation")
+    rows = prepare_rows(data, tokenizer, settings, eval_data, check)
+    rows.raise_for_errors()
+    data, held_out, rows = hold_out_rows(data, eval_data, settings, rows)
+    return data, check_held_out(held_out, tokenizer, settings), rows
+
+
 def prepare_run(model, tokenizer, data, eval_data: object, arguments: Mapping, config: Mapping | None, plan: object, resume: str | Path | None,
                 output: str | Path | None, check: bool, source: dict) -> PreparedRun:
-    "Decide settings, rows, plan, folder and checkpoint of a run. Raise `UserError` for what can't be trained."
+    "Decide settings, folder, rows, plan and checkpoint of a run. Raise `UserError` for what can't be trained."
     check_inputs(model, data, eval_data)
     folder, config = read_run_to_resume(resume, arguments) if resume else (None, config)
     usual = replace(profile_for(model_info(model)["model"]), max_seq_length=model_info(model)["max_seq_length"])
     decide = partial(resolve_settings, arguments, config, profile=usual)
     settings = decide()
     check_run_settings(model, settings)
-    data, eval_data = hold_out_rows(data, eval_data, settings)
-    rows, found = None, None
-    if plan is not None:
-        rows = prepare_rows(data, tokenizer, settings, eval_data, check)
-        settings, rows, found = plan_run(model, tokenizer, data, eval_data, plan, rows, settings, decide, {**(config or {}), **arguments})
-    new = make_run_config(model, tokenizer, settings, data, eval_data, source)
-    if resume:
-        check_same_run(folder, config, new)
-        new.update({name: config[name] for name in ("data", "data_name", "limit", "eval_data", "plan") if name in config})
-    checkpoint = last_checkpoint(folder) if resume else None
-    new.update(find_starting_adapter(model, config, folder, checkpoint))
-    if resume:
-        clear_stop(folder, checkpoint)
-    else:
-        folder = RunFolder.create(output, new["model"].replace(EMBEDDED_NAME, "tiny-llama"))
-    check_run_space(folder.path, count_parameters(model)["trainable"])
-    rows = rows or prepare_rows(data, tokenizer, settings, eval_data, check)
-    return PreparedRun(settings, folder, new, rows, eval_data, found, checkpoint)
+    folder = folder or RunFolder.create(output, model_info(model)["model"].replace(EMBEDDED_NAME, "tiny-llama"))
+    with folder.removed_if_empty():
+        check_run_space(folder.path, count_parameters(model)["trainable"])
+        trained, held_out, rows = encode_and_hold_out(data, eval_data, tokenizer, settings, check)
+        found = None
+        if plan is not None:
+            def encode(settings):
+                return prepare_rows(data, tokenizer, settings, eval_data, check).without(rows.held)
+
+            settings, rows, found = plan_run(model, plan, rows, settings, decide, encode, {**(config or {}), **arguments})
+        new = make_run_config(model, tokenizer, settings, trained, held_out, source)
+        checkpoint = None
+        if resume:
+            check_same_run(folder, config, new)
+            new.update({name: config[name] for name in ("data", "data_name", "columns", "limit", "eval_data", "plan") if name in config})
+            checkpoint = last_checkpoint(folder)
+        new.update(find_starting_adapter(model, config, folder if resume else None, checkpoint))
+        if resume:
+            clear_stop(folder, checkpoint)
+        rows.announce(settings.max_seq_length)
+        return PreparedRun(settings, folder, new, rows, held_out, found, checkpoint)
 
 # %% ../nbs/77_preparation.ipynb #77a00076
 def record_plan(model, prepared: PreparedRun) -> None:

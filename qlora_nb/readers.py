@@ -32,13 +32,13 @@ from .core import UserError
 
 # %% ../nbs/73_readers.ipynb #73000031
 def show_name(text, most: int = 100) -> str:
-    "Return a name as messages show it: control characters escaped, and no more than `most` characters."
+    "Return a name as messages show it: control characters escaped, at most `most` characters."
     shown = str(text)[:most] + "…" * (len(str(text)) > most)
     return shown if shown.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 def list_names(names: Iterable, most: int = 20) -> str:
-    "Return the first names as a message lists them, and how many more there are."
+    "Return the first names as a message lists them, with the number of those left out."
     names = [*names]
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return (", ".join(show_name(name) for name in names[:most]) or "none") + more
@@ -50,7 +50,7 @@ def _show_path(path) -> str:
 
 @cache
 def _say(note: str) -> None:
-    "Write a note to stderr, once however often a source is opened again."
+    "Write a note to stderr, once only, however often a source is reopened."
     print(note, file=sys.stderr)
 
 # %% ../nbs/73_readers.ipynb #7742c7f4-2
@@ -84,12 +84,12 @@ def _open(path: Path) -> io.BufferedIOBase:
 
 
 def _read_whole(path: Path) -> bytes:
-    "Return the bytes of a file. Raise `UserError` where a compressed one unpacks to too many."
+    "Return the bytes of a file. Raise `UserError` if a compressed one unpacks to too many."
     with _open(path) as file:
         if path.suffix.lower() not in _COMPRESSED:
             return file.read()
         if len(content := file.read(_MOST_BYTES + 1)) > _MOST_BYTES:
-            raise UserError(f"{_show_path(path)} unpacks to more than {_MOST_BYTES >> 20} MB, all needed at once: unpack it first")
+            raise UserError(f"{_show_path(path)} unpacks to more than {_MOST_BYTES >> 20} MB, all needed in memory at once: unpack it first")
         return content
 
 # %% ../nbs/73_readers.ipynb #73000034
@@ -146,7 +146,7 @@ class _TextBytes(io.RawIOBase):
         end = -1 if self.whole else bytes(buffer[:count]).rfind(b"\n")
         self.length = count - end - 1 if end >= 0 else self.length + count
         if self.length > self.most:
-            what, advice = ("unpacks to", "unpack it first") if self.whole else ("has a line of", "write one row a line")
+            what, advice = ("unpacks to", "unpack it first") if self.whole else ("has a line of", "write one row per line")
             raise UserError(f"{_show_path(self.path)} {what} more than {_MOST_BYTES >> 20} MB: {advice}")
         return count
 
@@ -154,7 +154,7 @@ class _TextBytes(io.RawIOBase):
         "Fill a buffer with UTF-8 from another encoding."
         text = ""
         try:
-            while not text and (chunk := self.file.read(len(buffer) // 4)):  # no character grows more than that
+            while not text and (chunk := self.file.read(len(buffer) // 4)):  # no character grows by more than that
                 text = self.decoder.decode(chunk)
             text = text or self.decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
@@ -168,7 +168,7 @@ class _TextBytes(io.RawIOBase):
 
 
 def _open_text(path: Path, whole: bool = False) -> io.BufferedReader:
-    "Open a text file for its bytes in UTF-8."
+    "Open a text file as bytes in UTF-8."
     return io.BufferedReader(_TextBytes(path, whole), 2**16)
 
 # %% ../nbs/73_readers.ipynb #f6f8e3b8
@@ -185,7 +185,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def _describe_byte(text: bytes, place: int) -> str:
-    "Return what stands where a text isn't UTF-8, and what it would be in the encoding that Windows calls ANSI."
+    "Describe the byte that makes a text invalid as UTF-8, and what it would be in the encoding that Windows calls ANSI."
     near = text[max(0, place - 12) : place].decode("utf-8", "ignore").splitlines()
     other = text[place : place + 1].decode("cp1252", "ignore")
     return f"byte 0x{text[place]:02x}{f' after {near[-1]!r}' if near else ''}{f', {other!r} in Windows-1252' if other else ''}"
@@ -211,7 +211,7 @@ _MISSING_COMMA = re.compile(rf"""({_STRING}|[\]}}]|\.\.\.)(\s+(?=['"\[{{.]))?"""
 
 
 class _Literals(ast.NodeTransformer):
-    "Takes numpy's wrappers off the values of an expression, and refuses what JSON doesn't have either."
+    "Strips numpy's wrappers from the values of an expression, and rejects what JSON doesn't have either."
 
     def visit_Call(self, node):
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
@@ -241,7 +241,7 @@ class _Literals(ast.NodeTransformer):
     def visit_Dict(self, node):
         keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
         if not len({*keys}) == len(keys) == len(node.keys):
-            raise ValueError("it has a duplicate key, or one that is no text")
+            raise ValueError("it has a duplicate key, or one that isn't text")
         return self.generic_visit(node)
 
 # %% ../nbs/73_readers.ipynb #7300003a
@@ -253,13 +253,13 @@ def _parse_literal(text: str):
         warnings.simplefilter("ignore")  # of backslashes
         try:
             tree = ast.parse(_MISSING_COMMA.sub(lambda m: m[1] + "," * bool(m[2]) + (m[2] or ""), text.strip()), mode="eval")
-        except MemoryError as error:  # what CPython calls too deep
+        except MemoryError as error:  # CPython's limit on nesting
             raise ValueError("it is nested too deep") from error
     return ast.literal_eval(_Literals().visit(tree))
 
 
 def parse_value(text: str, where: str):
-    "Return a value written as JSON, or by Python's `str`. Raise `UserError`, which begins with `where`."
+    "Return a value written as JSON, or by Python's `str`. Raise `UserError`, with a message that begins with `where`."
     try:
         return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
@@ -274,7 +274,7 @@ _TURN_KEYS = set("role from content value name weight tool_calls tool_call_id fu
 
 
 def _is_talk(value) -> bool:
-    "Return True for a list of turns, which have keys of turns alone: one conversation."
+    "Return True for a list of objects that have only keys of turns: one conversation."
     return isinstance(value, list) and bool(value) and all(
         isinstance(turn, dict) and turn.keys() <= _TURN_KEYS and ("role" in turn or "from" in turn) for turn in value)
 
@@ -286,7 +286,7 @@ def _list_rows(value, where: str, alone: bool = False) -> list[dict]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             place, odd = (where, value) if alone else (f"{where}, row {number},", row)
-            advice = "write one {…} a line" if alone else "give a list of {…}"
+            advice = "write one {…} per line" if alone else "give a list of {…}"
             raise UserError(f"{place} is a JSON {type(odd).__name__}, not an object: {advice}")
     return rows
 
@@ -302,7 +302,7 @@ def _parse_line(line: bytes, where: str):
 
 
 def _read_lines(path: Path) -> Iterator[dict]:
-    "Yield the objects of a file with one JSON value a line; blank lines are skipped."
+    "Yield the objects of a file with one JSON value per line; blank lines are skipped."
     shown = _show_path(path)
     with _open_text(path) as file:
         for number, line in enumerate(file, 1):
@@ -357,7 +357,7 @@ def _split_rows(value: dict) -> list[dict] | None:
 
 
 def _find_rows(value: dict, where: str, depth: int = 0) -> list:
-    "Return the rows that a JSON file's object holds; the object itself where it is the only row. Raise `UserError`."
+    "Return the rows that a JSON file's object holds; the object itself if it is the only row. Raise `UserError`."
     if any(map(_is_talk, value.values())):
         return [value]
     wrapped = len(value) == 1 and all(map(_holds_rows, value.values()))
@@ -369,7 +369,7 @@ def _find_rows(value: dict, where: str, depth: int = 0) -> list:
     if len(lists) > 1:
         raise UserError(f"{where} holds several lists of objects ({list_names(lists)}): keep one of them, or name it 'train'")
     if lists and len(value) > 1:
-        _say(f"{where}: the rows are those below {lists[0]!r}; not read: {list_names(key for key in value if key != lists[0])}")
+        _say(f"{where}: the rows are those under {lists[0]!r}; not read: {list_names(key for key in value if key != lists[0])}")
     if lists and isinstance(value[lists[0]], list):
         rows = value[lists[0]]
         viewed = all(isinstance(row, dict) and isinstance(row.get("row"), dict) and "row_idx" in row for row in rows)
@@ -386,7 +386,7 @@ def _find_rows(value: dict, where: str, depth: int = 0) -> list:
 
 # %% ../nbs/73_readers.ipynb #7300003f
 def _is_by_line(path: Path, usual: bool) -> bool:
-    "Return True where a JSON file has a value a line, judged by its beginning. `usual`: its name says so."
+    "Return True if a JSON file has one value per line, judged by its beginning. `usual`: its name suggests it."
     with _open_text(path) as file:
         lines = filter(bytes.strip, iter(lambda: file.readline(2**20), b""))
         first = next(lines, b"")
@@ -404,7 +404,7 @@ def _is_by_line(path: Path, usual: bool) -> bool:
 
 # %% ../nbs/73_readers.ipynb #dcc049af
 def _parse_values(text: bytes, where: str) -> list:
-    "Return the values of a JSON text: one, or several one after the other. Raise `UserError`, which begins with `where`."
+    "Return the values of a JSON text: one, or several in a row. Raise `UserError`, with a message that begins with `where`."
     try:
         return [parse_json(text, where)]
     except UserError as error:
@@ -440,12 +440,12 @@ def _read_values(path: Path) -> Iterator[dict]:
 
 
 def _read_json(path: Path) -> Iterator[dict]:
-    "Yield the rows of a JSON file: a list, an object that holds rows, objects one after the other, or one a line."
+    "Yield the rows of a JSON file: a list, an object that holds rows, objects one after another, or one per line."
     return _read_lines(path) if _is_by_line(path, usual=False) else _read_values(path)
 
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
-    "Yield the rows of a JSON Lines file. One that holds a list, or objects of several lines, is read whole."
+    "Yield the rows of a JSON Lines file. One that holds a list, or objects that span several lines, is read whole."
     return _read_lines(path) if _is_by_line(path, usual=True) else _read_values(path)
 
 # %% ../nbs/73_readers.ipynb #ed2e962a
@@ -456,7 +456,7 @@ def _outside_quotes(line: str) -> str:
 def _find_delimiter(path: Path, lines: list[str]) -> str:
     """Return what separates the values of the first lines of a file: the mark in the header, outside quotes.
 
-    Of several, the one under which the most rows have as many values as the header has names."""
+    Among several, choose the one for which most rows have as many values as the header has names."""
     marks = [mark for mark in ",;\t|" if mark in _outside_quotes(lines[0])]
     if ".tsv" in path.name.lower() and "\t" in marks:
         return "\t"
@@ -466,7 +466,7 @@ def _find_delimiter(path: Path, lines: list[str]) -> str:
     def agreement(mark: str) -> tuple:
         names, *rows = [row for row in csv.reader(lines, delimiter=mark) if row]
         agree = sum(len(row) == len(names) for row in rows) / max(len(rows), 1)
-        return agree, len(names), mark != ","  # a name may hold a comma, and seldom another mark
+        return agree, len(names), mark != ","  # a name may hold a comma, but rarely another mark
 
     return max(marks, key=agreement)
 
@@ -478,7 +478,7 @@ def _check_header(path: Path, names: list[str]) -> None:
 
 # %% ../nbs/73_readers.ipynb #73000041
 def _name_columns(path: Path, header: list[str]) -> list[str]:
-    "Return the names of a header, without blanks around them; a column without one is called as pandas calls it."
+    "Return the names of a header, stripped; a nameless column gets the name that pandas would give it."
     bare = [name.strip() for name in header]
     names = bare if len({*bare}) == len({*header}) else header
     names = [name if name.strip() else f"Unnamed: {number}" for number, name in enumerate(names)]
@@ -487,7 +487,7 @@ def _name_columns(path: Path, header: list[str]) -> list[str]:
 
 
 def _fit_row(names: list[str], unnamed: set[str], values: list[str]) -> dict | None:
-    "Return the row of some values, without empty ones that have no name; None where there are too few or too many."
+    "Return the row that these values make, without empty ones in nameless columns; None if there are too few or too many."
     if any(map(str.strip, values[len(names) :])) or not unnamed.issuperset(names[len(values) :]):
         return None
     return {name: value for name, value in zip(names, values) if value.strip() or name not in unnamed}
@@ -502,12 +502,12 @@ def _list_values(path: Path, file: io.TextIOWrapper) -> Iterator[list[str]]:
         head = file.readlines(2**16)
     head = head[next((i for i, line in enumerate(head) if line.strip()), 0) :]
     delimiter = mark[1] if mark else _find_delimiter(path, head) if head else ","
-    padded = bool(head) and f'{delimiter} "' in _outside_quotes(head[0])  # a blank before each quote
+    padded = bool(head) and f'{delimiter} "' in _outside_quotes(head[0])  # a space before each quote
     return csv.reader(chain(head, file), delimiter=delimiter, strict=True, skipinitialspace=padded)
 
 
 def _name_values(path: Path, rows: Iterator[list[str]]) -> Iterator[dict]:
-    "Yield the rows of a CSV file by column; those without a value are left out at its end. Raise `UserError`."
+    "Yield the rows of a CSV file as dicts by column; rows without a value at its end are left out. Raise `UserError`."
     names = _name_columns(path, next(rows, []))
     unnamed = {name for name in names if re.fullmatch(r"Unnamed: \d+", name)}
     row = empty = 0
@@ -558,7 +558,7 @@ def first_line(error: Exception) -> str:
 
 # %% ../nbs/73_readers.ipynb #7742c7f4-5
 def _parquet_batches(source, pick: Callable[[list[str]], list[str]]) -> Iterator:
-    "Yield the batches of a Parquet file, with the picked columns alone."
+    "Yield the batches of a Parquet file, with only the chosen columns."
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(source)
@@ -566,7 +566,7 @@ def _parquet_batches(source, pick: Callable[[list[str]], list[str]]) -> Iterator
 
 
 def _arrow_batches(source, pick: Callable[[list[str]], list[str]]) -> Iterator:
-    "Yield the batches of an Arrow file or stream, with the picked columns alone."
+    "Yield the batches of an Arrow file or stream, with only the chosen columns."
     import pyarrow as pa
 
     source = pa.BufferReader(source.getvalue()) if isinstance(source, io.BytesIO) else pa.memory_map(source)
@@ -606,7 +606,7 @@ def _read_parquet(path: Path, choose: Callable[[list[str]], list[str]] | None = 
 
 
 def _read_arrow(path: Path, choose: Callable[[list[str]], list[str]] | None = None) -> Iterator[dict]:
-    "Yield the rows of an Arrow or Feather file, with the chosen columns alone."
+    "Yield the rows of an Arrow or Feather file, with only the chosen columns."
     return _read_batches(path, choose, _arrow_batches, "Arrow")
 
 # %% ../nbs/73_readers.ipynb #7742c7f4-6
@@ -628,7 +628,7 @@ def _find_reader(path: Path):
 
 
 def _check_file(path: Path) -> None:
-    "Raise `UserError` for a file of a kind that isn't read, and for a Git LFS pointer."
+    "Raise `UserError` for an unsupported kind of file, and for a Git LFS pointer."
     if path.suffix.lower() in _WORKBOOKS:
         raise UserError(f"{_show_path(path)} is a spreadsheet: save it as CSV UTF-8 (Excel: File, Save As), and give that file")
     if _find_reader(path) is None:
@@ -662,7 +662,7 @@ def _load_saved(path: Path, split: str):
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise UserError(f"{_show_path(path)} looks saved by datasets but can't be read ({show_name(first_line(error), 300)}): save it again") from error
+        raise UserError(f"{_show_path(path)} looks like a data set saved by datasets, but can't be read ({show_name(first_line(error), 300)}): save it again") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise UserError(f"{_show_path(path)} has no split {split!r}: choose one of {list_names(data)}")
@@ -685,7 +685,7 @@ def _read_configs(folder: Path) -> list[dict]:
     head = re.match(r"\ufeff?---\s*\n(.*?\n)---\s*(\n|$)", text, re.DOTALL)
     try:
         found = yaml.load(head[1], getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if head else None
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date
         return []
     configs = found.get("configs") if isinstance(found, dict) else None
     configs = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
@@ -693,7 +693,7 @@ def _read_configs(folder: Path) -> list[dict]:
 
 
 def _choose_config(folder: Path, configs: list[dict], name: str | None) -> dict:
-    "Return the configuration of this name; of none, the default one, or the only one. Raise `UserError`."
+    "Return the configuration of this name; without a name, the default or only one. Raise `UserError`."
     named = {str(config.get("config_name", "default")): config for config in configs}
     first = [config for config in configs if config.get("default") is True]
     if chosen := [named[name]] if name in named else [] if name else first or configs * (len(named) == 1) or [*filter(None, [named.get("default")])]:
@@ -702,7 +702,7 @@ def _choose_config(folder: Path, configs: list[dict], name: str | None) -> dict:
     raise UserError(f"the folder {_show_path(folder)} has {what} (README.md lists {list_names(named)}): choose one with name= (--data-name)")
 
 # %% ../nbs/73_readers.ipynb #73000047
-_DESCRIPTIONS = {  # of a data set, a model or a run, and no rows
+_DESCRIPTIONS = {  # of a data set, a model or a run; they hold no rows
     "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json", "croissant.json", "config.json",
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "adapter_config.json",
 }
@@ -748,9 +748,9 @@ def _paths_of_splits(config: dict) -> dict[str, list[str]]:
 
 
 def _below(folder: Path, path: str) -> Path:
-    "Return a place below a folder, named by its card. Raise `UserError` for one that is elsewhere."
+    "Return a path inside a folder, named by its card. Raise `UserError` for one outside."
     if "://" in path or Path(path).is_absolute() or os.pardir in Path(path).parts:
-        raise UserError(f"README.md of {_show_path(folder)} lists {show_name(path)!r}, which is not below it: name the data files yourself")
+        raise UserError(f"README.md of {_show_path(folder)} lists {show_name(path)!r}, which is outside it: name the data files yourself")
     return folder / path
 
 
@@ -778,7 +778,7 @@ def _name_parts(folder: Path, file: Path) -> list[str]:
 
 
 def _rank_split(parts: list[str], names: tuple[str, ...]) -> int:
-    "Return 2 where a name is that of the split, 1 where a name holds it as a word, else 0; inner names come first."
+    "Return 2 if a name is that of the split, 1 if a name holds it as a word, else 0; inner names come first."
     known = {*names, *chain.from_iterable(_SPLIT_NAMES)}
     if named := next((part for part in reversed(parts) if part in known), None):
         return 2 * (named in names)
@@ -787,12 +787,12 @@ def _rank_split(parts: list[str], names: tuple[str, ...]) -> int:
 
 
 def _home(folder: Path, file: Path, names: tuple[str, ...]) -> tuple[str, ...]:
-    "Return the folders around a file that are not its split: its configuration."
+    "Return the folders around a file that don't name its split: its configuration."
     return tuple(part for part in file.relative_to(folder).parts[:-1] if not {*re.split("[^a-z0-9]+", part.lower())} & {*names})
 
 
 def _choose_home(folder: Path, homes: dict, name: str | None) -> list[Path]:
-    "Return the files of the configuration of this name; of none, those of the nearest folder. Raise `UserError` for several."
+    "Return the files of the configuration of this name; without a name, those of the nearest folder. Raise `UserError` for several."
     fits = [home for home in homes if name in home] if name else [home for home in ((), ("data",), ("default",)) if home in homes]
     if not name and not fits or name == "default" and not fits:
         fits = [*homes]
@@ -804,7 +804,7 @@ def _choose_home(folder: Path, homes: dict, name: str | None) -> list[Path]:
 
 # %% ../nbs/73_readers.ipynb #7300004d
 def _unnamed_files(folder: Path, name: str | None) -> list[Path]:
-    "Return the data files of a folder where no name says which split they are, and say that they are to train on; else none."
+    "Return the data files of a folder if no name says which split they are, and note that all are for training; else none."
     words = (*chain.from_iterable(_SPLIT_NAMES), "heldout", "holdout")
     files = _data_files(folder)
     if not files or any(_rank_split(_name_parts(folder, file), words) for file in files):
@@ -821,7 +821,7 @@ def _unnamed_files(folder: Path, name: str | None) -> list[Path]:
 
 
 def _files_of_split(folder: Path, name: str | None, split: str) -> list[Path]:
-    "Return the files of one split, by the names of files and folders. Raise `UserError` for none, or where several could be it."
+    "Return the files of one split, by the names of files and folders. Raise `UserError` if there is none, or if several could be it."
     names, files = _split_names(split), _data_files(folder)
     ranks = {file: _rank_split(_name_parts(folder, file), names) for file in files}
     homes = {}
@@ -844,7 +844,7 @@ def _check_parts(files: list[Path]) -> None:
     for (name, total), count in Counter(part.groups() for part in parts if part).items():
         if count != int(total):
             place = _show_path(files[0].parent)
-            raise UserError(f"the folder {place} holds {count} of the {int(total)} files {name}-…-of-{total}: copy the missing ones there")
+            raise UserError(f"the folder {place} has only {count} of the {int(total)} files {name}-…-of-{total}: copy the missing ones there")
 
 
 def _rows_of_folder(path: Path, name: str | None, split: str, choose: Callable | None = None) -> Iterable[dict]:
@@ -906,9 +906,24 @@ def _rows_of_hub(source: str, name: str | None, split: str, streaming: bool, cho
     except Exception as error:
         raise UserError(f"reading {source!r} from the Hub stopped: {show_name(first_line(error), 500)}") from error
 
+# %% ../nbs/73_readers.ipynb #73000054
+def plain_value(value, filled: bool = False):
+    """Return a value of Python's own types for one of numpy, pandas or torch, also inside lists and objects; dates become texts.
+
+    `filled`: objects come from Arrow, which puts a null wherever another row has a key. So do those in arrays."""
+    if value is None or type(value) in (str, int, float, bool) or type(value).__name__ in ("NAType", "NaTType"):
+        return value if isinstance(value, (str, int, float)) else None
+    if isinstance(value, dict):
+        return {key: plain_value(found, filled) for key, found in value.items() if not (filled and found is None)}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(found, filled) for found in value]
+    if hasattr(value, "tolist"):
+        return plain_value(value.tolist(), True)
+    return value.isoformat() if hasattr(value, "isoformat") else value
+
 # %% ../nbs/73_readers.ipynb #73000051
 def _rows_of_object(source, split: str, choose: Callable | None) -> Iterable[dict]:
-    "Return the rows of an object in memory. Raise `UserError` where there are none."
+    "Return the rows of an object in memory. Raise `UserError` if there are none."
     source = source[split] if isinstance(source, dict) and split in source else source
     if isinstance(source, dict) and (rows := _rows_of_columns(source)) is not None:
         return rows
@@ -920,9 +935,9 @@ def _rows_of_object(source, split: str, choose: Callable | None) -> Iterable[dic
         raise UserError(f"the data is a {type(source).__name__} without a split {split!r}{found}: give a data set or a list of rows")
     if hasattr(source, "itertuples"):  # pandas, whose cells may be numpy's
         _check_header(Path("the table"), [*source.columns])
-        rows = (dict(zip(source.columns, row)) for row in source.itertuples(index=False, name=None))
-        return ({name: cell.tolist() if hasattr(cell, "tolist") else cell for name, cell in row.items()} for row in rows)
-    return _select_columns(source, choose)
+        return (plain_value(dict(zip(source.columns, row))) for row in source.itertuples(index=False, name=None))
+    own = hasattr(source, "with_format") and (getattr(source, "format", None) or {}).get("type") != "custom"
+    return _select_columns(source.with_format(None) if own else source, choose)
 
 
 def _files_of_pattern(source: str) -> list[Path]:
@@ -933,9 +948,9 @@ def _files_of_pattern(source: str) -> list[Path]:
         parts = Path(source).expanduser().parts
         place = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
         what = f"holds {_list_folder(place)}" if place.is_dir() else "is not there"
-        raise UserError(f"no data file fits {show_name(source)}: the folder {_show_path(place)} {what}")
+        raise UserError(f"no data file matches {show_name(source)}: the folder {_show_path(place)} {what}")
     if other := [file for file in found if file not in read]:
-        _say(f"{show_name(source)}: not read, since they are no data files: {list_names(other)}")
+        _say(f"{show_name(source)}: not read, since they aren't data files: {list_names(other)}")
     return read
 
 # %% ../nbs/73_readers.ipynb #f6e66e22
@@ -953,7 +968,7 @@ def open_data_source(source, name: str | None, split: str, streaming: bool, choo
         files = _files_of_pattern(str(source)) if pattern else [path]
         if split != "train":
             what = "is a pattern of files" if pattern else "is one file"
-            raise UserError(f"{_show_path(source)} {what}, with the split 'train' alone: name the file that holds {split!r}")
+            raise UserError(f"{_show_path(source)} {what}, which holds only the split 'train': name the file that holds {split!r}")
         return chain.from_iterable(read_rows(file, choose) for file in files)
     hub_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
     if not hub_name or _find_reader(path) or path.suffix.lower() in (*_COMPRESSED, *_WORKBOOKS):
@@ -961,16 +976,23 @@ def open_data_source(source, name: str | None, split: str, streaming: bool, choo
     return _rows_of_hub(source, name, split, streaming, choose)
 
 # %% ../nbs/73_readers.ipynb #7742c7f4-18
+def _as_columns(row) -> dict:
+    "Return a row of a list as an object of columns: a list of turns is the column `messages`. Raise `UserError` for a text."
+    if isinstance(row, (str, bytes)):
+        raise UserError(f"a row is a {type(row).__name__} ({show_name(row)}): give dicts of columns, or load the data with load_sft_dataset")
+    columns = row if isinstance(row, dict) else {"messages": row}
+    return {key: plain_value(cell) if hasattr(cell, "tolist") else cell for key, cell in columns.items()}
+
+
 def iterate_batches(data, size: int = 1000) -> Iterator[dict]:
-    "Yield batches by column, of a data set or of a list of rows."
+    "Yield batches by column, of a data set, a table or a list of rows."
     if hasattr(data, "iter"):
         yield from (data.with_format(None) if hasattr(data, "with_format") else data).iter(size)
     elif isinstance(data, (str, bytes, dict)) or not isinstance(data, Iterable):
         raise UserError(f"the data is a {type(data).__name__}: give one data set (one split) or a list of rows")
     else:
-        rows = iter(data)
+        rows = map(_as_columns, _rows_of_object(data, "train", None) if hasattr(data, "columns") else data)
         while part := list(islice(rows, size)):
-            part = [row if isinstance(row, dict) else {"messages": row} for row in part]
             yield {key: [row.get(key) for row in part] for key in dict.fromkeys(chain.from_iterable(part))}
 
 
@@ -979,12 +1001,6 @@ def find_data_kind(batch: dict, kinds: tuple[str, ...]) -> str:
     if kind := next((kind for kind in kinds if kind in batch), None):
         return kind
     raise UserError(f"the data has the columns {list_names(batch)}, but no messages: load it with load_sft_dataset")
-
-
-def iterate_messages(data) -> Iterator[list[list[dict]]]:
-    "Yield the conversations of a data set, or of a list of rows, in batches. Raise `UserError` for data without messages."
-    for batch in iterate_batches(data):
-        yield batch[find_data_kind(batch, ("messages",))]
 
 # %% ../nbs/73_readers.ipynb #98a25367
 def format_count(rows: int) -> str:

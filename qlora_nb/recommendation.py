@@ -59,7 +59,7 @@ class AdviceFacts:
     device: str | Card  # cpu, or a card
 
 
-def count_data(data, tokenizer=None) -> tuple[int | None, int | None]:
+def count_data(data, tokenizer=None, template_kwargs: dict | None = None) -> tuple[int | None, int | None]:
     "Count the rows, and the tokens of their replies (None without rows or tokenizer). Raise `UserError` for no rows."
     if data is None:
         return None, None
@@ -70,19 +70,24 @@ def count_data(data, tokenizer=None) -> tuple[int | None, int | None]:
     rows = data if hasattr(data, "__len__") else list(data)
     if not len(rows):
         raise UserError("data has no rows: give some, or leave it out")
-    return len(rows), None if tokenizer is None else _count_learned(rows, tokenizer)
+    return len(rows), None if tokenizer is None else _count_learned(rows, tokenizer, template_kwargs)
 
 
-def _count_learned(rows, tokenizer) -> int:
+def _count_learned(rows, tokenizer, template_kwargs: dict | None = None) -> int:
     "Count the labelled tokens of all rows, estimated from every n-th where there are many."
+    from qlora_nb.evaluation import explain_fault
+    from qlora_nb.schemas import iterate_conversations
     from qlora_nb.template import encode_batch
 
-    chosen = range(0, len(rows), max(1, len(rows) // COUNTED_ROWS))
-    encoded = encode_batch([rows[i]["messages"] for i in chosen], tokenizer)
-    if bad := next((row for row in encoded if row.code), None):
-        raise UserError(f"{bad.why} ({bad.code}): fix these messages or leave them out")
-    counts = [sum(label != -100 for label in row.labels) for row in encoded]
-    return round(sum(counts) * len(rows) / len(counts))
+    numbers = range(0, len(rows), max(1, len(rows) // COUNTED_ROWS))
+    chosen = rows.select(numbers) if hasattr(rows, "select") else [rows[i] for i in numbers]
+    read = [row for batch in iterate_conversations(chosen) for row in batch]
+    encoded = encode_batch([row.messages for row in read], tokenizer, tools=[row.tools for row in read], template_kwargs=template_kwargs)
+    for number, row in zip(numbers, encoded):
+        if row.code:
+            raise UserError(f"row {number}: {explain_fault(row)}; qlora_nb check (in Python check_dataset) lists all such rows")
+    learned = sum(one.learned for row in encoded for one in (row, *row.parts))
+    return round(learned * len(rows) / len(encoded))
 
 # %% ../nbs/05_recommend.ipynb #7037965b
 def rate_for_width(hidden: int, method: str = "qlora", family: str = "llama") -> float:
@@ -291,7 +296,7 @@ def _advise_full(facts: AdviceFacts, lengths: list[int], batch: int) -> list[Adv
     return [_advise(name, value, why, "memory") for name, (value, why) in values.items()]
 
 # %% ../nbs/05_recommend.ipynb #e7516f9d
-def advise_memory(facts: AdviceFacts, data, tokenizer, batch: int) -> list[Advice]:
+def advise_memory(facts: AdviceFacts, data, tokenizer, batch: int, template_kwargs: dict | None = None) -> list[Advice]:
     "Advise on how the rows of a step are shared out, and whether the base is in 4 bits; by the planner where there is a card."
     if facts.device == "cpu":
         largest = next(n for n in range(min(batch, 8), 0, -1) if batch % n == 0)
@@ -302,10 +307,10 @@ def advise_memory(facts: AdviceFacts, data, tokenizer, batch: int) -> list[Advic
     sample = None
     if tokenizer is not None and hasattr(data, "__len__"):
         sample = [data[i] for i in range(0, len(data), max(1, len(data) // COUNTED_ROWS))]
+    lengths = measure_row_lengths(sample, tokenizer, template_kwargs) if sample else []
     if facts.method == "full":
-        return _advise_full(facts, measure_row_lengths(sample, tokenizer) if sample else [], batch)
-    plan = plan_training(facts.shape, facts.device, sample, tokenizer=tokenizer, effective_batch=batch,
-                         r=advise_rank(facts)[0].value, method=facts.method)
+        return _advise_full(facts, lengths, batch)
+    plan = plan_training(facts.shape, facts.device, lengths or None, effective_batch=batch, r=advise_rank(facts)[0].value, method=facts.method)
     chosen = {name: value for part in plan.settings.values() for name, value in part.items()}
     reason = f"fits {plan.card.name} with {plan.choice.estimate.total_bytes / 2**30:.1f} GiB, and should be the fastest that does"
     return [_advise(name, value, reason, "memory") for name, value in chosen.items() if name not in ("backend", "r", "lora_alpha")]
@@ -318,6 +323,7 @@ def recommend(
     *,
     tokenizer=None,  # to count learned tokens and the lengths of rows
     method: str = "qlora",  # lora, qlora or full
+    template_kwargs: dict | None = None,  # the chat template's switches
 ) -> Recommendation:
     "Return settings to start from, each with reason and source. Raise `UserError` for an unknown method, no rows, or a model that doesn't fit the card."
     import torch
@@ -328,10 +334,10 @@ def recommend(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = device if device == "cpu" else find_card(device)
     shape = model_shape(getattr(model, "config", model))
-    facts = AdviceFacts(shape, count_decoder_parameters(shape)["total"], method, *count_data(data, tokenizer), device)
+    facts = AdviceFacts(shape, count_decoder_parameters(shape)["total"], method, *count_data(data, tokenizer, template_kwargs), device)
     batch = advise_batch(facts)
     own = "every weight is trained there: this package's `train` is for adapters, and its study shows the loop for all weights"
     trainer = Advice("trainer", "trl.SFTTrainer", own, "benchmarks/study.py")
     kind = [trainer] if method == "full" else [*advise_rank(facts), advise_dropout(facts), advise_targets(facts)]
-    memory = advise_memory(facts, data, tokenizer, batch.value)
+    memory = advise_memory(facts, data, tokenizer, batch.value, template_kwargs)
     return Recommendation(facts, (*kind, advise_learning_rate(facts), batch, *memory, advise_epochs(facts), *advise_schedule(facts)))

@@ -6,8 +6,12 @@
 __all__ = []
 
 # %% ../nbs/91_row_checks.ipynb #81100007
+import functools
+import random
 import re
+import unicodedata
 from collections.abc import Iterator
+from itertools import zip_longest
 
 # %% ../nbs/91_row_checks.ipynb #81100008
 from qlora_nb.chat_templates import (
@@ -17,34 +21,16 @@ from qlora_nb.chat_templates import (
     adds_bos,
     control_tokens,
     estimate_tokens,
+    find_role_problem,
     probe_template,
     stop_tokens,
     template_text,
     tokenize_texts,
+    turn_end,
 )
-from .row_statistics import FindingCollector, RowStatistics, normalize_text, question_hash
-from .schemas import PLAIN_COLUMNS, Schema, describe_mark, unused_marks
-from .template import Encoded
-
-# %% ../nbs/91_row_checks.ipynb #7742c7f4-23
-_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
-
-# %% ../nbs/91_row_checks.ipynb #a9f9663a
-def find_role_problem(messages: list[dict]) -> str | None:
-    "Return what is wrong with the order of the turns; None where nothing is."
-    roles = [m["role"] for m in messages]
-    turns = roles[1:] if roles[0] in ("system", "developer") else roles
-    if unknown := next((r for r in roles if r not in _ROLES), None):
-        return f"the role {unknown!r} is not known"
-    if "assistant" not in turns:
-        return "there is no assistant turn"
-    if turns[0] != "user":
-        return f"the first turn after the system is the {turns[0]}'s, not the user's"
-    if "system" in turns or "developer" in turns:
-        return "there is a system turn within the conversation"
-    if same := next((a for a, b in zip(turns, turns[1:]) if a == b and a in ("user", "assistant")), None):
-        return f"two {same} turns follow each other"
-    return None if turns[-1] == "assistant" else f"the last turn is the {turns[-1]}'s, not the assistant's"
+from .row_statistics import FindingCollector, RowSet, RowStatistics, question_hash, row_identity
+from .schemas import CLASS_SUFFIX, PLAIN_COLUMNS, describe_mark
+from .template import Encoded, Encoder
 
 # %% ../nbs/91_row_checks.ipynb #7742c7f4-24
 def _is_think_unbalanced(reply: str) -> bool:
@@ -73,14 +59,25 @@ def find_odd_characters(content: str) -> str | None:
     return None
 
 # %% ../nbs/91_row_checks.ipynb #423117d8
+_PLACEHOLDERS = {"nan", "NaN", "NAN", "None", "null", "NULL", "Null", "N/A", "n/a", "#N/A", "<NA>", "NaT", "undefined"}
+
+
+def is_placeholder(content: str) -> bool:
+    "Return True if a content (after its reasoning) is only what a program writes for a missing value."
+    answer = content[-40:].rpartition("</think>")[2].strip()
+    return answer in _PLACEHOLDERS and (len(content) <= 40 or "</think>" in content[-40:])
+
+
 def find_content_faults(messages: list[dict], special: re.Pattern) -> Iterator[tuple[str, str, str]]:
     "Yield (code, severity, cause) for each fault in the contents of one conversation."
     for message in messages:
         role, content = message["role"], message["content"]
-        severity = "error" if role == "assistant" else "warning"
-        if not content.strip():
+        severity = "error" if role == "assistant" and message.get("weight") != 0 else "warning"
+        if not content.strip() and not message.get("tool_calls"):
             yield "empty_content", severity, f"the {role}'s content is empty"
-        if match := special.search(content):
+        elif len(content) < 10_000 and role != "tool" and is_placeholder(content):
+            yield "placeholder_reply", severity, f"the {role}'s content is {content[-40:].rpartition('</think>')[2].strip()!r}"
+        if match := special.search(content) or (len(message) > 2 and special.search(repr([*message.values()]))):
             yield "special_token_in_content", severity, f"the {role}'s content holds the control token {match.group()}"
         if odd := find_odd_characters(content):
             yield "odd_characters", "warning", f"the {role}'s content holds {odd}"
@@ -105,10 +102,26 @@ def find_token_faults(ids: list[int], labels: list[int], tokenizer, stops: set[i
         learned = "blank" if labels[last] == -100 else repr(tokenizer.decode([labels[last]]))
         yield "no_end_of_turn", f"the last learned token is {learned}, which ends no turn"
 
+# %% ../nbs/91_row_checks.ipynb #81100020
+def find_tokenizer_change(text: str, decoded: str, control: re.Pattern) -> str | None:
+    "Return what the tokenizer lost or changed in a text; None if nothing. `control`: tokens that may swallow the white space beside them."
+    parts = ([unicodedata.normalize("NFC", part).strip() for part in control.split(whole)] for whole in (text, decoded))
+    before, after = next((pair for pair in zip_longest(*parts, fillvalue="") if pair[0] != pair[1]), ("", ""))
+    if before == after:
+        return None
+    place = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
+    lost = "".join(dict.fromkeys(c for c in before if c not in after and not c.isspace()))[:10]
+    what = (
+        "blanks" if "".join(before.split()) == "".join(after.split())
+        else "capital letters" if before.casefold() == after.casefold()
+        else f"characters such as {lost!r}" if lost else "characters")
+    start = max(place - 12, 0)
+    return f"{what}: {before[start : place + 12]!r} becomes {after[start : place + 12]!r}"
+
 # %% ../nbs/91_row_checks.ipynb #1a9d823e
-def asking_ids(tokenizer, template: str | None = None) -> list[int]:
-    "Return the tokens with which the template asks for a reply; an empty list where it has none."
-    question, asked, _ = probe_template(tokenizer, template) or ("", "", "")
+def asking_ids(tokenizer, template: str | None = None, **kwargs) -> list[int]:
+    "Return the tokens with which the template asks for a reply; an empty list if it has none. `kwargs` are as for `probe_template`."
+    question, asked, _ = probe_template(tokenizer, template, **kwargs) or ("", "", "")
     return tokenize_texts([asked.removeprefix(question)], tokenizer)[0] if asked.startswith(question) else []
 
 # %% ../nbs/91_row_checks.ipynb #f9d9b8fa
@@ -148,6 +161,21 @@ def ready_rows(batch: dict) -> Iterator[tuple]:
         else:
             yield ids, None
 
+# %% ../nbs/91_row_checks.ipynb #81100022
+def count_embedding_rows(model) -> int | None:
+    "Return the number of rows in the embedding of a model, or of a configuration's model; None if unknown."
+    if hasattr(model, "get_input_embeddings"):
+        return len(model.get_input_embeddings().weight)
+    config = getattr(model, "text_config", model)
+    return getattr(config, "vocab_size", None)
+
+
+def unknown_token(tokenizer, template: str | None = None, **kwargs) -> int | None:
+    "Return the token for characters that a tokenizer doesn't know; None if it has none, or uses it for something else."
+    unknown = tokenizer.unk_token_id
+    others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *stop_tokens(tokenizer, template=template, **kwargs)}
+    return None if unknown in others else unknown
+
 # %% ../nbs/91_row_checks.ipynb #ae1384af
 def writes_clock(tokenizer, template: str | None = None, **settings) -> bool:
     "Return True where the template writes today's date although it is rendered with these settings."
@@ -161,93 +189,143 @@ def writes_clock(tokenizer, template: str | None = None, **settings) -> bool:
     return mark in text
 
 # %% ../nbs/91_row_checks.ipynb #8110000e
-_LEFT_OUT = {  # what to do about turns that a template doesn't write
-    "developer": "give their text the role system",
-    "system": "put their text at the beginning of the first user turn",
-    "tool": "choose a template that writes what tools return, or put it into a user turn",
-}
+PLAIN_KEYS = "keys of turns that training doesn't use: "
 
 
 class RowChecks:
-    "The looks at one row after another; what they keep of the rows doesn't grow with their number."
+    "The checks of one row after another; they keep only a few bits and hashes of each row."
 
-    def __init__(self, tokenizer, template: str | None = None):
+    def __init__(self, tokenizer, template: str | None = None, *, max_seq_length: int = 2048, train_on: str = "all",
+                 template_kwargs: dict | None = None, model=None):
         self.tokenizer = tokenizer
-        self.template = template
-        names = sorted({*control_tokens(tokenizer).values()} - {"<think>", "</think>"})  # those two are content
+        self.how = {"template": template, "template_kwargs": template_kwargs}
+        self.max_seq_length = max_seq_length
+        self.train_on = train_on
+        known = control_tokens(tokenizer)
+        names = sorted({*known.values()} - {"<think>", "</think>"})  # those two are content
         self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        self.stops = set(stop_tokens(tokenizer, template=template))
+        beside = {t.content for i, t in tokenizer.added_tokens_decoder.items() if i in known or t.lstrip or t.rstrip}
+        self.control = re.compile("|".join(map(re.escape, sorted(beside, key=len, reverse=True))) or "(?!)")
+        self.stops = set(stop_tokens(tokenizer, **self.how))
         self.adds_bos = adds_bos(tokenizer)
-        self.asking = asking_ids(tokenizer, template)
+        self.asking = asking_ids(tokenizer, **self.how)
+        self.unknown = unknown_token(tokenizer, **self.how)
+        self.embedding_rows = count_embedding_rows(model)
         self.collector = FindingCollector()
         self.stats = RowStatistics()
-        self.rows = 0  # rows before the batch that is looked at
-        self.plain = {}  # columns that say nothing about the replies
-        self.replies = 0
-        self.unlearned = 0  # replies that aren't the last of their row
+        self.rows = 0  # rows before the current batch
+        self.measured = 0  # rows whose length is known
+        self.plain = {"column": {}, "key": {}}  # names that have no bearing on the replies
+        self.replies = self.learned_replies = self.earlier_replies = 0
+        self.shapes = set()  # of rows that were decoded again
+        self.decoded = 0
+        self.changed = RowSet()
+        self.draw = random.Random(0)
+        self.sample: set[int] | None = None  # the rows to decode; None: drawn as they come
 
-    def check_contents(self, row: int, messages: list[dict]):
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        "The encoder; ready-made rows need none, and their tokenizer may have no template."
+        return Encoder(self.tokenizer, train_on=self.train_on, **self.how)
+
+    def remember(self, kind: str, row: int, text: str) -> bool:
+        "Return True where this text was seen before. Good rows don't count as repetitions of rows that have an error."
+        faulty = any(row in rows for rows in self.collector.errors.values())
+        known = self.stats.remember(kind, text, add=not faulty)
+        return known or (faulty and self.stats.remember(kind, f"faulty {text}"))
+
+    def check_contents(self, row: int, messages: list[dict], tools=None):
         "Check roles and contents of one conversation, and compare it with those before."
         if wrong := find_role_problem(messages):
             self.collector.add("bad_roles", row, wrong)
         for code, severity, cause in find_content_faults(messages, self.special):
             self.collector.add(code, row, cause, severity)
-        if messages[-1]["role"] == "assistant":
+        if messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
             self.stats.add_reply(row, messages[-1]["content"])
         if self.stats.remembered["question"] and self.stats.remember("question", question_hash(messages).hex(), add=False):
-            self.collector.add("leakage", row, "the question is also in eval_data")
-        same = self.stats.remember("row", repr([(m["role"], m["content"]) for m in messages]))
-        nearly = self.stats.remember("near", "\0".join(normalize_text(m["content"]) for m in messages))
+            self.collector.add("leakage", row, "the question is also in eval_data (--eval-data)")
+        text, form = row_identity(messages, tools)
+        same = self.remember("row", row, text)
+        nearly = self.remember("near", row, form)
         if same:
             self.collector.add("duplicate", row, "the row is the same as an earlier one")
         elif nearly:
             self.collector.add("near_duplicate", row, "the row differs from an earlier one only in case, spacing or punctuation")
 
-    def check_turns(self, row: int, messages: list[dict], found: Encoded):
-        "Check for turns of one encoded row that are left out, altered or not learned."
-        for role in dict.fromkeys(found.left_out):
-            cause = f"the chat template leaves out the {role} turns: the model would never read them"
-            self.collector.add("turn_left_out", row, cause, fix=_LEFT_OUT.get(role), name=role)
-        if found.changed:
-            self.collector.add("content_changed", row, "the template doesn't render the reply as it is")
-        elif found.altered:
-            self.collector.add("content_changed", row, f"the template doesn't render an earlier turn ({found.altered[0]}) as it is")
-        if found.code is None:
-            replies = [m["role"] for m in messages].count("assistant")
-            self.replies += replies
-            self.unlearned += replies - 1
-            if replies > 1:
-                self.collector.add("earlier_replies", row, "only the last of several replies is learned")
+    def add_problem(self, row: int, found: Encoded):
+        "Note why a row can't be encoded; if the template doesn't write something, by its kind."
+        kind = re.sub(r" turn \d+", " turns", found.missing[0]) if found.code == "text_missing" else ""
+        self.collector.add(found.code, row, found.why, name=kind)
 
-    def check_tokens(self, row: int, ids: list[int], labels: list[int], learned: int):
-        "Check the tokens of one row."
+    def check_turns(self, row: int, messages: list[dict], found: Encoded):
+        "Check which parts of an encoded row's turns aren't written or learned."
+        add = self.collector.add
+        for what in dict.fromkeys(text.partition(" of ")[0] for text in found.missing):
+            add("unused_key", row, f"the chat template doesn't write the {what} of turns", "info", "nothing, unless the model should read it: then put it into the content", what)
+        if found.empty_reasoning:
+            add("empty_reasoning", row, "the template begins each reply with reasoning, and some have none: they are learned with an empty reasoning block")
+        replies = [m["role"] for m in messages].count("assistant")
+        self.replies += replies
+        if self.train_on == "last" and replies > found.replies:
+            self.earlier_replies += replies - found.replies
+            add("earlier_replies", row, "of several replies only the last is learned")
+
+    def check_tokens(self, row: int, ids: list[int], labels: list[int], learned: int, part: bool = False):
+        "Check the tokens of one row; `part`: of one more row that a conversation becomes."
         faults = [*find_token_faults(ids, labels, self.tokenizer, self.stops, self.adds_bos)]
+        if self.embedding_rows is not None and (highest := max(ids)) >= self.embedding_rows:
+            name = self.tokenizer.convert_ids_to_tokens(highest)
+            faults.append(("tokenizer_too_large", f"the row holds token {highest} ({name!r}), and the model's embedding has {self.embedding_rows} rows"))
         for code, cause in faults:
             self.collector.add(code, row, cause)
+        if self.unknown is not None and self.unknown in ids:
+            cause = f"the tokenizer doesn't know some characters of a row, and writes {self.tokenizer.unk_token} instead"
+            self.collector.add("tokenizer_changes_text", row, cause, name="unknown")
         ended = not any(code == "no_end_of_turn" for code, _ in faults)
-        self.stats.add_length(row, len(ids), learned, ended)
+        self.stats.add_length(row, len(ids), learned, ended, part)
 
-    def check_unused(self, batch: dict):
-        "Check for what training doesn't use of a batch of rows."
-        others = [name for name in batch if name != "messages"]
+    def check_length(self, row: int, *sizes: int):
+        "Check whether the rows that a conversation becomes fit `max_seq_length`."
+        self.measured += 1
+        longer = [size > self.max_seq_length for size in sizes]
+        if all(longer):
+            self.collector.add("too_long", row, "")
+        elif any(longer):
+            cause = f"conversations become several rows, and not all of these fit max_seq_length={self.max_seq_length}: those that do are learned"
+            self.collector.add("too_long", row, cause, name="part")
+
+    def check_text(self, row: int, messages: list[dict], tools=None):
+        "Check by decoding a row that the tokenizer preserves its text, if it has a new shape (roles and keys) or was sampled."
+        shape = (frozenset((turn["role"], *turn) for turn in messages), bool(tools))
+        drawn = row in self.sample if self.sample is not None else self.draw.random() * (row + 1) < 64
+        if not drawn and (shape in self.shapes or len(self.shapes) > 1000):
+            return
+        self.shapes.add(shape)
+        self.decoded += 1
+        last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight") != 0)  # what follows isn't learned
+        text = self.encoder.planner.write(messages[: last + 1], tools)[:100_000]
+        ids = tokenize_texts([text], self.tokenizer)[0]
+        decoded = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if self.unknown not in ids and (change := find_tokenizer_change(text, decoded, self.control)):
+            self.changed.add(row)
+            self.change = f"row {row} loses {change}" if len(self.changed) == 1 else self.change
+
+    def check_marks(self, row: int, marks: list[str]):
+        "Check for what training doesn't use of a row; names that have no bearing on the replies are listed in one finding."
         found = self.collector.found
-        for row, messages in enumerate(batch["messages"]):
-            turns = messages if isinstance(messages, (list, tuple)) else ()
-            if not others and all([type(m) is dict and len(m) == 2 and type(m.get("content")) is str for m in turns]):
-                continue
-            columns = {name: batch[name][row] for name in others}
-            for mark in unused_marks({"messages": turns, **columns}, Schema("messages", messages="messages"), turns):
-                severity, place, name = mark.split(" ", 2)
-                if severity == "info":
-                    self.collector.add("unused_column", self.rows + row, PLAIN_COLUMNS)
-                    self.plain.update({name: None} if len(self.plain) < 50 else {"…": None})
-                else:
-                    name = name if f"unused_{place} {name}" in found or len(found) < 100 else "…"
-                    cause, fix = describe_mark(severity, place, name)
-                    self.collector.add(f"unused_{place}", self.rows + row, cause, severity, fix, name)
+        for mark in marks:
+            severity, place, name = mark.split(" ", 2)
+            cause, fix = describe_mark(severity, place, name)
+            if place in self.plain and (severity == "info" or fix is None):
+                names = self.plain[place]
+                names.update({name: None} if len(names) < 50 else {"…": None})
+                self.collector.add(f"unused_{place}", row, PLAIN_COLUMNS if place == "column" else PLAIN_KEYS, severity)
+            else:
+                name = name if f"unused_{place} {name}" in found or len(found) < 100 else "…"
+                self.collector.add(f"unused_{place}", row, describe_mark(severity, place, name)[0], severity, fix, name)
 
-    def check_ready(self, batch: dict):
-        "Check a batch of rows that hold ids, or text as a trainer would tokenize it."
+    def check_ready(self, batch: dict) -> int:
+        "Check a batch of rows that hold ids, or text as a trainer would tokenize it; return how many there are."
         pairs = ready_rows(batch) if "input_ids" in batch else self.text_ids(batch["text"])
         for row, (ids, labels) in enumerate(pairs, self.rows):
             if ids is None and "text" in batch:
@@ -256,10 +334,12 @@ class RowChecks:
                 self.collector.add("bad_ids", row, problem)
                 continue
             self.check_tokens(row, list(ids), list(labels), sum(label != -100 for label in labels))
+            self.check_length(row, len(ids))
             if is_prompt_labelled(list(ids), labels, self.asking, self.stops):
                 self.collector.add("prompt_labelled", row, "tokens outside the replies are labelled: the questions are learned too")
-            if self.stats.remember("row", repr(ids)):
+            if self.remember("row", row, repr(ids)):
                 self.collector.add("duplicate", row, "the row is the same as an earlier one")
+        return len(next(iter(batch.values())))
 
     def text_ids(self, batch: list) -> Iterator[tuple]:
         "Yield the ids of each text, twice: all of them are learned. (None, None) for what is not text, or huge."
@@ -275,11 +355,68 @@ class RowChecks:
             elif odd := find_odd_characters(clean):
                 self.collector.add("odd_characters", row, f"the text holds {odd}", "warning")
             if len(clean) > HUGE_TEXT:
-                self.stats.add_length(row, estimate_tokens(clean, self.tokenizer), 0)
+                size = estimate_tokens(clean, self.tokenizer)
+                self.stats.add_length(row, size, 0)
+                self.check_length(row, size)
                 clean = ""
             texts.append(clean)
         for text, ids in zip(texts, tokenize_texts(texts, self.tokenizer, add_special_tokens=True)):
             yield (ids, ids) if text.strip() else (None, None)
+
+# %% ../nbs/91_row_checks.ipynb #81100025
+class SetChecks(RowChecks):
+    "The findings that can be made only once all rows have been checked."
+
+    def note_lengths(self, ready: bool):
+        "Note which rows are too long."
+        note, found, stats = self.collector.note, self.collector.found, self.stats
+        long = self.collector.apart["too_long"]
+        if long:
+            found["too_long"].cause = f"rows are longer than max_seq_length={self.max_seq_length} (the longest has {max(stats.lengths)} tokens)"
+            if ready:
+                self.collector.errors["end_cut"].update(long)
+                note("end_cut", f"a trainer truncates rows to max_seq_length={self.max_seq_length}, which cuts off their end of turn", len(long), long)
+            else:
+                cause = f"{100 * len(long) / self.measured:.1f} % of the rows don't fit max_seq_length={self.max_seq_length} and are left out"
+                fix = f"max_seq_length={stats.length_limit()} keeps 99 % of the rows"
+                note("row_dropped", cause, len(long), long, "error" if len(long) == self.measured else None, fix)
+        if self.measured >= 16:
+            limit = stats.outlier_limit()
+            count, longest = stats.rows_longer_than(limit)
+            if count:
+                half = stats.length_limit(0.5)
+                note("length_outlier", f"rows have more than {limit:.0f} tokens, while half have {half} or fewer", count, longest)
+
+    def note_counts(self, usable: int, parts: float, max_steps: int | None, effective_batch: int, min_rows: int):
+        "Note too few rows (under `min_rows`, or seen more than three times), and an answer that most rows share. `parts`: what a row becomes."
+        passes = (max_steps or 0) * effective_batch / max(usable * parts, 1)
+        if usable and (usable < min_rows or passes > 3):  # if none is, errors say why
+            again = f"; {max_steps} steps of {effective_batch} rows go through them {passes:.1f} times" if max_steps else ""
+            self.collector.note("too_few_rows", f"{usable} usable rows{again}", usable)
+        most = max(self.stats.answers.values(), key=lambda answer: answer.count, default=None)
+        total = self.stats.replies
+        if most and total >= 5 and most.count > total / 2:
+            cause = f"at least {100 * most.count / total:.0f} % of the answers are {most.cause[:60]!r}"
+            self.collector.note("dominant_answer", cause, most.count, most.rows)
+
+    def note_names(self, data):
+        "Name the columns and keys that have no bearing on the replies, and give the share of replies that isn't learned."
+        found = self.collector.found
+        description = str(getattr(getattr(data, "info", None), "description", None) or "")
+        loaded = description.removeprefix(PLAIN_COLUMNS).split(", ") if description.startswith(PLAIN_COLUMNS) else []
+        names = [*map(str, dict.fromkeys([*loaded, *self.plain["column"]]))]
+        for name in names:
+            if name.endswith(CLASS_SUFFIX):  # some rows have another value than good or bad
+                found.pop(f"unused_column {name.removesuffix(CLASS_SUFFIX)}", None)
+        met = found.pop("unused_column", None)
+        if names := [name for name in names if f"unused_column {name}" not in found]:
+            count, rows = (self.rows, []) if loaded or not met else (met.count, met.rows)
+            self.collector.note("unused_column", PLAIN_COLUMNS + ", ".join(names), count, rows)
+        if met := found.get("unused_key"):
+            met.cause = PLAIN_KEYS + ", ".join(map(str, self.plain["key"]))
+        if several := found.get("earlier_replies"):
+            left = self.earlier_replies
+            several.cause = f"of rows with several replies only the last is learned: {left} of {self.replies} replies ({100 * left / self.replies:.0f} %) are not"
 
     def note_cut(self):
         "Note where ready-made rows were cut to one length."
@@ -293,19 +430,30 @@ class RowChecks:
             rows = self.collector.found["no_end_of_turn"].rows
             self.collector.note("end_cut", cause, count, rows, fix="encode the rows again, and leave out those that don't fit")
 
-    def note_settings(self, model, ready: bool):
+    def note_settings(self, ready: bool):
         "Note what belongs to tokenizer, template and model, not to rows."
         tokenizer = self.tokenizer
         note = self.collector.note
-        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in self.stops:
-            pad = tokenizer.pad_token
-            note("pad_is_eos", f"the padding token {pad} also ends a turn: a collator that masks padding masks both")
-        if not ready and writes_clock(tokenizer, self.template, date_string=TEMPLATE_DATE):
+        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in {turn_end(tokenizer, **self.how), tokenizer.eos_token_id}:
+            own = [name for name in control_tokens(tokenizer).values() if re.search(r"(?<![a-z])pad(?![a-z])", name) and name != tokenizer.pad_token]
+            fix = f"set tokenizer.pad_token = {own[0]!r} for it" if own else "add a padding token of its own for it"
+            cause = f"the padding token {tokenizer.pad_token} also ends a turn: a collator that masks padding masks both (this package's doesn't)"
+            note("pad_is_eos", cause, fix=fix)
+        kwargs = self.how["template_kwargs"] or {}
+        if not ready and writes_clock(tokenizer, self.how["template"], **{"date_string": TEMPLATE_DATE, **kwargs}):
             note("date_in_template", "the template writes today's date, and accepts no date_string")
-        elif not ready and writes_clock(tokenizer, self.template):
+        elif not ready and writes_clock(tokenizer, self.how["template"], **kwargs):
             note("date_in_template", f"the template writes today's date unless it is given one; here it always gets {TEMPLATE_DATE}",
                  severity="info", fix="give the same date_string when you serve the model")
-        embedding = model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else None
-        rows = getattr(model, "vocab_size", None) if embedding is None else len(embedding)
-        if rows is not None and rows < len(tokenizer):
-            note("tokenizer_too_large", f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows")
+        rows, size = self.embedding_rows, len(tokenizer)
+        if rows is not None and rows < size and "tokenizer_too_large" not in self.collector.found:
+            names = ", ".join(map(str, tokenizer.convert_ids_to_tokens([*range(rows, size)][:3])))
+            note("tokenizer_too_large", f"the tokenizer has {size} tokens, the model's embedding {rows} rows; no row holds one of those beyond ({names})",
+                 severity="info", fix="nothing to do: such tokens, often for images, can't occur in the text that the model gets")
+
+    def note_decoding(self):
+        "Note that the tokenizer changes texts: a warning if it does so in few rows, since only these need to be left out."
+        if self.changed:
+            few = self.decoded >= 20 and len(self.changed) < 0.05 * self.decoded
+            cause = f"{len(self.changed)} of {self.decoded} rows don't decode to their own text: {self.change}"
+            self.collector.note("tokenizer_changes_text", cause, len(self.changed), self.changed, "warning" if few else None)

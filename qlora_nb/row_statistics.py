@@ -9,13 +9,56 @@ __all__ = ['DatasetFinding', 'question_hash']
 import hashlib
 import math
 import re
+import sys
+import time
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 # %% ../nbs/78_row_statistics.ipynb #78000008
-from .core import Finding, read_package_table
+from .chat_templates import find_role_problem
+from .core import Finding, UserError, read_package_table
+from .readers import format_count
+from .schemas import CLASS_SUFFIX, PLAIN_COLUMNS, Conversation, describe_mark, iterate_conversations
+from .template import Encoded, Encoder, fit_row
+from .turns import kind_of
+
+# %% ../nbs/78_row_statistics.ipynb #7800001a
+class RowSet:
+    "Row numbers, one bit each: sorted, without duplicates."
+
+    def __init__(self, rows: Iterable[int] = ()):
+        self.bits = bytearray()
+        self.size = 0
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: int) -> None:
+        "Add a row number."
+        place, bit = row >> 3, 1 << (row & 7)
+        if place >= len(self.bits):
+            self.bits.extend(bytes(place + 1 - len(self.bits)))
+        if not self.bits[place] & bit:
+            self.bits[place] |= bit
+            self.size += 1
+
+    def update(self, other: "RowSet") -> None:
+        "Add all rows of another set."
+        bits = int.from_bytes(self.bits, "little") | int.from_bytes(other.bits, "little")
+        self.bits = bytearray(bits.to_bytes(max(len(self.bits), len(other.bits)), "little"))
+        self.size = bits.bit_count()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __contains__(self, row: int) -> bool:
+        return row >> 3 < len(self.bits) and bool(self.bits[row >> 3] & 1 << (row & 7))
+
+    def __iter__(self) -> Iterator[int]:
+        return (8 * place + i for place, byte in enumerate(self.bits) if byte for i in range(8) if byte & 1 << i)
 
 # %% ../nbs/78_row_statistics.ipynb #7742c7f4-20
 @dataclass
@@ -37,11 +80,13 @@ DATASET_CODES = {code: (row["severity"], row["fix"]) for code, row in CODE_TABLE
 
 # %% ../nbs/78_row_statistics.ipynb #7742c7f4-26
 class FindingCollector:
-    "A count of rows by code."
+    "The rows that have each fault, and those that training can't use or doesn't need."
 
     def __init__(self):
         self.found: dict[str, DatasetFinding] = {}  # by code, or code and name
-        self.last: dict[str, int] = {}  # the row that was counted last
+        self.rows: dict[str, RowSet] = defaultdict(RowSet)  # likewise: the rows that have it
+        self.errors: dict[str, RowSet] = defaultdict(RowSet)  # … and those of them in which it is an error
+        self.apart = {"leakage": RowSet(), "duplicate": RowSet(), "too_long": RowSet()}  # by code: rows that are not invalid
 
     def add(self, code: str, row: int, cause: str, severity: str | None = None, fix: str | None = None, name: str = ""):
         "Note that `row` has `code`; the first cause is kept, and the worst severity."
@@ -52,16 +97,34 @@ class FindingCollector:
         if severity == "error" and finding.severity != "error":
             finding.severity = severity
             finding.cause = cause
-        if self.last.get(key) != row:
-            self.last[key] = row
-            finding.count += 1
-            if len(finding.rows) < 5:
-                finding.rows.append(row)
+        if key in self.apart:
+            self.apart[key].add(row)
+        elif (severity or DATASET_CODES[code][0]) == "error":
+            self.errors[key].add(row)
+        rows = self.rows[key]
+        rows.add(row)
+        if len(rows) != finding.count:
+            finding.count = len(rows)
+            finding.rows = sorted([*finding.rows, row])[:5]
 
     def note(self, code: str, cause: str, count: int = 1, rows=(), severity=None, fix=None, key: str | None = None):
         "Note a finding that is complete; severity and fix are those of the code where they aren't given."
         usual, usual_fix = DATASET_CODES[code]
-        self.found[key or code] = DatasetFinding(code, severity or usual, cause, fix or usual_fix, count, [*rows][:5])
+        self.found[key or code] = DatasetFinding(code, severity or usual, cause, fix or usual_fix, count, [*islice(sorted(rows), 5)])
+
+    def forgive(self, fix: str):
+        "Turn each error that belongs to rows into a warning, since these rows are left out."
+        for key in self.errors.keys() | {"leakage"} & self.found.keys():
+            if key in self.found and self.found[key].severity == "error":
+                self.found[key].severity = "warning"
+                self.found[key].fix = fix
+
+    def lists(self) -> dict[str, RowSet]:
+        "Return the rows to leave out by the name of their list; invalid are those with an error of their own."
+        invalid = RowSet()
+        for key in self.errors.keys() & self.found.keys():
+            invalid.update(self.errors[key])
+        return {"invalid_rows": invalid, **dict(zip(("leaked_rows", "duplicate_rows", "long_rows"), self.apart.values()))}
 
 # %% ../nbs/78_row_statistics.ipynb #7742c7f4-27
 _DROPPED = ("...", *'?;"“”„`…')
@@ -93,6 +156,15 @@ def question_hash(messages: list[dict]) -> bytes:
     words = " ".join(m["content"] for m in messages if m["role"] == "user" and isinstance(m["content"], str))
     return hashlib.blake2b(normalize_text(words).encode("utf-8", "replace"), digest_size=12).digest()
 
+# %% ../nbs/78_row_statistics.ipynb #7800001c
+def row_identity(messages: list[dict], tools=None) -> tuple[str, str]:
+    "Return two texts: one that only identical rows share, and one that near-duplicates share."
+    rest = [[(key, turn[key]) for key in turn if key not in ("role", "content") and turn[key] is not None] if len(turn) > 2 else None
+            for turn in messages] if tools or any(len(turn) > 2 for turn in messages) else ()
+    more = repr((rest, tools)) if tools or any(rest) else ""
+    near = "\0".join(normalize_text(turn["content"]) for turn in messages)
+    return repr([(turn["role"], turn["content"]) for turn in messages]) + more, near + more
+
 # %% ../nbs/78_row_statistics.ipynb #292e7135
 REMEMBERED_ROWS = 2**20  # different rows
 
@@ -104,6 +176,7 @@ class LengthCount:
     rows: int = 0
     learned: int = 0  # their tokens with a label
     unended: int = 0  # rows that don't end in an end-of-turn token
+    parts: int = 0  # rows that a conversation becomes beside its first
     first: list[int] = field(default_factory=list)  # the first five
 
 # %% ../nbs/78_row_statistics.ipynb #71b6dffd
@@ -151,20 +224,21 @@ class RowStatistics:
                 found.count -= 1
             self.answers = {key: found for key, found in self.answers.items() if found.count}
 
-    def add_length(self, row: int, length: int, learned: int, ended: bool = True):
-        "Count the tokens of a row."
+    def add_length(self, row: int, length: int, learned: int, ended: bool = True, part: bool = False):
+        "Count the tokens of a row; `part`: of one more row that the same conversation becomes."
         found = self.lengths[length]
         found.rows += 1
         found.learned += learned
         found.unended += not ended
-        if len(found.first) < 5:
+        found.parts += part
+        if len(found.first) < 5 and not part:
             found.first.append(row)
 
     def rows_longer_than(self, limit: float) -> tuple[int, list[int]]:
-        "Return how many rows have more tokens than `limit`, and the longest five of them."
+        "Return how many rows (of the data) have more than `limit` tokens, and the longest few of them."
         longer = sorted((length for length in self.lengths if length > limit), reverse=True)
         rows = [row for length in longer for row in self.lengths[length].first]
-        return sum(self.lengths[length].rows for length in longer), rows
+        return sum(self.lengths[length].rows - self.lengths[length].parts for length in longer), rows[:5]
 
     def length_limit(self, share: float = 0.99) -> int | None:
         "Return the smallest `max_seq_length` that keeps this share of the rows; None without rows."
@@ -179,3 +253,223 @@ class RowStatistics:
         "Return the length beyond which rows are outliers: four times the median, and beyond the usual spread of these rows."
         low, middle, high = map(self.length_limit, (0.25, 0.5, 0.75))
         return max(4 * middle, high * (high / max(low, 1)) ** 3)
+
+# %% ../nbs/78_row_statistics.ipynb #78000034
+def plot_lengths(lengths: dict, max_seq_length: int | None = None, ax=None):
+    "Plot rows by length (tokens: (rows, their learned tokens)), the share of their tokens that is learned, and `max_seq_length`; return the Axes."
+    import matplotlib.pyplot as plt
+
+    ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
+    sizes = list(lengths)
+    low = min(sizes, default=0)
+    high = max(sizes, default=1)
+    width = -(-(high - low + 1) // 30)  # whole tokens, or some bars would cover more lengths than others
+    learned = [tokens / size for size, (_, tokens) in lengths.items()]
+    read = [rows - part for (rows, _), part in zip(lengths.values(), learned)]
+    ax.hist([sizes, sizes], range(low, high + width + 1, width), weights=[learned, read], stacked=True,
+            color=["#0072B2", "#9ecae1"], label=["share of tokens learned", "share of tokens read only"])
+    if max_seq_length is not None and max_seq_length < 4 * high:
+        ax.axvline(max_seq_length, color="#D55E00", ls="--", lw=1.5, label=f"max_seq_length = {max_seq_length}")
+    ax.set(xlabel="length of a row (tokens)", ylabel="rows")
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+# %% ../nbs/78_row_statistics.ipynb #7800001e
+class EncodedTable:
+    "The ids and labels of rows, in Arrow's memory, and the numbers of the rows that they came from."
+
+    def __init__(self):
+        self.tables = []
+        self.numbers = array("Q")  # ascending; the same again where a conversation became several rows
+
+    def add(self, pieces: list[tuple[int, Encoded]]) -> None:
+        "Add the next rows, each with the number of the row that it came from."
+        import pyarrow as pa
+
+        kind = pa.list_(pa.int32())
+        columns = [pa.array([piece.input_ids for _, piece in pieces], kind), pa.array([piece.labels for _, piece in pieces], kind)]
+        self.tables.append(pa.table(columns, ["input_ids", "labels"]))
+        self.numbers.extend(number for number, _ in pieces)
+
+    def dataset(self, left_out: Iterable[RowSet] = ()):
+        "Return a `datasets.Dataset` with `input_ids` and `labels`, without the rows of these sets, and the list of their numbers."
+        import datasets
+        import pyarrow as pa
+
+        table = pa.concat_tables(self.tables)
+        kept = [not any(number in rows for rows in left_out) for number in self.numbers]
+        return (datasets.Dataset(table if all(kept) else table.filter(pa.array(kept, pa.bool_())).combine_chunks()),
+                [number for number, keep in zip(self.numbers, kept) if keep])
+
+# %% ../nbs/78_row_statistics.ipynb #78000030
+@dataclass
+class CheckedRows:
+    "Rows ready to train on."
+
+    report: object  # the `DatasetReport`; None where they were not checked
+    rows: object  # datasets.Dataset with `input_ids` and `labels`, in the order of the data
+    dropped: list[int]  # the numbers of the data's rows that are not among them
+    numbers: list[int] = field(default_factory=list, kw_only=True)  # of each of the rows: the data's row that it came from
+    left_out: dict[str, int] = field(default_factory=dict, kw_only=True)  # rows by the reason for which they are dropped, each under its first
+    faulty: RowSet = field(default_factory=RowSet, kw_only=True)  # rows dropped for what they are, whatever their length
+
+
+def count_left_out(dropped: Iterable[int], reasons: dict[str, Iterable[int]]) -> dict[str, int]:
+    "Return how many rows are dropped for each reason; a row with several counts for the first of them, one with none as invalid."
+    return dict(Counter(next((reason for reason, rows in reasons.items() if row in rows), "invalid") for row in dropped))
+
+# %% ../nbs/78_row_statistics.ipynb #78000036
+def fitting_pieces(found: Encoded, tokenizer, max_seq_length: int, truncation: str) -> list[Encoded]:
+    "Return the rows that a conversation becomes, each with its own replies, without those that don't fit."
+    first = replace(found, parts=(), replies=found.replies - sum(part.replies for part in found.parts)) if found.parts else found
+    whole = () if found.code else (first, *found.parts)
+    fitted = (fit_row(piece, tokenizer, max_seq_length, truncation) for piece in whole)
+    return [piece for piece in fitted if piece]
+
+
+def split_batch(batch: list[Conversation], limit: int = 4_000_000) -> Iterator[list[Conversation]]:
+    "Yield a batch in slices of about `limit` characters; a conversation may become a row for each reply, and then counts as often."
+    part, total = [], 0
+    for row in batch:
+        turns = [turn for turn in row.messages or () if isinstance(turn, dict)]
+        replies = sum(turn.get("role") == "assistant" for turn in turns)
+        size = replies * sum(len(str(value)) for turn in turns for value in turn.values())
+        if part and total + size > limit:
+            yield part
+            part, total = [], 0
+        part.append(row)
+        total += size
+    if part:
+        yield part
+
+
+def _nothing_left(rows: int, lengths: list[int], max_seq_length: int) -> str:
+    "Return why none of this many rows can be trained on; `lengths`: those of the usable rows."
+    if not rows:
+        return "the data set is empty: give at least one row"
+    if not lengths:
+        return f"none of {format_count(rows)} can be used: check_dataset (qlora_nb check) says why"
+    return f"no row fits max_seq_length={max_seq_length}: the shortest has {min(lengths)} tokens, the longest {max(lengths)}; raise it"
+
+# %% ../nbs/78_row_statistics.ipynb #78000038
+class FaultyRows:
+    "The rows that can't be used, unchecked. Whether a label judges the reply, or is one of several classes, only all rows show."
+
+    def __init__(self, data, drop: bool):
+        self.drop = drop
+        self.rows = RowSet()
+        self.judged: dict[str, RowSet] = defaultdict(RowSet)  # by the name of the label
+        description = str(getattr(getattr(data, "info", None), "description", None) or "")
+        self.plain = {*description.removeprefix(PLAIN_COLUMNS).split(", ")}  # columns with no bearing on the replies
+
+    def add(self, number: int, row: Conversation, found: Encoded) -> bool:
+        "Return True for a row that can't be used; raise `UserError` unless such rows are dropped."
+        why = None if found.code in (None, "too_long") else f"{found.why} ({found.code})"
+        for mark in row.marks:
+            severity, place, name = mark.split(" ", 2)
+            if severity == "error" and place == "column" and kind_of(name) == "labels":
+                self.judged[name].add(number)
+            elif severity == "error":
+                why = why or f"{describe_mark(severity, place, name)[0]} (unused_{place})"
+            elif name.endswith(CLASS_SUFFIX):
+                self.plain.add(name)
+        if not why and (wrong := find_role_problem(row.messages)):
+            why = f"{wrong} (bad_roles)"
+        if why:
+            self.note([number], why)
+        return bool(why)
+
+    def add_judged(self):
+        "Add the rows that a label marks as bad."
+        for name, rows in self.judged.items():
+            if name + CLASS_SUFFIX not in self.plain:
+                self.note(rows, f"{describe_mark('error', 'column', name)[0]} (unused_column)")
+
+    def note(self, rows: Iterable[int], why: str):
+        if not self.drop:
+            raise UserError(f"row {next(iter(rows))}: {why}; check_dataset (qlora_nb check) lists all such rows, "
+                            "drop_invalid=True (--drop-invalid) leaves them out")
+        for row in rows:
+            self.rows.add(row)
+
+# %% ../nbs/78_row_statistics.ipynb #78000032
+def encode_conversations(
+    data,  # rows of `messages`: a data set or a list
+    tokenizer,
+    max_seq_length: int = 2048,  # tokens
+    template: str | None = None,  # as for `template.encode`
+    truncation: str = "drop",  # as for `fit_row`
+    *,
+    train_on: str = "all",  # as for `template.encode`
+    template_kwargs: dict | None = None,  # as for `template.encode`
+    drop_invalid: bool = False,  # leave out rows that can't be used
+) -> CheckedRows:
+    "Return ids and labels of all rows that fit, not checked. Raise `UserError` if a row can't be used, or none fits."
+    encoder = Encoder(tokenizer, template, train_on, template_kwargs)
+    kept, faults, lengths = EncodedTable(), FaultyRows(data, drop_invalid), []
+    for batch in (part for whole in iterate_conversations(data) for part in split_batch(whole)):
+        pieces = []
+        for row, found in zip(batch, encoder.encode([row.messages for row in batch], max_seq_length, [row.tools for row in batch])):
+            number = len(lengths)
+            lengths.append(found.length)
+            if not faults.add(number, row, found):
+                pieces += [(number, piece) for piece in fitting_pieces(found, tokenizer, max_seq_length, truncation)]
+        kept.add(pieces)
+    faults.add_judged()
+    rows, numbers = kept.dataset([faults.rows]) if lengths else (None, [])
+    if not numbers:
+        usable = [length for number, length in enumerate(lengths) if number not in faults.rows]
+        raise UserError(_nothing_left(len(lengths), usable, max_seq_length))
+    dropped = sorted(set(range(len(lengths))).difference(numbers))
+    left_out = count_left_out(dropped, {"invalid": faults.rows, "too_long": range(len(lengths))})
+    return CheckedRows(None, rows, dropped, numbers=numbers, left_out=left_out, faulty=faults.rows)
+
+# %% ../nbs/78_row_statistics.ipynb #78000020
+def without_rows(data, left_out: Iterable[RowSet]):
+    "Return the data without the rows of these sets, in its own kind: a data set, a list or a stream. Raise `UserError` for a used-up iterator."
+    sets = [rows for rows in left_out if rows]
+
+    def stays(number: int) -> bool:
+        return not any(number in rows for rows in sets)
+
+    if hasattr(data, "filter") and not hasattr(data, "select"):  # a stream; the marks of its late rows stay with it
+        stream = data.filter(lambda row, number: stays(number), with_indices=True)
+        if hasattr(data, "with_marks"):
+            stream.with_marks = lambda: (row for number, row in enumerate(data.with_marks()) if stays(number))
+        return stream
+    if isinstance(data, Iterator):
+        raise UserError("the data is an iterator, which the check has used up: give a list or a data set")
+    if hasattr(data, "select"):
+        return data.select([number for number in range(len(data)) if stays(number)])
+    return [row for number, row in enumerate(data) if stays(number)]
+
+# %% ../nbs/78_row_statistics.ipynb #78000022
+class ProgressLine:
+    "A progress line on stderr, for a long loop, with the number of rows done."
+
+    def __init__(self, what: str = "rows checked", stream=None, clock=time.monotonic):
+        self.what = what
+        self.stream = stream or sys.stderr
+        self.clock = clock
+        self.terminal = self.stream.isatty()
+        self.width = 0  # of what is in the terminal's line
+        self.due = clock() + (2 if self.terminal else 30)
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        "Write how many rows are done, and of how many if known, unless that was written a moment ago."
+        if self.clock() < self.due:
+            return
+        self.due = self.clock() + (0.2 if self.terminal else 30)
+        text = f"{done:,} of {total:,} {self.what} ({100 * done / total:.0f} %)" if total else f"{done:,} {self.what}"
+        self.write("\r" + text.ljust(self.width) if self.terminal else text + "\n")
+        self.width = len(text)
+
+    def close(self) -> None:
+        "Clear the terminal's line."
+        if self.terminal and self.width:
+            self.write("\r" + " " * self.width + "\r")
+
+    def write(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()

@@ -11,31 +11,31 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 # %% ../nbs/12_data.ipynb #96757b5a
 from .core import EMBEDDED_DATA, HUB_DATA, UserError
-from .readers import format_count, iterate_messages, open_data_source
+from .readers import format_count, open_data_source
 from qlora_nb.schemas import (
     KNOWN_SCHEMAS,
     MARKS_COLUMN,
     PLAIN_COLUMNS,
-    UNUSED_RULES,
-    bare_name,
+    Conversation,
+    canonical_row,
     find_schema,
-    own_turns,
-    unused_marks,
-    written_turns,
+    is_filled,
+    iterate_conversations,
 )
 from .template import SYSTEM_PROMPT
+from .turns import TURN_KEYS, kind_of
 
 # %% ../nbs/12_data.ipynb #48c82986
-def _with_system(turns: list[dict], system: str | bool | None) -> list[dict]:
+def _with_system(turns: list[dict], system: str | bool | None, known: bool = False) -> list[dict]:
     """Return the turns, with a system text before them where they have none.
 
-    `system` is that text; None: `SYSTEM_PROMPT` where a reply reasons; False: none."""
-    if system is False or any(m["role"] == "system" for m in turns):
+    `system` is that text; False: none; None: none, but in a set that is `known`, `SYSTEM_PROMPT` where a reply reasons."""
+    if not system and not (system is None and known) or any(m["role"] in ("system", "developer") for m in turns):
         return turns
     if system is None and any(m["role"] == "assistant" and "<think>" in (m["content"] or "") for m in turns):
         system = SYSTEM_PROMPT
@@ -43,6 +43,9 @@ def _with_system(turns: list[dict], system: str | bool | None) -> list[dict]:
 
 # %% ../nbs/12_data.ipynb #31536acf
 #| code-fold: true
+_MORE = {"reasoning_content": "reasoning", "tool_calls": "tool calls", "tools": "tools", "name": "names", "weight": "replies not to learn"}
+
+
 class _RowReader:
     "A reader that turns rows into messages, and counts what of them wasn't used."
 
@@ -55,13 +58,16 @@ class _RowReader:
         self.put_in = 0  # rows that got a system text
         self.missing = 0  # contents that are not text
         self.missing_rows = []  # the first rows with such, for the note
+        self.more = Counter()  # rows with what only some rows have: tools, reasoning …
+        self.filled = False  # whether the nulls in objects come from Arrow
         self.unused = Counter()  # by mark
-        self.plain = {}  # columns that say nothing about the replies
+        self.plain = {}  # columns that have no bearing on the replies
 
     def choose(self, names: list[str]) -> list[str]:
         "Return the columns to read, out of those that are there: the conversation's, and those that say more about the replies."
         needed = find_schema(names, self.columns).reads(names)
-        needed += [name for name in names if name == MARKS_COLUMN or bare_name(name) in UNUSED_RULES]
+        needed += [name for name in names if name == MARKS_COLUMN or kind_of(name)]
+        self.filled = True  # only sources with columns are asked
         self.plain.update(dict.fromkeys(name for name in names if name not in needed))
         return list(dict.fromkeys(needed))
 
@@ -76,43 +82,52 @@ class _RowReader:
         self.schema = find_schema(list(dict.fromkeys(name for row in head for name in row)), self.columns)
         return islice(chain(head, rows), limit)
 
-    def read(self, rows: Iterable[dict]) -> Iterator[tuple[list[dict], list[str]]]:
-        "Yield the messages of each row, and the marks of what isn't used. Raise `UserError` with the row's number."
+    @property
+    def known(self) -> bool:
+        "Whether this is one of the course's data sets."
+        return any(self.schema.name == schema.name for schema in KNOWN_SCHEMAS)
+
+    def read(self, rows: Iterable[dict]) -> Iterator[Conversation]:
+        "Yield the conversation of each row. Raise `UserError` with the row's number."
         for number, row in enumerate(rows, 1):
             try:
                 yield self.read_row(row)
             except UserError as error:
                 raise UserError(f"{self.what}, row {number}: {error}") from error
 
-    def read_row(self, row: dict) -> tuple[list[dict], list[str]]:
-        "Return messages and marks; of columns that say nothing about the replies, the names are enough."
-        written = written_turns(row, self.schema)
-        turns = own_turns(row, self.schema, written)
-        marks = unused_marks(row, self.schema, written)
-        messages = _with_system(turns, self.system)
+    def read_row(self, row: dict) -> Conversation:
+        "Return the conversation of a row; columns with no bearing on the replies may be given by name alone."
+        turns, tools, marks = canonical_row(row, self.schema, filled=self.filled)
+        messages = _with_system(turns, self.system, self.known)
         self.rows += 1
         self.put_in += len(messages) > len(turns)
-        if missing := [turn["content"] for turn in turns].count(None):
-            self.missing += missing
-            self.missing_rows += [self.rows] * (len(self.missing_rows) < 4)
+        self.count(turns, tools)
         plain = [mark for mark in marks if mark.startswith("info column ")]
         if plain and len(self.plain) < 100:
             self.plain.update(dict.fromkeys(mark.removeprefix("info column ") for mark in plain))
         marks = [mark for mark in marks if mark not in plain] if plain else marks
         self.unused.update(marks)
-        return messages, marks
+        return Conversation(messages, tools, marks)
+
+    def count(self, turns: list[dict], tools: list[dict] | None):
+        "Count what only some rows have, for the notes."
+        if missing := [turn["content"] for turn in turns].count(None):
+            self.missing += missing
+            self.missing_rows += [self.rows] * (len(self.missing_rows) < 4)
+        if tools or any([len(turn) > 2 for turn in turns]):
+            keys = {key for turn in turns for key in turn} | ({"tools"} if tools else set())
+            self.more.update([what for key, what in _MORE.items() if key in keys])
 
     def info(self):
-        "Return the `DatasetInfo`, whose description names the columns that say nothing about the replies."
+        "Return the `DatasetInfo`, whose description names the columns that have no bearing on the replies."
         import datasets
 
         return datasets.DatasetInfo(description=PLAIN_COLUMNS + names if (names := self.plain_names()) else "")
 
     def plain_names(self) -> str:
-        "Return the columns that say nothing about the replies, and weren't read; none for a data set that is known."
-        known = any(self.schema.name == schema.name for schema in KNOWN_SCHEMAS)
+        "Return the columns that have no bearing on the replies, and weren't read; none for a data set that is known."
         named = {mark.split(" ", 2)[2] for mark in self.unused}
-        return "" if known else ", ".join(str(name) for name in self.plain if name not in named)
+        return "" if self.known else ", ".join(str(name) for name in self.plain if name not in named)
 
     def notes(self, rows: str = "") -> list[str]:
         "Return what to tell the user; `rows` says which were examined."
@@ -122,9 +137,12 @@ class _RowReader:
                          "leave it out with system=False (--no-system)")
         elif self.put_in:
             notes.append(f"{rows}the system text was added to {format_count(self.put_in)}")
+        if self.more:
+            notes.append(f"{rows}with {', '.join(f'{what} ({format_count(count)})' for what, count in self.more.items())}")
         if self.unused:
             names = [f"{mark.split(' ', 2)[2]} ({format_count(count)})" for mark, count in islice(self.unused.items(), 50)]
-            notes.append(f"{rows}not used: {', '.join(names)}")
+            judged = any(mark.startswith("error ") and kind_of(mark.split(" ", 2)[2]) in ("labels", "pairs") for mark in self.unused)
+            notes.append(f"{rows}not used: {', '.join(names)}{', which is preference data: check_dataset names the rows' * judged}")
         if names := self.plain_names():
             notes.append(f"columns not used: {names}")
         if self.missing:
@@ -133,45 +151,126 @@ class _RowReader:
             notes.append(f"{rows}contents that are not text: {self.missing} ({places}{more})")
         return notes
 
+# %% ../nbs/12_data.ipynb #120000b1
+def _survives(entry: dict) -> bool:
+    "Return True if `datasets.Json` returns an object unchanged: its parser rounds fractions, and rejects huge integers."
+    import datasets
+
+    kind = datasets.Json()
+    try:
+        return all(repr(kind.decode_example(text)) == repr(entry) for text in (json.dumps(entry), kind.encode_example(entry)))
+    except (ValueError, OverflowError):
+        return False
+
+
+def _storable(entries: list[dict]) -> list[dict]:
+    "Return calls or tools in a form that `datasets.Json` can hold: objects whose numbers would change are written as text."
+    def write(function):
+        return {name: json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value for name, value in function.items()}
+
+    return [entry if _survives(entry) else {**entry, "function": write(entry["function"])} for entry in entries]
+
+
+def _json_text(entries: list[dict] | None) -> str | None:
+    "Return the JSON text in which a list of calls or tools is stored; None for none."
+    return json.dumps(_storable(entries), ensure_ascii=False) if entries else None
+
+# %% ../nbs/12_data.ipynb #120000b3
+def _column_type(key: str):
+    "Return the Arrow type of a column or of a key of turns."
+    import pyarrow as pa
+
+    return {"tool_calls": pa.json_(), "tools": pa.json_(), "weight": pa.int8(), MARKS_COLUMN: pa.list_(pa.string())}.get(key, pa.string())
+
+
+def _column_array(key: str, values: list):
+    "Return an Arrow array of one key; objects are stored as JSON."
+    import pyarrow as pa
+
+    if (kind := _column_type(key)) != pa.json_():
+        return pa.array(values, kind)
+    return pa.ExtensionArray.from_storage(kind, pa.array(map(_json_text, values), pa.string()))
+
+# %% ../nbs/12_data.ipynb #120000b4
+def _turns_array(rows: list[list[dict]]):
+    "Return an Arrow array of conversations, whose turns have every key that any turn has."
+    import pyarrow as pa
+
+    keys = [key for key in TURN_KEYS if key in ("role", "content") or any([key in turn for turns in rows for turn in turns])]
+    if len(keys) == 2:
+        return pa.array(rows, pa.list_(pa.struct({key: pa.string() for key in keys})))
+    columns = [_column_array(key, [turn.get(key) for turns in rows for turn in turns]) for key in keys]
+    places = pa.array(accumulate(map(len, rows), initial=0), pa.int32())
+    return pa.ListArray.from_arrays(places, pa.StructArray.from_arrays(columns, keys))
+
+
+def _widen_turns(turns, keys: list[str]):
+    "Return an array of conversations whose turns have all these keys."
+    import pyarrow as pa
+
+    inner = turns.values
+    have = {field.name for field in inner.type}
+    columns = [inner.field(key) if key in have else _column_array(key, [None] * len(inner)) for key in keys]
+    return pa.ListArray.from_arrays(turns.offsets, pa.StructArray.from_arrays(columns, keys))
+
 # %% ../nbs/12_data.ipynb #7742c7f4-13
 def _rows_to_dataset(rows: Iterable[dict], reader: _RowReader, limit: int | None):
-    "Return a data set with the column `messages`, and one with the marks of what isn't used where there are any."
+    "Return a data set with the column `messages` and, if any row has them, `tools` and the marks of what isn't used."
     import datasets
     import pyarrow as pa
 
-    turns = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
-    words = pa.list_(pa.string())
     found = reader.read(reader.peek(rows, limit))
     parts = []
     while chunk := list(islice(found, 1000)):
-        messages = pa.array([messages for messages, _ in chunk], turns)
-        parts.append(pa.table([messages, pa.array([marks or None for _, marks in chunk], words)], ["messages", MARKS_COLUMN]))
-    table = pa.concat_tables(parts)
-    if table[MARKS_COLUMN].null_count == len(table):
-        table = table.drop_columns(MARKS_COLUMN)
-    return datasets.Dataset(table, reader.info())
+        messages, tools, marks = zip(*chunk)
+        parts.append([_turns_array(messages), _column_array("tools", tools), _column_array(MARKS_COLUMN, [m or None for m in marks])])
+    keys = [key for key in TURN_KEYS if any(key in {field.name for field in part[0].type.value_type} for part in parts)]
+    parts = [[turns if turns.type.value_type.num_fields == len(keys) else _widen_turns(turns, keys), *others] for turns, *others in parts]
+    table = pa.concat_tables([pa.table(part, ["messages", "tools", MARKS_COLUMN]) for part in parts])
+    empty = [name for name in ("tools", MARKS_COLUMN) if table[name].null_count == len(table)]
+    return datasets.Dataset(table.drop_columns(empty), reader.info())
 
 # %% ../nbs/12_data.ipynb #37f70561
 def _stream(rows: Iterable[dict], open_rows: Callable[[], Iterable[dict]], reader: _RowReader):
     "Return an `IterableDataset` of messages, which opens its source each time; `rows` shows what the first 100 are."
     import datasets
 
-    marked = any([marks for _, marks in reader.read(reader.peek(rows, 100))])
+    head = list(reader.read(reader.peek(rows, 100)))
+    keys = {key for messages, _, _ in head for turn in messages for key in turn}
 
     def again():
         fresh = _RowReader(reader.columns, reader.system, reader.what)
         fresh.schema = reader.schema
-        for messages, marks in fresh.read(open_rows()):
-            yield {"messages": messages, MARKS_COLUMN: marks or None}
+        fresh.filled = reader.filled
+        for messages, tools, marks in fresh.read(open_rows(fresh)):
+            yield {"messages": messages, "tools": tools, MARKS_COLUMN: marks or None}
+
+    def settled():
+        for number, row in enumerate(again(), 1):
+            yield _fit_row(row, columns, f"{reader.what}, row {number}")
 
     text = datasets.Value("string")
-    columns = {"messages": datasets.List({"role": text, "content": text})}
-    if marked:
-        columns[MARKS_COLUMN] = datasets.List(text)
-    data = datasets.IterableDataset.from_generator(again, features=datasets.Features(columns))
+    kinds = {"tool_calls": datasets.Json(), "weight": datasets.Value("int8")}
+    turn = {key: kinds.get(key, text) for key in TURN_KEYS if key in keys or key in ("role", "content")}
+    columns = {"messages": datasets.List(turn)}
+    columns |= {"tools": datasets.Json()} if any(tools for _, tools, _ in head) else {}
+    columns |= {MARKS_COLUMN: datasets.List(text)} if any(marks for _, _, marks in head) else {}
+    data = datasets.IterableDataset.from_generator(settled, features=datasets.Features(columns))
     data.info.description = reader.info().description
     data.with_marks = again  # the columns are settled by the first rows; the preflight reads the marks of the later ones, too
     return data
+
+
+def _fit_row(row: dict, columns: dict, where: str) -> dict:
+    "Return a row with the columns and keys of a stream. Raise `UserError` for a row with others, which would be lost."
+    turn = columns["messages"].feature
+    odd = [key for message in row["messages"] for key in message if key not in turn] + ["tools"] * bool(row["tools"] and "tools" not in columns)
+    if odd:
+        raise UserError(f"{where}, is the first with {odd[0]}, and a stream's columns are fixed by its first 100 rows: "
+                        "load it with streaming=False, or put such a row first")
+    messages = [{key: _json_text(found) if key == "tool_calls" else found for key in turn for found in [message.get(key)]}
+                for message in row["messages"]]
+    return {name: value for name, value in {**row, "messages": messages, "tools": _json_text(row["tools"])}.items() if name in columns}
 
 # %% ../nbs/12_data.ipynb #7742c7f4-16
 _LICENCES = {
@@ -181,12 +280,14 @@ _LICENCES = {
 }
 
 # %% ../nbs/12_data.ipynb #37f70562
-def _check_loading(limit: int | None, system: str | bool | None) -> None:
+def _check_loading(limit: int | None, system: str | bool | None, once: bool = False) -> None:
     "Raise `UserError` for invalid arguments."
+    if once:
+        raise UserError("the data is a generator, which can be read only once, and a stream is read anew in each pass: load it with streaming=False")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise UserError(f"limit is {limit!r}: give a whole number of at least 1, or None for all rows")
     if system not in (None, False) and not (isinstance(system, str) and system.strip()):
-        raise UserError(f"system is {system!r}: give a text, False for none, or None for ours where replies hold <think>")
+        raise UserError(f"system is {system!r}: give a text, False for none, or None for none (R1-Distill-SFT and the embedded set get ours)")
 
 # %% ../nbs/12_data.ipynb #7742c7f4-17
 def load_sft_dataset(
@@ -194,19 +295,21 @@ def load_sft_dataset(
     name: str | None = None,  # configuration of a Hub data set
     split: str = "train",  # the embedded set has train, heldout and base_task
     *,
-    columns: dict | None = None,  # e.g. {"prompt": "frage", "response": "antwort"}; keys also messages, input, system
+    columns: dict | None = None,  # e.g. {"prompt": "frage", "response": "antwort"}; keys also messages, input, system, history, reasoning, tools
     limit: int | None = None,  # rows to take from the beginning; None: all
     streaming: bool | None = None,  # read from the Hub without storing; None: when there is a limit
-    system: str | bool | None = None,  # text for rows with no system turn; None: one that asks for <think>, where replies have it; False: none
+    system: str | bool | None = None,  # text for rows with no system turn; False: none; None: none, but for R1-Distill-SFT and the embedded set
 ):  # datasets.Dataset; an IterableDataset for streaming=True without a limit
-    "Return a data set with the column `messages`. Report on stderr what was recognised, added and not used. Raise `UserError`."
-    _check_loading(limit, system)
+    "Return a data set with the column `messages`, and `tools` where rows have them. Report on stderr what was recognised, added and not used. Raise `UserError`."
+    _check_loading(limit, system, bool(streaming) and limit is None and hasattr(source, "__next__"))
     what = "the embedded set" if source is None else str(source) if isinstance(source, (str, Path)) else "the data"
     reader = _RowReader(columns, system, what)
 
-    def open_rows():
+    def open_rows(reader=reader):
         place = EMBEDDED_DATA if source is None else source
-        return open_data_source(place, name, split, limit is not None if streaming is None else streaming, reader.choose)
+        rows = open_data_source(place, name, split, limit is not None if streaming is None else streaming, reader.choose)
+        reader.filled = is_filled(rows)  # rows of files: `choose` says it for those with columns
+        return rows
 
     if streaming and limit is None:
         data = _stream(open_rows(), open_rows, reader)
@@ -225,9 +328,10 @@ def load_sft_dataset(
 def data_fingerprint(
     data,  # a data set with `messages`
 ) -> str:
-    "Return the SHA-256 of all messages, in their order; other columns and the file's form don't matter."
+    "Return the SHA-256 of all messages and tools, in their order; other columns and the file's form don't matter."
     digest = hashlib.sha256()
-    for batch in iterate_messages(data):
-        for row in batch:
+    for batch in iterate_conversations(data, 1000):
+        for messages, tools, _ in batch:
+            row = {"messages": messages, "tools": tools} if tools else messages
             digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode() + b"\n")
     return digest.hexdigest()

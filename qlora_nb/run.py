@@ -13,10 +13,10 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 import yaml
 
@@ -39,9 +39,9 @@ from qlora_nb.core import (
 )
 
 # %% ../nbs/50_run.ipynb #50a00011
-def settings_field(default, help_text: str, *, part: str = "trainer", positive: bool = False):
-    "A dataclass field with its help text, the part of a run that it belongs to, and whether a number must be above 0."
-    return field(default=default, metadata={"help": help_text, "part": part, "positive": positive})
+def settings_field(default, help_text: str, *, part: str = "trainer", positive: bool = False, choices: tuple | None = None):
+    "A dataclass field with its help text, the part of a run that it belongs to, whether a number must be above 0, and the allowed words."
+    return field(default=default, metadata={"help": help_text, "part": part, "positive": positive, "choices": choices})
 
 # %% ../nbs/50_run.ipynb #50a00012
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ class Settings:
     dtype: str | None = settings_field(None, "float32, float16 or bfloat16; default: by hardware", part="model")
     data: str | None = settings_field(None, "Hub name, folder, or a JSONL, JSON, CSV or Parquet file; default: by model", part="data")
     data_name: str | None = settings_field(None, "configuration of a Hub data set", part="data")
+    columns: dict[str, str] | None = settings_field(None, "columns that hold the parts of a row: prompt=question,response=answer; also messages, input, system, history, reasoning, tools", part="data")
     eval_data: str | None = settings_field(None, "held-out rows; default: split off the data", part="data")
     limit: int | None = settings_field(None, "rows to take from the data", part="data", positive=True)
-    add_system: str | bool | None = settings_field(None, "system text for rows that have none; False adds none; default: one that asks for <think>, where replies have it", part="data")
+    add_system: str | bool | None = settings_field(None, "system text for rows that have none; False adds none; default: none, but for R1-Distill-SFT and the embedded set, which get one that asks for <think>", part="data")
     r: int = settings_field(16, "rank of the adapter [16]", part="adapter", positive=True)
     lora_alpha: float = settings_field(16, "scale of the adapter [16]", part="adapter", positive=True)
     lora_dropout: float = settings_field(0.0, "share of the adapter's inputs dropped [0]", part="adapter")
@@ -82,10 +83,14 @@ class Settings:
     save_steps: int = settings_field(50, "steps between two checkpoints", positive=True)
     seed: int = settings_field(3407, "seed of the row order, and of all that is random [3407]")
     max_seq_length: int = settings_field(2048, "longest row in tokens", positive=True)
-    truncation: str = settings_field("drop", "what happens to longer rows: drop, or cut_prompt [drop]")
+    truncation: str = settings_field("drop", "what happens to longer rows: drop, or cut_prompt [drop]", choices=("drop", "cut_prompt"))
+    train_on: str = settings_field("all", "replies that are learned: all, or the last of each row [all]", choices=("all", "last"))
+    drop_invalid: bool = settings_field(False, "leave out rows in which the check finds an error")
+    drop_duplicates: bool = settings_field(False, "leave out rows that repeat an earlier one")
     eval_rows: int = settings_field(16, "held-out rows answered before and after; 0 for none")
     max_new_tokens: int = settings_field(512, "limit of such a reply", positive=True)
     template: str | None = settings_field(None, "a named chat template; default: the model's own")
+    template_kwargs: dict | None = settings_field(None, "the template's switches: enable_thinking=false,key=value, or JSON")
 
     def of_part(self, part: str) -> dict:
         "Return the settings of `model`, `data`, `adapter` or `trainer`, by name."
@@ -105,8 +110,58 @@ def call_of_setting(name: str) -> str | None:
     "Return which call takes a setting; None for a name that is not a setting."
     return SETTING_CALLS[_FIELDS[name].metadata["part"]] if name in _FIELDS else None
 
+# %% ../nbs/50_run.ipynb #50a00061
+def parse_mapping(text: str, words: bool = False) -> dict | None:
+    "Return the mapping that a flag gives, as JSON or as `name=value,name=value`; None if it gives none. `words`: values stay text."
+    def value(word: str):
+        with contextlib.suppress(ValueError):
+            return word if words else json.loads(word.lower() if word.lower() in ("true", "false") else word)
+        return word
+
+    if text.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+        return None
+    parts = [[side.strip() for side in part.split("=", 1)] for part in text.split(",") if part.strip()]
+    return {name: value(word) for name, word in parts} if parts and all(len(part) == 2 and all(part) for part in parts) else None
+
+
+def _as_mapping(value, words: bool) -> dict | None:
+    "Return a setting's mapping, given as text or as a mapping; None for anything else. `words`: from text to text."
+    found = parse_mapping(value, words) if isinstance(value, str) else value
+    named = isinstance(found, Mapping) and all(isinstance(name, str) and name for name in found)
+    return dict(found) if named and not (words and any(not isinstance(word, str) for word in found.values())) else None
+
+# %% ../nbs/50_run.ipynb #50a00064
+RENDERING_NAMES = ("messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "conversation", "continue_final_message", "return_dict")
+
+
+def check_template_kwargs(template_kwargs: Mapping) -> None:
+    "Raise `UserError` for a switch that no template can have, or that is an argument of rendering itself."
+    for name in template_kwargs:
+        if not name.isidentifier() or name in RENDERING_NAMES:
+            raise UserError(f"template_kwargs has {name!r}, which isn't a chat template's switch: give one that its text reads, such as enable_thinking")
+
+
+def _jinja_literal(value) -> str:
+    "Return a value as Jinja writes it."
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_jinja_literal(str(name))}: {_jinja_literal(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_jinja_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value if isinstance(value, (str, bool, int, float)) else str(value), ensure_ascii=False)
+
+
+def pin_template_kwargs(
+    template: str,  # Jinja text
+    template_kwargs: Mapping | None,  # its switches
+) -> str:
+    "Return a chat template that sets its switches itself: it writes what it wrote in training, whoever renders it."
+    pins = "".join(f"{{%- set {name} = {_jinja_literal(value)} %}}" for name, value in (template_kwargs or {}).items())
+    return template if template.startswith(pins) else pins + "\n" * template.startswith("\n") + template  # after a block, Jinja drops a line's end
+
 # %% ../nbs/50_run.ipynb #50a00014
-_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a list of names"}
+_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a list of names", dict: "name=value,name=value (or a JSON object)"}
 
 
 def _converted(value, kinds: tuple[type, ...]):
@@ -136,10 +191,15 @@ def check_setting(name: str, value):
     kinds = get_args(_FIELDS[name].type) or (_FIELDS[name].type,)
     if value is None and type(None) in kinds:
         return None
-    kinds = tuple(kind for kind in kinds if kind is not type(None))
-    found = _converted(value, kinds)
+    words = dict[str, str] in kinds
+    kinds = tuple(get_origin(kind) or kind for kind in kinds if kind is not type(None))
+    found = _as_mapping(value, words) if dict in kinds else _converted(value, kinds)
     if found is None:
         raise UserError(f"{name} is {value!r}: give {' or '.join(_NAMES[kind] for kind in kinds)}")
+    if (choices := _FIELDS[name].metadata["choices"]) and found not in choices:
+        raise UserError(f"{name} is {found!r}: choose {' or '.join(choices)}")
+    if name == "template_kwargs":
+        check_template_kwargs(found)
     least = _FIELDS[name].metadata["positive"]
     if type(found) in (int, float) and (not math.isfinite(found) or found < 0 or (found == 0 and least)):
         raise UserError(f"{name} is {value!r}: give a number {'above 0' if least else 'of at least 0'}")
@@ -215,9 +275,15 @@ def check_format(config: dict, path: Path) -> None:
                         "use the version that wrote it (the run's versions.json names it), or train again")
 
 
+def complete_old_config(config: dict) -> dict:
+    "Return a configuration with what older runs did before a setting existed: without `train_on`, they learned the last reply of each row."
+    by_run = {"fingerprints", "format"} & set(config)
+    return {**config, "train_on": "last"} if by_run and "train_on" not in config else config
+
+
 def read_own_config(path: str | Path) -> dict:
     "Return a configuration file to train by. Raise `UserError` for unknown settings, and for a run's own of another format."
-    config = read_config(path)
+    config = complete_old_config(read_config(path))
     if "fingerprints" in config or "format" in config:  # a run wrote it
         check_format(config, Path(path))
     if unknown := sorted(map(str, set(config) - set(_FIELDS) - set(RECORDED_KEYS))):
@@ -299,6 +365,18 @@ class RunFolder:
                 return cls.open(folder)
         return None
 
+    @contextlib.contextmanager
+    def removed_if_empty(self) -> Iterator[None]:
+        "A context that removes the folder if the body fails before it has written a file, so that the same command can be given again."
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+                if self.path.parent.name == "runs":  # made by `create`, where no output was named
+                    self.path.parent.rmdir()
+            raise
+
     @property
     def adapter(self) -> Path:
         "The folder of its adapter."
@@ -342,7 +420,7 @@ class RunFolder:
     def config(self) -> dict:
         "Its settings and records; the trainer's settings in their right types."
         file = self.path / "config.yaml"
-        config = read_config(file)
+        config = complete_old_config(read_config(file))
         try:
             values = {name: check_setting(name, value) for name, value in config.items() if name in _FIELDS}
         except UserError as error:

@@ -6,26 +6,25 @@
 __all__ = ['SYSTEM_PROMPT', 'render', 'encode_batch', 'encode', 'prompt_ids', 'template_fingerprint']
 
 # %% ../nbs/11_template.ipynb #25d0ccb5
+import bisect
 import functools
 import itertools
-import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # %% ../nbs/11_template.ipynb #1100000b
 from qlora_nb.chat_templates import (
     HUGE_TEXT,
-    PROBE_MESSAGES,
     TEMPLATE_DATE,
     control_tokens,
     estimate_tokens,
     find_content_problem,
-    probe_template,
-    render_messages,
-    stop_tokens,
+    join_names,
     template_text,
     tokenize_texts,
+    tool_template_text,
 )
+from .conversations import ChatWriter, Missing, Part, Planner, Unwritable, find_missing
 from .core import UserError, fingerprint
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-2
@@ -36,15 +35,18 @@ SYSTEM_PROMPT = (
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-10
 def render(
-    messages: list[dict],  # turns {role, content}
+    messages: list[dict],  # turns {role, content}, also with tool_calls or reasoning_content
     tokenizer,  # a transformers tokenizer
     template: str | None = None,  # None: the tokenizer's own; a name in `CHAT_TEMPLATES`; or Jinja text
     add_generation_prompt: bool = False,  # end in an open assistant turn
+    *,
+    tools: list[dict] | None = None,  # what the model may call, in OpenAI's schema
+    template_kwargs: dict | None = None,  # the template's own switches, such as {"enable_thinking": False}
 ) -> str:
     "Return the text that the model reads, with a fixed date. Raise `UserError` for contents that are not text."
     if problem := find_content_problem(messages):
         raise UserError(f"{problem[1]}: give each message a role and a text")
-    return render_messages(messages, tokenizer, template_text(tokenizer, template), add_generation_prompt)
+    return ChatWriter(tokenizer, template, template_kwargs).write(messages, tools, add_generation_prompt)
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-12
 @dataclass
@@ -55,157 +57,149 @@ class Encoded:
     labels: list[int] | None = None  # the same, −100 where no loss is taken
     code: str | None = None  # what is wrong: a code of `check_dataset`
     why: str | None = None  # the same in words
-    changed: bool = False  # True where the template altered the reply (some drop the reasoning)
     length: int = 0  # tokens; estimated for a row of millions of characters
     learned: int = 0  # tokens with a label
-    left_out: tuple[str, ...] = ()  # roles of turns that the template doesn't write at all
-    altered: tuple[str, ...] = ()  # roles of turns before the reply that it writes differently
+    parts: tuple["Encoded", ...] = ()  # further rows, for replies that the template writes differently once more turns follow
+    replies: int = 0  # replies that are learned, those of the parts included
+    empty_reasoning: bool = False  # True if a learned reply without reasoning follows an empty reasoning block
+    missing: tuple[str, ...] = ()  # what of the turns isn't in the text, such as "tool turn 3"
 
 # %% ../nbs/11_template.ipynb #56a28472
-_NOT_PREFIX = "the template writes the turns before the reply differently once the reply follows"
-_MISMATCH = "the template asks for a reply differently than it writes one: the model would be prompted with text it wasn't trained on"
-_EARLIER = "the template renders an earlier reply differently once more turns follow: train on the last one only (train_on='last')"
 _MERGED = "the prompt's tokens are not the first tokens of the row: the beginning of the reply merges with the end of the header"
-_NO_END = "the template ends the reply with no end-of-turn token that the tokenizer knows: the model wouldn't learn to stop"
+_NO_TOKEN = "the end of turn that the template writes is not one of the tokenizer's tokens: the model wouldn't learn to stop"
+_CURES = {
+    "system": "put that text at the beginning of the first user turn",
+    "tools": "choose a template that has tools (template=, --template), or leave these out",
+    "reasoning": "leave the reasoning out, or choose a template that writes it (template=, --template)",
+    "other": "choose another template (template=, --template), or leave these turns out",
+}
 
 # %% ../nbs/11_template.ipynb #5293ea93
-def _is_altered(content: str, prompt: str, written: str) -> bool:
-    "Return True where the template changes a reply. An empty reasoning block before it, as some templates write, is no change."
-    reply = content.strip()
-    if prompt.rstrip().endswith("<think>"):  # the prompt begins the reasoning
-        reply = reply.removeprefix("<think>").lstrip()
-    written = written.lstrip()
-    return not written.startswith(reply) and not re.sub(r"^<think>\s*</think>\s*", "", written).startswith(reply)
+def _describe_missing(missing: list[Missing], hint: str = "") -> tuple[str, str] | None:
+    "Return a code and what is missing, in words; None if only a name is missing."
+    grave = [one for one in missing if one.kind != "name"]
+    if not grave:
+        return None
+    of_tools = [one for one in grave if one.kind in ("tools", "calls", "results", "beside")]
+    kinds = {one.kind for one in grave}
+    names = ", ".join(dict.fromkeys(one.name for one in of_tools or grave))
+    cure = "tools" if of_tools else "reasoning" if kinds == {"reasoning"} else "system" if grave[0].role in ("system", "developer") else "other"
+    return ("tools_unsupported" if of_tools else "text_missing",
+            f"the chat template doesn't write the {names}{hint if cure == 'reasoning' and hint else ': ' + _CURES[cure]}")
+
+# %% ../nbs/11_template.ipynb #11000030
+def _join_parts(rows: list[Encoded], missing: tuple[str, ...] = ()) -> Encoded:
+    "Return the first row with the others as its parts; or the row that can't be used."
+    if broken := next((row for row in rows if row.code), None):
+        return broken
+    replies = sum(row.replies for row in rows)
+    return replace(rows[0], parts=tuple(rows[1:]), replies=replies, empty_reasoning=any(row.empty_reasoning for row in rows), missing=missing)
 
 # %% ../nbs/11_template.ipynb #25d0ccbc
 class Encoder:
     """Encode conversations with one tokenizer and template, which are probed once: keep it for many batches.
 
-    `template` and `train_on` are as for `encode_batch`. Raise `UserError` for a template that can't be used."""
+    `template`, `train_on` and `template_kwargs` are as for `encode_batch`. Raise `UserError` for a template that can't be used."""
 
-    def __init__(self, tokenizer, template: str | None = None, train_on: str = "last"):
+    def __init__(self, tokenizer, template: str | None = None, train_on: str = "all", template_kwargs: dict | None = None):
         if train_on not in ("last", "all"):
             raise UserError(f"train_on is {train_on!r}: choose 'last' or 'all'")
         self.tokenizer = tokenizer
         self.train_on = train_on
-        self.text = template_text(tokenizer, template)
-        self.stops = set(stop_tokens(tokenizer, template=template))
-        question, asked, done = probe_template(tokenizer, template) or ("", "a reply", "")
-        header = done.removeprefix(question).partition(PROBE_MESSAGES[1]["content"])[0]
-        self.never_asks = question == asked and bool(header.strip())  # it writes a header, but leaves it out when asked
+        self.planner = Planner(tokenizer, template, template_kwargs)
         self.anchors = {  # control tokens that take nothing from their neighbours
             t.content: i for i, t in tokenizer.added_tokens_decoder.items()
             if t.special and not (t.normalized or t.lstrip or t.rstrip or t.single_word)
         }
-        names = sorted(map(re.escape, self.anchors), key=len, reverse=True)
-        self.anchor_pattern = re.compile("|".join(names) or "(?!)")
+        self.anchor_pattern = re.compile(join_names(self.anchors))
         self.tail_ids = functools.lru_cache(1000)(self._tail_ids)
-        self.written_turns = functools.lru_cache(1000)(self._written_turns)
+        self.end_ids = functools.lru_cache(2)(self._end_ids)
 
-    def encode(self, rows: list[list[dict]], max_seq_length: int | None = None) -> list[Encoded]:
+    def encode(self, rows: list[list[dict]], max_seq_length: int | None = None, tools: list | None = None) -> list[Encoded]:
         "Return the ids and labels of many conversations, as `encode_batch` does."
-        spans = [self._find_spans(messages, max_seq_length) for messages in rows]
-        ids = iter(tokenize_texts([found[-1][2] for found in spans if isinstance(found, list)], self.tokenizer))
-        return [self._label(messages, found, next(ids)) if isinstance(found, list) else found
-                for messages, found in zip(rows, spans)]
+        tools = tools or [None] * len(rows)
+        plans = [self._plan(messages, row_tools, max_seq_length) for messages, row_tools in zip(rows, tools, strict=True)]
+        ids = iter(tokenize_texts([part.text for plan in plans if isinstance(plan, tuple) for part in plan[0]], self.tokenizer))
+        return [plan if isinstance(plan, Encoded) else _join_parts([self._label(messages, part, next(ids)) for part in plan[0]], plan[1])
+                for messages, plan in zip(rows, plans)]
 
-    def _render(self, messages: list[dict], ask: bool = False) -> str:
-        return render_messages(messages, self.tokenizer, self.text, ask)
-
-    def _find_spans(self, messages, max_seq_length: int | None) -> list[tuple[int, str, str]] | Encoded:
-        "Return, for each reply to learn, its turn, the text before it and the text to its end; or why there are none."
+    def _plan(self, messages, tools, max_seq_length: int | None) -> tuple[list[Part], tuple[str, ...]] | Encoded:
+        "Return the texts that a conversation becomes and the names of what they leave out; or why there are none."
         if problem := find_content_problem(messages):
             return Encoded(None, None, *problem)
-        roles = [message["role"] for message in messages]
-        if roles[-1] != "assistant":
-            why = f"the last turn is the {roles[-1]}'s, not the assistant's: there is no reply to learn"
-            return Encoded(code="bad_roles", why=why)
-        if roles[0] == "assistant":
-            why = "there is nothing before the assistant's first turn: there is no prompt to answer"
-            return Encoded(code="bad_roles", why=why)
-        last = len(messages) - 1
-        turns = [i for i, role in enumerate(roles) if role == "assistant" and (i == last or self.train_on == "all")]
         try:
-            spans = [(i, self._render(messages[:i], ask=True), self._render(messages[: i + 1])) for i in turns]
-            for i, prompt, done in spans:
-                if not done.startswith(prompt):
-                    same = done.startswith(self._render(messages[:i]))
-                    return (Encoded(code="generation_prompt_mismatch", why=_MISMATCH) if same
-                            else Encoded(code="prompt_not_prefix", why=_NOT_PREFIX))
-        except UserError as error:
-            return Encoded(code="template_refused", why=str(error))
-        whole = spans[-1][2]
-        if not all(whole.startswith(done) for _, _, done in spans):
-            return Encoded(code="prompt_not_prefix", why=_EARLIER)
-        if self.never_asks:
-            return Encoded(code="generation_prompt_mismatch", why=_MISMATCH)
+            parts = self.planner.plan(messages, tools, self.train_on)
+        except Unwritable as error:
+            return Encoded(code=error.code, why=error.why)
+        whole = parts[0].text
         if max_seq_length and len(whole) >= HUGE_TEXT and (size := estimate_tokens(whole, self.tokenizer)) > 2 * max_seq_length:
             return Encoded(code="too_long", why=f"the row has about {size} tokens, and max_seq_length is {max_seq_length}", length=size)
-        return spans
+        if all(part.complete for part in parts):
+            return parts, ()
+        missing = [*find_missing(messages, parts, tools, self.planner.written_turns(messages, tools))]
+        names = tuple(one.name for one in missing)
+        hint = self.planner.thinking_hint if any(one.kind == "reasoning" for one in missing) else ""
+        found = _describe_missing(missing, hint)
+        return Encoded(None, None, *found, missing=names) if found else (parts, names)
 
-    def _label(self, messages: list[dict], spans: list[tuple[int, str, str]], ids: list[int]) -> Encoded:
-        "Return the row with labels for the tokens between each prompt and the end of its turn."
-        whole = spans[-1][2]
-        found = Encoded(ids, [-100] * len(ids), length=len(ids))
-        for _, prompt, done in spans:
-            start = self.count_prefix(prompt, whole, ids)
-            last = end = self.count_prefix(done, whole, ids)
-            if start is None or last is None:
-                found = Encoded(code="prompt_not_prefix", why=_MERGED)
-                break
-            while end > start and ids[end - 1] not in self.stops:
-                end -= 1
-            if end == start or (end < last and self.tokenizer.decode(ids[end:last]).strip()):
-                found = Encoded(code="no_end_of_turn", why=_NO_END)
-                break
-            found.labels[start:end] = ids[start:end]
-            found.learned += end - start
-        found.changed = any(_is_altered(messages[i]["content"], prompt, done[len(prompt) :]) for i, prompt, done in spans)
-        found.left_out, found.altered = self.find_missing_turns(messages, whole)
-        return found
+    def _label(self, messages: list[dict], part: Part, ids: list[int]) -> Encoded:
+        "Return a row with labels for the tokens between each prompt and the end of its turn."
+        count = functools.partial(self.count_prefix, whole=part.text, ids=ids, known={})
+        last = part.replies[-1][0]
+        spans = [(count(reply.asked), count(reply.end if i == last else reply.closed)) for i, reply in part.replies]
+        if any(None in span for span in spans):
+            if not any(reply.continues for _, reply in part.replies):
+                return Encoded(code="prompt_not_prefix", why=_MERGED)
+            ids, spans = self._tokenize_apart(part)
+        row = Encoded(ids, [-100] * len(ids), length=len(ids), replies=len(spans), empty_reasoning=any(reply.empty_reasoning for _, reply in part.replies))
+        for (start, end), (i, _) in zip(spans, part.replies):
+            if start >= end or ids[end - 1] not in self.end_ids(bool(messages[i].get("tool_calls"))):
+                return Encoded(code="no_end_of_turn", why=_NO_TOKEN)
+            row.labels[start:end] = ids[start:end]
+            row.learned += end - start
+        return row
+
+    def _tokenize_apart(self, part: Part) -> tuple[list[int], list[tuple[int, int]]]:
+        "Return the ids of a text whose prompts are tokenized without what follows, as at inference, and where each reply is."
+        cuts = [place for i, reply in part.replies for place in (reply.asked, reply.end if i == part.replies[-1][0] else reply.closed)]
+        pieces = tokenize_texts([part.text[a:b] for a, b in itertools.pairwise([0, *cuts, len(part.text)])], self.tokenizer)
+        places = [*itertools.accumulate(map(len, pieces))]
+        return [i for piece in pieces for i in piece], [*zip(places[:-1:2], places[1::2])]
+
+    def _end_ids(self, calls: bool) -> set[int]:
+        return {i for i, name in control_tokens(self.tokenizer).items() if name in self.planner.end_names(calls)}
 
     def _tail_ids(self, anchor: str, rest: str) -> list[int]:
         "Return the tokens of `rest` after a control token."
         return tokenize_texts([anchor + rest], self.tokenizer)[0][1:]
 
-    def count_prefix(self, prefix: str, whole: str, ids: list[int]) -> int | None:
-        "Return how many of `ids`, the tokens of `whole`, are those of `prefix`; None where its tokens are not the first of them."
-        if prefix == whole:
+    def count_prefix(self, size: int, whole: str, ids: list[int], known: dict | None = None) -> int | None:
+        """Return how many of `ids`, the tokens of `whole`, are those of its first `size` characters; None where its first tokens are others.
+
+        `known`: where the control tokens are, kept for the next prefix of the same row."""
+        if size == len(whole):
             return len(ids)
-        matches = self.anchor_pattern.finditer(prefix, max(len(prefix) - 200, 0))
+        known = {} if known is None else known
+        matches = self.anchor_pattern.finditer(whole, max(size - 200, 0), size)
         last = max(matches, key=lambda match: match.end(), default=None)
-        if last and whole.count(name := last.group()) == ids.count(self.anchors[name]):
-            tail = self.tail_ids(name, prefix[last.end() :])
-            place = -1
-            for _ in range(prefix.count(name)):
-                place = ids.index(self.anchors[name], place + 1)
-            end = place + 1 + len(tail)
-            return end if ids[place + 1 : end] == tail else None
-        own = tokenize_texts([prefix], self.tokenizer)[0]
+        if last and (name := last.group()) not in known:
+            known[name] = self._find_anchor(name, whole, ids)
+        if last and (found := known[name]):
+            tail = self.tail_ids(name, whole[last.end() : size])
+            start = found[1][bisect.bisect_right(found[0], size) - 1] + 1
+            return start + len(tail) if ids[start : start + len(tail)] == tail else None
+        own = tokenize_texts([whole[:size]], self.tokenizer)[0]
         return len(own) if ids[: len(own)] == own else None
 
-    def _written_turns(self, roles: tuple[str, ...]) -> set[int] | None:
-        "Return which turns of such roles the template writes, by marks in place of contents; None where it refuses them."
-        marks = [f"QZ{i}ZQ" for i in range(len(roles))]
-        try:
-            text = self._render([{"role": role, "content": mark} for role, mark in zip(roles, marks)])
-        except UserError:
+    def _find_anchor(self, name: str, whole: str, ids: list[int]) -> tuple[list[int], list[int]] | None:
+        "Return where a control token ends in the text, and where it is in the ids; None where these are not equally many."
+        if (count := whole.count(name)) != ids.count(self.anchors[name]):
             return None
-        return {i for i, mark in enumerate(marks) if mark in text}
-
-    def find_missing_turns(self, messages: list[dict], whole: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        "Return the roles of turns before the reply that aren't in `whole`, and of those written differently."
-        left_out = []
-        altered = []
-        written = self.written_turns(tuple(m["role"] for m in messages))
-        for i, message in enumerate(messages[:-1]):
-            content = message["content"].strip()
-            present = content in whole or json.dumps(content, ensure_ascii=False)[1:-1] in whole  # templates quote tools' results
-            if content and not (present if written is None else i in written):
-                left_out.append(message["role"])
-            elif not present:
-                altered.append(message["role"])
-        return tuple(left_out), tuple(altered)
+        ends, places = [0], [-1]
+        for _ in range(count):
+            ends.append(whole.index(name, ends[-1]) + len(name))
+            places.append(ids.index(self.anchors[name], places[-1] + 1))
+        return ends, places
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-16
 def encode_batch(
@@ -213,11 +207,13 @@ def encode_batch(
     tokenizer,  # a transformers tokenizer
     *,
     template: str | None = None,  # None: the tokenizer's own; a name in `CHAT_TEMPLATES`; or Jinja text
-    train_on: str = "last",  # the last reply, or "all" of them
+    tools: list | None = None,  # for each conversation, what the model may call (a list in OpenAI's schema, or None)
+    train_on: str = "all",  # every reply, or the "last" alone
     max_seq_length: int | None = None,  # huge rows that can't fit it get the code "too_long" and no ids
+    template_kwargs: dict | None = None,  # the template's own switches, such as {"enable_thinking": False}
 ) -> list[Encoded]:
     "Return ids and labels of many conversations. Rows that can't be used come with a code and a reason; none is cut."
-    return Encoder(tokenizer, template, train_on).encode(rows, max_seq_length)
+    return Encoder(tokenizer, template, train_on, template_kwargs).encode(rows, max_seq_length, tools)
 
 # %% ../nbs/11_template.ipynb #f2b4e674
 def fit_row(row: Encoded, tokenizer, max_seq_length: int, truncation: str = "drop") -> Encoded | None:
@@ -249,38 +245,47 @@ def _cut_prompt(row: Encoded, tokenizer, max_seq_length: int) -> Encoded | None:
     end = right - (stay - stay // 2)
     ids = row.input_ids[:start] + gap + row.input_ids[end:]
     labels = [-100] * (start + len(gap)) + row.labels[end:]
-    return Encoded(ids, labels, changed=row.changed, length=len(ids), learned=row.learned)
+    return replace(row, input_ids=ids, labels=labels, length=len(ids), parts=())
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-17
 def encode(
-    messages: list[dict],  # turns {role, content}; the last is the assistant's
+    messages: list[dict],  # turns {role, content}, also with tool_calls, reasoning_content or weight; the last is the assistant's
     tokenizer,  # a transformers tokenizer
     *,
+    tools: list[dict] | None = None,  # what the model may call, in OpenAI's schema
     max_seq_length: int = 2048,  # tokens
     template: str | None = None,  # None: the tokenizer's own; a name in `CHAT_TEMPLATES`; or Jinja text
-    train_on: str = "last",  # the last reply, or "all" of them
+    train_on: str = "all",  # every reply, or the "last" alone
     truncation: str = "drop",  # a row that is too long is dropped, or its prompt loses its middle ("cut_prompt")
+    template_kwargs: dict | None = None,  # the template's own switches, such as {"enable_thinking": False}
     max_length: int | None = None,  # TRL's name for `max_seq_length`
 ) -> dict | None:
-    """Return `input_ids` and `labels`; None for a row that doesn't fit `max_seq_length`. The reply is never cut.
+    """Return `input_ids` and `labels`; None for a row that doesn't fit `max_seq_length`. A reply is never cut.
+
+    Where the template drops something of earlier replies, a conversation becomes several rows: of those that fit, the first has the others as `parts`.
 
     Raise `UserError` for messages that can't be learned. For many rows use `encode_batch`, which probes the template once."""
     max_seq_length = max_seq_length if max_length is None else max_length
-    row = encode_batch([messages], tokenizer, template=template, train_on=train_on, max_seq_length=max_seq_length)[0]
+    settings = {"template": template, "train_on": train_on, "template_kwargs": template_kwargs, "max_seq_length": max_seq_length}
+    row = encode_batch([messages], tokenizer, tools=[tools], **settings)[0]
     if row.code not in (None, "too_long"):
-        broken = row.code in ("no_end_of_turn", "generation_prompt_mismatch")
-        raise UserError(f"{row.why} ({row.code}): {'use another template' if broken else 'fix these messages or leave them out'}")
-    row = fit_row(row, tokenizer, max_seq_length, truncation)
-    return row and {"input_ids": row.input_ids, "labels": row.labels}
+        cures = {"no_end_of_turn": ": use another template", "generation_prompt_mismatch": ": use another template", "text_missing": "", "tools_unsupported": ""}
+        raise UserError(f"{row.why} ({row.code}){cures.get(row.code, ': fix these messages or leave them out')}")
+    fits = [fit for part in (row, *row.parts) if (fit := fit_row(part, tokenizer, max_seq_length, truncation))]
+    first, *others = [{"input_ids": fit.input_ids, "labels": fit.labels} for fit in fits] or [None]
+    return {**first, "parts": others} if others else first
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-18
 def prompt_ids(
     messages: list[dict],  # turns {role, content}; the last is not the assistant's
     tokenizer,  # a transformers tokenizer
     template: str | None = None,  # None: the tokenizer's own; a name in `CHAT_TEMPLATES`; or Jinja text
+    *,
+    tools: list[dict] | None = None,  # what the model may call, in OpenAI's schema
+    template_kwargs: dict | None = None,  # the template's own switches, such as {"enable_thinking": False}
 ) -> list[int]:
     "Return the tokens from which the model writes its reply. Raise `UserError` if there is a reply already."
-    text = render(messages, tokenizer, template, add_generation_prompt=True)
+    text = render(messages, tokenizer, template, add_generation_prompt=True, tools=tools, template_kwargs=template_kwargs)
     if messages[-1]["role"] == "assistant":
         raise UserError("the conversation ends with the assistant's turn: leave it out to ask for a reply")
     return tokenize_texts([text], tokenizer)[0]
@@ -289,7 +294,11 @@ def prompt_ids(
 def template_fingerprint(
     tokenizer,  # a transformers tokenizer
     template: str | None = None,  # None: its own; a name in `CHAT_TEMPLATES`; or Jinja text
+    template_kwargs: dict | None = None,  # the template's own switches, such as {"enable_thinking": False}
 ) -> str:
-    "Return the SHA-256 of what decides the rendering: the template's text, the special tokens, the date."
+    "Return the SHA-256 of everything that affects the rendering: the template's text (and another for tools), its switches, the special tokens, the date."
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return fingerprint({"template": template_text(tokenizer, template), "special": special, "date": TEMPLATE_DATE})
+    facts = {"template": template_text(tokenizer, template), "special": special, "date": TEMPLATE_DATE}
+    if (with_tools := tool_template_text(tokenizer, template)) != facts["template"]:
+        facts["tool_template"] = with_tools
+    return fingerprint({**facts, "template_kwargs": template_kwargs} if template_kwargs else facts)

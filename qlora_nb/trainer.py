@@ -24,13 +24,13 @@ from .engine.layers import FlatAdapters, cache_parameters
 from .engine.line import join_rows, pack_rows
 from .evidence import plot_loss
 from .loading import quiet_libraries
-from .run import Settings
+from .run import Settings, check_setting
 
 # %% ../nbs/75_trainer.ipynb #96a31b6b-6
 def check_choices(settings: Settings) -> None:
-    "Raise `UserError` for an unknown truncation, optimizer or schedule."
-    if settings.truncation not in ("drop", "cut_prompt"):
-        raise UserError(f"truncation is {settings.truncation!r}: choose drop or cut_prompt")
+    "Raise `UserError` for an unknown truncation, choice of replies, optimizer or schedule."
+    for name in ("truncation", "train_on"):
+        check_setting(name, getattr(settings, name))
     with quiet_libraries("transformers"):
         from transformers.trainer_utils import SchedulerType
         from transformers.training_args import OptimizerNames
@@ -48,7 +48,8 @@ def check_packing(settings: Settings, backend: str, engine: Engine | None = None
         raise UserError("packing needs engine=True, or a GPU and backend='unsloth', or packed rows would attend to each other: turn it off")
 
 # %% ../nbs/75_trainer.ipynb #96a31b6b-7
-NOT_THE_TRAINERS = ("max_seq_length", "truncation", "eval_rows", "max_new_tokens", "template")  # settings that `SFTConfig` doesn't have
+NOT_THE_TRAINERS = (  # settings that `SFTConfig` doesn't have
+    "max_seq_length", "truncation", "train_on", "drop_invalid", "drop_duplicates", "eval_rows", "max_new_tokens", "template", "template_kwargs")
 
 
 def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, checkpointing: bool, engine: Engine | None = None):

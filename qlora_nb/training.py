@@ -23,7 +23,7 @@ from .evaluation import Evaluation, encode_rows, evaluate
 from .loading import quiet_libraries
 from .model import count_parameters
 from .preparation import PreparedRun, load_base_task, prepare_run, record_plan
-from .run import DATA_FROM_PYTHON, RunFolder, Settings
+from .run import DATA_FROM_PYTHON, RunFolder, Settings, pin_template_kwargs
 from .safeguards import explain_interrupts, gentle_interrupt, is_last_step, raise_if_interrupted
 from .trainer import Progress, make_metrics_row, make_trainer
 
@@ -121,7 +121,7 @@ def _evaluate(model, tokenizer, eval_data, base_data, settings: Settings, base: 
     with model.disable_adapter() if base else contextlib.nullcontext():
         return evaluate(
             model, tokenizer, eval_data, max_new_tokens=settings.max_new_tokens, base_data=base_data,
-            template=settings.template,
+            template=settings.template, template_kwargs=settings.template_kwargs,
         )
 
 # %% ../nbs/15_training.ipynb #96a31b6b-28
@@ -137,11 +137,11 @@ def write_results(folder: RunFolder, watch: object, before: Evaluation | None, a
     })
 
 # %% ../nbs/15_training.ipynb #5d1a9e02
-def training_totals(trainer: object, clock: object) -> dict:
+def training_totals(trainer: object, clock: object, left_out: Mapping | None = None) -> dict:
     "Return what the steps went through, for `diagnose`: epochs, padding, seconds of waiting for batches, and the card's memory."
     padding = 1 - int(trainer.tokens) / trainer.positions if trainer.positions else None
     return {
-        "data": {"epochs": round(trainer.state.epoch or 0, 3), "padding": padding and round(padding, 4)},
+        "data": {"epochs": round(trainer.state.epoch or 0, 3), "padding": padding and round(padding, 4), **(left_out or {})},
         "loader_seconds": round(clock.waited, 2), "device_bytes": gpu_bytes() or None,
     }
 
@@ -158,7 +158,7 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float) 
     settings, folder, config, eval_data = prepared.settings, prepared.folder, prepared.config, prepared.eval_data
     base_data = load_base_task(model) if eval_data is not None else None
     if base_data is not None:  # the same rows before and after
-        base_data = encode_rows(base_data, tokenizer, model, settings.template)
+        base_data = encode_rows(base_data, tokenizer, model, settings.template, settings.template_kwargs)
     before = _evaluate(model, tokenizer, eval_data, base_data, settings, base=True)
     progress = Progress()
     with gentle_interrupt() as interrupted:
@@ -174,16 +174,19 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float) 
     after = _evaluate(model, tokenizer, eval_data, base_data, settings, base=False)
     write_results(folder, watch, before, after, {
         "seconds": round(time.time() - started, 2), "train_seconds": round(seconds, 2), "adapter_sha256": sha,
-        "backend": config["backend"], **count_parameters(model), **(plan or {}), **training_totals(trainer, clock),
+        "backend": config["backend"], **count_parameters(model), **(plan or {}), **training_totals(trainer, clock, prepared.rows.count_left_out()),
     })
 
 # %% ../nbs/15_training.ipynb #15a00071
-def with_template(tokenizer, template: str | None):
-    "Return the tokenizer with a named template as its own, so that what is served is what was trained; the one given stays as it was."
-    if not template:
+def with_template(tokenizer, template: str | None, template_kwargs: Mapping | None = None):
+    "Return the tokenizer with a named template, and its switches, as its own, so that what is served is what was trained; the one given stays as it was."
+    if not template and not template_kwargs:
         return tokenizer
     found = copy.deepcopy(tokenizer)
-    found.chat_template = template_text(tokenizer, template)
+    if template is None and isinstance(tokenizer.chat_template, dict):  # one for tools beside the default, say
+        found.chat_template = {name: pin_template_kwargs(text, template_kwargs) for name, text in tokenizer.chat_template.items()}
+    else:
+        found.chat_template = pin_template_kwargs(template_text(tokenizer, template), template_kwargs)
     return found
 
 
@@ -218,13 +221,12 @@ def train_adapter(
         folder, config, rows = prepared.folder, prepared.config, prepared.rows
         if rows.report:
             folder.write("preflight.json", rows.report.to_dict())
-        rows.announce(prepared.settings.max_seq_length)
         config["rows_read"] = rows.summary()
         record_plan(model, prepared)
         folder.write("config.yaml", config)
         folder.write("versions.json", {**library_versions(), "device": device_name(), "date": f"{datetime.now():%Y-%m-%d}"})
         set_seed(prepared.settings.seed)
-        tokenizer = with_template(tokenizer, prepared.settings.template)
+        tokenizer = with_template(tokenizer, prepared.settings.template, prepared.settings.template_kwargs)
         train_and_evaluate(model, tokenizer, prepared, started)
         return folder, tokenizer, prepared.eval_data
 

