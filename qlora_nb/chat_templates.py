@@ -11,7 +11,7 @@ import re
 
 # %% ../nbs/90_chat_templates.ipynb #81000009
 from .core import EMBEDDED_MODEL, UserError
-from .turns import TURN_KEYS, grade_loss, kind_of
+from .turns import FIELD_RULES, TURN_KEYS, grade_loss, is_empty, kind_of
 
 # %% ../nbs/90_chat_templates.ipynb #9a00f15d
 EMBEDDED_TEMPLATE = (EMBEDDED_MODEL / "chat_template.jinja").read_text(encoding="utf-8")
@@ -123,7 +123,8 @@ def find_content_problem(messages) -> tuple[str, str] | None:
         if content is None and message.get("tool_calls"):
             continue
         if not isinstance(content, str):
-            return "non_string_content", f"the content of {place} is {type(content).__name__}, not text"
+            lost = " (null, or what was a number or an object in the file)" if content is None else ""
+            return "non_string_content", f"the content of {place} is {type(content).__name__}, not text{lost}"
         if problem := _find_lone_half(content, f"the content of {place}"):
             return problem
     return None
@@ -136,7 +137,7 @@ def _find_lone_half(text: str, where: str) -> tuple[str, str] | None:
     except UnicodeEncodeError:
         return "odd_characters", f"{where} holds half a character (a lone surrogate)"
 
-
+# %% ../nbs/90_chat_templates.ipynb #25d0ccb5-8b
 _READ_AS = {"calls": "tool_calls", "reasoning": "reasoning_content", "weights": "weight"}
 
 
@@ -145,6 +146,8 @@ def _find_field_problem(message: dict, place: str) -> tuple[str, str] | None:
     for key, value in message.items():
         if key not in TURN_KEYS and (name := _READ_AS.get(kind_of(key))) and grade_loss(key, value, message["role"]):
             return "unused_key", f"{place} has the key {key!r}, which load_sft_dataset reads as {name}, and nothing reads here"
+        if key not in TURN_KEYS and kind_of(key) == "media" and not is_empty(value):
+            return "unused_key", f"{place} has the key {key!r}: {FIELD_RULES['media'].what}"
     if message["role"] == "assistant" and message.get("weight") not in (None, 0, 1):
         return "unused_key", f"the weight of {place} is {message['weight']!r}, not 0 or 1"
     reasoning = message.get("reasoning_content")

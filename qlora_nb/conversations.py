@@ -429,7 +429,7 @@ def _closing(prompt: str, shut: bool) -> str:
 
 # %% ../nbs/93_conversations.ipynb #93000027
 @dataclass
-class Part:
+class WrittenRow:
     "One row that a conversation becomes: its text, and the replies that are learned in it, each with its turn's number."
 
     text: str
@@ -438,14 +438,14 @@ class Part:
 
 
 @dataclass
-class Skeleton:
+class PlainSkeleton:
     "A row without its contents, for all plain conversations of the same roles."
 
     between: list[str]  # what the template writes before each content, and after the last
     order: list[int]  # the numbers of the turns whose contents go there
     replies: list[tuple[int, list[tuple[int, int]], WrittenReply]]  # each reply with its three places: behind which content, and how far
 
-    def fill(self, text: str, messages: list[dict]) -> Part | None:
+    def fill(self, text: str, messages: list[dict]) -> WrittenRow | None:
         "Return the row with its replies, where `text` is this skeleton filled with contents, as they are or stripped; else None."
         place, ends = 0, [0]
         for literal, i in zip(self.between, self.order):
@@ -465,7 +465,7 @@ class Skeleton:
         for i, places, reply in self.replies:
             asked, closed, end = (ends[behind] + far for behind, far in places)
             replies.append((i, replace(reply, asked=asked, text=text, closed=closed, end=end)))
-        return Part(text, replies, complete=True)
+        return WrittenRow(text, replies, complete=True)
 
 # %% ../nbs/93_conversations.ipynb #93000029
 def find_looked_for(template: str, thinks: bool = False) -> re.Pattern:
@@ -480,7 +480,7 @@ def find_looked_for(template: str, thinks: bool = False) -> re.Pattern:
     return re.compile(join_names({*words, *tags, *(["/think", "/no_think"] if tags else [])}))
 
 
-def _strip_contents(part: Part) -> Skeleton:
+def _strip_contents(part: WrittenRow) -> PlainSkeleton:
     "Return the skeleton of a row whose contents are markers."
     marks = [*re.finditer(r"QZ(\d+)ZQ", part.text)]
     ends = [0, *(mark.end() for mark in marks)]
@@ -489,7 +489,7 @@ def _strip_contents(part: Part) -> Skeleton:
     for i, reply in part.replies:
         places = [(k := bisect.bisect_right(ends, place) - 1, place - ends[k]) for place in (reply.asked, reply.closed, reply.end)]
         replies.append((i, places, reply))
-    return Skeleton(between, [int(mark.group(1)) for mark in marks], replies)
+    return PlainSkeleton(between, [int(mark.group(1)) for mark in marks], replies)
 
 # %% ../nbs/93_conversations.ipynb #93000032
 def find_learned(messages: list[dict], train_on: str = "all") -> list[int]:
@@ -517,7 +517,7 @@ def name_tool_fields(messages: list[dict], tools=None) -> str:
     return ", ".join(name for name, there in found if there)
 
 # %% ../nbs/93_conversations.ipynb #93000035
-class Planner(ReplyWriter):
+class ConversationPlanner(ReplyWriter):
     "Decides which rows a conversation becomes."
 
     def __init__(self, tokenizer, template: str | None = None, template_kwargs: dict | None = None):
@@ -526,7 +526,7 @@ class Planner(ReplyWriter):
         self._skeletons = functools.lru_cache(1000)(self._find_skeletons)
         self.looked_for = find_looked_for(self.text, thinks="think" in self.text.lower() or self.reasoning_key() is not None)
 
-    def plan(self, messages: list[dict], tools=None, train_on: str = "all") -> list[Part]:
+    def plan(self, messages: list[dict], tools=None, train_on: str = "all") -> list[WrittenRow]:
         "Return the rows of a conversation, the one with the last learned reply first. Raise `Unwritable`."
         if not tools and all([len(m) == 2 and "content" in m and not self.looked_for.search(m["content"]) for m in messages]):
             try:
@@ -538,7 +538,7 @@ class Planner(ReplyWriter):
                 pass
         return self._plan_turns(messages, tools, train_on)
 
-    def _find_skeletons(self, roles: tuple[str, ...], train_on: str) -> list[Skeleton]:
+    def _find_skeletons(self, roles: tuple[str, ...], train_on: str) -> list[PlainSkeleton]:
         "Return the rows of conversations with such turns, with markers for the contents; none unless every content is written exactly once."
         marks = [{"role": role, "content": f"QZ{i}ZQ"} for i, role in enumerate(roles)]
         try:
@@ -550,7 +550,7 @@ class Planner(ReplyWriter):
         whole = all(sorted(one.order) == [*range(part.replies[-1][0] + 1)] for one, part in zip(found, parts))
         return found if whole and own == [part.text for part in parts] else []
 
-    def _plan_turns(self, messages: list[dict], tools, train_on: str) -> list[Part]:
+    def _plan_turns(self, messages: list[dict], tools, train_on: str) -> list[WrittenRow]:
         messages = [{key: value for key, value in m.items() if value is not None} if None in m.values() else m for m in messages]
         left = find_learned(messages, train_on)
         try:
@@ -562,7 +562,7 @@ class Planner(ReplyWriter):
         while left:
             text = written[left[-1]].text
             here = [i for i in left if i == left[-1] or text.startswith(written[i].text[: written[i].closed])]
-            parts.append(Part(text, [(i, written[i]) for i in here]))
+            parts.append(WrittenRow(text, [(i, written[i]) for i in here]))
             left = [i for i in left if i not in here]
         return parts
 
@@ -655,7 +655,7 @@ def json_leaves(value):
 
 # %% ../nbs/93_conversations.ipynb #93000040
 @dataclass
-class Missing:
+class MissingText:
     "A part of a conversation that its rows don't hold."
 
     kind: str  # content, reasoning, name; of tools: tools, calls, results, beside (text beside a call)
@@ -663,7 +663,7 @@ class Missing:
     role: str = ""
 
 
-def find_missing(messages: list[dict], parts: list[Part], tools=None, written: set[int] | None = None) -> Iterator[Missing]:
+def find_missing(messages: list[dict], parts: list[WrittenRow], tools=None, written: set[int] | None = None) -> Iterator[MissingText]:
     "Yield the parts of a conversation that its rows don't hold. `written`: the turns that the template writes at all; None: unknown."
     whole = "\0".join(part.text for part in parts)
     learned = {i: reply.text[reply.asked :] for part in parts for i, reply in part.replies}
@@ -673,7 +673,7 @@ def find_missing(messages: list[dict], parts: list[Part], tools=None, written: s
         if len(message) == 2 and role != "assistant":
             there = written is None or k in written
             if not (there and is_written(message["content"], where)) and message["content"].strip():
-                yield Missing("results" if role in TOOL_ROLES else "content", place, role)
+                yield MissingText("results" if role in TOOL_ROLES else "content", place, role)
         else:
             yield from _missing_fields(message, where, k in learned, place, whole, written is None or k in written)
     for tool in tools or ():
@@ -681,21 +681,21 @@ def find_missing(messages: list[dict], parts: list[Part], tools=None, written: s
         parameters = function.get("parameters")
         inner = (parameters.get("properties") or {}) if isinstance(parameters, dict) else {}
         if not all(is_written(text, whole) for text in (function.get("name"), function.get("description"), *inner) if text):
-            yield Missing("tools", f"tool {function.get('name')}")
+            yield MissingText("tools", f"tool {function.get('name')}")
 
 
-def _missing_fields(message: dict, where: str, learned: bool, place: str, whole: str, there: bool) -> Iterator[Missing]:
+def _missing_fields(message: dict, where: str, learned: bool, place: str, whole: str, there: bool) -> Iterator[MissingText]:
     "Yield the parts of a reply, or of a turn with further fields, that aren't written."
     role = message["role"]
     reasoning, answer = reply_parts(message) if role == "assistant" else ("", message.get("content") or "")
     if learned and reasoning and not is_written(reasoning, where):
-        yield Missing("reasoning", f"reasoning of {place}", role)
+        yield MissingText("reasoning", f"reasoning of {place}", role)
     if not is_written(answer, where) or (role != "assistant" and not there and answer.strip()):
         kind = "results" if role in TOOL_ROLES else "beside" if message.get("tool_calls") else "content"
-        yield Missing(kind, f"text beside the call of {place}" if kind == "beside" else place, role)
+        yield MissingText(kind, f"text beside the call of {place}" if kind == "beside" else place, role)
     for function in called_functions(message):
         leaves = json_leaves(parse_arguments(function.get("arguments")))
         if not all(is_written(leaf, where) for leaf in (function["name"], *leaves)):
-            yield Missing("calls", f"call of {function['name']} in {place}", role)
+            yield MissingText("calls", f"call of {function['name']} in {place}", role)
     if message.get("name") and role not in TOOL_ROLES and not is_written(message["name"], whole):
-        yield Missing("name", f"name of {place}", role)
+        yield MissingText("name", f"name of {place}", role)

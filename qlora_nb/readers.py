@@ -954,11 +954,18 @@ def _files_of_pattern(source: str) -> list[Path]:
     return read
 
 # %% ../nbs/73_readers.ipynb #f6e66e22
+def _check_one_set(what: str, name: str | None) -> None:
+    "Raise `UserError` if a configuration is named: only a folder of data sets, or one on the Hub, has several."
+    if name is not None:
+        raise UserError(f"the configuration {show_name(name)!r} can't be chosen: {what}, which has none; leave out name= (--data-name)")
+
+
 def open_data_source(source, name: str | None, split: str, streaming: bool, choose: Callable | None) -> Iterable[dict]:
     "Return the rows of a source, or of all in a list of files and folders. Raise `UserError` where there are none."
     if isinstance(source, (list, tuple)) and source and all(isinstance(one, (str, Path)) for one in source):
         return chain.from_iterable([open_data_source(one, name, split, streaming, choose) for one in source])
     if not isinstance(source, (str, Path)):
+        _check_one_set("the data is in memory", name)
         return _rows_of_object(source, split, choose)
     path = Path(source).expanduser()
     if path.is_dir():
@@ -966,9 +973,10 @@ def open_data_source(source, name: str | None, split: str, streaming: bool, choo
     pattern = not path.is_file() and glob.has_magic(str(source))
     if path.is_file() or pattern:
         files = _files_of_pattern(str(source)) if pattern else [path]
+        what = f"{_show_path(source)} is {'a pattern of files' if pattern else 'one file'}"
+        _check_one_set(what, name)
         if split != "train":
-            what = "is a pattern of files" if pattern else "is one file"
-            raise UserError(f"{_show_path(source)} {what}, which holds only the split 'train': name the file that holds {split!r}")
+            raise UserError(f"{what}, which holds only the split 'train': name the file that holds {split!r}")
         return chain.from_iterable(read_rows(file, choose) for file in files)
     hub_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
     if not hub_name or _find_reader(path) or path.suffix.lower() in (*_COMPRESSED, *_WORKBOOKS):

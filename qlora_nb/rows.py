@@ -11,6 +11,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 
@@ -231,33 +232,43 @@ def _rows_to_dataset(rows: Iterable[dict], reader: _RowReader, limit: int | None
     return datasets.Dataset(table.drop_columns(empty), reader.info())
 
 # %% ../nbs/12_data.ipynb #37f70561
-def _stream(rows: Iterable[dict], open_rows: Callable[[], Iterable[dict]], reader: _RowReader):
+class _Stream:
+    "What an `IterableDataset` reads: the rows of a source, opened anew for each pass. `datasets` would hash a function with all that it refers to."
+
+    def __init__(self, open_rows: Callable, reader: _RowReader):
+        self.open_rows = open_rows  # given a reader, returns the rows
+        self.reader = reader
+        self.columns = {}  # types of the columns
+
+    def marked_rows(self) -> Iterator[dict]:
+        "Yield all rows with all that they have; later ones may have more than the first."
+        fresh = _RowReader(self.reader.columns, self.reader.system, self.reader.what)
+        fresh.schema = self.reader.schema
+        fresh.filled = self.reader.filled
+        for messages, tools, marks in fresh.read(self.open_rows(fresh)):
+            yield {"messages": messages, "tools": tools, MARKS_COLUMN: marks or None}
+
+    def __call__(self) -> Iterator[dict]:
+        for number, row in enumerate(self.marked_rows(), 1):
+            yield _fit_row(row, self.columns, f"{self.reader.what}, row {number}")
+
+
+def _stream(rows: Iterable[dict], open_rows: Callable, reader: _RowReader):
     "Return an `IterableDataset` of messages, which opens its source each time; `rows` shows what the first 100 are."
     import datasets
 
     head = list(reader.read(reader.peek(rows, 100)))
     keys = {key for messages, _, _ in head for turn in messages for key in turn}
-
-    def again():
-        fresh = _RowReader(reader.columns, reader.system, reader.what)
-        fresh.schema = reader.schema
-        fresh.filled = reader.filled
-        for messages, tools, marks in fresh.read(open_rows(fresh)):
-            yield {"messages": messages, "tools": tools, MARKS_COLUMN: marks or None}
-
-    def settled():
-        for number, row in enumerate(again(), 1):
-            yield _fit_row(row, columns, f"{reader.what}, row {number}")
-
     text = datasets.Value("string")
     kinds = {"tool_calls": datasets.Json(), "weight": datasets.Value("int8")}
     turn = {key: kinds.get(key, text) for key in TURN_KEYS if key in keys or key in ("role", "content")}
-    columns = {"messages": datasets.List(turn)}
-    columns |= {"tools": datasets.Json()} if any(tools for _, tools, _ in head) else {}
-    columns |= {MARKS_COLUMN: datasets.List(text)} if any(marks for _, _, marks in head) else {}
-    data = datasets.IterableDataset.from_generator(settled, features=datasets.Features(columns))
+    stream = _Stream(open_rows, reader)
+    stream.columns = {"messages": datasets.List(turn)}
+    stream.columns |= {"tools": datasets.Json()} if any(tools for _, tools, _ in head) else {}
+    stream.columns |= {MARKS_COLUMN: datasets.List(text)} if any(marks for _, _, marks in head) else {}
+    data = datasets.IterableDataset.from_generator(stream, features=datasets.Features(stream.columns))
     data.info.description = reader.info().description
-    data.with_marks = again  # the columns are settled by the first rows; the preflight reads the marks of the later ones, too
+    data.with_marks = stream.marked_rows  # the columns are settled by the first rows; the preflight reads the marks of the later ones, too
     return data
 
 
@@ -289,6 +300,13 @@ def _check_loading(limit: int | None, system: str | bool | None, once: bool = Fa
     if system not in (None, False) and not (isinstance(system, str) and system.strip()):
         raise UserError(f"system is {system!r}: give a text, False for none, or None for none (R1-Distill-SFT and the embedded set get ours)")
 
+
+def _open_rows(source, name: str | None, split: str, streaming: bool, reader: _RowReader) -> Iterable[dict]:
+    "Return the rows of a source, with the columns that the reader chooses."
+    rows = open_data_source(source, name, split, streaming, reader.choose)
+    reader.filled = is_filled(rows)  # rows of files: `choose` says it for those with columns
+    return rows
+
 # %% ../nbs/12_data.ipynb #7742c7f4-17
 def load_sft_dataset(
     source=None,  # Hub name, file (JSONL, JSON, CSV, Parquet; also compressed), folder, or rows; None: the embedded set
@@ -305,18 +323,14 @@ def load_sft_dataset(
     what = "the embedded set" if source is None else str(source) if isinstance(source, (str, Path)) else "the data"
     reader = _RowReader(columns, system, what)
 
-    def open_rows(reader=reader):
-        place = EMBEDDED_DATA if source is None else source
-        rows = open_data_source(place, name, split, limit is not None if streaming is None else streaming, reader.choose)
-        reader.filled = is_filled(rows)  # rows of files: `choose` says it for those with columns
-        return rows
-
+    place = EMBEDDED_DATA if source is None else source
+    open_rows = partial(_open_rows, place, name, split, limit is not None if streaming is None else streaming)
     if streaming and limit is None:
-        data = _stream(open_rows(), open_rows, reader)
+        data = _stream(open_rows(reader), open_rows, reader)
         count = "streamed"
         looked = f"of the first {format_count(reader.rows)}: "
     else:
-        data = _rows_to_dataset(open_rows(), reader, limit)
+        data = _rows_to_dataset(open_rows(reader), reader, limit)
         count = format_count(len(data))
         looked = ""
     if source is not None:

@@ -24,7 +24,7 @@ from qlora_nb.chat_templates import (
     tokenize_texts,
     tool_template_text,
 )
-from .conversations import ChatWriter, Missing, Part, Planner, Unwritable, find_missing
+from .conversations import ChatWriter, ConversationPlanner, MissingText, Unwritable, WrittenRow, find_missing
 from .core import UserError, fingerprint
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-2
@@ -75,7 +75,7 @@ _CURES = {
 }
 
 # %% ../nbs/11_template.ipynb #5293ea93
-def _describe_missing(missing: list[Missing], hint: str = "") -> tuple[str, str] | None:
+def _describe_missing(missing: list[MissingText], hint: str = "") -> tuple[str, str] | None:
     "Return a code and what is missing, in words; None if only a name is missing."
     grave = [one for one in missing if one.kind != "name"]
     if not grave:
@@ -106,7 +106,7 @@ class Encoder:
             raise UserError(f"train_on is {train_on!r}: choose 'last' or 'all'")
         self.tokenizer = tokenizer
         self.train_on = train_on
-        self.planner = Planner(tokenizer, template, template_kwargs)
+        self.planner = ConversationPlanner(tokenizer, template, template_kwargs)
         self.anchors = {  # control tokens that take nothing from their neighbours
             t.content: i for i, t in tokenizer.added_tokens_decoder.items()
             if t.special and not (t.normalized or t.lstrip or t.rstrip or t.single_word)
@@ -123,7 +123,7 @@ class Encoder:
         return [plan if isinstance(plan, Encoded) else _join_parts([self._label(messages, part, next(ids)) for part in plan[0]], plan[1])
                 for messages, plan in zip(rows, plans)]
 
-    def _plan(self, messages, tools, max_seq_length: int | None) -> tuple[list[Part], tuple[str, ...]] | Encoded:
+    def _plan(self, messages, tools, max_seq_length: int | None) -> tuple[list[WrittenRow], tuple[str, ...]] | Encoded:
         "Return the texts that a conversation becomes and the names of what they leave out; or why there are none."
         if problem := find_content_problem(messages):
             return Encoded(None, None, *problem)
@@ -142,7 +142,7 @@ class Encoder:
         found = _describe_missing(missing, hint)
         return Encoded(None, None, *found, missing=names) if found else (parts, names)
 
-    def _label(self, messages: list[dict], part: Part, ids: list[int]) -> Encoded:
+    def _label(self, messages: list[dict], part: WrittenRow, ids: list[int]) -> Encoded:
         "Return a row with labels for the tokens between each prompt and the end of its turn."
         count = functools.partial(self.count_prefix, whole=part.text, ids=ids, known={})
         last = part.replies[-1][0]
@@ -159,7 +159,7 @@ class Encoder:
             row.learned += end - start
         return row
 
-    def _tokenize_apart(self, part: Part) -> tuple[list[int], list[tuple[int, int]]]:
+    def _tokenize_apart(self, part: WrittenRow) -> tuple[list[int], list[tuple[int, int]]]:
         "Return the ids of a text whose prompts are tokenized without what follows, as at inference, and where each reply is."
         cuts = [place for i, reply in part.replies for place in (reply.asked, reply.end if i == part.replies[-1][0] else reply.closed)]
         pieces = tokenize_texts([part.text[a:b] for a, b in itertools.pairwise([0, *cuts, len(part.text)])], self.tokenizer)

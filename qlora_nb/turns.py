@@ -239,7 +239,7 @@ _RESULT_NAMES = ("content", "output", "result", "response")
 
 
 @dataclass
-class Content:
+class TurnContent:
     "What the content of a turn holds."
 
     texts: list[str] = field(default_factory=list)
@@ -281,11 +281,11 @@ class Content:
             self.is_text = False
 
 # %% ../nbs/94_turns.ipynb #9300001c
-def read_content(value, filled: bool) -> Content:
+def read_content(value, filled: bool) -> TurnContent:
     "Read a content: a text, or a list of parts."
     if isinstance(value, str):
-        return Content([replace_surrogates(value)])
-    found = Content()
+        return TurnContent([replace_surrogates(value)])
+    found = TurnContent()
     parts = [value] if isinstance(value, dict) and value.get("type") in _TEXT_PARTS else value
     if not isinstance(parts, (list, tuple)) or not any(isinstance(part, dict) for part in parts):
         found.is_text = False
@@ -433,7 +433,7 @@ class TurnReader:
             source = message if value is None else value
             if calls := read_calls(source, self.filled):
                 extras = extra_names(source)
-                found = Content(calls=calls, marks=[f"warning key {name}" for name in extras if name not in rest and name not in _ROLE_KEYS])
+                found = TurnContent(calls=calls, marks=[f"warning key {name}" for name in extras if name not in rest and name not in _ROLE_KEYS])
                 rest = {name: left for name, left in rest.items() if value is not None or name in extras}
             else:
                 self.marks.append(f"error key {first_value(message, _ROLE_KEYS) or message['type']}")
@@ -467,7 +467,7 @@ class TurnReader:
                 self.marks += [f"warning key {name}.{extra}" for extra in extra_names(value)]
         return calls
 
-    def take_reasoning(self, content: str | None, found: Content, rest: dict) -> tuple[str | None, str | None]:
+    def take_reasoning(self, content: str | None, found: TurnContent, rest: dict) -> tuple[str | None, str | None]:
         "Return the content and its reasoning, taken from the turn before, from parts and from keys."
         texts = [("key reasoning", self.thought), *((f"part {kind}", text) for kind, text in found.reasoning.items())]
         self.thought = None

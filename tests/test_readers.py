@@ -769,3 +769,15 @@ def test_a_clone_and_a_spreadsheet_give_conversations(tmp_path, capsys):
     assert load_sft_dataset(tmp_path / "a.csv").to_list() == [{"messages": turns}]
     both = load_sft_dataset([str(tmp_path / "clone"), tmp_path / "clone/data/*.parquet"])
     assert both.to_list() == [{"messages": TALK}] * 4
+
+
+def test_a_configuration_that_nothing_has_is_refused(tmp_path):
+    "A name that is not used must not vanish."
+    from qlora_nb.rows import load_sft_dataset
+
+    file = write(tmp_path / "a.jsonl", b'{"prompt": "a", "response": "b"}\n')
+    for source in (file, str(tmp_path / "*.jsonl"), [file], [{"prompt": "a", "response": "b"}]):
+        with pytest.raises(
+            UserError, match=r"the configuration 'v1' can't be chosen: .*leave out name= \(--data-name\)"
+        ):
+            load_sft_dataset(source, "v1")

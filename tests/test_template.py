@@ -967,3 +967,13 @@ def test_a_call_may_have_no_arguments(tokenizer, given):
 def test_turns_after_the_last_reply_are_named_as_such(tokenizer):
     assert encoded(chat("Hi", "Ho", "Again"), tokenizer, None).why.endswith("assistant's: turns follow the last reply")
     assert encoded(chat("Hi"), tokenizer, None).why.endswith("assistant's: there is no reply to learn")
+
+
+def test_pictures_in_messages_given_directly_are_not_dropped_in_silence(tokenizer):
+    turns = chat("What is this?", "A cat.")
+    row = [{**turns[0], "images": ["a.png"]}, turns[1]]
+    found = encoded(row, tokenizer, None)
+    assert (
+        found.code == "unused_key" and "message 1 (user) has the key 'images'" in found.why and found.input_ids is None
+    )
+    assert encoded([{**turns[0], "images": []}, turns[1]], tokenizer, None).code is None
