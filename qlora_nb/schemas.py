@@ -28,6 +28,7 @@ from qlora_nb.turns import (
     parse_text,
     plain_turn,
     read_calls,
+    read_content,
     read_role,
     read_tools,
     replace_surrogates,
@@ -82,7 +83,7 @@ COMMON_SCHEMAS = (
     *_pairs(("problem", "solution"), ("question", "answer"), ("prompt", "response"), ("prompt", "completion")),
 )
 RARER_SCHEMAS = (  # tried when none of the others fits
-    *(Schema(name, messages=name) for name in ("dialogue", "dialog", "dialogues", "chat", "chats", "chat_history")),
+    *(Schema(name, messages=name) for name in ("dialogue", "dialog", "dialogues", "chat", "chats", "chat_history", "contents")),
     *_pairs(("question", "response"), ("instruction", "response"), ("query", "response"), ("query", "answer"), ("query", "answers"),
             ("prompt", "answer"), ("prompt", "output"), ("input", "output"), ("question", "solution"), ("problem", "answer"),
             ("problem", "generated_solution"), ("instruction", "completion"), ("user", "assistant"), ("human", "assistant")),
@@ -140,7 +141,7 @@ def find_schema(columns: list[str], override: dict | None = None) -> Schema:
     if len(fits) > 1:
         names = "; ".join(str(s) for s in fits)
         raise UserError(f"the columns {', '.join(columns)} can be read in {len(fits)} ways: {names}. Choose one with columns= (--columns)")
-    others = {"system": "system"} | ({"input": "input"} if fits[0].name == "Alpaca" else {})
+    others = {"system": "systemInstruction" if fits[0].name == "contents" else "system"} | ({"input": "input"} if fits[0].name == "Alpaca" else {})
     others = {role: fit.system for role, name in others.items() if (fit := _fit_schema(Schema(role, system=name), columns))}
     return replace(fits[0], **others)
 
@@ -293,6 +294,7 @@ class _RowTurns:
     def with_system(self, turns: list) -> list:
         "Return the turns, preceded by a column's system text if they have none of their own."
         system = self.row.get(self.schema.system) if self.schema.system else None
+        system = read_content(system.get("parts"), False).text if isinstance(system, dict) else system
         own = any(isinstance(m, dict) and read_role(m) in ("system", "developer") for m in turns)
         if own or not isinstance(system, str) or not system.strip():
             return turns
@@ -341,6 +343,7 @@ class _RowTurns:
         if not is_empty(extra) and not (isinstance(extra, str) and isinstance(row.get(schema.prompt), str)):
             marks.append(f"error column {schema.input}")
         if not is_empty(system):
+            system = read_content(system.get("parts"), False).text if isinstance(system, dict) else system
             own = next((m["content"] for m in self.turns.turns if m["role"] in ("system", "developer")), None)
             marks += [f"warning column {schema.system}"] * (own != system)
         return marks

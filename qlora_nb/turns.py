@@ -184,10 +184,13 @@ def _read_tool(value, filled: bool) -> dict | None:
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"].strip():
         return None
     wrapped = inner is not value
-    renamed = {"input_schema": "parameters", "inputSchema": "parameters"}
+    renamed = dict.fromkeys(("input_schema", "inputSchema", "parametersJsonSchema"), "parameters")
     inner = {renamed.get(name, name): found if name in ("name", "description") else parse_text(found)
              for name, found in inner.items() if wrapped or name != "type"}
     return {"type": "function", **(value if wrapped else {}), "function": inner}
+
+
+_TOOL_GROUPS = ("functionDeclarations", "function_declarations")  # Gemini's lists of tools in a tool
 
 
 def read_tools(value, filled: bool = False) -> list[dict] | None:
@@ -197,8 +200,9 @@ def read_tools(value, filled: bool = False) -> list[dict] | None:
     if isinstance(value, dict) and "name" not in value and "function" not in value:
         inner = next((found for name, found in value.items() if kind_of(name) == "tools"), None)
         value = inner or [{"name": name, **found} if isinstance(found, dict) else None for name, found in value.items()]
-    lines = value.strip().splitlines() if isinstance(value, str) else [value]
-    tools = [_read_tool(tool, filled) for tool in (value if isinstance(value, (list, tuple)) else lines)]
+    listed = value if isinstance(value, (list, tuple)) else value.strip().splitlines() if isinstance(value, str) else [value]
+    groups = (first_value(one, _TOOL_GROUPS) if isinstance(one, dict) else None for one in listed)
+    tools = [_read_tool(tool, filled) for one, group in zip(listed, groups) for tool in group or [one]]
     return tools if tools and None not in tools else None
 
 # %% ../nbs/94_turns.ipynb #93000009
@@ -257,6 +261,8 @@ class TurnContent:
 
     def add_part(self, part: dict, filled: bool):
         "Read one part of a content."
+        if len(part) == 1 and bare_name(name := next(iter(part))) in _CALL_PARTS + _RESULT_PARTS and isinstance(part[name], dict):
+            part = {"type": name, **part[name]}  # Gemini's
         kind = str(part.get("type") or ("text" if isinstance(part.get("text"), str) else "unknown"))
         text = part.get("text")
         text = text.get("value") if isinstance(text, dict) else text
@@ -335,7 +341,7 @@ _ROLES = {
     **dict.fromkeys(("reasoning", "thinking", "thought"), "reasoning"),
 }
 _SPEAKERS = {name: role for name, role in _ROLES.items() if role not in ("call", "reasoning")}
-_ROLE_KEYS, _CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "output")
+_ROLE_KEYS, _CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "output", "parts")
 
 
 def read_role(message: dict) -> str:
@@ -495,20 +501,20 @@ class TurnReader:
 
     def add_other(self, message: dict, role: str, value, rest: dict):
         "Read a turn that isn't the assistant's."
-        if role == "tool":
+        found = read_content(value, self.filled)
+        only_results = found.is_text and not found.texts and found.results
+        if role == "tool" and not only_results:
             turn, rest, marks = tool_turn(value, rest)
             self.turns += [{**turn, "content": text} for text in split_results(turn["content"])]
             self.marks += marks
             self.mark_rest(role, rest)
             return
-        found = read_content(value, self.filled)
         for name in [name for name in rest if kind_of(name) == "tools"]:
             if tools := read_tools(rest[name], self.filled):
                 self.tools += [tool for tool in tools if tool not in self.tools]
                 del rest[name]
                 value = "" if value is None else value
         self.turns += found.results
-        only_results = found.is_text and not found.texts and found.results
         if not only_results and not (role in ("system", "developer") and value == ""):
             self.turns.append({"role": role, "content": found.text, **self.take_name(rest)})
         self.marks += found.marks + [f"warning part {kind}" for kind in found.reasoning]

@@ -904,3 +904,32 @@ def test_reasoning_under_a_name_of_its_own_is_named():
     assert all(
         {"warning column gemini_thinking_trajectory", "warning column model_reasoning"} <= {*one.marks} for one in found
     )
+
+
+@pytest.mark.parametrize("system", ["systemInstruction", "system_instruction"])
+@pytest.mark.parametrize("tools", ["functionDeclarations", "function_declarations"])
+def test_contents_of_parts(system, tools):
+    "What Gemini is tuned on: parts of a turn, calls and results among them, and pictures that are named."
+    row = {
+        system: {"role": "system", "parts": [{"text": "Be brief."}]},
+        "tools": [{tools: [{"name": "rain"}, {"name": "snow"}]}],
+        "contents": [
+            {"role": "user", "parts": [{"text": "Rain"}, {"text": "or snow?"}]},
+            {"role": "model", "parts": [{"text": "Let me look."}, {"functionCall": {"name": "rain", "args": {}}}]},
+            {"role": "user", "parts": [{"functionResponse": {"name": "rain", "response": {"mm": 3}}}]},
+            {"role": "model", "parts": [{"text": "Rain."}]},
+        ],
+    }
+    found = canonical_row(row, find_schema(row))
+    assert [turn["role"] for turn in found.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert [turn["content"] for turn in found.messages] == [
+        "Be brief.",
+        "Rain\n\nor snow?",
+        "Let me look.",
+        '{"mm": 3}',
+        "Rain.",
+    ]
+    assert [call["function"]["name"] for call in found.messages[2]["tool_calls"]] == ["rain"]
+    assert [tool["function"]["name"] for tool in found.tools] == ["rain", "snow"] and not found.marks
+    row["contents"][0]["parts"].append({"inlineData": {"mimeType": "image/png", "data": "aGk="}})
+    assert any(mark.startswith("error") for mark in canonical_row(row, find_schema(row)).marks)
