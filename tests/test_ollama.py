@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from repository import examples
+from repository import examples, go_command
 
 from qlora_nb.chat_templates import CHAT_TEMPLATES
 from qlora_nb.core import EMBEDDED_MODEL, UserError
@@ -100,12 +100,11 @@ func main() {
 @pytest.fixture(scope="module")
 def go(tmp_path_factory):
     "A function (template, data) → (text, None) or (None, Go's error), by Go's own text/template."
-    if shutil.which("go") is None:
-        pytest.skip("Go is not installed (apt-get install golang-go)")
+    command, environment = go_command()
     folder = tmp_path_factory.mktemp("go")
     (folder / "main.go").write_text(PROGRAM)
-    environment = {**os.environ, "GOCACHE": str(folder / "cache"), "GO111MODULE": "off", "GOFLAGS": ""}
-    subprocess.run(["go", "build", "-o", "render", "main.go"], cwd=folder, env=environment, check=True, timeout=300)
+    environment.setdefault("GOCACHE", str(folder / "cache"))
+    subprocess.run([command, "build", "-o", "render", "main.go"], cwd=folder, env=environment, check=True, timeout=300)
     process = subprocess.Popen([folder / "render"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(template, data):

@@ -220,7 +220,9 @@ def test_names_are_flat_numbered_and_unique():
     assert len(pages) == len(set(pages)), "the site drops the numbers: two pages would have one name"
 
 
-NBDEV = re.compile(r"#\s*\|\s*(hide|exports?|exporti|cuda|slow|default_exp [\w.]+)\s*$")  # nbdev takes these lines out
+NBDEV = re.compile(
+    r"#\s*\|\s*(hide|exports?|exporti|cuda|slow|heavy|default_exp [\w.]+)\s*$"
+)  # nbdev takes these lines out
 
 
 @each_notebook

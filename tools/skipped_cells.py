@@ -1,4 +1,4 @@
-"""Writes tests/skipped_cells.txt: the notebook cells that the tests do not run, one a line."""
+"""Writes tests/skipped_cells.txt: the notebook cells that `make test` doesn't run, one a line (`make test-all` runs the heavy ones)."""
 
 import json
 import re
