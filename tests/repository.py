@@ -95,8 +95,7 @@ def top_level_imports(tree):
 
 
 def judge(package):
-    """How to run a judge's command line, in an interpreter that sees the judges: a function of its arguments. The test is
-    skipped where it isn't there."""
+    "A judge's command line, as a function of its arguments; the test is skipped where it isn't there."
     if not (JUDGES / package).is_dir():
         pytest.skip(
             f"{package} is not in {JUDGES}: `make judges` fetches it, where the package registry can be reached"
@@ -110,7 +109,7 @@ def judge(package):
 
 
 def go_command():
-    "(command, environment) of the Go that `make judges` fetches, else of the one on the PATH; the test is skipped without."
+    "(command, environment) of the Go that `make judges` fetches, else of the PATH's; the test is skipped without."
     own, settings = JUDGES / "go/bin/go", {"GO111MODULE": "off", "GOFLAGS": "", "GOTOOLCHAIN": "local"}
     if own.exists():
         settings |= {"GOROOT": str(own.parents[1]), "GOCACHE": str(JUDGES / "go-cache")}

@@ -3,8 +3,6 @@
 import base64
 import copy
 import json
-import os
-import shutil
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

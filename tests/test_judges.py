@@ -1,0 +1,172 @@
+"""Other people's programs judge what we write: GGUF files, merges, quantized numbers (`make judges` fetches them)."""
+
+import ctypes
+import json
+import shutil
+
+import pytest
+import torch
+from gguf_models import byte_level, needed, random_model, sentencepiece
+from repository import judge, real_file, real_tokenizer
+
+from qlora_nb import load_model
+from qlora_nb.adapter import save_adapter
+from qlora_nb.core import EMBEDDED_FOLDER, EMBEDDED_NAME
+from qlora_nb.gguf_export import export_gguf
+from qlora_nb.gguf_tokens import pin_date
+from qlora_nb.llama import quiet_llama
+from qlora_nb.merging import save_merged
+
+gguf, llama_cpp = needed("gguf"), needed("llama_cpp")
+pytestmark = pytest.mark.heavy
+
+
+# --- ggufdoctor: what a file holds beside its numbers, its template rendered by two engines -------------------------
+
+
+def findings(path):
+    "What ggufdoctor says of a file: (id, severity, conversations it is about, message)."
+    report = path.with_suffix(".json")
+    done = judge("ggufdoctor")(path, "--json", report, "--fail-on", "never")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    assert {engine["name"] for engine in found["engines"]} == {"jinja2", "llama.cpp"}
+    assert not found["coverage"]["checks_not_evaluated"]
+    return [(f["id"], f["severity"], f["evidence"].get("fixtures"), f["message"]) for f in found["findings"]]
+
+
+def errors(path):
+    return [finding for finding in findings(path) if finding[1] == "error"]
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_k_m"])
+@pytest.mark.parametrize("source", ["model", "run"])
+def test_ggufdoctor_finds_no_error_in_the_embedded_model(source, kind, tmp_path):
+    assert not errors(export_gguf(EMBEDDED_FOLDER / source, None, tmp_path / "m.gguf", kind))
+
+
+# A family's template, the tokenizer that it was written for, and a model of its shape that can be exported.
+FAMILIES = {
+    "qwen2.5": ("qwen3", "Qwen-Qwen2.5-7B-Instruct", "qwen2"),
+    "qwen3": ("qwen3", "Qwen-Qwen3-0.6B", "qwen3"),
+    "llama 3.2": ("llama3_1", "meta-llama-Llama-3.2-3B-Instruct", "llama 3 rope"),
+}
+# What ggufdoctor finds in makers' templates, which we leave as they are: Qwen3's can't write a message without content,
+# and `ollama create` puts a template of its own in place of Gemma's, unless a Modelfile has one (as ours does).
+MAKERS = {"qwen3": ["X002"], "gemma": ["X003", "X003"]}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ggufdoctor_finds_no_error_of_ours_under_real_tokenizers(name, tmp_path):
+    tokenizer, template, shape = FAMILIES[name]
+    tokenizer = real_tokenizer(tokenizer, template)
+    model = random_model(shape, len(tokenizer), num_hidden_layers=1)
+    path = export_gguf(model, tokenizer, tmp_path / "m.gguf", "q8_0")
+    assert [kind for kind, *_ in errors(path)] == MAKERS.get(name, [])
+    held = gguf.GGUFReader(path).fields["tokenizer.chat_template"].contents()
+    assert held == pin_date(tokenizer.chat_template), "the maker's template, but for the date of training"
+
+
+@pytest.mark.parametrize("name, shape", [("gemma", "llama"), ("mistral", "mistral")])
+def test_ggufdoctor_finds_no_error_of_ours_with_sentencepiece(name, shape, tmp_path):
+    tokenizer = sentencepiece(tmp_path)
+    if name == "gemma":
+        tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
+        tokenizer.chat_template = real_file("templates/google-gemma-2-2b-it.jinja").read_text(encoding="utf-8")
+    path = export_gguf(random_model(shape, len(tokenizer)), tokenizer, tmp_path / "m.gguf", "f16")
+    assert [kind for kind, *_ in errors(path)] == MAKERS.get(name, [])
+
+
+def test_ggufdoctor_sees_a_template_that_writes_none(tmp_path):
+    "As ours did where a message has no content: jinja2 writes None, llama.cpp nothing."
+    tokenizer = byte_level("llama3")
+    tokenizer.chat_template = tokenizer.chat_template.replace(" if m.content else ''", "")
+    path = export_gguf(random_model("llama", len(tokenizer)), tokenizer, tmp_path / "m.gguf", "f16")
+    assert [(kind, where) for kind, _, where, _ in errors(path)] == [("X005", ["tool_roundtrip"])]
+
+
+# --- deltalint: the adapter is in the merged weights, byte for byte as peft would put it there ----------------------
+
+
+SETTINGS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"up_proj": 40}},
+    "attention only": {"target_modules": ["q_proj", "v_proj"]},
+}
+
+
+def merged(folder, dtype, settings):
+    "Folders of a base, a random adapter that peft made for it, and our merge of the two."
+    import peft
+
+    base, tokenizer = load_model(EMBEDDED_NAME, load_in_4bit=False, dtype=dtype)
+    base.save_pretrained(folder / "base")
+    settings = {"r": 8, "lora_alpha": 12, "target_modules": "all-linear", **settings}
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    save_adapter(model, tokenizer, folder / "adapter")
+    save_merged(model, tokenizer, folder / "merged", dtype=dtype)
+
+
+def deltalint(folder):
+    places = [word for name in ("base", "adapter", "merged") for word in (f"--{name}", folder / name)]
+    return judge("deltalint")("check", *places)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_deltalint_finds_the_adapter_in_the_merge(kind, dtype, tmp_path):
+    merged(tmp_path, dtype, SETTINGS[kind])
+    done = deltalint(tmp_path)
+    layers = 8 if kind == "attention only" else 28
+    assert done.returncode == 0 and f"PASS - {layers}/{layers} layers verified" in done.stdout, (
+        done.stdout + done.stderr
+    )
+
+
+def test_deltalint_misses_an_adapter_that_is_not_there(tmp_path):
+    merged(tmp_path, "bfloat16", {})
+    shutil.copytree(tmp_path / "base", tmp_path / "merged", dirs_exist_ok=True)
+    assert deltalint(tmp_path).returncode == 1
+
+
+# --- llama.cpp's own quantization of the same numbers ---------------------------------------------------------------
+
+
+def by_llama(source, target, kind):
+    "llama.cpp's quantization of a file, as its program llama-quantize makes it."
+    with quiet_llama() as native:
+        settings = native.llama_model_quantize_default_params()
+        settings.ftype, settings.nthread = getattr(native, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}"), 1
+        assert native.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings)) == 0
+    return tensors(target)
+
+
+def tensors(path):
+    return {t.name: (t.tensor_type.name, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+KINDS = ["f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "qwen2, tied", "qwen3"])
+def test_every_byte_is_llama_cpps(name, dtype, tmp_path):
+    "All but the type of what makes the logits in Q4_0: ours has 8 bits there, llama.cpp's 6."
+    tokenizer = byte_level("qwen2" if "qwen" in name else "llama3")
+    model = random_model(name, len(tokenizer), **WIDE).to(getattr(torch, dtype))
+    exact = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}[dtype]
+    kinds = list(dict.fromkeys([exact, *KINDS]))
+    files = dict(zip(kinds, export_gguf(model, tokenizer, tmp_path / "m", kinds)))
+    for kind in KINDS:
+        ours, theirs = tensors(files[kind]), by_llama(files[exact], tmp_path / "theirs.gguf", kind)
+        assert set(ours) == set(theirs)
+        logits = "token_embd.weight" if "tied" in name else "output.weight"
+        assert [part for part in ours if ours[part] != theirs[part]] == ([logits] if kind == "q4_0" else []), kind
+        if kind == "q4_0":
+            assert (ours[logits][0], theirs[logits][0]) == ("Q8_0", "Q6_K")
