@@ -33,7 +33,8 @@ def runs(tmp_path_factory):
 
     def run(backend, number):
         if (backend, number) not in made:
-            arguments = ["train", "--backend", backend, "--max-steps", "6", "--eval-rows", "3"]
+            arguments = ["train", "--backend", backend, "--max-steps", "6", "--limit", "400"]
+            arguments += ["--eval-rows", "2", "--max-new-tokens", "16"]
             program = f"from qlora_nb.cli import main; main({[*arguments, '--output', f'{backend}{number}']})"
             # In another interpreter sets have another order.
             new = backend == "unsloth" or number == 1
@@ -116,6 +117,13 @@ for batch in seen:
         found += 1
 print("checked", found, {{str(p.dtype) for p in model.parameters() if p.requires_grad}})
 """
+PATCHED = """
+from qlora_nb.core import UserError
+try:
+    load_model(backend="transformers")
+except UserError as error:
+    print(error)
+"""
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -123,34 +131,31 @@ def test_the_labels_that_we_made_reach_the_model(backend, tmp_path):
     """Token by token, label by label, in a real step; and the adapters that are trained are fp32.
 
     The batch is taken where the model's own forward gets it, and the ids once more where they are embedded: what a
-    trainer, a collator or a patch does before that would show.
+    trainer, a collator or a patch does before that would show. Where Unsloth was loaded, the other backend is refused.
     """
-    done = (python if backend == "unsloth" else forked)(CAPTURE.format(backend=backend), tmp_path)
+    if backend == "unsloth":
+        done = python(CAPTURE.format(backend=backend) + PATCHED, tmp_path)
+        assert "already patched this process" in done.stdout
+    else:
+        done = forked(CAPTURE.format(backend=backend), tmp_path)
     assert "checked 8 {'torch.float32'}" in done.stdout
 
 
 ORDER = """
 from qlora_nb.core import UserError
-{first}
+import trl
 from qlora_nb.model import load_model
 try:
-    load_model(backend={second!r})
+    load_model(backend="unsloth")
 except UserError as error:
     print(error)
 """
 
 
-@pytest.mark.parametrize(
-    "first, second, message",
-    [
-        ("import trl", "unsloth", "before Unsloth, too late to patch"),
-        ("import qlora_nb; qlora_nb.load_model(backend='unsloth')", "transformers", "already patched this process"),
-    ],
-)
-def test_the_wrong_order_is_a_clear_error(first, second, message, tmp_path):
+def test_the_wrong_order_is_a_clear_error(tmp_path):
     if importlib.util.find_spec("unsloth") is None:
         pytest.skip("Unsloth is not installed")
-    assert message in python(ORDER.format(first=first, second=second), tmp_path).stdout
+    assert "before Unsloth, too late to patch" in python(ORDER, tmp_path).stdout
 
 
 def test_a_backend_that_is_not_installed(monkeypatch):
@@ -343,6 +348,7 @@ def test_an_engine_that_nobody_asked_for_gives_way(monkeypatch, tmp_path, capsys
         model.add_lora(base, bias="all")
 
 
+@pytest.mark.heavy
 def test_a_torchvision_that_does_not_fit_is_named(tmp_path):
     "transformers imports torchvision wherever it finds one; beside a torch of another build that ends in riddles."
     for name, text in {

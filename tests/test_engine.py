@@ -916,7 +916,7 @@ def losses(folder):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
-    common = ("--max-steps", 12, "--eval-rows", 3)
+    common = ("--max-steps", 8, "--eval-rows", 2, "--max-new-tokens", 16, "--limit", 400)
     said = {
         "plain": cli("train", "--backend", "transformers", *common, "--output", "plain", cwd=place),
         "engine": cli("train", "--engine", *common, "--output", "engine", cwd=place),

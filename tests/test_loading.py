@@ -210,6 +210,7 @@ def test_numbers_that_a_dtype_cant_hold(tmp_path):
         load_model(folder, dtype="float16")
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed")
 def test_unsloth_is_held_to_the_same(tmp_path):
     kinds = ["no embedding", "a layer missing", "fewer layers", "vocabulary", "cut matrix", "NaN in a matrix"]
@@ -247,6 +248,7 @@ def hub_cache(place, folder, name="me/tiny"):
     shutil.copytree(folder, model / f"snapshots/{commit}")
 
 
+@pytest.mark.heavy
 def test_a_model_from_the_hub_is_looked_at_too(tmp_path):
     hub_cache(tmp_path, base(tmp_path / "whole", tokenizer={"tokenizer_class": "LlamaTokenizerFast"}), "me/whole")
     hub_cache(tmp_path, base(tmp_path / "nan", spoiled(QUERY, NAN)), "me/nan")

@@ -84,7 +84,7 @@ def run_notebook(name, folder, limit=TIME_LIMIT, flags=""):
 # They tell of measurements and export nothing: part of `make test-all`.
 STORIES = ("31_tiny_base", "32_measure_memory", "33_why_it_is_fast", "34_full_lora_qlora", "40_takeaways")
 EACH = [path for path in NOTEBOOKS if path.stem not in STORIES]
-# What is made less of in `make test`, so that each cell runs but the training takes seconds: (text, what stands for it).
+# Less of it in `make test`, where each cell runs, but the training takes seconds: (text, what stands in for it).
 SHORTER = {"30_quickstart": [("**settings)", "**settings, max_steps=8, eval_rows=2)")]}
 
 

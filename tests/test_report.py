@@ -184,8 +184,10 @@ def opened(browser, path, width=1400, scheme="light", unfold=True):
         page.close()
 
 
-sizes = pytest.mark.parametrize("width", [400, 1400])
+# Each width and each scheme once in `make test`, all four in `make test-all`.
+heavy_screens = [pytest.param(*screen, marks=pytest.mark.heavy) for screen in (("light", 1400), ("dark", 400))]
 schemes = pytest.mark.parametrize("scheme", ["light", "dark"])
+screens = pytest.mark.parametrize("scheme, width", [("light", 400), ("dark", 1400), *heavy_screens])
 each_run = pytest.mark.parametrize("run", ["hostile", "full", "plain"])
 
 OUTSIDE = """() => [...document.querySelectorAll('body *')].filter(e => {
@@ -196,8 +198,7 @@ OUTSIDE = """() => [...document.querySelectorAll('body *')].filter(e => {
 
 @needs_browser
 @each_run
-@sizes
-@schemes
+@screens
 def test_it_loads_and_fits(browser, request, run, width, scheme):
     path = write_reports(request.getfixturevalue(run))
     with opened(browser, path, width, scheme) as (page, wrong):
@@ -209,8 +210,7 @@ def test_it_loads_and_fits(browser, request, run, width, scheme):
 
 
 @needs_browser
-@sizes
-@schemes
+@screens
 def test_the_plots_are_seen(browser, full, plain, width, scheme):
     "Every plot has a size and stands inside the page; without its lines, dots and bars each looks different."
     hide = "document.querySelectorAll('polyline, .dot, .bar').forEach(e => e.style.visibility = 'hidden')"
@@ -336,8 +336,7 @@ def test_shown_inside_a_notebook(browser, full, place):
 
 
 @needs_browser
-@sizes
-@schemes
+@screens
 def test_a_comparison_in_the_browser(browser, full, plain, hostile, place, width, scheme):
     path = compare([full, plain, hostile]).write(place / "comparison.html")
     with opened(browser, path, width, scheme) as (page, wrong):
@@ -426,14 +425,15 @@ def test_the_page_asks_for_nothing(full):
 
 
 def test_the_command_gives_the_same_adapter(hostile, place):
-    "What stands under 'Run it again' is run as it stands, in a shell."
+    "What stands under 'Run it again' is read by a shell as it stands, and run."
     command = next(code for code in Page(render_page(hostile)).code if code.startswith("qlora_nb train --config"))
     program = place / "bin" / "qlora_nb"
     program.parent.mkdir(exist_ok=True)
-    program.write_text(f"#!{sys.executable}\nfrom qlora_nb.cli import main\nmain()\n")
+    program.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     program.chmod(0o755)
     env = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, shell=True, cwd=place, env=env, capture_output=True, text=True, timeout=400)
+    read = subprocess.run(command, shell=True, cwd=place, env=env, capture_output=True, text=True, check=True)
+    done = processes.qlora_nb(*json.loads(read.stdout), cwd=place)
     assert done.returncode == 0, done.stderr[-3000:]
     again = Path(done.stdout.splitlines()[-1])
     old, new = (json.loads((path / "summary.json").read_text()) for path in (hostile, again))

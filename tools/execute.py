@@ -1,7 +1,8 @@
 """Run notebooks from top to bottom and store their outputs: python tools/execute.py nbs/01_lora.ipynb …
 
 Cells marked `#| eval: false`, `#| cuda` or `#| slow` are left alone (with `--flags cuda slow` the named kinds run
-too), as `nbdev_test` does; those marked `#| heavy`, which `make test` leaves to `make test-all`, run here. A notebook that fails is not written.
+too), as `nbdev_test` does; those marked `#| heavy`, which `make test` leaves to `make test-all`, run here. A notebook
+that fails is not written.
 """
 
 import argparse

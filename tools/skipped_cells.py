@@ -1,4 +1,4 @@
-"""Writes tests/skipped_cells.txt: the notebook cells that `make test` doesn't run, one a line (`make test-all` runs the heavy ones)."""
+"""Writes tests/skipped_cells.txt: the cells that `make test` leaves out, one a line (`test-all` has heavy ones)."""
 
 import json
 import re
