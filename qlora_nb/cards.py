@@ -152,3 +152,30 @@ def choose_length(lengths: Sequence[int], context: int) -> int:
     ordered = sorted(lengths)
     cut = ordered[math.ceil(0.99 * len(ordered)) - 1]
     return min(256 * math.ceil(cut / 256), context)
+
+# %% ../nbs/89_cards.ipynb #8c7d66d4-3
+@dataclass(frozen=True)
+class Rows:
+    "The lengths of a data set's rows, as far as they fit `seq_length`."
+
+    lengths: tuple[int, ...]  # tokens, the longest first; empty where nothing is known
+    seq_length: int
+    dropped: int  # longer than that
+
+    @property
+    def mean(self) -> float:
+        return sum(self.lengths) / len(self.lengths) if self.lengths else self.seq_length
+
+    def fullest(self, batch: int) -> int:
+        "Return the tokens of the fullest batch without padding."
+        return sum(self.lengths[:batch]) if len(self.lengths) >= batch else batch * self.longest
+
+    @property
+    def longest(self) -> int:
+        return self.lengths[0] if self.lengths else self.seq_length
+
+    def padded(self, batch: int) -> float:
+        "Return the expected longest row of a random batch."
+        n = len(self.lengths)
+        shares = ((((n - i) / n) ** batch - ((n - i - 1) / n) ** batch) * length for i, length in enumerate(self.lengths))
+        return sum(shares) if n else self.seq_length

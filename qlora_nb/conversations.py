@@ -699,3 +699,24 @@ def _missing_fields(message: dict, where: str, learned: bool, place: str, whole:
             yield MissingText("calls", f"call of {function['name']} in {place}", role)
     if message.get("name") and role not in TOOL_ROLES and not is_written(message["name"], whole):
         yield MissingText("name", f"name of {place}", role)
+
+# %% ../nbs/93_conversations.ipynb #5293ea93
+_CURES = {
+    "system": "put that text at the beginning of the first user turn",
+    "tools": "choose a template that has tools (template=, --template), or leave these out",
+    "reasoning": "leave the reasoning out, or choose a template that writes it (template=, --template)",
+    "other": "choose another template (template=, --template), or leave these turns out",
+}
+
+
+def describe_missing(missing: list[MissingText], hint: str = "") -> tuple[str, str] | None:
+    "Return a code and what is missing, in words; None if only a name is missing."
+    grave = [one for one in missing if one.kind != "name"]
+    if not grave:
+        return None
+    of_tools = [one for one in grave if one.kind in ("tools", "calls", "results", "beside")]
+    kinds = {one.kind for one in grave}
+    names = ", ".join(dict.fromkeys(one.name for one in of_tools or grave))
+    cure = "tools" if of_tools else "reasoning" if kinds == {"reasoning"} else "system" if grave[0].role in ("system", "developer") else "other"
+    return ("tools_unsupported" if of_tools else "text_missing",
+            f"the chat template doesn't write the {names}{hint if cure == 'reasoning' and hint else ': ' + _CURES[cure]}")

@@ -6,7 +6,6 @@
 __all__ = ['parse_answer', 'has_form', 'Evaluation', 'evaluate', 'before_and_after', 'measure_change']
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8
-import json
 import math
 import re
 import time
@@ -17,10 +16,10 @@ from statistics import NormalDist
 import torch
 
 from .chat_templates import probe_template
-from .core import UserError, read_package_table
+from .core import UserError
 from .generation import default_batch_size, generate_replies, generation_mode, input_device
-from .schemas import describe_mark, iterate_conversations
-from .template import Encoded, encode_batch
+from .row_statistics import EncodedRows, encode_rows, list_conversations, split_reply
+from .template import Encoded
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-2
 # A minus sign counts where nothing comes directly before it: "is -3", but "10-3" ends with 3.
@@ -88,55 +87,6 @@ def bootstrap_interval(
     low, high = means.quantile(torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)).tolist()
     return low, high
 
-# %% ../nbs/14_evaluation.ipynb #2e35dae8-6
-NOT_MEASURED = ("too_long", "no_weight")  # codes of rows that have no loss, and are asked all the same
-
-
-class EncodedRows(list[Encoded | None]):
-    "Rows with ids and labels, None for one that doesn't fit: encoded once, for several evaluations."
-
-
-def list_conversations(data: Iterable[dict]) -> list[dict]:
-    "Return the `messages`, `tools` and `marks` of rows, as training reads them. Raise `UserError` for data without messages."
-    return [row._asdict() for batch in iterate_conversations(data) for row in batch]
-
-
-def explain_marks(marks: list[str]) -> str | None:
-    "Return why a row with these marks isn't an answer to learn from, and what to do; None where it may be one."
-    for severity, place, name in (mark.split(" ", 2) for mark in marks if mark.startswith("error ")):
-        cause, fix = describe_mark(severity, place, name)
-        return f"{cause} (unused_{place})" + (f": {fix}" if fix else "")
-    return None
-
-
-def encode_last_replies(data: Iterable[dict], tokenizer, **how) -> list[Encoded]:
-    "Encode held-out rows, with labels on the last reply alone; `how` is as for `encode_batch`."
-    rows = list_conversations(data)
-    return encode_batch([row["messages"] for row in rows], tokenizer, tools=[row["tools"] for row in rows], train_on="last", **how)
-
-
-def explain_fault(row: Encoded) -> str:
-    "Return why a row can't be used, and what to do: the fault may be the template's."
-    return f"{row.why} ({row.code}): {read_package_table('preflight.yaml')['codes'].get(row.code, {}).get('fix', 'fix this row or leave it out')}"
-
-
-def find_unusable_rows(data: Iterable[dict], tokenizer, **how) -> dict[int, str]:
-    "Return the numbers of held-out rows that can't be asked or judged, or aren't to be learned from, with why and what to do."
-    rows = list_conversations(data)
-    marked = {number: explain_marks(row["marks"]) for number, row in enumerate(rows)}
-    faults = {number: explain_fault(row) for number, row in enumerate(encode_last_replies(rows, tokenizer, **how)) if row.code not in (None, *NOT_MEASURED)}
-    return {number: faults.get(number) or why for number, why in marked.items() if why or number in faults}
-
-
-def encode_rows(data: Iterable[dict], tokenizer, model: torch.nn.Module, template: str | None = None, template_kwargs: dict | None = None) -> EncodedRows:
-    "Encode rows that fit into the model's context, at most 2,048 tokens. Raise `UserError` for a row that can't be learned."
-    limit = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
-    rows = encode_last_replies(data, tokenizer, template=template, template_kwargs=template_kwargs, max_seq_length=limit)
-    for number, row in enumerate(rows):
-        if row.code not in (None, *NOT_MEASURED):
-            raise UserError(f"row {number}: {explain_fault(row)}")
-    return EncodedRows(row if row.input_ids is not None and len(row.input_ids) <= limit else None for row in rows)
-
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-7
 def _batch_loss(model: torch.nn.Module, batch: list[Encoded]) -> list[tuple[float, int]]:
     "Return for each row the sum of the negative log-likelihoods of its labelled tokens, and their number."
@@ -192,30 +142,6 @@ def measure_perplexity(model: torch.nn.Module, tokenizer, data, template=None, b
     "Return exp of `answer_loss`: the number of equally likely tokens that the model hesitates between."
     loss, _ = answer_loss(model, tokenizer, data, template, batch_size, template_kwargs)
     return math.exp(min(loss, 700.0))
-
-# %% ../nbs/14_evaluation.ipynb #2e35dae8-10
-def write_expected(turn: dict) -> str:
-    "Return what a reply of the data says: its reasoning in `<think>`, its content, its calls."
-    said = [f"<think>\n{turn['reasoning_content']}\n</think>"] if turn.get("reasoning_content") else []
-    said += [turn["content"]] if turn.get("content") else []
-    calls = [call.get("function") or call for call in turn.get("tool_calls") or ()]
-    said += [json.dumps({"name": call.get("name"), "arguments": call.get("arguments", {})}, ensure_ascii=False) for call in calls]
-    return "\n\n".join(said)
-
-
-def split_reply(data: Iterable[dict]) -> tuple[list[list[dict]], list[str]]:
-    "Return prompts and expected replies of held-out rows. Raise `UserError` for a row that doesn't end with a reply."
-    prompts = []
-    expected = []
-    for number, row in enumerate(data):
-        *before, last = row["messages"] or [{"role": None}]
-        if last["role"] != "assistant" or not before:
-            raise UserError(f"held-out row {number} is not a question with a reply: it ends with the role {last['role']!r}")
-        prompts.append(before)
-        expected.append(write_expected(last))
-    if not prompts:
-        raise UserError("found 0 held-out rows: give at least one")
-    return prompts, expected
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-11
 @dataclass(repr=False)

@@ -11,39 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from .activations import checkpointing_kind, offloads_inputs
-from .cards import KNOWN_CARDS, Card, choose_length, estimate_pass_seconds, find_card, measure_row_lengths
+from .cards import KNOWN_CARDS, Card, Rows, choose_length, estimate_pass_seconds, find_card, measure_row_lengths
 from .core import UserError
 from .lora import TARGET_MODULES
 from .memory import CHECKPOINTING_KINDS, MemoryEstimate, check_choice, check_whole_number, estimate_memory
 from .run import settings_of_part
 from .shapes import Shape, count_decoder_parameters, model_shape, projection_shapes
-
-# %% ../nbs/08_plan.ipynb #8c7d66d4-3
-@dataclass(frozen=True)
-class Rows:
-    "The lengths of a data set's rows, as far as they fit `seq_length`."
-
-    lengths: tuple[int, ...]  # tokens, the longest first; empty where nothing is known
-    seq_length: int
-    dropped: int  # longer than that
-
-    @property
-    def mean(self) -> float:
-        return sum(self.lengths) / len(self.lengths) if self.lengths else self.seq_length
-
-    def fullest(self, batch: int) -> int:
-        "Return the tokens of the fullest batch without padding."
-        return sum(self.lengths[:batch]) if len(self.lengths) >= batch else batch * self.longest
-
-    @property
-    def longest(self) -> int:
-        return self.lengths[0] if self.lengths else self.seq_length
-
-    def padded(self, batch: int) -> float:
-        "Return the expected longest row of a random batch."
-        n = len(self.lengths)
-        shares = ((((n - i) / n) ** batch - ((n - i - 1) / n) ** batch) * length for i, length in enumerate(self.lengths))
-        return sum(shares) if n else self.seq_length
 
 # %% ../nbs/08_plan.ipynb #fbb39284
 def _keep_rows(lengths: Sequence[int], seq_length: int) -> Rows:

@@ -19,13 +19,19 @@ from .adapter import has_adapter, model_info, set_model_info
 from .cards import Card, choose_length, find_card
 from .core import EMBEDDED_NAME, UserError, fingerprint
 from .engine.install import engine_of, install_engine
-from .evaluation import find_unusable_rows
 from .memory import MemoryEstimate
 from .model import count_parameters
 from .plan import Plan, Rows, estimate_for_rows, format_gib, plan_training
 from .preflight import check_and_encode
 from .readers import format_count
-from .row_statistics import CheckedRows, DatasetFinding, RowSet, encode_conversations, question_hash
+from qlora_nb.row_statistics import (
+    CheckedRows,
+    DatasetFinding,
+    RowSet,
+    encode_conversations,
+    find_unusable_rows,
+    question_hash,
+)
 from .rows import data_fingerprint, load_sft_dataset
 from .run import RUN_FORMAT, RunFolder, Settings, check_setting, profile_for, resolve_settings, settings_of_part
 from .safeguards import clear_stop, last_checkpoint

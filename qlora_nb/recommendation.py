@@ -13,6 +13,7 @@ from .cards import KNOWN_CARDS, Card, choose_length, find_card, measure_row_leng
 from .core import UserError, render_html_table
 from .lora import adapter_matrix_sizes
 from .plan import MEMORY_MARGIN, Rows, estimate_for_rows, format_gib, plan_training, split_by_call
+from .row_statistics import COUNTED_ROWS, count_data
 from .shapes import Shape, count_decoder_parameters, model_shape, projection_shapes
 
 # %% ../nbs/05_recommend.ipynb #077634b0
@@ -44,9 +45,6 @@ def _advise(name: str, value, reason: str, *sources: str) -> Advice:
     return Advice(name, value, reason, "; ".join(ADVICE_SOURCES[source] for source in sources))
 
 # %% ../nbs/05_recommend.ipynb #fb5d515e
-COUNTED_ROWS = 2000  # rows whose tokens are counted
-
-
 @dataclass(frozen=True)
 class AdviceFacts:
     "The facts that a recommendation is based on."
@@ -57,37 +55,6 @@ class AdviceFacts:
     rows: int | None  # None where nothing is known of the data
     learned_tokens: int | None  # of all replies together
     device: str | Card  # cpu, or a card
-
-
-def count_data(data, tokenizer=None, template_kwargs: dict | None = None) -> tuple[int | None, int | None]:
-    "Count the rows, and the tokens of their replies (None without rows or tokenizer). Raise `UserError` for no rows."
-    if data is None:
-        return None, None
-    if isinstance(data, int) and not isinstance(data, bool):
-        if data < 1:
-            raise UserError(f"data is {data}: give the number of rows, at least 1, or the rows themselves")
-        return data, None
-    rows = data if hasattr(data, "__len__") else list(data)
-    if not len(rows):
-        raise UserError("data has no rows: give some, or leave it out")
-    return len(rows), None if tokenizer is None else _count_learned(rows, tokenizer, template_kwargs)
-
-
-def _count_learned(rows, tokenizer, template_kwargs: dict | None = None) -> int:
-    "Count the labelled tokens of all rows, estimated from every n-th where there are many."
-    from qlora_nb.evaluation import explain_fault
-    from qlora_nb.schemas import iterate_conversations
-    from qlora_nb.template import encode_batch
-
-    numbers = range(0, len(rows), max(1, len(rows) // COUNTED_ROWS))
-    chosen = rows.select(numbers) if hasattr(rows, "select") else [rows[i] for i in numbers]
-    read = [row for batch in iterate_conversations(chosen) for row in batch]
-    encoded = encode_batch([row.messages for row in read], tokenizer, tools=[row.tools for row in read], template_kwargs=template_kwargs)
-    for number, row in zip(numbers, encoded):
-        if row.code:
-            raise UserError(f"row {number}: {explain_fault(row)}; qlora_nb check (in Python check_dataset) lists all such rows")
-    learned = sum(one.learned for row in encoded for one in (row, *row.parts))
-    return round(learned * len(rows) / len(encoded))
 
 # %% ../nbs/05_recommend.ipynb #7037965b
 def rate_for_width(hidden: int, method: str = "qlora", family: str = "llama") -> float:

@@ -7,6 +7,7 @@ __all__ = ['DatasetFinding', 'question_hash']
 
 # %% ../nbs/78_row_statistics.ipynb #78000007
 import hashlib
+import json
 import math
 import re
 import sys
@@ -23,7 +24,7 @@ from .chat_templates import find_role_problem
 from .core import Finding, UserError, read_package_table
 from .readers import format_count
 from .schemas import CLASS_SUFFIX, PLAIN_COLUMNS, Conversation, describe_mark, iterate_conversations
-from .template import Encoded, Encoder, fit_row
+from .template import Encoded, Encoder, encode_batch, fit_row
 from .turns import kind_of
 
 # %% ../nbs/78_row_statistics.ipynb #7800001a
@@ -443,6 +444,109 @@ def without_rows(data, left_out: Iterable[RowSet]):
     if hasattr(data, "select"):
         return data.select([number for number in range(len(data)) if stays(number)])
     return [row for number, row in enumerate(data) if stays(number)]
+
+# %% ../nbs/78_row_statistics.ipynb #2e35dae8-6
+NOT_MEASURED = ("too_long", "no_weight")  # codes of rows that have no loss, and are asked all the same
+
+
+class EncodedRows(list[Encoded | None]):
+    "Rows with ids and labels, None for one that doesn't fit: encoded once, for several evaluations."
+
+
+def list_conversations(data: Iterable[dict]) -> list[dict]:
+    "Return the `messages`, `tools` and `marks` of rows, as training reads them. Raise `UserError` for data without messages."
+    return [row._asdict() for batch in iterate_conversations(data) for row in batch]
+
+
+def explain_marks(marks: list[str]) -> str | None:
+    "Return why a row with these marks isn't an answer to learn from, and what to do; None where it may be one."
+    for severity, place, name in (mark.split(" ", 2) for mark in marks if mark.startswith("error ")):
+        cause, fix = describe_mark(severity, place, name)
+        return f"{cause} (unused_{place})" + (f": {fix}" if fix else "")
+    return None
+
+
+def encode_last_replies(data: Iterable[dict], tokenizer, **how) -> list[Encoded]:
+    "Encode held-out rows, with labels on the last reply alone; `how` is as for `encode_batch`."
+    rows = list_conversations(data)
+    return encode_batch([row["messages"] for row in rows], tokenizer, tools=[row["tools"] for row in rows], train_on="last", **how)
+
+
+def explain_fault(row: Encoded) -> str:
+    "Return why a row can't be used, and what to do: the fault may be the template's."
+    return f"{row.why} ({row.code}): {read_package_table('preflight.yaml')['codes'].get(row.code, {}).get('fix', 'fix this row or leave it out')}"
+
+
+def find_unusable_rows(data: Iterable[dict], tokenizer, **how) -> dict[int, str]:
+    "Return the numbers of held-out rows that can't be asked or judged, or aren't to be learned from, with why and what to do."
+    rows = list_conversations(data)
+    marked = {number: explain_marks(row["marks"]) for number, row in enumerate(rows)}
+    faults = {number: explain_fault(row) for number, row in enumerate(encode_last_replies(rows, tokenizer, **how)) if row.code not in (None, *NOT_MEASURED)}
+    return {number: faults.get(number) or why for number, why in marked.items() if why or number in faults}
+
+
+def encode_rows(data: Iterable[dict], tokenizer, model, template: str | None = None, template_kwargs: dict | None = None) -> EncodedRows:
+    "Encode rows that fit into the model's context, at most 2,048 tokens. Raise `UserError` for a row that can't be learned."
+    limit = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
+    rows = encode_last_replies(data, tokenizer, template=template, template_kwargs=template_kwargs, max_seq_length=limit)
+    for number, row in enumerate(rows):
+        if row.code not in (None, *NOT_MEASURED):
+            raise UserError(f"row {number}: {explain_fault(row)}")
+    return EncodedRows(row if row.input_ids is not None and len(row.input_ids) <= limit else None for row in rows)
+
+# %% ../nbs/78_row_statistics.ipynb #2e35dae8-10
+def write_expected(turn: dict) -> str:
+    "Return what a reply of the data says: its reasoning in `<think>`, its content, its calls."
+    said = [f"<think>\n{turn['reasoning_content']}\n</think>"] if turn.get("reasoning_content") else []
+    said += [turn["content"]] if turn.get("content") else []
+    calls = [call.get("function") or call for call in turn.get("tool_calls") or ()]
+    said += [json.dumps({"name": call.get("name"), "arguments": call.get("arguments", {})}, ensure_ascii=False) for call in calls]
+    return "\n\n".join(said)
+
+
+def split_reply(data: Iterable[dict]) -> tuple[list[list[dict]], list[str]]:
+    "Return prompts and expected replies of held-out rows. Raise `UserError` for a row that doesn't end with a reply."
+    prompts = []
+    expected = []
+    for number, row in enumerate(data):
+        *before, last = row["messages"] or [{"role": None}]
+        if last["role"] != "assistant" or not before:
+            raise UserError(f"held-out row {number} is not a question with a reply: it ends with the role {last['role']!r}")
+        prompts.append(before)
+        expected.append(write_expected(last))
+    if not prompts:
+        raise UserError("found 0 held-out rows: give at least one")
+    return prompts, expected
+
+# %% ../nbs/78_row_statistics.ipynb #78000045
+COUNTED_ROWS = 2000  # rows whose tokens are counted
+
+
+def count_data(data, tokenizer=None, template_kwargs: dict | None = None) -> tuple[int | None, int | None]:
+    "Count the rows, and the tokens of their replies (None without rows or tokenizer). Raise `UserError` for no rows."
+    if data is None:
+        return None, None
+    if isinstance(data, int) and not isinstance(data, bool):
+        if data < 1:
+            raise UserError(f"data is {data}: give the number of rows, at least 1, or the rows themselves")
+        return data, None
+    rows = data if hasattr(data, "__len__") else list(data)
+    if not len(rows):
+        raise UserError("data has no rows: give some, or leave it out")
+    return len(rows), None if tokenizer is None else _count_learned(rows, tokenizer, template_kwargs)
+
+
+def _count_learned(rows, tokenizer, template_kwargs: dict | None = None) -> int:
+    "Count the labelled tokens of all rows, estimated from every n-th where there are many."
+    numbers = range(0, len(rows), max(1, len(rows) // COUNTED_ROWS))
+    chosen = rows.select(numbers) if hasattr(rows, "select") else [rows[i] for i in numbers]
+    read = [row for batch in iterate_conversations(chosen) for row in batch]
+    encoded = encode_batch([row.messages for row in read], tokenizer, tools=[row.tools for row in read], template_kwargs=template_kwargs)
+    for number, row in zip(numbers, encoded):
+        if row.code:
+            raise UserError(f"row {number}: {explain_fault(row)}; qlora_nb check (in Python check_dataset) lists all such rows")
+    learned = sum(one.learned for row in encoded for one in (row, *row.parts))
+    return round(learned * len(rows) / len(encoded))
 
 # %% ../nbs/78_row_statistics.ipynb #78000022
 class ProgressLine:

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from pathlib import Path
 
 # %% ../nbs/12_data.ipynb #96757b5a
@@ -24,9 +24,13 @@ from qlora_nb.schemas import (
     PLAIN_COLUMNS,
     Conversation,
     canonical_row,
+    column_array,
     find_schema,
     is_filled,
     iterate_conversations,
+    json_text,
+    turns_array,
+    widen_turns,
 )
 from .template import SYSTEM_PROMPT
 from .turns import TURN_KEYS, kind_of
@@ -152,68 +156,6 @@ class _RowReader:
             notes.append(f"{rows}contents that are not text: {self.missing} ({places}{more})")
         return notes
 
-# %% ../nbs/12_data.ipynb #120000b1
-def _survives(entry: dict) -> bool:
-    "Return True if `datasets.Json` returns an object unchanged: its parser rounds fractions, and rejects huge integers."
-    import datasets
-
-    kind = datasets.Json()
-    try:
-        return all(repr(kind.decode_example(text)) == repr(entry) for text in (json.dumps(entry), kind.encode_example(entry)))
-    except (ValueError, OverflowError):
-        return False
-
-
-def _storable(entries: list[dict]) -> list[dict]:
-    "Return calls or tools in a form that `datasets.Json` can hold: objects whose numbers would change are written as text."
-    def write(function):
-        return {name: json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value for name, value in function.items()}
-
-    return [entry if _survives(entry) else {**entry, "function": write(entry["function"])} for entry in entries]
-
-
-def _json_text(entries: list[dict] | None) -> str | None:
-    "Return the JSON text in which a list of calls or tools is stored; None for none."
-    return json.dumps(_storable(entries), ensure_ascii=False) if entries else None
-
-# %% ../nbs/12_data.ipynb #120000b3
-def _column_type(key: str):
-    "Return the Arrow type of a column or of a key of turns."
-    import pyarrow as pa
-
-    return {"tool_calls": pa.json_(), "tools": pa.json_(), "weight": pa.int8(), MARKS_COLUMN: pa.list_(pa.string())}.get(key, pa.string())
-
-
-def _column_array(key: str, values: list):
-    "Return an Arrow array of one key; objects are stored as JSON."
-    import pyarrow as pa
-
-    if (kind := _column_type(key)) != pa.json_():
-        return pa.array(values, kind)
-    return pa.ExtensionArray.from_storage(kind, pa.array(map(_json_text, values), pa.string()))
-
-# %% ../nbs/12_data.ipynb #120000b4
-def _turns_array(rows: list[list[dict]]):
-    "Return an Arrow array of conversations, whose turns have every key that any turn has."
-    import pyarrow as pa
-
-    keys = [key for key in TURN_KEYS if key in ("role", "content") or any([key in turn for turns in rows for turn in turns])]
-    if len(keys) == 2:
-        return pa.array(rows, pa.list_(pa.struct({key: pa.string() for key in keys})))
-    columns = [_column_array(key, [turn.get(key) for turns in rows for turn in turns]) for key in keys]
-    places = pa.array(accumulate(map(len, rows), initial=0), pa.int32())
-    return pa.ListArray.from_arrays(places, pa.StructArray.from_arrays(columns, keys))
-
-
-def _widen_turns(turns, keys: list[str]):
-    "Return an array of conversations whose turns have all these keys."
-    import pyarrow as pa
-
-    inner = turns.values
-    have = {field.name for field in inner.type}
-    columns = [inner.field(key) if key in have else _column_array(key, [None] * len(inner)) for key in keys]
-    return pa.ListArray.from_arrays(turns.offsets, pa.StructArray.from_arrays(columns, keys))
-
 # %% ../nbs/12_data.ipynb #7742c7f4-13
 def _rows_to_dataset(rows: Iterable[dict], reader: _RowReader, limit: int | None):
     "Return a data set with the column `messages` and, if any row has them, `tools` and the marks of what isn't used."
@@ -224,9 +166,9 @@ def _rows_to_dataset(rows: Iterable[dict], reader: _RowReader, limit: int | None
     parts = []
     while chunk := list(islice(found, 1000)):
         messages, tools, marks = zip(*chunk)
-        parts.append([_turns_array(messages), _column_array("tools", tools), _column_array(MARKS_COLUMN, [m or None for m in marks])])
+        parts.append([turns_array(messages), column_array("tools", tools), column_array(MARKS_COLUMN, [m or None for m in marks])])
     keys = [key for key in TURN_KEYS if any(key in {field.name for field in part[0].type.value_type} for part in parts)]
-    parts = [[turns if turns.type.value_type.num_fields == len(keys) else _widen_turns(turns, keys), *others] for turns, *others in parts]
+    parts = [[turns if turns.type.value_type.num_fields == len(keys) else widen_turns(turns, keys), *others] for turns, *others in parts]
     table = pa.concat_tables([pa.table(part, ["messages", "tools", MARKS_COLUMN]) for part in parts])
     empty = [name for name in ("tools", MARKS_COLUMN) if table[name].null_count == len(table)]
     return datasets.Dataset(table.drop_columns(empty), reader.info())
@@ -279,9 +221,9 @@ def _fit_row(row: dict, columns: dict, where: str) -> dict:
     if odd:
         raise UserError(f"{where}, is the first with {odd[0]}, and a stream's columns are fixed by its first 100 rows: "
                         "load it with streaming=False, or put such a row first")
-    messages = [{key: _json_text(found) if key == "tool_calls" else found for key in turn for found in [message.get(key)]}
+    messages = [{key: json_text(found) if key == "tool_calls" else found for key in turn for found in [message.get(key)]}
                 for message in row["messages"]]
-    return {name: value for name, value in {**row, "messages": messages, "tools": _json_text(row["tools"])}.items() if name in columns}
+    return {name: value for name, value in {**row, "messages": messages, "tools": json_text(row["tools"])}.items() if name in columns}
 
 # %% ../nbs/12_data.ipynb #7742c7f4-16
 _LICENCES = {

@@ -24,7 +24,14 @@ from qlora_nb.chat_templates import (
     tokenize_texts,
     tool_template_text,
 )
-from .conversations import ChatWriter, ConversationPlanner, MissingText, Unwritable, WrittenRow, find_missing
+from qlora_nb.conversations import (
+    ChatWriter,
+    ConversationPlanner,
+    Unwritable,
+    WrittenRow,
+    describe_missing,
+    find_missing,
+)
 from .core import UserError, fingerprint
 
 # %% ../nbs/11_template.ipynb #25d0ccb5-2
@@ -67,25 +74,6 @@ class Encoded:
 # %% ../nbs/11_template.ipynb #56a28472
 _MERGED = "the prompt's tokens are not the first tokens of the row: the beginning of the reply merges with the end of the header"
 _NO_TOKEN = "the end of turn that the template writes is not one of the tokenizer's tokens: the model wouldn't learn to stop"
-_CURES = {
-    "system": "put that text at the beginning of the first user turn",
-    "tools": "choose a template that has tools (template=, --template), or leave these out",
-    "reasoning": "leave the reasoning out, or choose a template that writes it (template=, --template)",
-    "other": "choose another template (template=, --template), or leave these turns out",
-}
-
-# %% ../nbs/11_template.ipynb #5293ea93
-def _describe_missing(missing: list[MissingText], hint: str = "") -> tuple[str, str] | None:
-    "Return a code and what is missing, in words; None if only a name is missing."
-    grave = [one for one in missing if one.kind != "name"]
-    if not grave:
-        return None
-    of_tools = [one for one in grave if one.kind in ("tools", "calls", "results", "beside")]
-    kinds = {one.kind for one in grave}
-    names = ", ".join(dict.fromkeys(one.name for one in of_tools or grave))
-    cure = "tools" if of_tools else "reasoning" if kinds == {"reasoning"} else "system" if grave[0].role in ("system", "developer") else "other"
-    return ("tools_unsupported" if of_tools else "text_missing",
-            f"the chat template doesn't write the {names}{hint if cure == 'reasoning' and hint else ': ' + _CURES[cure]}")
 
 # %% ../nbs/11_template.ipynb #11000030
 def _join_parts(rows: list[Encoded], missing: tuple[str, ...] = ()) -> Encoded:
@@ -139,7 +127,7 @@ class Encoder:
         missing = [*find_missing(messages, parts, tools, self.planner.written_turns(messages, tools))]
         names = tuple(one.name for one in missing)
         hint = self.planner.thinking_hint if any(one.kind == "reasoning" for one in missing) else ""
-        found = _describe_missing(missing, hint)
+        found = describe_missing(missing, hint)
         return Encoded(None, None, *found, missing=names) if found else (parts, names)
 
     def _label(self, messages: list[dict], part: WrittenRow, ids: list[int]) -> Encoded:

@@ -18,19 +18,16 @@ from qlora_nb.evaluation import (
     answer_loss,
     before_and_after,
     bootstrap_interval,
-    encode_last_replies,
     evaluate,
     expected_answer,
-    find_unusable_rows,
     has_form,
     measure_change,
     measure_perplexity,
     parse_answer,
     row_losses,
-    split_reply,
     wilson_interval,
-    write_expected,
 )
+from qlora_nb.row_statistics import encode_last_replies, find_unusable_rows, split_reply, write_expected
 
 
 def row(question, reply):
@@ -577,7 +574,7 @@ def test_stored_rows_are_evaluated_and_counted_as_they_are_trained(exact):
     from datasets import Dataset
 
     from qlora_nb.cards import measure_row_lengths
-    from qlora_nb.recommendation import count_data
+    from qlora_nb.row_statistics import count_data
 
     model, tokenizer = exact
     raw, read, template = stored(tokenizer)
