@@ -221,12 +221,13 @@ def read_package_table(name: str) -> dict:
         return yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 # %% ../nbs/00_core.ipynb #8278ca05
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# Control characters, what changes the direction of text or has no width, ends of lines, halves of characters, and what is no character.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]")
 
 
-def escape_controls(text: str) -> str:
-    "Return a text with its control characters escaped, but for tabs and newlines."
-    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+def escape_controls(text: str, keep: str = "\t\n", instead: str | None = None) -> str:
+    "Return a text with its control characters, but those of `keep`, escaped, or replaced by `instead`."
+    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1] if instead is None else instead, text)
 
 # %% ../nbs/00_core.ipynb #50a00051
 _TYPE_WORDS = {int: "a number", float: "a number", str: "text", bool: "true or false", dict: "a mapping", list: "a list"}

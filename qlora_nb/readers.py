@@ -28,13 +28,12 @@ from pathlib import Path
 import yaml
 
 # %% ../nbs/73_readers.ipynb #73000009
-from .core import UserError
+from .core import UserError, escape_controls
 
 # %% ../nbs/73_readers.ipynb #73000031
 def show_name(text, most: int = 100) -> str:
     "Return a name as messages show it: control characters escaped, at most `most` characters."
-    shown = str(text)[:most] + "…" * (len(str(text)) > most)
-    return shown if shown.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+    return escape_controls(str(text)[:most] + "…" * (len(str(text)) > most), keep="")
 
 
 def list_names(names: Iterable, most: int = 20) -> str:

@@ -18,20 +18,16 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from .core import Findings, UserError, is_number, read_json, write_aside
+from .core import Findings, UserError, escape_controls, is_number, read_json, write_aside
 from .diagnosis import diagnose
 from .evaluation import wilson_interval
 from .evidence import plot_loss
 from .run import DATA_FROM_PYTHON, RunFolder
 
 # %% ../nbs/71_report.ipynb #b191d028
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
-
-
 def clean_text(value) -> str:
     "Return a value as text that can be written: no control characters, no marks that reverse lines, no lone surrogates."
-    text = _UNPRINTABLE.sub("\ufffd", str(value).replace("\r\n", "\n"))
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return escape_controls(str(value).replace("\r\n", "\n"), instead="\ufffd")
 
 # %% ../nbs/71_report.ipynb #56cee568
 def is_finite_number(value) -> bool:

@@ -103,10 +103,12 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    "A line a file: CPU seconds, and the budget where they are over it; the slowest tests with -vv."
-    spent, tests = defaultdict(float), []
+    "A line a file: CPU seconds, and the budget where they are over it; when workers ended; the slowest tests with -vv."
+    spent, tests, ends = defaultdict(float), [], defaultdict(float)
     for reports in terminalreporter.stats.values():
         for report in reports:
+            if worker := getattr(report, "worker_id", None):
+                ends[worker] = max(ends[worker], report.stop)
             for name, seconds in getattr(report, "user_properties", []):
                 if name == "cpu_seconds" and report.when == "teardown":
                     spent[report.nodeid.split("::")[0]] += seconds
@@ -122,6 +124,9 @@ def pytest_terminal_summary(terminalreporter, config):
         over = f"   over its budget of {budget:.0f}" if budget and seconds > budget else ""
         terminalreporter.write_line(f"{seconds:8.1f}  {name}{over}")
     terminalreporter.write_line(f"{sum(spent.values()) / 60:8.1f}  CPU minutes in all")
+    if ends:
+        waited = ", ".join(f"{worker} {max(ends.values()) - end:.0f} s" for worker, end in sorted(ends.items()))
+        terminalreporter.write_line(f"          workers that had nothing left to do, before the end: {waited}")
     if config.getoption("verbose") > 1:
         terminalreporter.section("the slowest tests")
         for seconds, name in sorted(tests, reverse=True)[:150]:
