@@ -4,7 +4,10 @@
 
 SHELL := /bin/bash
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# What pip does is on stderr, as it goes. Modules are compiled when they are first imported: most of them never are.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --no-compile -c constraints.txt
+DEMO := .venv/.demo
 STAMP := .venv/.installed
 
 # The first Python that runs and is of a tested version (a name on the PATH need not run).
@@ -25,8 +28,8 @@ demo test test-all-% quick embedded-run: export QLORA_NB_PROFILE := tiny
 QUESTION ?= Mia has 12 apples. She buys 5 bags of 3 apples. She gives 7 to Tom. How many apples does Mia have now?
 
 help:
-	@echo "make install       the package and all it needs, in .venv"
-	@echo "make demo          fine-tune the embedded model and ask it something (QUESTION=...)"
+	@echo "make demo          fine-tune the embedded model and ask it something (QUESTION=...); needs no compiler"
+	@echo "make install       the package and all it needs, in .venv; builds llama.cpp's library from source"
 	@echo "make test          ruff, the tests, the notebooks but five stories of measurements"
 	@echo "make quick         the tests that take seconds"
 	@echo "make test-all      that, and the heavy tests in parts ($(PARTS))"
@@ -45,25 +48,40 @@ help:
 
 install: $(STAMP)
 
-# torch comes first and alone: with no GPU, set PIP_EXTRA_INDEX_URL to PyTorch's CPU index for the small build.
-$(STAMP): settings.ini setup.py constraints.txt Makefile tools/check_install.py
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found; name one: make install PYTHON=/path/to/python" >&2; exit 1; }
+# Where there is no NVIDIA card and pip has no address of its own, torch is PyTorch's CPU build: a tenth of the download.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+define TORCH_INDEX
+if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! $(PIP) config list | grep -Eq 'index|find.links'; \
+	then echo "--extra-index-url $(CPU_INDEX)"; fi
+endef
+
+# What trains, exports, serves and certifies by ready wheels. torch comes first and alone.
+$(DEMO): settings.ini setup.py constraints.txt Makefile
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found; name one: make demo PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
-	@command -v c++ >/dev/null || { echo "No C++ compiler (c++) found; llama.cpp is built with it: install g++" >&2; exit 1; }
-	@echo "installing into .venv (some minutes the first time: llama.cpp is built from source)" >&2
-	@$(PIP) install --upgrade pip
-	@$(PIP) install -c constraints.txt torch
-	@$(PIP) install -c constraints.txt -e '.[dev,gguf]'
+	@echo "[1/3] pip, in .venv" >&2
+	@$(PIP) install -q --upgrade pip >&2
+	@index=$$($(TORCH_INDEX)); echo "[2/3] torch$${index:+, the CPU build (200 MB)}" >&2; $(INSTALL) torch $$index >&2
+	@echo "[3/3] qlora_nb and what it trains, exports and serves with (300 MB, all ready wheels)" >&2
+	@$(INSTALL) -e '.[serve]' >&2
+	@touch $@
+
+$(STAMP): $(DEMO) tools/check_install.py
+	@command -v c++ >/dev/null || { echo "No C++ compiler (c++) found; llama.cpp is built with it: install g++ (make demo needs none)" >&2; exit 1; }
+	@echo "[1/2] the rest of llama.cpp, built from source (some minutes), and what develops and tests" >&2
+	@$(INSTALL) -e '.[dev,gguf]' >&2
 	@if [ "$$(uname)" = Linux ]; then \
-		$(PIP) install -c constraints.txt $(UNSLOTH_NEEDS) && \
-		$(PIP) install -c constraints.txt --no-deps unsloth unsloth_zoo && \
+		echo "[2/2] Unsloth" >&2 && \
+		$(INSTALL) $(UNSLOTH_NEEDS) >&2 && \
+		$(INSTALL) --no-deps unsloth unsloth_zoo >&2 && \
 		$(BIN)/python tools/check_install.py; \
 	fi
 	@touch $@
 
-demo: $(STAMP)
-	@set -e; ask() { $(BIN)/qlora_nb chat "$$@" --message "$(QUESTION)" --temperature 0; }; \
+demo: $(DEMO)
+	@set -e; say() { printf '%s\n' "$$*" >&2; }; ask() { $(BIN)/qlora_nb chat "$$@" --message "$(QUESTION)" --temperature 0; }; \
 	echo "$(QUESTION)"; echo; echo "The base model answers:"; ask; echo; \
+	say "Fine-tuning it now, on this machine's CPU: 300 steps, then 200 held-out problems, the export and its certificate."; \
 	out=$$($(BIN)/qlora_nb train --export q8_0); run=$$(printf '%s\n' "$$out" | tail -n 1); \
 	echo; echo "After fine-tuning it answers, served by llama.cpp from the exported file:"; ask "$$run"/*.gguf; echo; \
 	echo "The run, with its adapter, report.html, GGUF, Modelfile and certificate: $$run"
@@ -80,8 +98,8 @@ PARTS := mathematics data engine training export judges reading install
 mathematics := lora nf4 qlora memory recommend study
 data := data rows readers check template real hostile embedded
 engine := engine kernels backends
-training := training diagnosis generation evaluation loading merging cli cli_data
-export := gguf ollama certificate
+training := training diagnosis generation evaluation loading merging adapters cli cli_data
+export := gguf gguf_base ollama certificate workflow
 judges := judges
 reading := report doctor site notebooks mission
 

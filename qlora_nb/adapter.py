@@ -7,8 +7,8 @@ __all__ = ['model_info', 'save_adapter', 'load_adapter', 'trained_in_4bit']
 
 # %% ../nbs/56_adapter.ipynb #3667a318
 import contextlib
+import dataclasses
 import json
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +16,16 @@ from pathlib import Path
 
 import torch
 
+from qlora_nb.adapter_files import (
+    Precision,
+    canonical_name,
+    check_adapter_config,
+    find_adapter,
+    find_precision,
+    find_weights,
+    name_canonically,
+    read_adapter_config,
+)
 from qlora_nb.core import (
     EMBEDDED_MODEL,
     EMBEDDED_NAME,
@@ -26,8 +36,7 @@ from qlora_nb.core import (
     write_aside,
 )
 from .engine.install import install_where_asked
-from .run import RunFolder
-from .weights import STORED_DTYPES, check_numbers, model_file, read_header
+from .weights import STORED_DTYPES, check_numbers, read_header
 
 # %% ../nbs/56_adapter.ipynb #fca80c77-11
 def model_info(
@@ -36,7 +45,7 @@ def model_info(
 ) -> dict:
     """Return how `load_model` loaded this model: `model`, `backend`, `engine`, `engine_asked`, `load_in_4bit`, `dtype`, `max_seq_length`, `revision`.
 
-    After `add_lora` also `use_gradient_checkpointing` and `random_state`. Raise `UserError` for a model that was loaded any other way.
+    For a GGUF also `gguf` (file, size, quantization, sha256); after `add_lora` also `use_gradient_checkpointing` and `random_state`. Raise `UserError` for a model that was loaded any other way.
     """
     notes = getattr(unwrap_base(model), "qlora_nb", None)
     info = notes.info if notes else None
@@ -97,14 +106,14 @@ def base_name(model: torch.nn.Module) -> str:
 
 # %% ../nbs/56_adapter.ipynb #56b00002
 def check_untied(model: torch.nn.Module, targets: list[str] | dict[str, torch.nn.Module]) -> None:
-    "Raise `UserError` for an adapter on embedding or head where the two are one matrix: no merged model can hold it."
+    "Raise `UserError` for training an adapter on embedding or head where the two are one matrix."
     if not getattr(model.config, "tie_word_embeddings", False):
         return
     for name in targets:
         if name.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens"):
             raise UserError(
-                f"{name} can't have an adapter: embedding and lm_head are one matrix in this model (tie_word_embeddings), so that merging would "
-                "change both or lose it; leave it out of target_modules")
+                f"{name} can't have an adapter: embedding and lm_head are one matrix in this model (tie_word_embeddings), and would be two after the "
+                "training; leave it out of target_modules")
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-5
 ADAPTER_CARD = """---
@@ -189,145 +198,213 @@ def save_adapter(
         _write_adapter(model, tokenizer, part)
         return file_sha256(part / "adapter_model.safetensors")
 
-# %% ../nbs/56_adapter.ipynb #bd01c831-11
-def _read_config(path: Path) -> dict:
-    "Return an adapter's adapter_config.json. Raise `UserError` where there is no such folder or file, or it is damaged."
-    if not path.is_dir():
-        raise UserError(f"there is no adapter folder {path}: name one that save_adapter or a run wrote")
-    file = path / "adapter_config.json"
-    if not file.exists():
-        inside = [place for place in ("adapter", "default") if (path / place / file.name).exists()]
-        hint = f"did you mean {path / inside[0]}?" if inside else "name one that save_adapter or a run wrote"
-        raise UserError(f"{path} holds no adapter_config.json: {hint}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        return {"peft_type": config.get("peft_type"), **config}
-    except (ValueError, AttributeError, OSError) as error:
-        raise UserError(f"{file} is not JSON ({error}): copy the adapter again") from error
-
 # %% ../nbs/56_adapter.ipynb #bd01c831-10
-def _check_shapes(model: torch.nn.Module, header: dict[str, dict], path: Path) -> None:
-    "Raise `UserError` where an adapter's matrices have no layer in this model, or one of another size."
+def embedding_names(model: torch.nn.Module) -> tuple[str | None, str | None]:
+    "Return the names of a model's embedding and head."
+    ends = (model.get_input_embeddings(), model.get_output_embeddings()) if hasattr(model, "get_input_embeddings") else (None, None)
+    names = {id(layer): name for name, layer in model.named_modules()}
+    return tuple(names.get(id(layer)) for layer in ends)
+
+
+def _find_rows(model: torch.nn.Module, shapes: dict[str, tuple], config: dict, path: Path) -> int | None:
+    "Return the rows of embedding and head that an adapter was trained with, where the base has another number. Raise `UserError` where it doesn't hold them."
+    table, head = embedding_names(model)
+    if table is None:
+        return None
+    rows, tied = model.get_submodule(table).weight.shape[0], getattr(model.config, "tie_word_embeddings", False)
+    places = [(f"{name}.{part}", at) for name in (table, head) for part, at in (("weight", 0), ("lora_embedding_A", 1), ("lora_B.weight", 0))]
+    found = {shapes[name][at] for name, at in places if name in shapes and len(shapes[name]) == 2}
+    tokens = config.get("trainable_token_indices") or []
+    lists = tokens if isinstance(tokens, dict) else {table: tokens}
+    single = set().union(*lists.values())
+    if not found and single and max(single) >= rows:
+        found = {max(single) + 1}
+    if found <= {rows}:
+        return None
+    if len(found) > 1:
+        raise UserError(f"the adapter {path} has {' and '.join(map(str, sorted(found)))} rows of embedding or head: its parts belong to different vocabularies")
+    new = found.pop()
+    whole = [name for name in (table, head) if f"{name}.weight" in shapes or set(range(rows, new)) <= {i for key in lists if key in name for i in lists[key]}]
+    if len(whole) < (1 if tied or head is None else 2):
+        raise UserError(
+            f"the adapter {path} was trained with {new} tokens and its base has {rows} here: the new rows are not in the adapter, so name the base with "
+            "the larger vocabulary (base=, --base), or save the adapter again with peft's save_embedding_layers=True")
+    return new
+
+
+def _resize_vocabulary(model: torch.nn.Module, new: int, path: Path) -> None:
+    "Give embedding and head as many rows as an adapter has; until they are filled, each new row is the others' mean."
+    old = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(new, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight.data[old:] = layer.weight.data[:old].float().mean(0).to(layer.weight.dtype)
+    print(f"vocabulary: the base's {old} rows become {new}, as in the adapter {path}", file=sys.stderr)
+
+# %% ../nbs/56_adapter.ipynb #56c00003
+def _check_shapes(model: torch.nn.Module, shapes: dict[str, tuple], path: Path, rows: int | None = None) -> None:
+    "Raise `UserError` where an adapter's matrices have no layer in this model, or one of another size. `rows` is what its vocabulary will have."
     layers = dict(model.named_modules())
-    for key, entry in header.items():
-        name, _, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if not (matrix.startswith(("A", "B")) and matrix.endswith(".weight")):
+    for key, shape in shapes.items():
+        name, _, matrix = key.rpartition(".lora_")
+        if not (matrix.startswith(("A.weight", "B.weight", "embedding_"))):
             continue
         if name not in layers:
             raise UserError(f"the adapter {path} was made for another model: this one has no layer {name}; load its own base")
-        way, size = ("in", entry["shape"][1]) if matrix[0] == "A" else ("out", entry["shape"][0])
-        wanted = getattr(layers[name], f"{way}_features", size)
-        if size != wanted:
+        if len(shape) != 2:
+            raise UserError(f"the adapter {path} is incomplete: {key} has the shape {shape} (DeepSpeed's ZeRO-3 leaves empty ones): gather its weights and save it again")
+        inputs = matrix.split(".")[0][-1] == "A"
+        way, size = ("in", shape[1]) if inputs else ("out", shape[0])
+        if matrix.startswith("embedding_"):
+            way = "num_embeddings" if inputs else "embedding_dim"
+        wanted = getattr(layers[name], f"{way}_features" if way in ("in", "out") else way, size)
+        if size not in (wanted, rows):
             raise UserError(
-                f"the adapter {path} was made for another model: its layer {name} has {way}_features={size}, "
-                f"and this model's {wanted}; load its own base"
-            )
-
-# %% ../nbs/56_adapter.ipynb #a11e0070
-def _check_tensors(loaded: torch.nn.Module, header: dict[str, dict], file: Path) -> None:
-    """Raise `UserError` where a file lacks a tensor of its adapter, or holds one without a place in this model.
-
-    A copy of the base's own embedding is ignored."""
-    from safetensors import safe_open
-
-    path, wanted = file.parent, set(_adapter_tensors(loaded))
-    if missing := sorted(wanted - set(header)):
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise UserError(f"the adapter {path} lacks {missing[0]}{more}, which its adapter_config.json asks for: it is damaged, copy it again")
-    unknown = set(header) - wanted - {name for name, _ in loaded.named_parameters(remove_duplicate=False)}
-    table = loaded.get_input_embeddings().weight
-    with safe_open(file, "pt") as tensors:
-        unused = sorted(name for name in unknown if header[name]["shape"] != list(table.shape)
-                        or not torch.equal(tensors.get_tensor(name).to(table.device, table.dtype), table))
-    if unused:
-        more = f" and {len(unused) - 1} more tensors" if unused[1:] else ""
-        raise UserError(f"the adapter {path} holds {unused[0]}{more}: this model has no place for {'them' if more else 'it'}; load its own base, or train without")
+                f"the adapter {path} was made for another model: its layer {name} has {way}{'_features' if way in ('in', 'out') else ''}={size}, "
+                f"and this model's {wanted}; load its own base")
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-12b
-def _put_on_base(model: torch.nn.Module, path: Path, trainable: bool) -> torch.nn.Module:
-    "peft's own loading, with its error as one sentence."
-    from peft import PeftModel
+def _known_settings() -> set[str]:
+    "Return the names of the settings that this version of peft has."
+    from peft import LoraConfig
 
+    return {field.name for field in dataclasses.fields(LoraConfig)}
+
+
+def _put_on_base(model: torch.nn.Module, config: dict, path: Path, trainable: bool) -> torch.nn.Module:
+    "Put peft's layers on a base as an adapter's settings ask for them, still without its numbers. What peft finds wrong is one sentence."
+    from peft import LoraConfig, PeftModelForCausalLM
+
+    settings = {name: value for name, value in config.items() if name in _known_settings()}
+    settings |= {"inference_mode": not trainable, "init_lora_weights": True}  # the numbers come from the file
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is missing is an error of ours
-            return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+            loaded = PeftModelForCausalLM(model, LoraConfig(**settings))
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the adapter {path} doesn't fit this model: {str(error).strip().splitlines()[0]}") from error
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"the adapter {path} doesn't fit this model: {' '.join(str(error).split())[:500]}") from error
+    loaded.peft_config["default"].init_lora_weights = config.get("init_lora_weights", True)
+    return loaded
+
+# %% ../nbs/56_adapter.ipynb #a11e0070
+def _base_places(loaded: torch.nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
+    "Return canonical name → (peft's name, parameter) of the base beneath an adapter."
+    return {canonical_name(name): (name, p) for name, p in loaded.named_parameters(remove_duplicate=False) if ".modules_to_save." not in name and ".lora_" not in name}
+
+
+def _check_tensors(wanted: dict[str, torch.Tensor], own: dict[str, torch.Tensor], shapes: dict[str, tuple], path: Path) -> None:
+    "Raise `UserError` where an adapter lacks a tensor, or holds one that has no place, or another size, in the adapter (`wanted`) or its base (`own`)."
+    if missing := sorted(set(wanted) - set(shapes)):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(f"the adapter {path} lacks {missing[0]}{more}, which its adapter_config.json asks for: it is damaged, copy it again")
+    if unused := sorted(set(shapes) - set(wanted) - set(own)):
+        more = f" and {len(unused) - 1} more tensors" if unused[1:] else ""
+        raise UserError(f"the adapter {path} holds {unused[0]}{more}: this model has no place for {'them' if more else 'it'}; load its own base, or train without")
+    places = own | wanted
+    if other := sorted(name for name, shape in shapes.items() if shape != tuple(places[name].shape)):
+        name, more = other[0], f" (so have {len(other) - 1} others)" if other[1:] else ""
+        raise UserError(f"the adapter {path} doesn't fit this model: {name} has the shape {shapes[name]} in its file, and {tuple(places[name].shape)} by "
+                        f"its adapter_config.json and the base{more}; load its own base, or copy the adapter again")
+
+# %% ../nbs/56_adapter.ipynb #56c00004
+def _fill_adapter(loaded: torch.nn.Module, keys: dict[str, str], shapes: dict[str, tuple], file: Path) -> None:
+    "Read the numbers of an adapter, by their canonical names, into the model. Raise `UserError` for a tensor that is missing or out of place; name what changes the base."
+    from peft import set_peft_model_state_dict
+    from safetensors import safe_open
+
+    wanted = {canonical_name(name): (name, tensor) for name, tensor in _adapter_tensors(loaded).items()}
+    own = _base_places(loaded)
+    _check_tensors({name: tensor for name, (_, tensor) in wanted.items()}, {name: p for name, (_, p) in own.items()}, shapes, file.parent)
+    state, replaced = {}, []
+    with safe_open(file, "pt") as tensors:
+        for name, key in keys.items():
+            place, present = wanted.get(name) or own[name]
+            tensor = tensors.get_tensor(key)
+            if name not in wanted:
+                if torch.equal(tensor.to(present.device, present.dtype), present):
+                    continue  # a copy of the base's own
+                replaced.append(name)
+            state[place] = tensor
+    shared: dict[int, str] = {}
+    for name in replaced:
+        other = shared.setdefault(own[name][1].data_ptr(), name)
+        if other != name and not torch.equal(state[own[other][0]], state[own[name][0]]):
+            raise UserError(f"the adapter {file.parent} holds {other} and {name} with different numbers, and they are one matrix in this base: load its own base")
+    if replaced:
+        print(f"adapter: {', '.join(replaced[:3])} of the base {'is' if len(replaced) == 1 else 'are'} replaced by the adapter's own", file=sys.stderr)
+    set_peft_model_state_dict(loaded, state)
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-12
 def load_adapter(
     model: torch.nn.Module,  # the base, from load_model
-    path: str | Path,  # the adapter's folder
+    path: str | Path,  # the adapter's folder, or one that holds it: a run's, a trainer's output with checkpoints
     trainable: bool = False,  # True: to train it further
 ) -> torch.nn.Module:  # PeftModel
-    "Put a saved adapter on its base. Raise `UserError` for a folder that isn't an adapter's, or an adapter of another model."
-    path = Path(path).expanduser()
-    file = path / "adapter_model.safetensors"
-    if (kind := _read_config(path)["peft_type"]) != "LORA":
-        raise UserError(f"the adapter {path} is of type {kind}: only LORA can be loaded here")
-    if not file.exists():
-        raise UserError(f"{path} holds no {file.name} (other formats are not supported): copy the adapter again")
+    "Put a saved adapter on its base. Raise `UserError` for a folder that isn't an adapter's, an adapter of another model, or one that can't be merged correctly."
+    path = find_adapter(Path(path).expanduser()) or Path(path).expanduser()
+    config = read_adapter_config(path)
+    check_adapter_config(config, path, _known_settings())
+    file = find_weights(path)
     if has_adapter(model):
         raise UserError("the model has an adapter already: load the base alone, then its adapter")
     header = read_header(file)
+    keys = name_canonically(file)
+    shapes = {name: tuple(header[key]["shape"]) for name, key in keys.items()}
+    if trainable and f"{embedding_names(model)[1]}.lora_A.weight" in shapes:
+        raise UserError(f"the adapter {path} is on the head, too, which can't be trained further here: TRL computes the loss from the head's weight alone")
     check_numbers([file], base=False)
-    _check_shapes(model, header, path)
-    loaded = _put_on_base(model, path, trainable)
-    _check_tensors(loaded, header, file)
+    rows = _find_rows(model, shapes, config, path)
+    _check_shapes(model, shapes, path, rows)
+    if rows:
+        _resize_vocabulary(model, rows, path)
+    loaded = _put_on_base(model, config, path, trainable)
+    try:
+        _fill_adapter(loaded, keys, shapes, file)
+    except UserError:
+        loaded.unload()  # the base is as it was
+        raise
     dtypes = {STORED_DTYPES.get(entry["dtype"]) for entry in header.values()}
     if len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         for name, parameter in loaded.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.to(*dtypes)
-    return install_where_possible(loaded, model_info(model).get("engine_asked", True)) if trainable else loaded
-
-# %% ../nbs/56_adapter.ipynb #fca80c77-14
-def adapter_base(adapter: str | Path) -> str:
-    "Return the base model that an adapter was trained on, as its `adapter_config.json` names it. Raise `UserError`."
-    if not (found := _read_config(Path(adapter).expanduser()).get("base_model_name_or_path")):
-        raise UserError(f"the adapter {adapter} names no base model: name it (model in Python, --base on the command line)")
-    return found
-
-# %% ../nbs/56_adapter.ipynb #fca80c77-14b
-def find_adapter(folder: Path) -> Path | None:
-    "Return an adapter's folder: `folder` itself, or the one in a run's; None where it has none."
-    return next((place for place in (folder / "adapter", folder) if (place / "adapter_config.json").exists()), None)
+    set_model_info(model, adapter=str(path.absolute()))
+    return install_where_possible(loaded, model_info(model).get("engine_asked", True)) if trainable else loaded.eval()
 
 # %% ../nbs/56_adapter.ipynb #a11e0021
-_IN_4BIT = re.compile(r"\b(?:load_in_4bit|bnb_4bit_quant_type)\W+(?:True|true|nf4|fp4)\b")
-
-
 def trained_in_4bit(
     adapter: str | Path,  # an adapter's folder, within a run or alone
-    base: str | Path | None = None,  # the base to check; None is the one that the adapter names
+    base: str | Path | None = None,  # a base in place of the one that the adapter names
 ) -> tuple[bool, str]:  # (whether it was, the evidence)
     "Return whether an adapter was trained on a 4-bit base, by its run's config.yaml, its own files, or the base's name and configuration."
-    folder = Path(adapter).expanduser().absolute()
-    config = _read_config(folder)
-    run = RunFolder.around(folder)
-    if run is not None and isinstance(run.config.get("load_in_4bit"), bool):
-        in_4bit = run.config["load_in_4bit"]
-        return in_4bit, f"config.yaml of its run says load_in_4bit: {str(in_4bit).lower()}"
-    for name in ("adapter_config.json", "README.md"):
-        if (folder / name).exists() and _IN_4BIT.search((folder / name).read_text(encoding="utf-8", errors="replace")):
-            return True, f"its {name} says so"
-    name = str(base or config.get("base_model_name_or_path"))
-    if re.search(r"bnb[-_]4bit|[-_]4bit\b", Path(name).name, re.I):
-        return True, f"its base {name} is a 4-bit one by its name"
-    file = model_file(str(EMBEDDED_MODEL) if name == EMBEDDED_NAME else name, "config.json")
-    if file and "quantization_config" in file.read_text(encoding="utf-8"):
-        return True, f"its base {name} is a quantized one by its config.json"
-    return False, "neither its run nor its files say that the base was in 4 bits"
+    found = find_precision(find_adapter(Path(adapter).expanduser()) or adapter, base)
+    return found.bits == 4, found.evidence
 
 # %% ../nbs/56_adapter.ipynb #a11e0021b
+def check_storage(adapter: str | Path, base: str | Path | None = None) -> Precision:
+    "Return what an adapter's base was in. Raise `UserError` for GPTQ, AWQ and the like, unless a `base` is named in place of the adapter's own."
+    found = find_precision(adapter, base)
+    if found.foreign and str(base or "") in ("", read_adapter_config(adapter).get("base_model_name_or_path")):
+        raise UserError(f"the adapter {adapter} was trained on a base that is stored in {found.method} ({found.evidence}), which can't be merged into: "
+                        "name its 16-bit original (base=, --base), from which such a base differs a little")
+    return found
+
+
 def adapter_bits(adapter: str | Path, base: str | Path | None = None, asked: bool | None = None) -> bool:
-    "Return whether to load an adapter's base in 4 bits: as `asked`, else as it was trained. The choice and its reason go to stderr."
-    found, why = trained_in_4bit(adapter, base)
-    bits = found if asked is None else asked
-    if bits != found:
+    "Return whether to load an adapter's base in 4 bits: as `asked`, else as it was trained. The choice and its reason go to stderr. Raise `UserError` as `check_storage` does."
+    found = check_storage(adapter, base)
+    bits, why = found.bits == 4 if asked is None else asked, found.evidence
+    if found.foreign or found.bits == 8:
+        why = f"{why}; it was trained on a base in {found.method if found.foreign else '8 bits'}, from which this one differs a little"
+    elif bits != (found.bits == 4):
         why = f"as requested, although {why}"
     print(f"precision: the base of {adapter} is loaded in {'4 bits' if bits else '16 bits or more'}: {why}", file=sys.stderr)
     return bits
+
+
+def adapter_provenance(adapter: str | Path, base: str | Path | None = None) -> dict:
+    "Return what is known of an adapter's base: `base` (as named, or the one given), `load_in_4bit` (as it was trained), `evidence` and `method`."
+    folder = find_adapter(Path(adapter).expanduser()) or adapter
+    found = find_precision(folder, base)
+    return {"base": str(base or read_adapter_config(folder).get("base_model_name_or_path") or ""), "load_in_4bit": found.bits == 4, "evidence": found.evidence, "method": found.method}

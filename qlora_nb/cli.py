@@ -7,10 +7,10 @@ __all__ = ['app', 'main']
 
 # %% ../nbs/72_cli.ipynb #826fda92
 import contextlib
-import importlib
 import inspect
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import fields
@@ -108,51 +108,6 @@ def choose_plan(flag: str | None, resume: str | None, config: dict):
         return None
     return found if found == "auto" else find_card(found)
 
-# %% ../nbs/72_cli.ipynb #21b00001
-def warn_of_large_model(name: str, settings: Settings, card=None) -> None:
-    "Warn on stderr before the loading where not even one short row fits into `card` (None: this machine's, if it has one)."
-    import torch
-
-    from qlora_nb.backends import choose_backend
-    from qlora_nb.cards import find_card
-    from qlora_nb.plan import Rows, estimate_for_rows
-    from qlora_nb.preparation import warn_of_memory
-    from qlora_nb.shapes import model_shape
-
-    if card is None and not torch.cuda.is_available():
-        return
-    card = card or find_card("cuda")
-    way = choose_backend(settings.backend, settings.engine, name, settings.revision)
-    adapter = drop_missing(r=settings.r, target_modules=settings.target_modules)
-    with contextlib.suppress(UserError):  # an architecture or optimizer that isn't covered; loading says what is really wrong
-        estimate = estimate_for_rows(
-            model_shape(name), card, Rows((64,), 64, 0), "qlora" if settings.load_in_4bit else "lora", batch_size=1, packing=False,
-            optimizer=settings.optim, backend="engine" if way.engine else way.backend, gradient_checkpointing=True, **adapter)
-        if warning := warn_of_memory(estimate, card):
-            print(warning, file=sys.stderr)
-
-# %% ../nbs/72_cli.ipynb #a2f61c09
-def check_exportable(model, tokenizer, template: str | None = None, template_kwargs: dict | None = None) -> None:
-    "Raise `UserError` before the training where the export or its certificate would fail after it; report on stderr where Ollama gets no TEMPLATE."
-    from qlora_nb.gguf_tokens import read_vocabulary
-    from qlora_nb.gguf_writer import find_architecture
-    from qlora_nb.merging import check_mergeable
-    from qlora_nb.ollama_export import modelfile_refusal
-    from qlora_nb.training import with_template
-
-    check_mergeable(model)
-    find_architecture({**model.config.to_dict(), "architectures": [type(model.get_base_model()).__name__]})
-    read_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
-    for name in ("llama_cpp", "xllamacpp"):
-        try:
-            importlib.import_module(name)
-        except (ImportError, RuntimeError, OSError) as error:
-            raise UserError(f"the certificate needs {name} ({error}): pip install 'qlora_nb[gguf]', or train without --export") from error
-    if template_kwargs:  # the saved template sets them itself
-        tokenizer, template = with_template(tokenizer, template, template_kwargs), None
-    if why := modelfile_refusal(tokenizer, template):
-        print(why, file=sys.stderr)
-
 # %% ../nbs/72_cli.ipynb #826fda92-10
 TRAIN_FLAGS = {  # in addition to the settings; name: (type, help)
     "system": (str, "system text for rows that have none; default: none, but for R1-Distill-SFT and the embedded set, which get one that asks for <think>"),
@@ -192,6 +147,8 @@ def setting_option(name: str):
 
 
 COLUMNS_OPTION, SWITCHES_OPTION = setting_option("columns"), setting_option("template_kwargs")
+BASE_OPTION = Annotated[str | None, typer.Option(help="folder or Hub name of the base model, instead of the one that the run or adapter names")]
+BITS_OPTION = Annotated[bool | None, typer.Option("--load-in-4bit/--no-load-in-4bit", help="the base in 4 bits or in 16; default: as it was trained")]
 
 
 def check_switches(text: str | None, config: dict) -> dict | None:
@@ -232,7 +189,8 @@ def train_from_flags(flags: dict, formats: list[str]):
     from qlora_nb.backends import choose_backend
     from qlora_nb.loading import model_path
     from qlora_nb.model import add_lora, check_checkpointing, load_model
-    from qlora_nb.workflow import train_and_report
+    from qlora_nb.preparation import warn_of_large_model
+    from qlora_nb.workflow import check_exportable, train_and_report
 
     config = read_train_config(flags["config"], flags["resume"], flags["output"])
     given = {f.name: flags.get(f.name) for f in fields(Settings)}
@@ -250,7 +208,10 @@ def train_from_flags(flags: dict, formats: list[str]):
     model, tokenizer = load_model(how.pop("model"), **how)
     model = add_lora(model, **drop_missing(**settings.of_part("adapter")))
     if formats:
-        check_exportable(model, tokenizer, settings.template, settings.template_kwargs)
+        able = bool(held_out is not None or settings.eval_rows or settings.data is None)
+        for note in check_exportable(model, tokenizer, formats, rows=data, held_out=able, output=flags["output"], template=settings.template,
+                                     template_kwargs=settings.template_kwargs):
+            print(name_flags(note, "train"), file=sys.stderr)
     trainer = {name: value for name, value in given.items() if name in settings_of_part("trainer")}
     run = train_and_report(
         model, tokenizer, data, trainer, config=None if flags["resume"] else config, eval_data=held_out, output=flags["output"],
@@ -268,16 +229,17 @@ def train(**flags):
     with quiet_stdout(), explain_stop(lambda: "nothing was trained yet, so start again"):
         formats = split_quantizations(flags.pop("export"))
         result = train_from_flags(flags, formats)
-        print(result.report().partition("\n| problem")[0], file=sys.stderr)
-    print(result.path, flush=True)  # whatever happens to the export, the run is complete
+    print(result.path, flush=True)  # whatever happens to the report and the export, the run is complete
+    print(result.report().partition("\n| problem")[0], file=sys.stderr)
     with quiet_stdout(), explain_stop(lambda: f"the run is finished; continue with qlora_nb export {result.path}"):
         passed = not formats or export_and_certify(result, formats, process_start())
     if not passed:
         raise typer.Exit(1)
 
 # %% ../nbs/72_cli.ipynb #826fda92-14
-def open_for_chat(run: str | None, model: str | None, adapter: str | None, backend: str | None, base: str | None = None):
-    "Return (model, tokenizer, configuration) for a run's folder, or for a model with or without an adapter. `base` replaces the trained one."
+def open_for_chat(run: str | None, model: str | None, adapter: str | None, backend: str | None, base: str | None = None, load_in_4bit: bool | None = None):
+    "Return (model, tokenizer, configuration) for a run's folder, or for a model with or without an adapter. `base` and `load_in_4bit` replace the trained ones."
+    from qlora_nb.adapter_files import find_adapter
     from qlora_nb.model import load_model, open_run
 
     backend = backend or "auto"
@@ -285,14 +247,21 @@ def open_for_chat(run: str | None, model: str | None, adapter: str | None, backe
         if base and (model or not adapter):
             raise UserError("--base is for a run or an --adapter, in place of the base that it names: with --model alone leave it out")
         if adapter:
-            return *open_run(adapter, base=model or base, backend=backend), {}
-        return *load_model(model or profile().model, backend=backend), {}
+            return *open_run(adapter, base=model or base, backend=backend, load_in_4bit=load_in_4bit), {}
+        return *load_model(model or profile().model, backend=backend, **drop_missing(load_in_4bit=load_in_4bit)), {}
     if model or adapter:
         raise UserError("a run and --model or --adapter are both given: a run has its own")
-    folder = RunFolder.open(run)
+    path = Path(run).expanduser().absolute()
+    if path.is_dir() and not (path / "config.yaml").is_file():
+        if found := find_adapter(path):
+            around = RunFolder.around(found)
+            return *open_run(found, base=base, backend=backend, load_in_4bit=load_in_4bit), around.config if around else {}
+        if (path / "config.json").is_file():
+            raise UserError(f"{run} is a model's folder, not a run's: name it with --model {run}")
+    folder = RunFolder.open(path)
     if not folder.finished:
         raise UserError(f"the run {folder.path} is not finished: {folder.how_to_resume()}")
-    return *open_run(folder.path, base=base, backend=backend), folder.config
+    return *open_run(folder.path, base=base, backend=backend, load_in_4bit=load_in_4bit), folder.config
 
 # %% ../nbs/72_cli.ipynb #a2f61c08
 def config_around(file: Path) -> dict:
@@ -300,17 +269,14 @@ def config_around(file: Path) -> dict:
     folder = RunFolder.around(file)
     return folder.config if folder else {}
 
-# %% ../nbs/72_cli.ipynb #a11e0030
-BASE_OPTION = Annotated[str | None, typer.Option(help="folder or Hub name of the base model, instead of the one that the run or adapter names")]
-BITS_OPTION = Annotated[bool | None, typer.Option("--load-in-4bit/--no-load-in-4bit", help="an adapter's base in 4 bits or in 16; default: as it was trained")]
-
 # %% ../nbs/72_cli.ipynb #826fda92-15
 @app.command()
 def chat(
-    run: Annotated[str | None, typer.Argument(help="a run folder or a .gguf file; or give --model and --adapter")] = None,
-    model: Annotated[str | None, typer.Option(help="Hub name or folder")] = None,
+    run: Annotated[str | None, typer.Argument(help="a run's or an adapter's folder, or a .gguf file; or give --model and --adapter")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name, folder or .gguf file")] = None,
     adapter: Annotated[str | None, typer.Option(help="folder with an adapter")] = None,
     base: BASE_OPTION = None,
+    load_in_4bit: BITS_OPTION = None,
     message: Annotated[str | None, typer.Option(help="ask once; without it, line by line")] = None,
     system: Annotated[str | None, typer.Option(help="system text; default for a run: the one it was trained with")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="limit of a reply")] = 512,
@@ -324,14 +290,14 @@ def chat(
             if run and run.lower().endswith(".gguf"):
                 from qlora_nb.llama import gguf_chat
 
-                if model or adapter or backend or base or template_kwargs:
-                    raise UserError("a GGUF can't be combined with --model, --adapter, --base, --backend or --template-kwargs: llama.cpp needs only the file")
+                if model or adapter or backend or base or template_kwargs or load_in_4bit is not None:
+                    raise UserError("a GGUF can't be combined with --model, --adapter, --base, --load-in-4bit, --backend or --template-kwargs: llama.cpp needs only the file")
 
                 ask, config = stack.enter_context(gguf_chat(run)), config_around(Path(run))
             else:
                 from qlora_nb.generation import chat as ask_model
 
-                loaded, tokenizer, config = open_for_chat(run, model, adapter, backend, base)
+                loaded, tokenizer, config = open_for_chat(run, model, adapter, backend, base, load_in_4bit)
                 ask = partial(ask_model, loaded, tokenizer, template_kwargs=check_switches(template_kwargs, config))
         system = (system if system is not None else config.get("system")) or None  # an empty text is none
         how = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
@@ -342,8 +308,8 @@ def chat(
 # %% ../nbs/72_cli.ipynb #826fda92-16
 @app.command()
 def evaluate(
-    run: Annotated[str | None, typer.Argument(help="a run folder; or give --model and --adapter")] = None,
-    model: Annotated[str | None, typer.Option(help="Hub name or folder")] = None,
+    run: Annotated[str | None, typer.Argument(help="a run's or an adapter's folder; or give --model and --adapter")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name, folder or .gguf file")] = None,
     adapter: Annotated[str | None, typer.Option(help="folder with an adapter")] = None,
     data: Annotated[str | None, typer.Option(help="rows to answer; default: the embedded held-out set")] = None,
     data_name: Annotated[str | None, typer.Option(help="configuration of a Hub data set")] = None,
@@ -352,6 +318,8 @@ def evaluate(
     backend: Annotated[str | None, typer.Option(help="auto, unsloth or transformers")] = None,
     columns: COLUMNS_OPTION = None,
     template_kwargs: SWITCHES_OPTION = None,
+    base: BASE_OPTION = None,
+    load_in_4bit: BITS_OPTION = None,
 ):
     "Answer held-out rows and count the replies that are exact, in form, and end by themselves; the last line is JSON."
     with quiet_stdout():
@@ -359,7 +327,7 @@ def evaluate(
         from qlora_nb.preparation import load_base_task
         from qlora_nb.rows import load_sft_dataset
 
-        loaded, tokenizer, config = open_for_chat(run, model, adapter, backend)
+        loaded, tokenizer, config = open_for_chat(run, model, adapter, backend, base, load_in_4bit)
         if data is None and config.get("data") is not None:
             raise UserError(f"the run {run} was trained on {config['data']}: name the rows to answer with --data")
         switches, named = check_switches(template_kwargs, config), check_setting("columns", columns)
@@ -369,44 +337,6 @@ def evaluate(
     print(json.dumps({"n": len(found.rows), **found.summary()}))
 
 # %% ../nbs/72_cli.ipynb #0d25fe2b
-def open_tokenizer(model: str):
-    "Load the tokenizer of a model, which needn't have its weights. Raise `UserError` for a folder without its files."
-    from qlora_nb.loading import load_tokenizer
-    from qlora_nb.shapes import model_folder
-
-    folder = model_folder(model)
-    if folder and not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")):
-        raise UserError(f"the folder {folder} has no tokenizer (tokenizer.json), which --data needs to count the rows' tokens: "
-                        "copy tokenizer.json, tokenizer_config.json and chat_template.jinja there, or leave out --data")
-    return load_tokenizer(folder or model)
-
-
-def make_plans(model: str, gpu: str | None, data: str | None, data_name: str | None, limit: int, backend: str | None,
-               columns: str | None = None, template_kwargs: str | None = None, **wishes) -> list:
-    "Return a `Plan` for the card, for this machine's, or for each of the usual ones."
-    import torch
-
-    from qlora_nb.cards import KNOWN_CARDS, find_card, measure_row_lengths
-    from qlora_nb.plan import plan_training
-    from qlora_nb.rows import load_sft_dataset
-    from qlora_nb.shapes import model_shape
-
-    shape, lengths = model_shape(model), None
-    if data is not None or data_name is not None:
-        tokenizer, switches = open_tokenizer(model), check_setting("template_kwargs", template_kwargs)
-        rows = load_sft_dataset(data, data_name, limit=limit, columns=check_setting("columns", columns))
-        lengths = measure_row_lengths(rows, tokenizer, switches)
-    cards = [gpu] if gpu else ["cuda"] if torch.cuda.is_available() else list(KNOWN_CARDS)
-    return [plan_training(shape, card, lengths, backend=backend or backend_on_card(shape, find_card(card)), **wishes) for card in cards]
-
-
-def backend_on_card(shape, card) -> str:
-    "Return what `auto` trains such a model with on that card, where everything is installed."
-    from qlora_nb.shapes import list_architectures
-
-    return "engine" if card.hopper and shape.family in list_architectures("engine") else "unsloth"
-
-
 def format_cards(found: list) -> str:
     "Return a table with a line for each card: what it has, what to choose, what that takes."
     from qlora_nb.plan import format_gib
@@ -419,7 +349,7 @@ def format_cards(found: list) -> str:
 # %% ../nbs/72_cli.ipynb #365e2c0c
 @app.command()
 def plan(
-    model: Annotated[str | None, typer.Option(help="Hub name or folder; its config.json is enough; default: the profile's")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name, folder or .gguf file; its config.json is enough; default: the profile's")] = None,
     gpu: Annotated[str | None, typer.Option(help="T4, 'A100 80GB', '24 GB', …; default: this machine's, else all the usual ones")] = None,
     data: Annotated[str | None, typer.Option(help="rows whose lengths are measured; default: full rows")] = None,
     data_name: Annotated[str | None, typer.Option(help="configuration of a Hub data set")] = None,
@@ -435,8 +365,11 @@ def plan(
 ):
     "Choose settings that fit a card and should be fastest, before anything is loaded. Exit code 1 where nothing fits."
     with quiet_stdout():
-        found = make_plans(model or profile().model, gpu, data, data_name, limit, max_seq_length=max_seq_length, effective_batch=effective_batch, r=r, method=method,
-                           backend=backend, columns=columns, template_kwargs=template_kwargs)
+        from qlora_nb.preparation import plan_for_cards
+
+        switches, named = check_setting("template_kwargs", template_kwargs), check_setting("columns", columns)
+        found = plan_for_cards(model or profile().model, gpu, data, data_name, limit, backend, named, switches, max_seq_length=max_seq_length,
+                               effective_batch=effective_batch, r=r, method=method)
     if as_json:
         print(json.dumps([p.to_dict() for p in found] if len(found) > 1 else found[0].to_dict(), indent=2, ensure_ascii=False))
     else:
@@ -510,7 +443,7 @@ def describe_written(written: dict) -> str:
 @app.command()
 def check(
     source: Annotated[str | None, typer.Argument(metavar="[DATA]", help="the same as --data")] = None,
-    model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the profile's")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name, folder or .gguf file; default: the profile's")] = None,
     data: Annotated[str | None, typer.Option(help="Hub name, folder, or a JSONL, JSON, CSV or Parquet file; default: by model")] = None,
     data_name: Annotated[str | None, typer.Option(help="configuration of a Hub data set")] = None,
     eval_data: Annotated[str | None, typer.Option(help="held-out rows: none of their questions may be trained on")] = None,
@@ -550,7 +483,7 @@ def check(
 # %% ../nbs/72_cli.ipynb #b3e70d02
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(help="folder of a run, an adapter or a model; or a model's name on the Hub")],
+    source: Annotated[str, typer.Argument(help="folder of a run, an adapter or a model, a .gguf file, or a model's name on the Hub")],
     output: Annotated[str | None, typer.Option(help="a .gguf file or a folder; default: the folder itself, or ./model")] = None,
     quantization: Annotated[str, typer.Option(help="f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k; several comma-separated")] = "q8_0",
     license: Annotated[str | None, typer.Option(help="of the model, e.g. llama3.2; default: its card's")] = None,
@@ -560,11 +493,12 @@ def export(
     "Write GGUF files; an adapter is merged into the base it was trained on. The paths go to stdout."
     with quiet_stdout(), explain_stop(lambda: "no file was written, so start again"):
         from qlora_nb.gguf_export import export_gguf
+        from qlora_nb.gguf_reader import is_gguf
         from qlora_nb.model import load_model
 
         names, tokenizer, here = split_quantizations(quantization), None, Path(source).expanduser().is_dir()
         where = output or (source if here else "model")
-        if not here:
+        if not here and not is_gguf(source):
             if base or load_in_4bit is not None:
                 raise UserError(f"--base and --load-in-4bit are for a run's or an adapter's folder, and there is no folder {source}: leave them out")
             source, tokenizer = load_model(source, load_in_4bit=False)
@@ -582,13 +516,15 @@ def modelfile(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy [0.7]")] = None,
     name: Annotated[str, typer.Option(help="what Ollama will call the model")] = "my-model",
     base: BASE_OPTION = None,
+    ollama: Annotated[str | None, typer.Option(help="version of the server, such as 0.29, which reads TEMPLATE alone; default: today's")] = None,
+    thinking: Annotated[bool | None, typer.Option(help="whether Ollama is to give <think>…</think> apart; default: as the run's replies are")] = None,
 ):
     "Write the Modelfile that serves what was trained; the commands for Ollama go to stderr."
     with quiet_stdout():
         from qlora_nb.ollama_client import ollama_commands
         from qlora_nb.ollama_export import modelfile_for
 
-        path = modelfile_for(run, gguf, output, template=template, system=system, parameters=drop_missing(temperature=temperature), base=base)
+        path = modelfile_for(run, gguf, output, template=template, system=system, parameters=drop_missing(temperature=temperature), base=base, ollama=ollama, thinking=thinking)
         print(ollama_commands(name, path), file=sys.stderr)
     print(path)
 
@@ -611,6 +547,7 @@ def certify(
     rows: Annotated[int, typer.Option(help="conversations whose tokens are compared")] = 200,
     model_rows: Annotated[int | None, typer.Option(help="of those, how many go through the models; default: all")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="limit of a reply; 0 asks for none; default: the run's")] = None,
+    minutes: Annotated[float | None, typer.Option(help="a budget: as many conversations as fit")] = None,
     output: Annotated[str | None, typer.Option(help="JSON; default: certificate.json beside the first GGUF")] = None,
     base: BASE_OPTION = None,
     load_in_4bit: BITS_OPTION = None,
@@ -626,7 +563,7 @@ def certify(
         named = check_setting("columns", columns)
         held_out = load_sft_dataset(data, data_name, limit=rows, system=config_around(beside).get("add_system"), columns=named) if data else None
         found = compare(run, gguf=gguf, modelfile=modelfile or (beside if beside.exists() else None), data=held_out, rows=rows,
-                        model_rows=model_rows, max_new_tokens=max_new_tokens, base=base, load_in_4bit=load_in_4bit)
+                        model_rows=model_rows, max_new_tokens=max_new_tokens, base=base, load_in_4bit=load_in_4bit, minutes=minutes)
         print(found, file=sys.stderr)
         path = found.to_json(output)
         if (folder := RunFolder.around(run)) and folder.finished:
@@ -684,7 +621,7 @@ def doctor(
 # %% ../nbs/72_cli.ipynb #c1a5e002
 @app.command()
 def recommend(
-    model: Annotated[str | None, typer.Option(help="Hub name or folder; its config.json is read, no weights; default: the profile's")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name, folder or .gguf file; its config.json is read, no weights; default: the profile's")] = None,
     data: Annotated[str | None, typer.Option(help="Hub name, folder or file; default: by model")] = None,
     data_name: Annotated[str | None, typer.Option(help="configuration of a Hub data set")] = None,
     limit: Annotated[int | None, typer.Option(help="rows to take from the data")] = None,
@@ -719,7 +656,7 @@ def diagnose(
         from qlora_nb.diagnosis import diagnose as look
 
         found = look(run)
-    print(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else found)
+    print(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else name_flags(str(found), "train"))
     if not found.ok:
         raise typer.Exit(1)
 
@@ -743,6 +680,35 @@ def info():
     print(f"{'device':<13} {device}\n{'profile':<13} {found.name} (model {Path(found.model).name})")
     print(f"{'backend':<13} {way.backend}{' with the engine' if way.engine else ''}: {way.why}")
 
+# %% ../nbs/72_cli.ipynb #e604a5fe
+_ARGUMENT = re.compile(r"\b([a-z][a-z0-9_]*)=(\{[^{}]*\}|'[^']*'|[^\s,;:()'{}]*)(?: \((--[^)]*)\)|, (--[a-z0-9-]+))?")
+_COMMANDS = {"export_gguf": "qlora_nb export", "write_modelfile": "qlora_nb modelfile", "ollama_create": "ollama create"}
+_FUNCTION = re.compile(rf"\(({'|'.join(_COMMANDS)})\)")
+
+
+def list_flags(name: str) -> dict[str, typer.core.TyperOption]:
+    "Return the options of a command by the names that they have in Python; {} for an unknown command."
+    command = typer.main.get_command(app).commands.get(name)
+    return {option.name: option for option in command.params if option.param_type_name == "option"} if command else {}
+
+
+def name_flags(text: str, command: str) -> str:
+    "Return a sentence in the command line's words: of `eval_data=` --eval-data, of `packing=False` --no-packing, of `(export_gguf)` the command."
+    known = list_flags(command)
+
+    def flag(match: re.Match) -> str:
+        name, value, *both = match.groups()
+        if any(both):
+            return (both[0] or both[1]).partition(";")[0]
+        if name not in known:
+            return match[0]
+        option = known[name]
+        if option.is_flag and value in ("True", "False"):
+            return (option.opts if value == "True" else option.secondary_opts or option.opts)[0]
+        return f"{option.opts[0]} {value.strip(chr(39))}".rstrip()
+
+    return _FUNCTION.sub(lambda match: f"({_COMMANDS[match[1]]})", _ARGUMENT.sub(flag, text))
+
 # %% ../nbs/72_cli.ipynb #826fda92-18
 def refuse_several_processes() -> None:
     "Raise `UserError` in the first of several processes that torchrun or accelerate started, and end the others."
@@ -762,7 +728,8 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except UserError as error:
         try:
-            print(f"qlora_nb: {escape_controls(str(error))}", file=sys.stderr, flush=True)
+            command = next((word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("-")), "")
+            print(f"qlora_nb: {name_flags(escape_controls(str(error)), command)}", file=sys.stderr, flush=True)
         except OSError:  # a terminal that was closed: what is still in the buffer would change the exit code
             sys.stdout = sys.stderr = None
         raise SystemExit(error.exit_code) from None

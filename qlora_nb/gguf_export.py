@@ -8,15 +8,18 @@ __all__ = ['GGUF_QUANTIZATIONS', 'permute_rows', 'quantize_q8_0', 'quantize_q4_0
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-4
 import contextlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .core import UserError, write_aside
+from .gguf_reader import match_tensor_names
 from .gguf_tokens import read_vocabulary
 from qlora_nb.gguf_writer import (
     check_disk,
+    check_not_source,
     describe_source,
     find_architecture,
     head_size,
@@ -51,26 +54,9 @@ def compute_rope_factors(rope: dict, dim: int) -> torch.Tensor:  # (dim/2,)
     return torch.where(wavelength < original / high, torch.ones_like(wavelength), factors)
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-9
-_Q, _K = "self_attn.q_proj", "self_attn.k_proj"
-_MATRICES = (_Q, _K, "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-
-
 def name_tensors(config: dict) -> dict[str, tuple[str, int]]:
     "Return every tensor that this model may have: its name in transformers → (name in GGUF, heads to permute in)."
-    import gguf
-
-    kind, layers = find_architecture(config), config["num_hidden_layers"]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.name.upper()], layers)
-    heads = {_Q: config["num_attention_heads"], _K: config.get("num_key_value_heads") or config["num_attention_heads"]}
-    parts = {"input_layernorm.weight": 0}
-    for name in _MATRICES:
-        for leaf in ("weight", "bias") if name in kind.biases else ("weight",):
-            parts[f"{name}.{leaf}"] = heads.get(name, 0) if kind.permuted else 0
-    parts |= {"self_attn.q_norm.weight": 0, "self_attn.k_norm.weight": 0} if kind.head_norms else {}
-    parts["post_attention_layernorm.weight"] = 0
-    found = {f"model.layers.{i}.{part}": count for i in range(layers) for part, count in parts.items()}
-    found = {"model.embed_tokens.weight": 0, **found, "model.norm.weight": 0, "lm_head.weight": 0}
-    return {name: (names.get_name(name, (".weight", ".bias")), count) for name, count in found.items()}
+    return match_tensor_names(find_architecture(config), config)
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-10
 @dataclass(frozen=True)
@@ -214,28 +200,44 @@ def check_quantizations(quantization: str | list[str]) -> list[str]:
     if not names:
         raise UserError(f"no quantization was named: choose from {', '.join(GGUF_QUANTIZATIONS)}")
     import_extra("gguf")
-    if any(GGUF_QUANTIZATIONS[name].type is None for name in names):
-        import_extra("llama_cpp")
+    if mixed := [name for name in names if GGUF_QUANTIZATIONS[name].type is None]:
+        try:
+            import_extra("llama_cpp")
+        except UserError as error:
+            raise UserError(f"{', '.join(mixed)} are made by llama.cpp's library: {error}, or export q8_0, which needs no compiler") from error
     return names
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-43
-def _write_parts(parts: dict[str, Path], exact: str, source, plans: list[TensorPlan], *header) -> None:
-    "Write all files in one pass; K-quants from a file that holds what the source holds (`exact`), deleted afterwards."
-    direct = {key: part for key, part in parts.items() if GGUF_QUANTIZATIONS[key].type}
-    indirect = {key: part for key, part in parts.items() if key not in direct}
+def _write_directly(files: dict[str, Path], helper: Path | None, made: list[Path], source, plans: list[TensorPlan], *header) -> None:
+    "Write files in one pass over the source, each atomically but for `helper`, which is removed later."
+    with contextlib.ExitStack() as opened:
+        writers = []
+        for key, file in files.items():
+            part = file if file == helper else opened.enter_context(write_aside(file))
+            writers.append(TensorWriter(part, key, source, plans, *header))
+            opened.enter_context(writers[-1].file)
+        copy_tensors(source, plans, writers)
+    made += [file for file in files.values() if file != helper]
+
+
+def _write_files(files: dict[str, Path], exact: str, made: list[Path], *rest) -> None:
+    "Write all files; K-quants one by one from a file that holds what the source holds (`exact`). `made` gets each that is in its place, which a later failure leaves alone."
+    direct = {key: file for key, file in files.items() if GGUF_QUANTIZATIONS[key].type}
+    indirect = {key: file for key, file in files.items() if key not in direct}
+    if not indirect:
+        return _write_directly(direct, None, made, *rest)
     with contextlib.ExitStack() as stack:
-        if indirect and exact not in direct:
+        helper = None
+        if exact not in direct:
             first = next(iter(indirect.values()))
-            direct[exact] = first.with_name(f"{first.name.removesuffix('.part')}-{exact}.part")
-            stack.callback(direct[exact].unlink, missing_ok=True)
-        with contextlib.ExitStack() as opened:
-            writers = []
-            for key, part in direct.items():
-                writers.append(TensorWriter(part, key, source, plans, *header))
-                opened.enter_context(writers[-1].file)
-            copy_tensors(source, plans, writers)
-        for key, part in indirect.items():
-            quantize_with_llama(direct[exact], part, key)
+            direct[exact] = helper = first.with_name(f".{first.name}.{exact}.{os.getpid()}.part")
+            stack.callback(helper.unlink, missing_ok=True)
+        for number, (key, file) in enumerate(indirect.items()):
+            with write_aside(file) as part:
+                if number == 0:
+                    _write_directly(direct, helper, made, *rest)
+                quantize_with_llama(direct[exact], part, key)
+            made.append(file)
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-42
 def export_gguf(
@@ -253,6 +255,7 @@ def export_gguf(
     names = check_quantizations(quantization)
     files = target_files(path, names)
     source, tokenizer = open_source(model_or_folder, tokenizer, base, load_in_4bit)
+    check_not_source(files.values(), model_or_folder, source)
     plans = plan_tensors(source.config, source.shapes)
     vocabulary = read_vocabulary(tokenizer, plans[0].shape[0])
     about = describe_source(source, name or Path(path).name.removesuffix(".gguf"), license)
@@ -260,7 +263,11 @@ def export_gguf(
     kinds = sorted({*names, *(exact for key in names if GGUF_QUANTIZATIONS[key].type is None)})
     numbers = sum(math.prod(plan.shape) for plan in plans)
     check_disk(list(files.values()), numbers * sum(GGUF_QUANTIZATIONS[kind].bits for kind in kinds) / 8, ", ".join(kinds))
-    with contextlib.ExitStack() as stack:
-        parts = {key: stack.enter_context(write_aside(file)) for key, file in files.items()}
-        _write_parts(parts, exact, source, plans, vocabulary, about)
+    made: list[Path] = []
+    try:
+        _write_files(files, exact, made, source, plans, vocabulary, about)
+    except UserError as error:
+        if not made:
+            raise
+        raise UserError(f"{error}; written before that, and whole: {', '.join(file.name for file in made)}") from error
     return [files[key] for key in names] if not isinstance(quantization, str) else files[names[0]]

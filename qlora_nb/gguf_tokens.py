@@ -56,6 +56,30 @@ def name_pre_tokenizer(tokenizer: dict) -> str:  # for tokenizer.ggml.pre
         f"the tokenizer splits text in a way that is not known here ({steps[:3]}, ignore_merges={ignore_merges}): "
         "llama.cpp would make different tokens; the known splits are those of Llama 3, Qwen 2 and 3, Mistral's tekken, DeepSeek V3, GPT-2 and SmolLM")
 
+# %% ../nbs/82_gguf_tokens.ipynb #82g00002
+_SAME_SPLITS = {  # llama.cpp's other names for a split
+    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", "smaug-bpe": "dbrx chatglm-bpe glm4",
+    "qwen2": "deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open", "deepseek-v3": "hunyuan-dense joyai-llm",
+    "gpt-2": "phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum modern-bert exaone4",
+    "smollm": "starcoder refact command-r codeshell exaone minerva-7b mellum2",
+}
+_READ_SPLITS = {  # read back only
+    "deepseek-coder": ([r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}", "bytes"], False),
+    "qwen35": ([_CASES[1] + _WORD.replace(r"\p{L}+|", r"[\p{L}\p{M}]+|").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]") % "", "bytes"], False),
+}
+
+
+def find_split(pre: str, where: str = "the file") -> tuple[list[str], bool]:  # (steps, whether a token that is in the vocabulary as a whole is left alone)
+    "Return how llama.cpp splits text by the name in tokenizer.ggml.pre. Raise `UserError` for an unknown one."
+    names = {same: name for name, words in _SAME_SPLITS.items() for same in words.split()}
+    known = {name: (steps, whole) for steps, whole, name in KNOWN_SPLITS} | _READ_SPLITS  # of two, the later
+    if pre == "default":
+        raise UserError(f"{where} doesn't say how its tokenizer splits text (tokenizer.ggml.pre): it is an old conversion, in which llama.cpp itself "
+                        "splits text otherwise than in training; take a newer conversion, or the original model")
+    if names.get(pre, pre) not in known:
+        raise UserError(f"{where} splits text by {pre!r} (tokenizer.ggml.pre), which can't be read back: known are {', '.join(sorted({*known, *names}))}")
+    return known[names.get(pre, pre)]
+
 # %% ../nbs/82_gguf_tokens.ipynb #5b90e6d1-18
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # tokenizer.ggml.token_type
 

@@ -11,7 +11,8 @@ import math
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,15 @@ import torch
 import yaml
 
 import qlora_nb
-from .adapter import base_name, find_adapter, model_info
+from .adapter import model_info
+from .adapter_files import find_adapter
 from .core import EMBEDDED_MODEL, EMBEDDED_NAME, UserError, read_json
+from .gguf_reader import describe_record, gguf_record, is_gguf
 from .gguf_tokens import Vocabulary
 from .loading import check_entries, check_shapes, load_tokenizer, model_path
-from .merging import MergedTensors
+from .merging import MergedTensors, merge_facts
 from .model import open_run
+from .run import RunFolder
 from .shapes import KNOWN_ARCHITECTURES, GGUFArchitecture
 from .weights import TensorFolder
 
@@ -103,7 +107,7 @@ class ModelSource:
     def __init__(self, model: torch.nn.Module):
         self.tensors = MergedTensors(model)
         base = self.tensors.base
-        self.config = {**base.config.to_dict(), "architectures": [type(base).__name__]}
+        self.config = {**base.config.to_dict(), "architectures": [type(base).__name__], "tie_word_embeddings": self.tensors.tied}
         self.shapes = {name: self.tensors.shape(name) for name in self.tensors.parameters}
         dtype = model_info(base, required=False).get("dtype")
         self.dtype = getattr(torch, dtype) if dtype else base.dtype
@@ -121,13 +125,27 @@ def open_source(model, tokenizer, base: str | Path | None = None, load_in_4bit: 
         return ModelSource(model), tokenizer
     model = getattr(model, "path", model)  # a `Run` stands for its folder
     path = EMBEDDED_MODEL if str(model) == EMBEDDED_NAME else Path(model).expanduser()
+    if is_gguf(path):
+        check_no_base(path, base, load_in_4bit)
+        return FolderSource(folder := model_path(path)), tokenizer or load_tokenizer(folder)
     if not path.is_dir():
-        raise UserError(f"there is no folder {path}: name a model's or an adapter's folder, or pass the model itself")
-    if find_adapter(path):
-        model, own = open_run(path, base=base, load_in_4bit=load_in_4bit, backend=loaded_backend())
+        raise UserError(f"there is no folder {path}: name a model's or an adapter's folder, a .gguf file, or pass the model itself")
+    run = RunFolder.around(path) if (path / "config.yaml").is_file() else None
+    if (adapter := find_adapter(path)) or run:  # an unfinished run has none, and says how to go on
+        model, own = open_run(adapter or path, base=base, load_in_4bit=load_in_4bit, backend=loaded_backend())
         return ModelSource(model), tokenizer or own
     check_no_base(path, base, load_in_4bit)
     return FolderSource(model_path(path)), tokenizer or load_tokenizer(path)
+
+
+def check_not_source(files: Iterable[Path], model, source) -> None:
+    "Raise `UserError` where a file to write is the GGUF that is read, or the base of the adapter that is merged."
+    own = [model] if not isinstance(model, torch.nn.Module) and is_gguf(getattr(model, "path", model)) else []
+    if not isinstance(source, FolderSource):
+        own.append(model_info(source.tensors.base, required=False).get("model"))
+    taken = {Path(name).expanduser().resolve() for name in own if name}
+    if found := next((file for file in files if file.resolve() in taken), None):
+        raise UserError(f"{found} is what the export is made of, and would be overwritten: name another file or folder")
 
 
 def check_no_base(path: Path, base, load_in_4bit) -> None:
@@ -149,6 +167,7 @@ class Provenance:
     base: str = ""  # name of the base model
     license: str = ""
     description: str = ""
+    merge: dict = field(default_factory=dict)  # of an adapter: what `merge_facts` says
 
 
 def _read_card(file: Path) -> dict:
@@ -167,15 +186,21 @@ def describe_source(source, name: str, license: str | None) -> Provenance:
         card = _read_card(source.folder.path / "README.md")
         about.license = about.license or str(card.get("license") or "")
         about.base = card["base_model"] if isinstance(card.get("base_model"), str) else ""
+        if record := gguf_record(source.folder.path):
+            about.base = record["file"]
+            about.description = f"From {describe_record(record)}. {about.description}"
         return about
-    base, adapter = source.tensors.base, source.tensors.adapter
+    base = source.tensors.base
     about.base = model_info(base, required=False).get("model") or getattr(base, "name_or_path", "")
-    if adapter:
-        config = source.tensors.model.peft_config[adapter]
-        about.base = base_name(source.tensors.model)
-        bits = "dequantized 4-bit" if getattr(base, "is_loaded_in_4bit", False) else "16-bit"
-        origin = f"{about.base}, fine-tuned with LoRA (r={config.r}, alpha={config.lora_alpha}), merged into its {bits} weights."
+    record = model_info(base, required=False).get("gguf")
+    if source.tensors.adapter:
+        about.merge = facts = merge_facts(source.tensors)
+        about.base = describe_record(record) if record else facts["base"]
+        bits = "dequantized 4-bit" if facts["load_in_4bit"] else "16-bit"
+        origin = f"{about.base}, fine-tuned with LoRA (r={facts['r']}, alpha={facts['lora_alpha']}), merged into its {bits} weights."
         about.description = f"{origin} {about.description}"
+    if record:
+        about.base = record["file"]
     return about
 
 # %% ../nbs/83_gguf_writer.ipynb #5b90e6d1-28
@@ -245,6 +270,10 @@ def _write_provenance(writer, about: Provenance, parameters: int, file_type: int
         writer.add_base_model_name(0, about.base)
         if about.base.count("/") == 1 and not about.base.startswith((".", "/", "~")):
             writer.add_base_model_repo_url(0, f"https://huggingface.co/{about.base}")
+    if about.merge:  # keys of this package's own: llama.cpp passes them by
+        writer.add_string("qlora_nb.merge.base", about.merge["base"])
+        writer.add_bool("qlora_nb.merge.load_in_4bit", about.merge["load_in_4bit"])
+        writer.add_string("qlora_nb.merge.evidence", about.merge["evidence"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(file_type)
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from .core import UserError, quiet_environment
+from .gguf_reader import gguf_folder, gguf_record, is_gguf, rank_merges, refuse_gguf_folder
 from .shapes import model_folder
 from .weights import TensorFolder, check_numbers, is_finite, model_file
 
@@ -64,11 +65,14 @@ def quiet_libraries(backend: str = "transformers") -> Iterator[None]:
 
 # %% ../nbs/81_loading.ipynb #fca80c77-7
 def model_path(model: str | Path) -> str:
-    "Return the folder or Hub name behind `model`. Raise `UserError` for a folder that isn't there or holds no model."
+    "Return the folder or Hub name behind `model`; for a GGUF the folder that it was converted into. Raise `UserError` for what isn't there or holds no model."
+    if is_gguf(model):
+        return str(gguf_folder(model))
     folder = model_folder(model)
     if folder is None:
         return str(model)
     if not any(folder.glob("*.safetensors")):
+        refuse_gguf_folder(folder)
         raise UserError(f"the folder {folder} holds no .safetensors weights (others are not supported): save the model with safetensors")
     return str(folder)
 
@@ -264,15 +268,6 @@ def tokenizer_file(name: str | Path, revision: str | None = None) -> Path | None
             return files[0]
     return None
 
-# %% ../nbs/81_loading.ipynb #81c00004
-def rank_merges(rank: dict[str, float]) -> list[tuple[str, str]]:
-    "Return all pairs of tokens whose union is a token, in the order in which their unions rank."
-    merges = []
-    for token in sorted(rank, key=rank.get):
-        pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        merges += sorted((pair for pair in pairs if pair[0] in rank and pair[1] in rank), key=lambda pair: (rank[pair[0]], rank[pair[1]]))
-    return merges
-
 # %% ../nbs/81_loading.ipynb #81c00007
 _TEKKEN_CONTROL = (
     "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] "
@@ -466,17 +461,19 @@ def own_tokenizer(tokenizer, name: str, revision: str | None = None):
 
 # %% ../nbs/81_loading.ipynb #a11e0014
 def load_tokenizer(name: str | Path, revision: str | None = None):
-    "The tokenizer of a model's or an adapter's folder, or of a Hub model: with the ids of its tokenizer.json, tekken.json or tokenizer.model. Raise `UserError`."
-    from transformers import AutoTokenizer
+    "The tokenizer of a model's or an adapter's folder, of a GGUF or a Hub model: with the ids of its tokenizer.json, tekken.json or tokenizer.model. Raise `UserError`."
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    name = str(name)
+    name = str(gguf_folder(name, weights=False) if is_gguf(name) else name)
     for file in ("tokenizer.json", "tokenizer_config.json", "tekken.json"):
         if (path := model_file(name, file, revision)) and not path.read_bytes().lstrip().startswith(b"{"):
             raise UserError(f"{path} is not a JSON object: the file is damaged, download or copy it again")
     with quiet_libraries(), translate_errors(name):
         file, tokenizer = tokenizer_file(name, revision), None
         try:
-            if file is None or file.name == "tokenizer.json":  # with the others transformers gives other ids, or none
+            if gguf_record(name):  # made for this class, whatever class the model's kind usually has
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+            elif file is None or file.name == "tokenizer.json":  # with the others transformers gives other ids, or none
                 tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, mistral_format=False)
         except Exception:  # a class that doesn't take the file fails in its own way
             if file is None:

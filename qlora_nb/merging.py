@@ -14,14 +14,17 @@ from pathlib import Path
 
 import torch
 
+from .adapted_layers import check_wrapper, inner_layer, iterate_layers
 from qlora_nb.adapter import (
-    check_untied,
+    base_name,
+    embedding_names,
     find_active_adapter,
     has_adapter,
     model_info,
     replace_folder,
     set_model_info,
 )
+from .adapter_files import find_precision
 from .core import UserError, annotate_module, unwrap_base
 from .loading import build_empty_model
 from .model import choose_dtype
@@ -42,35 +45,53 @@ def base_weight(layer: torch.nn.Module) -> torch.Tensor:  # (out, in), fp32
     return bitsandbytes.functional.dequantize_4bit(weight.data, state).float().reshape(state.shape)
 
 # %% ../nbs/16_merge.ipynb #bd01c831-14
-def merge_weight(layer: torch.nn.Module, adapter: str, base: torch.Tensor) -> torch.Tensor:  # (out, in), fp32
+def merge_weight(layer: torch.nn.Module, adapter: str, base: torch.Tensor) -> torch.Tensor:  # of base's shape, fp32
     """Return the one matrix that does what `base` (in fp32) and the layer's adapter do. DoRA's magnitudes are multiplied in (Liu et al. 2024, equation 5).
 
-    `scaling` is peft's: alpha/r or alpha/√r, patterns included."""
-    a, b = (matrix[adapter].weight.detach().float() for matrix in (layer.lora_A, layer.lora_B))
-    merged = base + layer.scaling[adapter] * (b @ a)
-    if adapter in getattr(layer, "lora_magnitude_vector", {}):
+    `scaling` is peft's: alpha/r or alpha/√r, patterns included. Embeddings and GPT-2's Conv1D have their matrix the other way round, (in, out)."""
+    embedding = adapter in layer.lora_embedding_A
+    turned = embedding or layer.fan_in_fan_out
+    matrices = (layer.lora_embedding_A, layer.lora_embedding_B) if embedding else (layer.lora_A, layer.lora_B)
+    a, b = (getattr(matrix[adapter], "weight", matrix[adapter]).detach().float() for matrix in matrices)
+    merged = (base.T if turned else base) + layer.scaling[adapter] * (b @ a)
+    if adapter in (layer.lora_magnitude_vector or {}):
         magnitude = layer.lora_magnitude_vector[adapter].weight.detach().float()
         merged *= (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1)
-    return merged
+    return merged.T.contiguous() if turned else merged
+
+# %% ../nbs/16_merge.ipynb #11db22f3
+def merge_parameter(layer: torch.nn.Module, leaf: str, adapter: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    "Return a layer's parameter (`weight`, `bias` …) as merged, and in fp32 what it was before; None where the adapter doesn't change it."
+    if hasattr(layer, "token_adapter"):
+        tokens = layer.token_adapter
+        merged, before = merge_parameter(tokens.base_layer, leaf, adapter)
+        if leaf != "weight" or adapter not in tokens.trainable_tokens_delta:
+            return merged, before
+        rows = torch.tensor(tokens.token_indices[adapter], device=merged.device)
+        before = merged.float() if before is None else before
+        return merged.float().index_copy(0, rows, tokens.trainable_tokens_delta[adapter].detach().float()), before
+    if hasattr(layer, "lora_A"):
+        merged, before = merge_parameter(layer.base_layer, leaf, adapter)
+        if leaf == "weight" and (adapter in layer.lora_A or adapter in layer.lora_embedding_A):
+            return merge_weight(layer, adapter, merged.float()), merged.float()
+        if leaf == "bias" and layer.lora_bias.get(adapter):
+            return merged.float() + layer.scaling[adapter] * layer.lora_B[adapter].bias.detach().float(), merged.float()
+        return merged, before
+    parameter = getattr(layer, leaf)
+    return (base_weight(layer) if getattr(parameter, "quant_state", None) is not None else parameter.detach()), None
 
 # %% ../nbs/16_merge.ipynb #bd01c831-15
 def check_mergeable(model: torch.nn.Module) -> str:
-    "Return the name of a peft model's active adapter. Raise `UserError` for what is not plain LoRA or DoRA on linear layers: it would be merged wrongly."
+    "Return the name of a peft model's active adapter. Raise `UserError` for what would be merged wrongly: other kinds than LoRA and DoRA, and unknown wrappers."
     name = find_active_adapter(model)
     base, config = model.get_base_model(), model.peft_config[name]
-    for setting in ("fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"):
+    if (kind := str(getattr(config.peft_type, "value", config.peft_type))) != "LORA":
+        raise UserError(f"the adapter is of type {kind}, which can't be merged here: train LoRA")
+    for setting in ("target_parameters", "layer_replication", "alora_invocation_tokens"):
         if getattr(config, setting, None):
             raise UserError(f"the adapter was made with {setting}={getattr(config, setting)!r}, which can't be merged here: train without it")
-    adapted = [(place, layer) for place, layer in base.named_modules() if hasattr(layer, "lora_A")]
-    check_untied(base, [place for place, layer in adapted if name in {*layer.lora_A, *getattr(layer, "lora_embedding_A", {})}])
-    for place, layer in adapted:
-        variant = type(getattr(layer, "lora_variant", {}).get(name)).__name__
-        if variant not in ("NoneType", "DoraLinearVariant"):
-            raise UserError(f"the adapter on {place} is a {variant}, which can't be merged here: train plain LoRA or DoRA")
-        if layer.merged:
-            raise UserError(f"the adapter on {place} is merged already: call model.unmerge_adapter() first")
-        if name in getattr(layer, "lora_embedding_A", {}):
-            raise UserError(f"the adapter on {place} is an embedding's, which can't be merged here: leave it out of target_modules")
+    for place, layer in iterate_layers(base, name):
+        check_wrapper(place, layer, name)
     return name
 
 # %% ../nbs/16_merge.ipynb #bd01c831-18
@@ -90,7 +111,7 @@ class LayerMerge:
 
 # %% ../nbs/16_merge.ipynb #bd01c831-20
 class MergedTensors:
-    "The weights of a model with its adapter merged in, one at a time. `report` grows with each layer."
+    "The weights of a model with its adapter merged in, one at a time. `report` grows with each layer; `tied` says whether embedding and head are still one matrix."
 
     def __init__(self, model: torch.nn.Module):  # with an adapter or without one
         self.model = model
@@ -99,43 +120,39 @@ class MergedTensors:
         if self.adapter is None and has_adapter(model):
             raise UserError("this is the base inside a peft model: pass the peft model itself, or load the base alone")
         self.report: list[LayerMerge] = []
-        self.parameters = self._find_parameters()
-        if getattr(self.base.config, "tie_word_embeddings", False):
-            self._check_tied()
-            self.parameters.pop("lm_head.weight", None)
+        layers = iterate_layers(self.base, self.adapter)
+        self.parameters = {f"{place}.{leaf}": (layer, p) for place, layer in layers for leaf, p in inner_layer(layer).named_parameters(recurse=False)}
+        table, head = (f"{name}.weight" for name in embedding_names(self.base))
+        self.tied = bool(getattr(self.base.config, "tie_word_embeddings", False)) and (head not in self.parameters or self._are_one(table, head))
+        if self.tied:
+            self.parameters.pop(head, None)
+
+    def _are_one(self, table: str, head: str) -> bool:
+        "Return whether embedding and head, which the config ties, are the same after merging: an adapter on either makes two of them."
+        (first, one), (second, other) = self.parameters[table], self.parameters[head]
+        if one.data_ptr() == other.data_ptr() and inner_layer(first) is first and inner_layer(second) is second:
+            return True
+        x, y = (merge_parameter(layer, "weight", self.adapter)[0].float() for layer in (first, second))
+        if torch.equal(x, y):
+            return True
+        together = self.adapter and getattr(self.model.peft_config[self.adapter], "ensure_weight_tying", False)
+        return bool(together and (x - y).abs().max() <= 1e-5 * x.abs().max())  # one sum in two orders
 
     @property
     def dtype(self) -> torch.dtype:
         "The dtype that the model computes in."
         return choose_dtype(model_info(self.model, required=False).get("dtype") or self.base.dtype)
 
-    def _find_parameters(self) -> dict[str, tuple[torch.nn.Module, torch.Tensor]]:
-        "Return name in an ordinary model → (its layer, the parameter), without what peft puts around a layer."
-        found = {}
-        for name, parameter in self.base.named_parameters(remove_duplicate=False):
-            place, _, leaf = name.rpartition(".")
-            if ".lora_" in f".{name}" or ".original_module." in name:
-                continue
-            before, saved, after = f".{place}".partition(".modules_to_save.")
-            if saved:
-                adapter, *inner = after.split(".")
-                if adapter != self.adapter:
-                    continue
-                plain = ".".join([before[1:], *inner])
-            else:
-                plain = place.removesuffix(".base_layer")
-            layer = self.base.get_submodule(plain)
-            found[f"{plain}.{leaf}"] = (layer if hasattr(layer, "lora_A") else self.base.get_submodule(place), parameter)
-        return found
-
-    def _check_tied(self) -> None:
-        head, table = (self.parameters.get(f"{name}.weight", (0, None))[1] for name in ("lm_head", "model.embed_tokens"))
-        if head is not None and table is not None and head.data_ptr() != table.data_ptr() and not torch.equal(head, table):
-            raise UserError("the config ties embedding and lm_head, but they hold different numbers: train neither, or untie them (tie_word_embeddings=False)")
-
     def shape(self, name: str) -> tuple[int, ...]:
-        parameter = self.parameters[name][1]
-        return tuple(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
+        layer, parameter = self.parameters[name]
+        shape = tuple(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
+        return shape[::-1] if self._is_turned(layer, parameter) else shape
+
+    @staticmethod
+    def _is_turned(layer: torch.nn.Module, parameter: torch.Tensor) -> bool:
+        "Return whether this 4-bit matrix was made of a Conv1D's, which is (in, out)."
+        source = getattr(inner_layer(layer), "source_cls", None)
+        return getattr(parameter, "quant_state", None) is not None and getattr(source, "__name__", "") == "Conv1D"
 
     def load(
         self,
@@ -144,16 +161,12 @@ class MergedTensors:
     ) -> torch.Tensor:
         "Return one weight, unpacked and merged where it is 4-bit or adapted. Raise `UserError` where `dtype` can't hold a number."
         layer, parameter = self.parameters[name]
-        is_weight, note = name.endswith(".weight"), None
-        if is_weight and hasattr(layer, "lora_A"):
-            base = base_weight(layer.base_layer)
-            weight = merge_weight(layer, self.adapter, base)
-            note = LayerMerge(name.removesuffix(".weight"), float(torch.linalg.norm(base)), float(torch.linalg.norm(weight - base)))
+        (weight, before), note = merge_parameter(layer, name.rpartition(".")[2], self.adapter), None
+        if before is not None and name.endswith(".weight"):
+            note = LayerMerge(name.removesuffix(".weight"), float(torch.linalg.norm(before)), float(torch.linalg.norm(weight - before)))
             self.report.append(note)
-        elif is_weight and getattr(parameter, "quant_state", None) is not None:
-            weight = base_weight(layer)
-        else:
-            weight = parameter.detach()
+        if self._is_turned(layer, parameter):
+            weight = weight.T.contiguous()
         if dtype in (None, weight.dtype):
             return weight
         rounded = weight.to(dtype)
@@ -164,9 +177,11 @@ class MergedTensors:
         return rounded
 
 # %% ../nbs/16_merge.ipynb #bd01c831-24
-def _empty_like(base: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    "Return an ordinary model of the same architecture, without numbers yet."
-    model = build_empty_model(base.config, dtype=dtype, attn_implementation=base.config._attn_implementation)
+def _empty_like(base: torch.nn.Module, dtype: torch.dtype, tied: bool) -> torch.nn.Module:
+    "Return an ordinary model of the same architecture, without numbers yet. `tied`: whether embedding and head are one matrix."
+    config = copy.deepcopy(base.config)
+    config.tie_word_embeddings = tied
+    model = build_empty_model(config, dtype=dtype, attn_implementation=base.config._attn_implementation)
     model.generation_config = copy.deepcopy(base.generation_config)
     places = dict(model.named_buffers())
     for name, buffer in base.named_buffers():
@@ -184,13 +199,13 @@ def merge_adapter(
 ) -> torch.nn.Module:  # an ordinary transformers model; `qlora_nb.merge_report` lists its layers
     """Merge the active adapter into the base that it is on, dequantized where that is in 4 bits: layer by layer, with sums in fp32.
 
-    Weights that merging doesn't change (embedding, norms) are shared with `model` where the dtype is the same. Raise `UserError` for an
-    adapter that can't be merged exactly, and for a number that `dtype` can't hold.
+    Weights that merging doesn't change (embedding, norms) are shared with `model` where the dtype is the same. An adapter on a tied embedding or
+    head unties them. Raise `UserError` for an adapter that can't be merged exactly, and for a number that `dtype` can't hold.
     """
     find_active_adapter(model)
     tensors = MergedTensors(model)
     dtype = choose_dtype(dtype or tensors.dtype)
-    merged = _empty_like(tensors.base, dtype)
+    merged = _empty_like(tensors.base, dtype, tensors.tied)
     for name in tensors.parameters:
         place, _, leaf = name.rpartition(".")
         parameter = torch.nn.Parameter(tensors.load(name, dtype), requires_grad=False)
@@ -202,11 +217,11 @@ def merge_adapter(
     return merged
 
 # %% ../nbs/16_merge.ipynb #bd01c831-31
-def merged_config(base: torch.nn.Module, dtype: torch.dtype) -> dict:
-    "Return config.json of the merged model: no quantization, rope spelt both ways."
+def merged_config(base: torch.nn.Module, dtype: torch.dtype, tied: bool) -> dict:
+    "Return config.json of the merged model: no quantization, rope spelt both ways, and `tied` where embedding and head are one matrix."
     config = json.loads(base.config.to_json_string(use_diff=True))
     config.pop("quantization_config", None)
-    config |= {"architectures": [type(base).__name__], "dtype": str(dtype).removeprefix("torch.")}
+    config |= {"architectures": [type(base).__name__], "dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": tied}
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
@@ -214,9 +229,35 @@ def merged_config(base: torch.nn.Module, dtype: torch.dtype) -> dict:
         config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     return config
 
+
+def merge_facts(tensors: MergedTensors) -> dict:
+    "Return what a merged model's files record: its base, whether that was dequantized from 4 bits, the adapter's rank and scale, and how the base's precision was known."
+    config, info = tensors.model.peft_config[tensors.adapter], model_info(tensors.model, required=False)
+    in_4bit = bool(getattr(tensors.base, "is_loaded_in_4bit", False))
+    evidence = "it was trained on this base in this process"
+    if info.get("adapter") and Path(info["adapter"], "adapter_config.json").exists():
+        found = find_precision(info["adapter"])
+        evidence = found.evidence + ("" if in_4bit == (found.bits == 4) else ", and another precision was asked for")
+    return {"base": base_name(tensors.model), "load_in_4bit": in_4bit, "evidence": evidence, "r": config.r, "lora_alpha": config.lora_alpha}
+
 # %% ../nbs/16_merge.ipynb #bd01c831-32
+_MERGED_CARD = """---
+base_model: {base}
+library_name: transformers
+pipeline_tag: text-generation
+merged_load_in_4bit: {bits}
+tags:
+- qlora_nb
+---
+
+# {base} with a LoRA adapter merged in
+
+Rank {r}, alpha {lora_alpha}, merged into the base's {weights} weights: {evidence}. Made with qlora_nb.
+"""
+
+
 def _write_merged(tensors: MergedTensors, tokenizer, folder: Path, dtype: torch.dtype, shard_size: float) -> None:
-    "Write weights in shards, config, generation config and tokenizer."
+    "Write weights in shards, config, generation config, tokenizer and a card that says what was merged into what."
     from huggingface_hub import split_state_dict_into_shards_factory
 
     shapes = {name: tensors.shape(name) for name in tensors.parameters}
@@ -229,10 +270,13 @@ def _write_merged(tensors: MergedTensors, tokenizer, folder: Path, dtype: torch.
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    text = json.dumps(merged_config(tensors.base, dtype), indent=2, sort_keys=True)
+    text = json.dumps(merged_config(tensors.base, dtype, tensors.tied), indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     tensors.base.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    facts = merge_facts(tensors)
+    card = _MERGED_CARD.format(bits=str(facts["load_in_4bit"]).lower(), weights="dequantized 4-bit" if facts["load_in_4bit"] else "16-bit", **facts)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 # %% ../nbs/16_merge.ipynb #bd01c831-33
 def save_merged(

@@ -7,6 +7,7 @@ __all__ = ['choose_dtype', 'nf4_config', 'load_model', 'add_lora', 'count_parame
 
 # %% ../nbs/10_model.ipynb #fca80c77
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -15,19 +16,19 @@ from pathlib import Path
 import torch
 
 from qlora_nb.adapter import (
-    adapter_base,
     adapter_bits,
     check_untied,
-    find_adapter,
     install_where_possible,
     load_adapter,
     model_info,
     set_model_info,
     trained_in_4bit,
 )
+from .adapter_files import HOW_TO_NAME_BASE, adapter_base, find_adapter, read_adapter_config
 from .backends import BackendChoice, choose_backend
 from .core import EMBEDDED_MODEL, EMBEDDED_NAME, UserError, profile, quiet_environment
 from .engine.install import check_engine
+from .gguf_reader import check_same_file, file_name, gguf_record, is_gguf
 from qlora_nb.loading import (
     adapter_tokenizer,
     check_loaded_model,
@@ -119,40 +120,70 @@ def _choose_way(name: str, backend: str, engine: bool | None, adapter: object, r
     return way
 
 # %% ../nbs/10_model.ipynb #a11e0024
-def _with_adapter(loaded: torch.nn.Module, tokenizer, adapter: str | Path, name: str) -> tuple:
-    "The base `name` with an adapter, and the tokenizer of its training. A 4-bit base that it may not have been trained on is named on stderr."
-    if model_info(loaded)["load_in_4bit"] and not trained_in_4bit(adapter, name)[0]:
-        print(f"precision: the adapter {adapter} is put on the base in 4 bits, though nothing shows that it was trained on one; load_in_4bit=False loads the base in 16 bits", file=sys.stderr)
+def _with_adapter(loaded: torch.nn.Module, tokenizer, adapter: str | Path) -> tuple:
+    "A base with an adapter, and the tokenizer of its training."
     loaded = load_adapter(loaded, adapter)
     return loaded, adapter_tokenizer(adapter, tokenizer, loaded.get_input_embeddings().weight.shape[0])
 
+
+def _as_trained(load):
+    "Let `load_model` take the precision that its adapter was trained on where `load_in_4bit` isn't given. 16 bits, and a choice that contradicts the adapter, are reported on stderr."
+    @functools.wraps(load)
+    def choose(model=None, *, adapter=None, **settings):
+        if adapter is not None:
+            adapter = Path(getattr(adapter, "path", adapter)).expanduser()
+            adapter, asked = find_adapter(adapter) or adapter, settings.get("load_in_4bit")
+            known = (adapter / "adapter_config.json").exists() or not adapter.is_dir()  # a folder without one is refused when it is loaded
+            if known and trained_in_4bit(adapter, model)[0] is not (asked is None or asked):
+                settings["load_in_4bit"] = adapter_bits(adapter, model, asked)
+        return load(model, adapter=adapter, **settings)
+
+    return choose
+
+
+@contextlib.contextmanager
+def _naming_base(adapter: str | Path | None):
+    "Add to an error in the body that the base is the one that `adapter` names (None: nothing), and how to name another."
+    try:
+        yield
+    except UserError as error:
+        if adapter is None or HOW_TO_NAME_BASE in str(error) or not any(words in str(error) for words in ("can't be loaded", "can't fetch", "no folder", "no file")):
+            raise
+        raise UserError(f"{error}; it is what the adapter {adapter} was trained on: {HOW_TO_NAME_BASE}") from error
+
 # %% ../nbs/10_model.ipynb #fca80c77-13
+@_as_trained
 def load_model(
-    model: str | Path | None = None,  # Hub name or folder; None takes the adapter's base, else the profile's model
+    model: str | Path | None = None,  # Hub name, folder or .gguf file; None takes the adapter's base, else the profile's model
     *,
     max_seq_length: int = 2048,  # longest row in tokens
     dtype: str | torch.dtype | None = None,  # compute dtype; None chooses by hardware
-    load_in_4bit: bool = True,  # NF4 with double quantization; False loads in `dtype`
+    load_in_4bit: bool = True,  # NF4 with double quantization; False loads in `dtype`; not given with an adapter: as that was trained
     backend: str = "auto",  # auto, unsloth or transformers
     engine: bool | None = None,  # True trains by this package's own engine, False doesn't; None leaves it to `backend`
-    adapter: str | Path | None = None,  # folder with an adapter to put on it
+    adapter: str | Path | None = None,  # folder with an adapter to put on it: its own, a run's, one with checkpoints
     revision: str | None = None,  # commit or tag on the Hub
 ) -> tuple:  # (model, tokenizer)
-    "Load a base model (4-bit by default) and its tokenizer. Raise `UserError` where it can't be loaded."
+    "Load a base model (4-bit by default) and its tokenizer, with an adapter or without. Raise `UserError` where they can't be loaded."
     quiet_environment()
     if not isinstance(load_in_4bit, bool):
         raise UserError(f"load_in_4bit is {load_in_4bit!r}: give true or false")
+    named = adapter if model is None else None
     if model is None:
         model = adapter_base(adapter) if adapter else profile().model
-    name, dtype = model_path(model), choose_dtype(dtype)
-    way = _choose_way(name, backend, engine, adapter, revision)
-    loaded, tokenizer = _load_base(name, way.backend, dtype, load_in_4bit, revision, max_seq_length)
+        revision = revision or (read_adapter_config(adapter).get("revision") if adapter else None)
+    if revision and is_gguf(model):
+        raise UserError(f"revision={revision!r} is for models on the Hub, and {model} is a file: leave it out")
+    with _naming_base(named):
+        name, dtype = model_path(model), choose_dtype(dtype)
+        way = _choose_way(name, backend, engine, adapter, revision)
+        loaded, tokenizer = _load_base(name, way.backend, dtype, load_in_4bit, revision, max_seq_length)
     set_model_info(
-        loaded, model=EMBEDDED_NAME if name == str(EMBEDDED_MODEL) else str(model),
+        loaded, model=EMBEDDED_NAME if name == str(EMBEDDED_MODEL) else file_name(model), gguf=gguf_record(name),
         backend=way.backend, engine=way.engine, engine_asked=bool(engine), load_in_4bit=load_in_4bit,
         dtype=str(dtype).removeprefix("torch."), max_seq_length=max_seq_length, revision=revision,
     )
-    return _with_adapter(loaded, tokenizer, adapter, name) if adapter else (loaded, tokenizer)
+    return _with_adapter(loaded, tokenizer, adapter) if adapter else (loaded, tokenizer)
 
 # %% ../nbs/10_model.ipynb #fca80c77-16
 def find_targets(model: torch.nn.Module, target_modules: tuple[str, ...] | list[str] = TARGET_MODULES) -> dict[str, torch.nn.Module]:
@@ -268,7 +299,8 @@ def _adapter_of(path) -> Path:
         return adapter
     run = RunFolder.open(folder)
     if not run.finished:
-        raise UserError(f"the run {run.path} is not finished: {run.how_to_resume()}")
+        or_else = f"; or name its newest checkpoint, {run.checkpoints[0]}" if run.checkpoints else ""
+        raise UserError(f"the run {run.path} is not finished: {run.how_to_resume()}{or_else}")
     return run.adapter
 
 # %% ../nbs/10_model.ipynb #0be40002
@@ -283,18 +315,18 @@ def open_run(
 ) -> tuple:  # (model, tokenizer)
     """Return a model and its tokenizer as they were trained: base, adapter, chat template and added tokens.
 
-    The base's precision and the evidence for it go to stderr. Raise `UserError` for a folder that holds no adapter, or an unfinished run.
+    The base's precision and the evidence for it go to stderr. Raise `UserError` for a folder that holds no adapter, an unfinished run, or a GGUF that isn't the one of training.
     """
     adapter = _adapter_of(path)
     run = RunFolder.around(adapter)
     trained = run.loading if run else {}
     name = base or trained.get("model") or adapter_base(adapter)
-    revision = None if base else trained.get("revision")
-    bits = adapter_bits(adapter, name, trained.get("load_in_4bit") if load_in_4bit is None else load_in_4bit)
+    revision = None if base else trained.get("revision") or read_adapter_config(adapter).get("revision")
     length = max_seq_length or trained.get("max_seq_length")
-    if length is None:
-        length = min(2048, config_dict(name, revision).get("max_position_embeddings") or 2048)
-    return load_model(
-        name, adapter=adapter, load_in_4bit=bits, dtype=dtype or trained.get("dtype"), backend=backend,
-        max_seq_length=length, revision=revision,
-    )
+    bits, load = adapter_bits(adapter, base or name, load_in_4bit), load_model.__wrapped__  # its precision is decided, and named
+    with _naming_base(None if base else adapter):
+        if length is None:
+            length = min(2048, config_dict(name, revision).get("max_position_embeddings") or 2048)
+        loaded = load(name, adapter=adapter, load_in_4bit=bits, dtype=dtype or trained.get("dtype"), backend=backend, max_seq_length=length, revision=revision)
+    check_same_file(None if base or not run else run.config.get("gguf"), model_info(loaded[0]).get("gguf"), str(name))
+    return loaded

@@ -26,11 +26,11 @@ def quote_value(text: str, what: str) -> str:
     return f'"""{text}"""'
 
 
-def format_modelfile(instructions: list[tuple[str, str]]) -> str:
+def format_modelfile(instructions: list[tuple[str, str]], comment: str | None = None) -> str:
     "Return a Modelfile that reads back as these instructions. Raise `UserError` for a value that a Modelfile can't hold."
-    lines = []
+    lines = [f"# {comment}"] if comment else []
     for name, value in instructions:
-        plain = name == "FROM" or (name.startswith("PARAMETER ") and re.fullmatch(r"[\w.+-]+", value, re.A))
+        plain = name == "FROM" or (name.startswith(("PARAMETER ", "REQUIRES")) and re.fullmatch(r"[\w.+-]+", value, re.A))
         lines.append(f"{name} {value if plain else quote_value(value, name)}")
     return "\n".join(lines) + "\n"
 
@@ -53,16 +53,24 @@ class Modelfile:
     @property
     def messages(self) -> list[dict]:
         "The MESSAGE lines, as turns."
-        return [{"role": k.split()[1], "content": v} for k, v in self.instructions if k.startswith("MESSAGE ")]
+        return [{"role": k.partition(" ")[2], "content": v} for k, v in self.instructions if k.startswith("MESSAGE ")]
 
     @property
     def parameters(self) -> dict[str, list[str]]:
         "Each PARAMETER with all its values."
-        names = dict.fromkeys(key.split()[1] for key, _ in self.instructions if key.startswith("PARAMETER "))
+        names = dict.fromkeys(key.partition(" ")[2] for key, _ in self.instructions if key.startswith("PARAMETER "))
         return {name: self.all(f"PARAMETER {name}") for name in names}
 
 # %% ../nbs/85_modelfile.ipynb #084d83ad
 MODELFILE_INSTRUCTIONS = ("FROM", "TEMPLATE", "PARAMETER", "SYSTEM", "LICENSE", "MESSAGE", "ADAPTER", "RENDERER", "PARSER", "REQUIRES", "DRAFT")
+
+
+def decode_modelfile(data: bytes) -> str:
+    "Return the text of a Modelfile's bytes as Ollama reads it: UTF-16 where it begins with that mark (some editors of Windows), else UTF-8."
+    for mark, name in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
+        if data.startswith(mark):
+            return data[2:].decode(name, "replace")
+    return data.decode("utf-8", "replace")
 
 
 def unquote_value(text: str) -> str | None:
@@ -91,22 +99,26 @@ def parse_modelfile(
     text: str,  # of a Modelfile
 ) -> Modelfile:
     "Read a Modelfile as Ollama does. Raise `UserError` with the place of what is invalid."
-    found, lines, at = [], [], 0
-    while line := re.compile(r"\s*(#[^\r\n]*|[^\s]+)").match(text, at):
-        word, at = line[1], line.end()
-        if word.startswith("#"):
+    text, found, lines, at = text.removeprefix("\ufeff"), [], [], 0
+    while at < len(text):
+        if text[at] in " \t\r\n#":
+            at = re.compile(r"#[^\r\n]*|[ \t\r\n]+").match(text, at).end()
             continue
-        where, name = f"the Modelfile, {line_and_column(text, line.start(1))}", word.upper()
-        if name not in MODELFILE_INSTRUCTIONS:
-            raise UserError(f"{where}: {word!r} is not an instruction; known are {', '.join(MODELFILE_INSTRUCTIONS)}")
+        word = re.compile(r".[A-Za-z]*", re.S).match(text, at)
+        where, start, name = f"the Modelfile, {line_and_column(text, at)}", at, "".join(filter(is_printable, word[0])).upper()
+        if name not in MODELFILE_INSTRUCTIONS or "ſ" in word[0]:  # a long s, whose capital is S
+            raise UserError(f"{where}: {word[0]!r} is not an instruction; known are {', '.join(MODELFILE_INSTRUCTIONS)}")
+        at = word.end()
         if name in ("PARAMETER", "MESSAGE"):
-            second = re.compile(r"[ \t]+(\w+)(?=[ \t])").match(text, at)
-            if not second or (name == "MESSAGE" and second[1] not in ("system", "user", "assistant")):
+            second = re.compile(r"[ \t]([A-Za-z0-9_]*)(?=[ \t])" if name == "PARAMETER" else r"[ \t](system|user|assistant)(?=[ \t])").match(text, at)
+            if not second:
                 raise UserError(f"{where}: {name} needs {'a name' if name == 'PARAMETER' else 'the role system, user or assistant'} and a value")
             name, at = f"{name} {second[1]}", second.end()
+        if text[at : at + 1] not in (" ", "\t"):
+            raise UserError(f"{where}: {name} needs a blank and a value in its line")
         value, at = read_value(text, at, where)
         found.append((name, value))
-        lines.append(text.count("\n", 0, line.start(1)) + 1)
+        lines.append(text.count("\n", 0, start) + 1)
     if not any(name == "FROM" for name, _ in found):
         raise UserError("the Modelfile has no FROM line, which names the model")
     return Modelfile(found, lines)

@@ -6,17 +6,20 @@
 __all__ = []
 
 # %% ../nbs/77_preparation.ipynb #77a00004
+import contextlib
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from .adapter import has_adapter, model_info, set_model_info
-from .cards import Card, choose_length, find_card
+from .backends import choose_backend
+from .cards import KNOWN_CARDS, Card, choose_length, find_card, measure_row_lengths
 from .core import EMBEDDED_NAME, UserError, fingerprint
 from .engine.install import engine_of, install_engine
 from .memory import MemoryEstimate
@@ -35,7 +38,7 @@ from qlora_nb.row_statistics import (
 from .rows import data_fingerprint, load_sft_dataset
 from .run import RUN_FORMAT, RunFolder, Settings, check_setting, profile_for, resolve_settings, settings_of_part
 from .safeguards import clear_stop, last_checkpoint
-from .shapes import model_shape
+from .shapes import list_architectures, model_folder, model_shape
 from .template import template_fingerprint
 from .trainer import check_choices, check_packing, print_to_stderr
 
@@ -74,20 +77,21 @@ def hash_trained_adapter(model) -> str | None:
 
 # %% ../nbs/77_preparation.ipynb #5c1e7b15
 def find_starting_adapter(model, config: Mapping | None, folder: RunFolder | None, checkpoint: Path | None) -> dict:
-    "Return `started_from` for `config.yaml`: the adapter that a run continues, reported on stderr; {} for a new one. Raise `UserError` where a resumed run would continue another."
-    before = (config or {}).get("started_from")
+    "Return `started_from` (SHA-256) and `started_from_adapter` (folder) for `config.yaml`: the adapter that a run continues, reported on stderr; {} for a new one. Raise `UserError` where a resumed run would continue another."
+    before, place = ((config or {}).get(name) for name in ("started_from", "started_from_adapter"))
     if checkpoint:  # its weights are the run's own
-        return {"started_from": before} if before else {}
+        return {"started_from": before, **({"started_from_adapter": place} if place else {})} if before else {}
     found = hash_trained_adapter(model)
     if folder and found != before:
         has = f"a trained adapter (sha256 {found[:12]}…)" if found else "a new adapter"
         wanted = f"the trained adapter with sha256 {before}" if before else "a new adapter, from add_lora on a base that was loaded again"
         raise UserError(f"the run {folder.path} has no checkpoint yet, and the model has {has}: give it {wanted}")
+    place = model_info(model).get("adapter") or "weights trained before in this process"
     if found and not folder:
-        print_to_stderr(f"continues from the trained adapter that the model carries (sha256 {found[:12]}…); for a new one, load the base again and add_lora")
+        print_to_stderr(f"continues from the trained adapter that the model carries (sha256 {found[:12]}…, {place}); for a new one, load the base again and add_lora")
     elif before and not folder:
         print_to_stderr(f"note: the configuration's run continued from a trained adapter (sha256 {str(before)[:12]}…), but this one starts from a new one")
-    return {"started_from": found} if found else {}
+    return {"started_from": found, "started_from_adapter": place} if found else {}
 
 # %% ../nbs/77_preparation.ipynb #96a31b6b-30
 def check_run_settings(model, settings: Settings) -> None:
@@ -239,6 +243,15 @@ def hold_out_rows(data, eval_data, settings: Settings, rows: TrainingRows):
         return data, None, rows
     return data.select(sorted(set(range(len(data))) - set(held))), data.select(held), rows.without(held)
 
+# %% ../nbs/77_preparation.ipynb #6c2af46f
+def find_traits(data, sample: int = 500) -> dict:
+    "Return `thoughts` where most replies begin with `<think>`, `tools` where a row has any, judged by the first rows."
+    first = data[:sample] if len(data) else {"messages": []}
+    replies = [turn for messages in first["messages"] for turn in messages if turn["role"] == "assistant"]
+    thoughts = [turn for turn in replies if str(turn["content"]).lstrip().startswith("<think>") and "</think>" in turn["content"]]
+    tools = any(first.get("tools") or ()) or any(turn.get("tool_calls") for turn in replies)
+    return {**({"thoughts": True} if 2 * len(thoughts) > len(replies) else {}), **({"tools": True} if tools else {})}
+
 # %% ../nbs/77_preparation.ipynb #77a00027
 def check_held_out(eval_data, tokenizer, settings: Settings):
     "Return the held-out rows that can be asked; with `drop_invalid` the others are counted on stderr, else they raise `UserError`."
@@ -264,7 +277,10 @@ def adapter_settings(model) -> dict:
     "Return what `load_model` and `add_lora` decided: `method`, `r` and `target_modules`."
     lora = model.peft_config["default"]
     method = "qlora" if model_info(model)["load_in_4bit"] else "lora"
-    return {"method": method, "r": lora.r, "target_modules": tuple(sorted(lora.target_modules))}
+    targets = lora.target_modules
+    if isinstance(targets, str):  # a regular expression: the layers that it has found
+        targets = {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    return {"method": method, "r": lora.r, "target_modules": tuple(sorted(targets))}
 
 
 def estimated_backend(model) -> str:
@@ -412,6 +428,19 @@ def find_common_system(data) -> str | None:
     return texts.pop() if len(texts) == 1 else None
 
 # %% ../nbs/77_preparation.ipynb #96a31b6b-22
+_WRITTEN_ELSEWHERE = (
+    "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "target_modules", "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+    "revision", "inference_mode", "runtime_config", "megatron_core", "loftq_config")
+
+
+def other_lora_settings(lora) -> dict:
+    "Return `peft_settings` for `config.yaml`: what an adapter's configuration sets that `add_lora` has no argument for (rank_pattern, use_dora …); {} for nothing."
+    usual = type(lora)()
+    found = {f.name: getattr(lora, f.name) for f in fields(lora) if f.name not in _WRITTEN_ELSEWHERE and getattr(lora, f.name) != getattr(usual, f.name)}
+    plain = {name: sorted(value) if isinstance(value, (set, tuple)) else value if isinstance(value, (str, int, float, list, dict, bool)) else str(value) for name, value in found.items()}
+    return {"peft_settings": plain} if plain else {}
+
+
 def make_run_config(model, tokenizer, settings: Settings, data, eval_data: object, source: dict) -> dict:
     "Return what `config.yaml` holds: the format, where things came from, every setting, and fingerprints."
     info = model_info(model)
@@ -420,12 +449,14 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
         "format": RUN_FORMAT,
         **{key: info[key] for key in ("model", "revision", "backend", "engine", "load_in_4bit", "dtype")}, **source,
         **{name: getattr(lora, name) for name in ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora")},
-        "target_modules": sorted(lora.target_modules),
+        "target_modules": lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules), **other_lora_settings(lora),
         "use_gradient_checkpointing": info.get("use_gradient_checkpointing", False),
         "random_state": info.get("random_state", 3407), "system": find_common_system(data), **settings.of_part("trainer"),
+        **({"gguf": info["gguf"]} if info.get("gguf") else {}),
         "fingerprints": {
             "data": data_fingerprint(data), "eval_data": data_fingerprint(eval_data) if eval_data is not None else None,
             "template": template_fingerprint(tokenizer, settings.template, settings.template_kwargs),
+            **({"base": info["gguf"].get("sha256")} if info.get("gguf") else {}),
         },
     }
 
@@ -454,9 +485,54 @@ def check_same_run(folder: RunFolder, old: dict, new: dict) -> None:
     for name in SAME_IN_A_RUN:
         if old[name] != new[name]:
             raise UserError(f"{name} is {new[name]!r}, but the run {folder.path} was started with {old[name]!r}: use the same to resume")
+    if (old.get("peft_settings") or {}) != (new.get("peft_settings") or {}):
+        raise UserError(f"the adapter's other settings are {new.get('peft_settings') or 'none'}, but the run {folder.path} was started with "
+                        f"{old.get('peft_settings') or 'none'}: use the same to resume")
     for name, value in new["fingerprints"].items():
         if (old["fingerprints"] or {}).get(name) != value:
             raise UserError(f"{name} is not what the run {folder.path} was started with: use the same to resume, or start a new run")
+
+# %% ../nbs/77_preparation.ipynb #21b00001
+def warn_of_large_model(name: str, settings: Settings, card=None) -> None:
+    "Warn on stderr before the loading where not even one short row fits into `card` (None: this machine's, if it has one)."
+    if card is None and not torch.cuda.is_available():
+        return
+    card = card or find_card("cuda")
+    way = choose_backend(settings.backend, settings.engine, name, settings.revision)
+    adapter = {name: value for name in ("r", "target_modules") if (value := getattr(settings, name)) is not None}
+    with contextlib.suppress(UserError):  # an architecture or optimizer that isn't covered; loading says what is really wrong
+        estimate = estimate_for_rows(
+            model_shape(name), card, Rows((64,), 64, 0), "qlora" if settings.load_in_4bit else "lora", batch_size=1, packing=False,
+            optimizer=settings.optim, backend="engine" if way.engine else way.backend, gradient_checkpointing=True, **adapter)
+        if warning := warn_of_memory(estimate, card):
+            print(warning, file=sys.stderr)
+
+# %% ../nbs/77_preparation.ipynb #77b00001
+def open_tokenizer(model: str):
+    "Load the tokenizer of a model, which needn't have its weights. Raise `UserError` for a folder without its files."
+    from qlora_nb.loading import load_tokenizer
+
+    folder = model_folder(model)
+    if folder and not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")):
+        raise UserError(f"the folder {folder} has no tokenizer (tokenizer.json), which --data needs to count the rows' tokens: "
+                        "copy tokenizer.json, tokenizer_config.json and chat_template.jinja there, or leave out --data")
+    return load_tokenizer(folder or model)
+
+
+def plan_for_cards(model: str, gpu: str | None = None, data: str | None = None, data_name: str | None = None, limit: int = 5000, backend: str | None = None,
+                   columns: dict | None = None, template_kwargs: dict | None = None, **wishes) -> list[Plan]:
+    "Return a plan for the card, for this machine's, or for each of the usual ones; `wishes` are `plan_training`'s."
+    shape, lengths = model_shape(model), None
+    if data is not None or data_name is not None:
+        tokenizer = open_tokenizer(model)
+        lengths = measure_row_lengths(load_sft_dataset(data, data_name, limit=limit, columns=columns), tokenizer, template_kwargs)
+    cards = [gpu] if gpu else ["cuda"] if torch.cuda.is_available() else list(KNOWN_CARDS)
+    return [plan_training(shape, card, lengths, backend=backend or backend_on_card(shape, find_card(card)), **wishes) for card in cards]
+
+
+def backend_on_card(shape, card) -> str:
+    "Return what `auto` trains such a model with on that card, where everything is installed."
+    return "engine" if card.hopper and shape.family in list_architectures("engine") else "unsloth"
 
 # %% ../nbs/77_preparation.ipynb #96a31b6b-19
 def check_run_space(path: Path, trainable: int) -> None:
@@ -510,6 +586,8 @@ def prepare_run(model, tokenizer, data, eval_data: object, arguments: Mapping, c
 
             settings, rows, found = plan_run(model, plan, rows, settings, decide, encode, {**(config or {}), **arguments})
         new = make_run_config(model, tokenizer, settings, trained, held_out, source)
+        if not resume and (config or {}).get("peft_settings", new.get("peft_settings")) != new.get("peft_settings"):
+            print_to_stderr(f"note: the configuration's adapter was made with {config['peft_settings']}, which add_lora has no arguments for; this one wasn't")
         checkpoint = None
         if resume:
             check_same_run(folder, config, new)
@@ -518,6 +596,7 @@ def prepare_run(model, tokenizer, data, eval_data: object, arguments: Mapping, c
         new.update(find_starting_adapter(model, config, folder if resume else None, checkpoint))
         if resume:
             clear_stop(folder, checkpoint)
+        new["rows_read"] = find_traits(trained)
         rows.announce(settings.max_seq_length)
         return PreparedRun(settings, folder, new, rows, held_out, found, checkpoint)
 

@@ -48,7 +48,7 @@ def settings_field(default, help_text: str, *, part: str = "trainer", positive: 
 class Settings:
     "Every setting of a run, with its default for real models. None leaves the choice to the model, the data or the machine."
 
-    model: str | None = settings_field(None, "Hub name or folder; default: the profile's model", part="model")
+    model: str | None = settings_field(None, "Hub name, folder or .gguf file; default: the profile's model", part="model")
     revision: str | None = settings_field(None, "commit or tag of the model on the Hub", part="model")
     backend: str = settings_field("auto", "auto, unsloth or transformers", part="model")
     engine: bool | None = settings_field(None, "train with this package's own engine, on the backend transformers, or not; default: where it was measured", part="model")
@@ -249,7 +249,8 @@ def resolve_settings(
 # %% ../nbs/50_run.ipynb #50a00021
 RUN_FORMAT = 2  # of the run folders that this version reads and writes; folders without a number have format 1
 DATA_FROM_PYTHON = "(given in Python)"  # in config.yaml, for data that has no name
-RECORDED_KEYS = ("format", "fingerprints", "rows_read", "system", "plan", "started_from")  # in config.yaml, beside the settings
+RECORDED_KEYS = (  # in config.yaml, beside the settings
+    "format", "fingerprints", "rows_read", "system", "plan", "started_from", "started_from_adapter", "peft_settings", "gguf")
 
 
 def read_config(path: str | Path) -> dict:
@@ -312,7 +313,7 @@ class RunFolder:
     ) -> "RunFolder":
         "Make an empty folder for a run. Raise `UserError` where it isn't empty, or can't be made."
         if output is None:
-            name = re.sub(r"[^\w.-]+", "-", Path(str(model)).name) or "model"
+            name = re.sub(r"[^\w.-]+", "-", re.sub(r"\.gguf$", "", Path(str(model)).name, flags=re.I)) or "model"
             stem = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
             tries = [stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 100))]
             output = next(path for path in tries if not path.exists())
@@ -354,10 +355,11 @@ class RunFolder:
         cls,
         place: str | Path,  # a run's folder, an adapter's, or a file such as a GGUF
     ) -> "RunFolder | None":
-        "Return the run that a folder or a file lies in; None where it lies in none. Raise `UserError` as `open` does."
+        "Return the run that a folder, a checkpoint or a file lies in; None where it lies in none. Raise `UserError` as `open` does."
         place = Path(place).expanduser().absolute()
         signs = ("adapter", "checkpoints", "versions.json", "metrics.jsonl", "summary.json")
-        for folder in (place, place.parent):
+        around = (place, place.parent, *([place.parent.parent] if place.parent.name == "checkpoints" else []))
+        for folder in around:
             if not (folder / "config.yaml").is_file() or not any((folder / name).exists() for name in signs):
                 continue
             config = read_config(folder / "config.yaml")

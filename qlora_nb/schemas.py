@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 # %% ../nbs/74_schemas.ipynb #74000009
@@ -19,6 +20,7 @@ from qlora_nb.turns import (
     BAD_VERDICTS,
     FIELD_RULES,
     GOOD_VERDICTS,
+    TURN_KEYS,
     TurnReader,
     bare_name,
     extra_names,
@@ -419,6 +421,68 @@ def is_filled(data) -> bool:
     "Return True for a data set whose objects are Arrow's structs: each has all the keys that any row has."
     features = getattr(data, "features", None)
     return features is not None and "Json(" not in str(features)
+
+# %% ../nbs/74_schemas.ipynb #120000b1
+def _survives(entry: dict) -> bool:
+    "Return True if `datasets.Json` returns an object unchanged: its parser rounds fractions, and rejects huge integers."
+    import datasets
+
+    kind = datasets.Json()
+    try:
+        return all(repr(kind.decode_example(text)) == repr(entry) for text in (json.dumps(entry), kind.encode_example(entry)))
+    except (ValueError, OverflowError):
+        return False
+
+
+def _storable(entries: list[dict]) -> list[dict]:
+    "Return calls or tools in a form that `datasets.Json` can hold: objects whose numbers would change are written as text."
+    def write(function):
+        return {name: json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value for name, value in function.items()}
+
+    return [entry if _survives(entry) else {**entry, "function": write(entry["function"])} for entry in entries]
+
+
+def json_text(entries: list[dict] | None) -> str | None:
+    "Return the JSON text in which a list of calls or tools is stored; None for none."
+    return json.dumps(_storable(entries), ensure_ascii=False) if entries else None
+
+# %% ../nbs/74_schemas.ipynb #120000b3
+def _column_type(key: str):
+    "Return the Arrow type of a column or of a key of turns."
+    import pyarrow as pa
+
+    return {"tool_calls": pa.json_(), "tools": pa.json_(), "weight": pa.int8(), MARKS_COLUMN: pa.list_(pa.string())}.get(key, pa.string())
+
+
+def column_array(key: str, values: list):
+    "Return an Arrow array of one key; objects are stored as JSON."
+    import pyarrow as pa
+
+    if (kind := _column_type(key)) != pa.json_():
+        return pa.array(values, kind)
+    return pa.ExtensionArray.from_storage(kind, pa.array(map(json_text, values), pa.string()))
+
+# %% ../nbs/74_schemas.ipynb #120000b4
+def turns_array(rows: list[list[dict]]):
+    "Return an Arrow array of conversations, whose turns have every key that any turn has."
+    import pyarrow as pa
+
+    keys = [key for key in TURN_KEYS if key in ("role", "content") or any([key in turn for turns in rows for turn in turns])]
+    if len(keys) == 2:
+        return pa.array(rows, pa.list_(pa.struct({key: pa.string() for key in keys})))
+    columns = [column_array(key, [turn.get(key) for turns in rows for turn in turns]) for key in keys]
+    places = pa.array(accumulate(map(len, rows), initial=0), pa.int32())
+    return pa.ListArray.from_arrays(places, pa.StructArray.from_arrays(columns, keys))
+
+
+def widen_turns(turns, keys: list[str]):
+    "Return an array of conversations whose turns have all these keys."
+    import pyarrow as pa
+
+    inner = turns.values
+    have = {field.name for field in inner.type}
+    columns = [inner.field(key) if key in have else column_array(key, [None] * len(inner)) for key in keys]
+    return pa.ListArray.from_arrays(turns.offsets, pa.StructArray.from_arrays(columns, keys))
 
 # %% ../nbs/74_schemas.ipynb #a0f6b7c7
 PLAIN_COLUMNS = "columns that training doesn't use: "  # begins the description of a data set that had such

@@ -11,6 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .core import EMBEDDED_MODEL, EMBEDDED_NAME, UserError
+from qlora_nb.gguf_reader import (
+    GGUF_ARCHITECTURES,
+    GGUFArchitecture,
+    gguf_folder,
+    is_gguf,
+    refuse_gguf_folder,
+    refuse_gguf_repository,
+)
 
 # %% ../nbs/51_shapes.ipynb #8c7d66d4
 @dataclass(frozen=True)
@@ -45,18 +53,6 @@ class Shape:
 
 # %% ../nbs/51_shapes.ipynb #c2c71fa1
 @dataclass(frozen=True)
-class GGUFArchitecture:
-    "GGUF's name for an architecture, and what llama.cpp's code for it can hold."
-
-    model_class: str  # transformers' class, as `architectures` in config.json names it
-    name: str  # in general.architecture, and before the keys
-    permuted: bool  # whether q and k rows are interleaved
-    biases: tuple[str, ...] = ()  # layers that may have a bias
-    head_norms: bool = False  # norms of q and k
-    free_heads: bool = True  # whether heads × head_dim may differ from the width
-
-
-@dataclass(frozen=True)
 class Architecture:
     "The package's knowledge of a `model_type` of transformers; LoRA parameters can be counted for all of them."
 
@@ -65,17 +61,14 @@ class Architecture:
     gguf: GGUFArchitecture | None = None  # None: can't be exported
 
 # %% ../nbs/51_shapes.ipynb #c2c71fa3
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_SEVEN = (*_QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _GEMMA = {"tied": True, "head_dim": 256, "wide_norms": True}
 
 KNOWN_ARCHITECTURES = {  # model_type → what the package knows of it
-    "llama": Architecture({}, True, GGUFArchitecture("LlamaForCausalLM", "llama", True, _SEVEN)),
-    "mistral": Architecture({}, True, GGUFArchitecture("MistralForCausalLM", "llama", True)),
+    "llama": Architecture({}, True, GGUF_ARCHITECTURES["llama"]),
+    "mistral": Architecture({}, True, GGUF_ARCHITECTURES["mistral"]),
     "ministral": Architecture(),
-    "qwen2": Architecture({"qkv_bias": True}, True, GGUFArchitecture("Qwen2ForCausalLM", "qwen2", False, _QKV, free_heads=False)),
-    "qwen3": Architecture({"qk_norm": True, "head_dim": 128}, True,
-                          GGUFArchitecture("Qwen3ForCausalLM", "qwen3", False, _QKV, head_norms=True)),
+    "qwen2": Architecture({"qkv_bias": True}, True, GGUF_ARCHITECTURES["qwen2"]),
+    "qwen3": Architecture({"qk_norm": True, "head_dim": 128}, True, GGUF_ARCHITECTURES["qwen3"]),
     "gemma": Architecture(_GEMMA),
     "gemma2": Architecture({**_GEMMA, "norms": 4}),
     "gemma3_text": Architecture({**_GEMMA, "norms": 4, "qk_norm": True}),
@@ -89,16 +82,22 @@ def list_architectures(column: str | None = None) -> tuple[str, ...]:
 
 # %% ../nbs/51_shapes.ipynb #cf21db04
 def model_folder(name: str | Path) -> Path | None:
-    "Return the folder of a local model (qlora_nb:embedded is one), and None for a name on the Hub (owner/name). Raise `UserError` where there is neither."
+    """Return the folder of a local model (qlora_nb:embedded is one), and None for a name on the Hub (owner/name); a GGUF's has config and tokenizer.
+
+    Raise `UserError` where there is none of these."""
     path = EMBEDDED_MODEL if str(name) == EMBEDDED_NAME else Path(name).expanduser()
+    if is_gguf(path):
+        return gguf_folder(path, weights=False)
     if path.is_dir():
         if not (path / "config.json").exists():
+            refuse_gguf_folder(path)
             raise UserError(f"the folder {path} holds no config.json: name a folder that save_pretrained wrote")
         return path
     if path.exists():
-        raise UserError(f"{path} is a file: name a model's folder or its name on the Hub")
+        raise UserError(f"{path} is a file: name a model's folder, a GGUF file or a name on the Hub")
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         raise UserError(f"there is no folder {name}: name one that exists, or a Hub model as owner/name")
+    refuse_gguf_repository(str(name))
     return None
 
 

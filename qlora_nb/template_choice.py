@@ -166,23 +166,73 @@ def predict_template(modelfile: Modelfile, gguf: str | Path) -> TemplateChoice:
     return choose_template(texts.get("tokenizer.chat_template"), modelfile.one("TEMPLATE"), texts.get("general.architecture", ""))
 
 # %% ../nbs/86_template_choice.ipynb #c0de1814
-def describe_reading(gguf: Path, template: str | None, trained: str) -> str | None:
-    "`trained` is the chat template of training, as an export writes it. Return what to report where Ollama doesn't read TEMPLATE. Raise `UserError` where there is none and the GGUF has another chat template than training."
+OLLAMA_READS_JINJA = "0.30.0"  # the first version that may read the chat template in the GGUF
+
+
+def parse_ollama_version(version: str) -> tuple[int, ...]:
+    "Return a version of Ollama as three numbers. Raise `UserError` for anything else."
+    found = re.fullmatch(r"v?(\d+)(?:\.(\d+))?(?:\.(\d+))?(?:[-+].*)?", version, re.A) if isinstance(version, str) else None
+    if not found:
+        raise UserError(f"{version!r} is not a version of Ollama: give it as ollama --version shows it, such as '0.29' or '0.32.15'")
+    return tuple(int(number or 0) for number in found.groups())
+
+
+def reads_template_only(version: str | None) -> bool:
+    "Return True for a version of Ollama that reads TEMPLATE whatever the GGUF holds; None is today's."
+    return version is not None and parse_ollama_version(version) < parse_ollama_version(OLLAMA_READS_JINJA)
+
+# %% ../nbs/86_template_choice.ipynb #8d999e86
+@dataclass(frozen=True)
+class TemplateDecision:
+    "What a Modelfile holds so that Ollama reads what was trained."
+
+    template: str | None  # None: no TEMPLATE
+    requires: str | None  # the version for REQUIRES
+    note: str | None  # what to report
+
+
+def describe_jinja_reading(choice: TemplateChoice) -> str:
+    "Return what to tell the user where Ollama reads the chat template in the GGUF, which is the one of training."
+    return f"{choice}; it is the one of training, so prompts that end with the user's turn are as they were trained, but a conversation that ends with the assistant's turn is left open"
+
+
+def decide_template(
+    gguf: Path,  # the file that FROM names
+    template: str | None,  # a TEMPLATE that is proved to write what training wrote; None where there is none
+    trained: str,  # the chat template of training, as an export writes it
+    given: bool = False,  # the user gave TEMPLATE, so it stays
+    ollama: str | None = None,  # version of the server
+) -> TemplateDecision:
+    "Return what goes into a Modelfile. Raise `UserError` where Ollama would read another template than the one of training."
     try:
         texts = read_header_texts(gguf)
     except UserError as error:
         if template:
-            return f"which template Ollama will read isn't known, because {error}"
+            return TemplateDecision(template, None, f"which template Ollama will read isn't known, because {error}")
         raise
-    own = texts.get("tokenizer.chat_template")
-    if not template and own != trained:
-        raise UserError(f"the chat template in {gguf} is not the one of training, and without TEMPLATE Ollama would read it: export the GGUF again from what was trained")
-    choice = choose_template(own, template, texts.get("general.architecture", ""))
-    if choice.source == "template":
-        return None
-    if choice.source != "gguf":
-        return f"{choice}; whether its prompts are those of training isn't known"
+    own, choice = texts.get("tokenizer.chat_template"), choose_template(texts.get("tokenizer.chat_template"), template, texts.get("general.architecture", ""))
+    if choice.source == "template" or (template and reads_template_only(ollama)):
+        newer = f"this Modelfile is for Ollama {ollama}, which reads its TEMPLATE; {choice}" if choice.source != "template" else None
+        return TemplateDecision(template, None, newer)
+    if choice.source == "renderer":
+        return TemplateDecision(template if given else None, OLLAMA_READS_JINJA, f"{choice}; whether its prompts are those of training isn't known")
     if own != trained:
-        return f"{choice}; the file holds another chat template than the one of training, so the prompts will differ: export the GGUF again from what was trained"
-    force = "; OLLAMA_GO_TEMPLATE=1 in the server's environment makes it read TEMPLATE" if template else ""
-    return f"{choice}; the file holds the template of training, so prompts that end with the user's turn stay the same, but a conversation that ends with the assistant's turn is left open{force}"
+        what = f"the chat template in {gguf} is not the one of training, and Ollama (0.30 and later) would read it, because {choice.reason}" if own else f"{gguf} has no chat template, and there is no TEMPLATE either"
+        raise UserError(f"{what}: export the GGUF again from what was trained")
+    if choice.source == "gguf" and given:
+        return TemplateDecision(template, None, f"{describe_jinja_reading(choice)}; OLLAMA_GO_TEMPLATE=1 in the server's environment makes it read TEMPLATE")
+    note = describe_jinja_reading(choice) if choice.source == "gguf" else f"{choice}; whether its prompts are those of training isn't known"
+    return TemplateDecision(template if given else None, OLLAMA_READS_JINJA, note)
+
+# %% ../nbs/86_template_choice.ipynb #5d0ac1f2
+def trained_to_think(run) -> bool:
+    "Return True where the record of a run (a `RunFolder`, or None) says that its replies begin with `<think>`: the rows that it read, its system text, or the replies that were expected of it."
+    if run is None:
+        return False
+    config = run.config
+    rows, system = config.get("rows_read") or {}, config.get("system") or ""
+    if "thoughts" in rows:
+        return bool(rows["thoughts"])
+    expected = [row.get("expected") or "" for row in run.replies] if (run.path / "evaluation.jsonl").exists() else []
+    begins = sum(text.startswith("<think>") and "</think>" in text for text in expected)
+    return ("<think>" in system and "</think>" in system) or 0 < len(expected) <= 2 * begins

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .adapter import model_info, save_adapter
+from .adapter import model_info, save_adapter, set_model_info
 from .chat_templates import template_text
 from .core import UserError, disk_full, gpu_bytes, library_versions
 from .engine.replay import release_after
@@ -170,11 +170,16 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float) 
         seconds = run_trainer(trainer, watch, progress, folder, interrupted, prepared.checkpoint)
     plan = config.get("plan") and {"plan": {**config["plan"], "measured": measure_peak_memory()}}
     sha = save_adapter(model, tokenizer, folder.adapter)
+    set_model_info(model, adapter=str(folder.adapter))  # what a second training starts from
     tidy_checkpoints(folder, config["model"])
-    after = _evaluate(model, tokenizer, eval_data, base_data, settings, base=False)
+    try:
+        after = _evaluate(model, tokenizer, eval_data, base_data, settings, base=False)
+    except Exception as error:  # hours may lie before it
+        why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"the adapter is trained and saved in {folder.adapter}, but the held-out rows were not answered ({why}): {folder.how_to_resume()}") from error
     write_results(folder, watch, before, after, {
         "seconds": round(time.time() - started, 2), "train_seconds": round(seconds, 2), "adapter_sha256": sha,
-        "backend": config["backend"], **count_parameters(model), **(plan or {}), **training_totals(trainer, clock, prepared.rows.count_left_out()),
+        "backend": config["backend"], **{name: config[name] for name in ("started_from", "started_from_adapter") if name in config}, **count_parameters(model), **(plan or {}), **training_totals(trainer, clock, prepared.rows.count_left_out()),
     })
 
 # %% ../nbs/15_training.ipynb #15a00071
@@ -221,7 +226,7 @@ def train_adapter(
         folder, config, rows = prepared.folder, prepared.config, prepared.rows
         if rows.report:
             folder.write("preflight.json", rows.report.to_dict())
-        config["rows_read"] = rows.summary()
+        config["rows_read"] = {**rows.summary(), **config.get("rows_read", {})}
         record_plan(model, prepared)
         folder.write("config.yaml", config)
         folder.write("versions.json", {**library_versions(), "device": device_name(), "date": f"{datetime.now():%Y-%m-%d}"})

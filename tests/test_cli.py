@@ -578,9 +578,9 @@ def test_train_warns_before_it_loads_a_model_that_can_not_fit(tmp_path, capsys):
     import shutil
 
     from qlora_nb.cards import Card
-    from qlora_nb.cli import warn_of_large_model
     from qlora_nb.core import EMBEDDED_MODEL
     from qlora_nb.memory import CUDA_CONTEXT
+    from qlora_nb.preparation import warn_of_large_model
     from qlora_nb.run import Settings
 
     shutil.copy(EMBEDDED_MODEL / "config.json", tmp_path)
@@ -596,10 +596,10 @@ def test_train_warns_before_it_loads_a_model_that_can_not_fit(tmp_path, capsys):
 
 
 def test_a_plan_takes_what_auto_takes_on_that_card():
-    from qlora_nb.cli import make_plans
+    from qlora_nb.preparation import plan_for_cards
 
     def taken(card, backend=None, model="qlora_nb:embedded"):
-        return make_plans(model, card, None, None, 10, backend=backend)[0].backend
+        return plan_for_cards(model, card, backend=backend)[0].backend
 
     assert [taken(card) for card in ("H100", "H200", "A100 80GB", "T4")] == ["engine", "engine", "unsloth", "unsloth"]
     assert (taken("H200", "unsloth"), taken("T4", "engine")) == ("unsloth", "engine")

@@ -19,6 +19,7 @@ from qlora_nb.preflight import DatasetReport
 from qlora_nb.rows import load_sft_dataset
 from qlora_nb.run import RunFolder, copy_embedded_run, pin_template_kwargs, read_own_config, resolve_settings
 from qlora_nb.template import encode, prompt_ids, render
+from qlora_nb.template_choice import TemplateDecision
 
 GOOD = [{"frage": f"How many are {i} + {i + 1}?", "antwort": f"They are {2 * i + 1}."} for i in range(40)]
 BAD = [
@@ -161,7 +162,8 @@ def test_switches_reach_all_that_follows_a_run(switched, place, capsys, monkeypa
     assert prompt_ids(talk[:1], own) == prompt_ids(talk[:1], base, template_kwargs={"terse": True})
 
     (place / "run/empty.gguf").touch()
-    monkeypatch.setattr(ollama_export, "describe_reading", lambda *arguments: None)
+    kept = lambda file, text, *more, **settings: TemplateDecision(text, None, None)  # noqa: E731
+    monkeypatch.setattr(ollama_export, "decide_template", kept)
     text = parse_modelfile(modelfile_for(place / "run", place / "run/empty.gguf").read_text()).one("TEMPLATE")
     assert own.bos_token + render_go(text, to_ollama_data(to_ollama_messages(talk))) == terse
 

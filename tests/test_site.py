@@ -640,7 +640,7 @@ def test_badge_and_install_line(notebook):
     assert (NBS / f"{target}.ipynb").is_file()
     if notebook.stem != "index":
         address = f"git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}"
-        runs = ("17_gguf", "18_ollama", "22_certificate", "55_llama", "72_cli", "83_gguf_writer")
+        runs = ("17_gguf", "18_ollama", "22_certificate", "55_llama", "72_cli", "83_gguf_writer", "95_gguf_reader")
         llama = dict.fromkeys(runs, "unsloth,gguf")
         serve = dict.fromkeys(("30_quickstart", "54_workflow"), "unsloth,serve")
         extras = {**llama, **serve}.get(notebook.stem, "unsloth")

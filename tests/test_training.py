@@ -937,7 +937,13 @@ def test_a_second_training_says_what_it_goes_on_from(data, tmp_path, capsys):
     assert "continues from" not in capsys.readouterr().err and not config_of(first).get("started_from")
     sha = first.summary["adapter_sha256"]
     second = train(model, tokenizer, data, output=tmp_path / "second", **SHORT)
-    assert f"continues from the trained adapter that the model carries (sha256 {sha[:12]}" in capsys.readouterr().err
+    said = f"continues from the trained adapter that the model carries (sha256 {sha[:12]}…, {first.path / 'adapter'})"
+    assert said in capsys.readouterr().err
+    assert (
+        config_of(second)["started_from_adapter"]
+        == second.summary["started_from_adapter"]
+        == str(first.path / "adapter")
+    )
     assert config_of(second)["started_from"] == sha == file_sha256(first.path / "adapter/adapter_model.safetensors")
     assert f"SHA-256 {sha}" in second.report() and "trained one" not in first.report()
     base, tokenizer = load_model(TINY.model, max_seq_length=256, backend="transformers")
@@ -950,6 +956,7 @@ def test_a_second_training_says_what_it_goes_on_from(data, tmp_path, capsys):
     capsys.readouterr()
     resumed = train(*fresh(), data, resume=again.path)
     assert resumed.summary["adapter_sha256"] == second.summary["adapter_sha256"]
+    assert config_of(resumed)["started_from_adapter"] == str(first.path / "adapter")
     assert config_of(resumed)["started_from"] == sha and "continues from the trained" not in capsys.readouterr().err
     (again.path / "summary.json").unlink()
     shutil.rmtree(again.path / "checkpoints")

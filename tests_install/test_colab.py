@@ -36,7 +36,7 @@ def replaced(line, source, wheel, unsloth):
     config = ConfigParser()
     config.read(ROOT / "settings.ini", encoding="utf-8")
     cfg = config["DEFAULT"]
-    at = re.escape(f'git+https://github.com/{cfg["user"]}/{cfg["repo"]}@{cfg["branch"]}')
+    at = re.escape(f"git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}")
     extras = re.fullmatch(rf'%pip install -q "qlora_nb\[([a-z,]+)\] @ {at}"', line)[1].split(",")
     assert extras in (["unsloth"], ["unsloth", "serve"]), line
     extras = extras[0 if unsloth else 1 :]

@@ -33,7 +33,9 @@ if Path("../settings.ini").exists():  # a checkout; in Colab there is nothing to
 # Made for a GPU, though their cells also run without one.
 WANT_GPU = ("30_quickstart",)
 # What they install besides Unsloth: those that make K-quants or open a file in llama.cpp's library need a compiler.
-EXTRAS = dict.fromkeys(("17_gguf", "18_ollama", "22_certificate", "55_llama", "72_cli", "83_gguf_writer"), "gguf")
+EXTRAS = dict.fromkeys(
+    ("17_gguf", "18_ollama", "22_certificate", "55_llama", "72_cli", "83_gguf_writer", "95_gguf_reader"), "gguf"
+)
 EXTRAS |= dict.fromkeys(("30_quickstart", "54_workflow"), "serve")
 
 
@@ -109,21 +111,21 @@ def set_install(cells, at, stem, cfg):
 
 
 def results_from_package(text):
-    '`Path("results/x.json")` becomes `(RESULTS / "x.json")`; an own RESULTS is dropped.'
+    '`Path("results/x.json")` becomes `(RESULTS_FOLDER / "x.json")`; an own RESULTS is dropped.'
     text = re.sub(r'^RESULTS = Path\("results"\).*\n', "", text, flags=re.M)
-    text = re.sub(r'json\.loads\(Path\((f?)"results/([^"]+)"\)', r'json.loads((RESULTS / \1"\2")', text)
-    text = re.sub(r'json\.loads\(Path\("results", (f?"[^"]+")\)', r"json.loads((RESULTS / \1)", text)
+    text = re.sub(r'json\.loads\(Path\((f?)"results/([^"]+)"\)', r'json.loads((RESULTS_FOLDER / \1"\2")', text)
+    text = re.sub(r'json\.loads\(Path\("results", (f?"[^"]+")\)', r"json.loads((RESULTS_FOLDER / \1)", text)
     return text
 
 
 def set_results(cells, stem):
-    "An import of RESULTS before the first cell that reads a measured result."
+    "An import of RESULTS_FOLDER before the first cell that reads a measured result."
     blocks = (cell for cell in cells if cell["cell_type"] == "code")
     changed = [cell for cell in blocks if results_from_package(source(cell)) != source(cell)]
     for cell in changed:
         put(cell, results_from_package(source(cell)))
-    if changed and not any("import RESULTS" in source(cell) for cell in cells):
-        text = "#| hide\nfrom qlora_nb.core import RESULTS"
+    if changed and not any("import RESULTS_FOLDER" in source(cell) for cell in cells):
+        text = "#| hide\nfrom qlora_nb.core import RESULTS_FOLDER"
         cells.insert(cells.index(changed[0]), new_cell("code", text, stem, "results"))
 
 

@@ -157,7 +157,7 @@ def tokenizer_json(fields):
 
 
 def smollm2(to, scratch):
-    "SmolLM2-135M-Instruct in bf16, unpacked from Q4_1: not the original's numbers, but it makes sense."
+    "SmolLM2-135M-Instruct in bf16, unpacked from the Q4_1 beside it: not the original's numbers, but it makes sense."
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM
@@ -171,6 +171,7 @@ def smollm2(to, scratch):
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     model.config.eos_token_id, model.config.pad_token_id, model.config.bos_token_id = 2, 0, 1
     model.save_pretrained(to)
+    shutil.copy(file, to / "smollm2.gguf")
     reader = GGUFReader(file)
     names = ("ggml.tokens", "ggml.token_type", "ggml.merges", "chat_template")
     fields = {name: reader.fields[f"tokenizer.{name}"].contents() for name in names}

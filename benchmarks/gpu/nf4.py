@@ -1,7 +1,7 @@
 """NF4 on a GPU: bitsandbytes' CUDA kernels, our torch code on the same card, and our result on the CPU.
 
-    python benchmarks/gpu/nf4.py nbs/results/nf4.json
-    python benchmarks/gpu/nf4.py out.json --device cpu      (dry run)
+python benchmarks/gpu/nf4.py nbs/results/nf4.json
+python benchmarks/gpu/nf4.py out.json --device cpu      (dry run)
 """
 
 import argparse
