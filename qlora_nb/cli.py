@@ -506,6 +506,16 @@ def export(
     print(*found, sep="\n")
 
 # %% ../nbs/72_cli.ipynb #b3e70d03
+def check_merged_bits(gguf: str, load_in_4bit: bool | None) -> None:
+    "Raise `UserError` for a GGUF whose header says that its adapter was merged into a base in another precision than the one asked for."
+    from qlora_nb.llama import read_header_values
+
+    found = read_header_values(gguf).get("qlora_nb.merge.load_in_4bit") if load_in_4bit is not None and Path(gguf).is_file() else None
+    if found is not None and (found == "true") != load_in_4bit:
+        flag, other = ("--load-in-4bit", "16 bits") if load_in_4bit else ("--no-load-in-4bit", "4 bits")
+        raise UserError(f"{flag} is given, but the adapter in {gguf} was merged into a base in {other}: leave it out, or export the GGUF again with {flag}")
+
+
 @app.command()
 def modelfile(
     run: Annotated[str, typer.Argument(help="folder of a run, an adapter or a merged model")],
@@ -516,6 +526,7 @@ def modelfile(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy [0.7]")] = None,
     name: Annotated[str, typer.Option(help="what Ollama will call the model")] = "my-model",
     base: BASE_OPTION = None,
+    load_in_4bit: BITS_OPTION = None,
     ollama: Annotated[str | None, typer.Option(help="version of the server, such as 0.29, which reads TEMPLATE alone; default: today's")] = None,
     thinking: Annotated[bool | None, typer.Option(help="whether Ollama is to give <think>…</think> apart; default: as the run's replies are")] = None,
 ):
@@ -524,6 +535,7 @@ def modelfile(
         from qlora_nb.ollama_client import ollama_commands
         from qlora_nb.ollama_export import modelfile_for
 
+        check_merged_bits(gguf, load_in_4bit)
         path = modelfile_for(run, gguf, output, template=template, system=system, parameters=drop_missing(temperature=temperature), base=base, ollama=ollama, thinking=thinking)
         print(ollama_commands(name, path), file=sys.stderr)
     print(path)
