@@ -361,6 +361,7 @@ def command(capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
+        gguf_reader._announced.clear()  # as in a process of its own
         try:
             main([str(a) for a in arguments])
         except SystemExit as stopped:

@@ -271,7 +271,7 @@ def test_other_adapter_names_are_saved_flat(adapted, saved, tmp_path):
         (lambda a: shutil.rmtree(a), "there is no adapter folder"),
         (lambda a: (a / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda a: (a / "adapter_config.json").write_text("{"), "not JSON"),
-        (lambda a: (a / "adapter_config.json").write_text("[]"), "not JSON"),
+        (lambda a: (a / "adapter_config.json").write_text("[]"), "holds a list"),
         (lambda a: (a / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "of type IA3"),
         (lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"), "no adapter_model.safetensors"),
         (lambda a: (a / "adapter_model.safetensors").write_bytes(b""), "damaged"),
