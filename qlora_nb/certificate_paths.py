@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/98_certificate_paths.ipynb #ff1fc8a1
 import contextlib
+import json
 from collections import Counter
 
 from .adapter import model_info
@@ -49,8 +50,6 @@ def encode_by_tokenizer(case: Case, tokenizer, template: str | None = None) -> I
 # %% ../nbs/98_certificate_paths.ipynb #36d6b402
 def to_server_messages(case: Case) -> list[dict]:
     "Return the turns as a client sends them to llama.cpp's server: reasoning in `reasoning_content`, arguments of calls as text."
-    import json
-
     found = []
     for turn in case.messages:
         turn = {name: value for name, value in turn.items() if name != "weight"}

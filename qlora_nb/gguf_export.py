@@ -269,5 +269,5 @@ def export_gguf(
     except UserError as error:
         if not made:
             raise
-        raise UserError(f"{error}; written before that, and whole: {', '.join(file.name for file in made)}") from error
+        raise UserError(f"{error}; already written and complete: {', '.join(file.name for file in made)}") from error
     return [files[key] for key in names] if not isinstance(quantization, str) else files[names[0]]

@@ -79,7 +79,7 @@ class Run:
         try:
             modelfile_for(self.path, files[0])
         except UserError as error:
-            raise UserError(f"{error}; written before that, and whole: {', '.join(file.name for file in files)}") from error
+            raise UserError(f"{error}; already written and complete: {', '.join(file.name for file in files)}") from error
         return found
 
     def certify(self, **settings):  # -> Certificate
@@ -324,6 +324,6 @@ def export_and_certify(
         with keep_going(failures, "not certified", f"qlora_nb certify {named}"):
             passed = certify_finished(run, folder, started, model_rows)
     if failures:
-        print("The run is finished, but not all of what was asked for is there.", *(f"- {failure}" for failure in failures),
-              f"Whole in {path}: {list_whole_files(folder)}", sep="\n", file=sys.stderr)
+        print("The run is finished, but not everything that was asked for was made.", *(f"- {failure}" for failure in failures),
+              f"Complete in {path}: {list_whole_files(folder)}", sep="\n", file=sys.stderr)
     return bool(passed) and not failures

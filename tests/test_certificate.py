@@ -382,7 +382,7 @@ def test_a_missing_stretch_of_the_positions_fails(place):
     model = random_model("llama", len(tokenizer), rope_parameters=rope)
     other = open_subject(model.float().eval(), tokenizer)
     data = load_sft_dataset(split="heldout").select(range(20))
-    right = short(other, export_gguf(model, tokenizer, place / "rope.gguf", ["f16"][0]), data=data, rows=20)
+    right = short(other, export_gguf(model, tokenizer, place / "rope.gguf", "f16"), data=data, rows=20)
     assert right.passed, str(right)
     real = gguf_export.plan_tensors
     without = lambda *given: [one for one in real(*given) if "rope" not in one.name]  # noqa: E731
@@ -524,7 +524,7 @@ def test_a_large_loss_has_a_ratio():
 
 @pytest.fixture(scope="module")
 def gentle(subject):
-    "A fine-tune of a thirtieth of the run's scale."
+    "A fine-tune of a hundredth of the run's scale."
     made = dataclasses.replace(subject, model=copy.deepcopy(subject.model), kept={}, precision=None)
     for layer in made.model.modules():
         if hasattr(layer, "lora_A"):

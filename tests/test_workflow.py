@@ -233,7 +233,7 @@ def test_the_held_out_rows_can_be_answered_later(command, monkeypatch, tmp_path)
 
 def test_run_export_names_the_file_where_the_modelfile_fails(run, whole, monkeypatch):
     full_disk("Modelfile")(monkeypatch, run)
-    with pytest.raises(UserError, match="no space left .*; written before that, and whole: run-Q8_0.gguf"):
+    with pytest.raises(UserError, match="no space left .*; already written and complete: run-Q8_0.gguf"):
         run.export("q8_0")
     assert file_sha256(run.path / "run-Q8_0.gguf") == whole["run-Q8_0.gguf"]
 
