@@ -508,10 +508,10 @@ def export(
 # %% ../nbs/72_cli.ipynb #b3e70d03
 def check_merged_bits(gguf: str, load_in_4bit: bool | None) -> None:
     "Raise `UserError` for a GGUF whose header says that its adapter was merged into a base in another precision than the one asked for."
-    from qlora_nb.llama import read_header_values
+    from qlora_nb.gguf_header import read_gguf_values
 
-    found = read_header_values(gguf).get("qlora_nb.merge.load_in_4bit") if load_in_4bit is not None and Path(gguf).is_file() else None
-    if found is not None and (found == "true") != load_in_4bit:
+    found = read_gguf_values(gguf).get("qlora_nb.merge.load_in_4bit") if load_in_4bit is not None and Path(gguf).is_file() else None
+    if found is not None and (found is True) != load_in_4bit:
         flag, other = ("--load-in-4bit", "16 bits") if load_in_4bit else ("--no-load-in-4bit", "4 bits")
         raise UserError(f"{flag} is given, but the adapter in {gguf} was merged into a base in {other}: leave it out, or export the GGUF again with {flag}")
 

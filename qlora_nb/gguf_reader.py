@@ -15,204 +15,27 @@ import math
 import os
 import re
 import shutil
-import struct
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .core import UserError, file_sha256, fingerprint, write_aside, write_json
+from qlora_nb.gguf_header import (
+    GGUF_ARCHITECTURES,
+    SEVEN_PROJECTIONS,
+    GGUFArchitecture,
+    GGUFFile,
+    GGUFTensor,
+    is_gguf,
+    read_gguf,
+)
 from .gguf_tokens import Vocabulary, find_split
-from .llama import import_extra
 from .weights import is_finite, write_shard
 
-# %% ../nbs/95_gguf_reader.ipynb #95a00010
-_NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}  # value types
-_TEXT, _ARRAY = 8, 9
-
-
-class HeaderCursor:
-    "A place in the header of a GGUF. Raise `ValueError` where the file ends before what it promises."
-
-    def __init__(self, data):
-        self.data, self.at = data, 0
-
-    def take(self, size: int) -> memoryview:
-        if not 0 <= size <= len(self.data) - self.at:
-            raise ValueError("it ends too early")
-        self.at += size
-        return memoryview(self.data)[self.at - size : self.at]
-
-    def number(self, kind: str = "<u8"):
-        return np.frombuffer(self.take(np.dtype(kind).itemsize), kind)[0].item()
-
-    def text(self) -> str:
-        size, = struct.unpack("<Q", self.take(8))
-        return str(self.take(size), "utf-8")
-
-    def value(self, kind: int, depth: int = 0):
-        "Return a value of one of the types; an array as a list."
-        if kind in _NUMBERS:
-            return self.number(_NUMBERS[kind])
-        if kind == _TEXT:
-            return self.text()
-        if kind != _ARRAY or depth > 3:
-            raise ValueError(f"there is no value of type {kind}")
-        kind, count = self.number("<u4"), self.number()
-        if kind in _NUMBERS:
-            return np.frombuffer(self.take(count * np.dtype(_NUMBERS[kind]).itemsize), _NUMBERS[kind]).tolist()
-        if 8 * count > len(self.data) - self.at:  # a text takes eight bytes at least
-            raise ValueError("it ends too early")
-        return [self.value(kind, depth + 1) for _ in range(count)]
-
-# %% ../nbs/95_gguf_reader.ipynb #95a00013
-@dataclass(frozen=True)
-class GGUFTensor:
-    "The place of a tensor's numbers."
-
-    file: Path
-    type: str  # as ggml calls it
-    shape: tuple[int, ...]  # rows first
-    start: int  # in the file
-    size: int  # in bytes
-
-
-@dataclass
-class GGUFFile:
-    "The header of a GGUF, its parts together."
-
-    path: Path  # the first part
-    values: dict
-    tensors: dict[str, GGUFTensor]
-    parts: list[Path] = field(default_factory=list)
-
-    def value(self, key: str, kind: type, default=...):
-        "Return a value. Raise `UserError` where it is missing and there is no default, or is of another type."
-        found = self.values.get(key, default)
-        if found is ...:
-            raise UserError(f"{self.path} has no {key}: it isn't a whole model, download or export it again")
-        allowed = (int, float) if kind is float else kind
-        if found is not default and (not isinstance(found, allowed) or (isinstance(found, bool) and kind is not bool)):
-            words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
-            raise UserError(f"{self.path} has {key}={str(found)[:40]}, where {words[kind]} is expected: it is damaged, or of a kind that is not supported")
-        return found
-
-# %% ../nbs/95_gguf_reader.ipynb #95a00015
-def _read_tensors(cursor: HeaderCursor, count: int, path: Path, alignment: int) -> dict[str, GGUFTensor]:
-    "Return the tensors of one file by name. Raise `UserError` for a type that isn't known here, `ValueError` for a damaged file."
-    import gguf
-
-    listed = []
-    for _ in range(count):
-        name, dims = cursor.text(), cursor.number("<u4")
-        if not 1 <= dims <= 4:
-            raise ValueError(f"{name} has {dims} dimensions")
-        shape = tuple(cursor.number() for _ in range(dims))[::-1]
-        listed.append((name, shape, cursor.number("<u4"), cursor.number()))
-    begin = -(-cursor.at // alignment) * alignment
-    found = {}
-    for name, shape, kind, offset in listed:
-        if kind not in set(gguf.GGMLQuantizationType):
-            raise UserError(f"{name} in {path} is of type {kind}, which this version of the gguf package doesn't know: pip install -U gguf")
-        kind = gguf.GGMLQuantizationType(kind)
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        size *= math.prod(shape) // block
-        if name in found or shape[-1] % block or 0 in shape:
-            raise ValueError(f"{name} is listed twice" if name in found else f"{name} has the shape {shape} in blocks of {block}")
-        if begin + offset + size > len(cursor.data):
-            raise ValueError(f"the numbers of {name} would lie beyond its end")
-        found[name] = GGUFTensor(path, kind.name, shape, begin + offset, size)
-    return found
-
-# %% ../nbs/95_gguf_reader.ipynb #95a00016
-def _parse_header(data, path: Path) -> GGUFFile:
-    "Return what a file's bytes begin with. Raise `UserError` for another kind of file, `ValueError` for a damaged one."
-    cursor = HeaderCursor(data)
-    if bytes(cursor.take(4)) != b"GGUF":
-        raise UserError(f"{path} is not a GGUF file, whatever its name: name one that begins with GGUF")
-    version = cursor.number("<u4")
-    if version not in (2, 3):
-        what = "is written for big-endian machines" if version >= 1 << 16 else f"has version {version} of the format"
-        raise UserError(f"{path} {what}: only versions 2 and 3, little-endian, can be read; convert it again")
-    tensors, keys = cursor.number(), cursor.number()
-    if tensors > len(data) // 24 or keys > len(data) // 12:
-        raise ValueError(f"it promises {tensors} tensors and {keys} keys")
-    values = {}
-    for _ in range(keys):
-        key, kind = cursor.text(), cursor.number("<u4")
-        values[key] = cursor.value(kind)
-    alignment = values.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"its alignment is {alignment}")
-    return GGUFFile(path, values, _read_tensors(cursor, tensors, path, alignment), [path])
-
-
-def _read_part(path: Path) -> GGUFFile:
-    "Return the header of one file. Raise `UserError` for what isn't a GGUF, or not one that can be read."
-    import_extra("gguf")
-    try:
-        return _parse_header(memoryview(np.memmap(path, np.uint8, "r")), path)
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}): name a GGUF file") from error
-    except (ValueError, OverflowError, MemoryError) as error:
-        raise UserError(f"{path} can't be read as a GGUF ({error}): it is damaged or incomplete, copy or download it again") from error
-
-# %% ../nbs/95_gguf_reader.ipynb #95a00019
-_PART = re.compile(r"-(\d{5})-of-(\d{5})(\.gguf)$", re.I)
-
-
-def read_gguf(path: str | Path) -> GGUFFile:
-    "Return the header of a GGUF, of all its parts where it is split. Raise `UserError` for a file that can't be used."
-    path = Path(path).expanduser().absolute()
-    if not path.is_file():
-        raise UserError(f"there is no file {path}: name a GGUF that exists")
-    found = _PART.search(path.name)
-    if not found:
-        whole = _read_part(path)
-        if whole.value("split.count", int, 1) > 1:
-            raise UserError(f"{path} is a part of a split GGUF under another name: give the parts their own names (…-00001-of-0000N.gguf)")
-        return whole
-    count = int(found[2])
-    names = [path.with_name(f"{path.name[: found.start()]}-{i + 1:05d}-of-{found[2]}{found[3]}") for i in range(count)]
-    if missing := [part.name for part in names if not part.is_file()]:
-        raise UserError(f"{path} is one of {count} parts, and {', '.join(missing[:3])} isn't beside it: download all parts into one folder")
-    parts = [_read_part(part) for part in names]
-    for number, part in enumerate(parts):
-        if (part.value("split.no", int, 0), part.value("split.count", int, 1)) != (number, count):
-            raise UserError(f"{names[number]} isn't the part that its name says: download the parts again")
-    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
-    if len(tensors) != parts[0].value("split.tensors.count", int, len(tensors)):
-        raise UserError(f"the parts of {path} hold {len(tensors)} tensors, and the first promises another number: download them again")
-    return GGUFFile(names[0], parts[0].values, tensors, names)
-
 # %% ../nbs/95_gguf_reader.ipynb #95a00022
-@dataclass(frozen=True)
-class GGUFArchitecture:
-    "GGUF's name for an architecture, and what llama.cpp's code for it can hold."
-
-    model_class: str  # transformers' class, as `architectures` in config.json names it
-    name: str  # in general.architecture, and before the keys
-    permuted: bool  # whether q and k rows are interleaved
-    biases: tuple[str, ...] = ()  # layers that may have a bias
-    head_norms: bool = False  # norms of q and k
-    free_heads: bool = True  # whether heads × head_dim may differ from the width
-
-
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_SEVEN = (*_QKV, "self_attn.o_proj", *_MLP)
-
-GGUF_ARCHITECTURES = {  # by model_type
-    "llama": GGUFArchitecture("LlamaForCausalLM", "llama", True, _SEVEN),
-    "mistral": GGUFArchitecture("MistralForCausalLM", "llama", True),
-    "qwen2": GGUFArchitecture("Qwen2ForCausalLM", "qwen2", False, _QKV, free_heads=False),
-    "qwen3": GGUFArchitecture("Qwen3ForCausalLM", "qwen3", False, _QKV, head_norms=True),
-}
-
-
 def find_gguf_kind(file: GGUFFile) -> tuple[str, GGUFArchitecture]:
     "Return model_type and row of a file's architecture. Raise `UserError` for one that can't be read back."
     name = file.value("general.architecture", str)
@@ -233,7 +56,7 @@ def match_tensor_names(kind: GGUFArchitecture, config: dict) -> dict[str, tuple[
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.name.upper()], layers)
     permuted = {"self_attn.q_proj": heads, "self_attn.k_proj": config.get("num_key_value_heads") or heads} if kind.permuted else {}
     parts = {"input_layernorm.weight": 0}
-    for name in _SEVEN:
+    for name in SEVEN_PROJECTIONS:
         for leaf in ("weight", "bias") if name in kind.biases else ("weight",):
             parts[f"{name}.{leaf}"] = permuted.get(name, 0)
     parts |= {"self_attn.q_norm.weight": 0, "self_attn.k_norm.weight": 0} if kind.head_norms else {}
@@ -734,18 +557,6 @@ def convert_gguf(
     return folder
 
 # %% ../nbs/95_gguf_reader.ipynb #95a00074
-def is_gguf(model: str | Path) -> bool:
-    "Return whether a model is a GGUF file: by its ending in any case, or by its first bytes."
-    path = Path(model).expanduser()
-    if path.suffix.lower() == ".gguf":
-        return not path.is_dir()
-    with contextlib.suppress(OSError):
-        if path.is_file():
-            with open(path, "rb") as file:
-                return file.read(4) == b"GGUF"
-    return False
-
-
 def file_name(model: str | Path) -> str:
     "Return the name by which a run records its base: a GGUF's absolute path, which works from any folder; any other name as it was given."
     return str(Path(model).expanduser().absolute()) if is_gguf(model) else str(model)

@@ -10,10 +10,8 @@ import contextlib
 import ctypes
 import importlib
 import json
-import mmap
 import shutil
 import signal
-import struct
 import threading
 import urllib.error
 import urllib.request
@@ -23,17 +21,7 @@ import numpy as np
 import torch
 
 from .core import UserError
-from .template_choice import find_value_end
-
-# %% ../nbs/55_llama.ipynb #55a1000b
-def import_extra(name: str):
-    "Import a package that reads or writes GGUF. Raise `UserError` where it is missing or broken."
-    try:
-        return importlib.import_module(name)
-    except (ImportError, RuntimeError, OSError) as error:
-        why = str(error).splitlines()[0]
-        extra = "serve" if name in ("gguf", "xllamacpp") else "gguf"  # ready wheels, or what is built
-        raise UserError(f"GGUF files need {name} ({why}): pip install 'qlora_nb[{extra}]'") from error
+from .gguf_header import import_extra, read_gguf_values
 
 # %% ../nbs/55_llama.ipynb #55a1000f
 @contextlib.contextmanager
@@ -293,30 +281,6 @@ class LlamaFile:
                 replies[row].append(token)
         return replies
 
-# %% ../nbs/55_llama.ipynb #5f55f2de
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by the number of the value's kind
-_TEXT, _ARRAY = 8, 9
-
-
-def read_header_values(gguf: str | Path) -> dict[str, str]:
-    "Return the header's values by key, as the texts that llama.cpp makes of them; for a list, its length. Raise `UserError`."
-    found = {}
-    try:
-        with open(gguf, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            at, count = 24, struct.unpack_from("<Q", data, 16)[0]
-            for _ in range(count):
-                start, at = at + 8, find_value_end(data, at, _TEXT)
-                key, (kind,) = data[start:at].decode(), struct.unpack_from("<I", data, at)
-                start, at = at + 4, find_value_end(data, at + 4, kind)
-                if kind in _NUMBERS:
-                    (value,) = struct.unpack_from("<" + _NUMBERS[kind], data, start)
-                    found[key] = f"{value:f}" if isinstance(value, float) else str(value).lower()
-                else:
-                    found[key] = data[start + 8 : at].decode("utf-8", "replace") if kind == _TEXT else str(struct.unpack_from("<Q", data, start + 4)[0])
-    except (OSError, ValueError, KeyError, struct.error) as error:
-        raise UserError(f"{gguf} can't be read as a GGUF ({error}): export it again") from error
-    return found
-
 # %% ../nbs/55_llama.ipynb #9ef5fd12
 NO_LOGITS = "logits not compared: llama.cpp's library is needed (pip install 'qlora_nb[gguf]')"
 
@@ -334,8 +298,8 @@ class ServedFile:
         import_extra("xllamacpp")
 
     def __enter__(self):
-        self.header = read_header_values(self.path)
-        self.vocab_size = int(self.header["tokenizer.ggml.tokens"])
+        self.header = read_gguf_values(self.path)
+        self.vocab_size = self.header["tokenizer.ggml.tokens"]
         self.parallel = 8 if self.path.stat().st_size < 1e8 else 2  # conversations at a time
         with contextlib.ExitStack() as stack:
             self.ask = stack.enter_context(chat_server(self.path, self.context + 64, self.parallel))
@@ -346,8 +310,11 @@ class ServedFile:
         self.closing.close()
 
     def meta(self, key: str) -> str | None:
-        "Return a value of the file's header as text (for a list, its length); None for an unknown key."
-        return self.header.get(key)
+        "Return a value of the file's header as the text that llama.cpp makes of it (for a list, its length); None for an unknown key."
+        value = self.header.get(key)
+        if isinstance(value, float):
+            return f"{value:f}"
+        return str(value).lower() if isinstance(value, (bool, int)) else value
 
     def tokenize(self, text: str) -> list[int]:
         "Return the ids of a text: control tokens are read as such, and the BOS is added where the file says so."

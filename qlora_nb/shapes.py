@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .core import EMBEDDED_MODEL, EMBEDDED_NAME, UserError
-from qlora_nb.gguf_reader import (
-    GGUF_ARCHITECTURES,
-    GGUFArchitecture,
-    gguf_folder,
-    is_gguf,
-    refuse_gguf_folder,
-    refuse_gguf_repository,
-)
+from .gguf_header import GGUF_ARCHITECTURES, GGUFArchitecture, is_gguf
 
 # %% ../nbs/51_shapes.ipynb #8c7d66d4
 @dataclass(frozen=True)
@@ -85,6 +78,8 @@ def model_folder(name: str | Path) -> Path | None:
     """Return the folder of a local model (qlora_nb:embedded is one), and None for a name on the Hub (owner/name); a GGUF's has config and tokenizer.
 
     Raise `UserError` where there is none of these."""
+    from qlora_nb.gguf_reader import gguf_folder, refuse_gguf_folder, refuse_gguf_repository
+
     path = EMBEDDED_MODEL if str(name) == EMBEDDED_NAME else Path(name).expanduser()
     if is_gguf(path):
         return gguf_folder(path, weights=False)

@@ -6,13 +6,12 @@
 __all__ = []
 
 # %% ../nbs/86_template_choice.ipynb #20a3d22c
-import mmap
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from .core import UserError
+from .gguf_header import read_gguf_values
 from .go_template import GoWord, read_go
 from .modelfile import Modelfile
 
@@ -114,47 +113,10 @@ def choose_template(jinja: str | None, template: str | None, architecture: str =
         return TemplateChoice("gguf", "the chat template in the GGUF reads the results of tools, and TEMPLATE doesn't")
     return TemplateChoice("template", "the chat template in the GGUF offers no more (tools, thinking) than TEMPLATE")
 
-# %% ../nbs/86_template_choice.ipynb #c0de180e
-_VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # by the number of the value's kind
-_TEXT, _ARRAY = 8, 9
-
-
-def find_value_end(data, at: int, kind: int) -> int:
-    "Return the end of a value of the header."
-    if kind == _TEXT:
-        return at + 8 + struct.unpack_from("<Q", data, at)[0]
-    if kind != _ARRAY:
-        return at + _VALUE_BYTES[kind]
-    inner, count = struct.unpack_from("<IQ", data, at)
-    at += 12
-    if inner in _VALUE_BYTES:
-        return at + count * _VALUE_BYTES[inner]
-    for _ in range(count):
-        at = find_value_end(data, at, inner)
-    return at
-
 # %% ../nbs/86_template_choice.ipynb #c0de180f
 def read_header_texts(gguf: str | Path) -> dict[str, str]:
     "Return the texts in a GGUF's header by their keys. Raise `UserError` for a file that isn't a GGUF."
-    found = {}
-    try:
-        with open(gguf, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            magic, version, _, count = struct.unpack_from("<4sIQQ", data)
-            if magic != b"GGUF" or version not in (2, 3):
-                raise ValueError(f"it begins with {magic!r}, version {version}")
-            at = 24
-            for _ in range(count):
-                start, at = at + 8, find_value_end(data, at, _TEXT)
-                key, (kind,) = data[start:at].decode("utf-8"), struct.unpack_from("<I", data, at)
-                start, at = at + 4, find_value_end(data, at + 4, kind)
-                if at > len(data):
-                    raise ValueError("it is cut off")
-                if kind == _TEXT:
-                    found[key] = data[start + 8 : at].decode("utf-8")
-    except (OSError, ValueError, KeyError, OverflowError, struct.error) as error:
-        why = "it is cut off" if isinstance(error, (OverflowError, struct.error)) else error
-        raise UserError(f"{gguf} can't be read as a GGUF ({why}): export it again, or name another") from error
-    return found
+    return {key: value for key, value in read_gguf_values(gguf).items() if isinstance(value, str)}
 
 # %% ../nbs/86_template_choice.ipynb #c0de1811
 def predict_template(modelfile: Modelfile, gguf: str | Path) -> TemplateChoice:
