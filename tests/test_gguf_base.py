@@ -29,12 +29,12 @@ from qlora_nb import gguf_reader
 from qlora_nb.adapter import model_info
 from qlora_nb.core import EMBEDDED_DATA, EMBEDDED_MODEL, UserError, file_sha256
 from qlora_nb.gguf_export import export_gguf
+from qlora_nb.gguf_header import read_gguf
 from qlora_nb.gguf_reader import (
     build_gguf_tokenizer,
     convert_gguf,
     gguf_vocabulary,
     place_tensors,
-    read_gguf,
     read_gguf_config,
     read_tensor,
 )

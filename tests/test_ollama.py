@@ -779,7 +779,7 @@ def test_the_header_is_read_as_by_the_gguf_package(headed):
         with pytest.raises(UserError, match="m.gguf can't be read as a GGUF"):
             read_header_texts(path)
     path.write_bytes(b"PK" + whole[2:])
-    with pytest.raises(UserError, match="it begins with b'PKUF'"):
+    with pytest.raises(UserError, match="is not a GGUF file"):
         read_header_texts(path)
     with pytest.raises(UserError, match="can't be read as a GGUF"):
         read_header_texts(path.parent)
