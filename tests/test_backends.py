@@ -26,6 +26,68 @@ def forked(code, cwd):
     return done
 
 
+CAPTURE = """
+import json, sys, torch
+from qlora_nb import add_lora, load_model, load_sft_dataset
+from qlora_nb.core import PROFILES
+from qlora_nb.preflight import encode_dataset
+model, tokenizer = load_model(backend=sys.argv[1] if len(sys.argv) > 1 else {backend!r})
+model = add_lora(model)
+from pathlib import Path
+from qlora_nb.run import resolve_settings
+from qlora_nb.trainer import make_trainer
+rows, dropped = encode_dataset(load_sft_dataset(limit=40), tokenizer, 256)
+assert not dropped and set(rows.column_names) == {{"input_ids", "labels"}}
+settings = resolve_settings({{"max_steps": 1}}, profile=PROFILES["tiny"])
+trainer = make_trainer(model, tokenizer, rows, settings, Path("c"), [])
+seen, embedded = [], []
+base = model.get_base_model()
+forward = base.forward
+def spy(*args, **kwargs):
+    assert not args, "ids and labels come by name"
+    seen.append({{name: kwargs[name].tolist() for name in ("input_ids", "labels", "attention_mask")}})
+    return forward(**kwargs)
+base.forward = spy
+base.get_input_embeddings().register_forward_pre_hook(lambda layer, args: embedded.append(args[0].tolist()))
+trainer.train()
+assert len(seen) == len(embedded) == 1 and seen[0]["input_ids"] == embedded[0]
+ours = {{tuple(row["input_ids"]): list(row["labels"]) for row in rows}}
+found = 0
+for batch in seen:
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"]):
+        n = sum(mask)
+        assert mask == [1] * n + [0] * (len(mask) - n)
+        assert ours[tuple(ids[:n])] == labels[:n] and set(labels[n:]) <= {{-100}}
+        found += 1
+print("checked", found, {{str(p.dtype) for p in model.parameters() if p.requires_grad}})
+"""
+PATCHED = """
+from qlora_nb.core import UserError
+try:
+    load_model(backend="transformers")
+except UserError as error:
+    print(error)
+"""
+TRAIN = """
+from qlora_nb.cli import main
+try:
+    main({arguments})
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+# What a new interpreter with Unsloth costs is paid once: it also takes a step whose labels are looked at.
+LABELS_TOO = f"""
+import sys, traceback
+sys.stdout = open("labels.txt", "w")
+try:
+    exec({CAPTURE.format(backend="unsloth") + PATCHED!r}, {{"__name__": "labels"}})
+except BaseException:
+    traceback.print_exc(file=sys.stdout)
+sys.stdout.close()
+sys.stdout = sys.__stdout__
+"""
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     "Short runs, made when first asked for: (backend, number) -> (folder, stderr)"
@@ -35,10 +97,10 @@ def runs(tmp_path_factory):
         if (backend, number) not in made:
             arguments = ["train", "--backend", backend, "--max-steps", "6", "--limit", "400"]
             arguments += ["--eval-rows", "2", "--max-new-tokens", "16"]
-            program = f"from qlora_nb.cli import main; main({[*arguments, '--output', f'{backend}{number}']})"
+            program = TRAIN.format(arguments=[*arguments, "--output", f"{backend}{number}"])
             # In another interpreter sets have another order.
             new = backend == "unsloth" or number == 1
-            done = (python if new else forked)(program, place)
+            done = (python if new else forked)(program + (LABELS_TOO if backend == "unsloth" else ""), place)
             made[backend, number] = place / f"{backend}{number}", done
         return made[backend, number]
 
@@ -82,68 +144,34 @@ def test_the_backends_agree(runs):
         assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-2)
 
 
-CAPTURE = """
-import json, sys, torch
-from qlora_nb import add_lora, load_model, load_sft_dataset
-from qlora_nb.core import PROFILES
-from qlora_nb.preflight import encode_dataset
-model, tokenizer = load_model(backend=sys.argv[1] if len(sys.argv) > 1 else {backend!r})
-model = add_lora(model)
-from pathlib import Path
-from qlora_nb.run import resolve_settings
-from qlora_nb.trainer import make_trainer
-rows, dropped = encode_dataset(load_sft_dataset(limit=40), tokenizer, 256)
-assert not dropped and set(rows.column_names) == {{"input_ids", "labels"}}
-settings = resolve_settings({{"max_steps": 1}}, profile=PROFILES["tiny"])
-trainer = make_trainer(model, tokenizer, rows, settings, Path("c"), [])
-seen, embedded = [], []
-base = model.get_base_model()
-forward = base.forward
-def spy(*args, **kwargs):
-    assert not args, "ids and labels come by name"
-    seen.append({{name: kwargs[name].tolist() for name in ("input_ids", "labels", "attention_mask")}})
-    return forward(**kwargs)
-base.forward = spy
-base.get_input_embeddings().register_forward_pre_hook(lambda layer, args: embedded.append(args[0].tolist()))
-trainer.train()
-assert len(seen) == len(embedded) == 1 and seen[0]["input_ids"] == embedded[0]
-ours = {{tuple(row["input_ids"]): list(row["labels"]) for row in rows}}
-found = 0
-for batch in seen:
-    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"]):
-        n = sum(mask)
-        assert mask == [1] * n + [0] * (len(mask) - n)
-        assert ours[tuple(ids[:n])] == labels[:n] and set(labels[n:]) <= {{-100}}
-        found += 1
-print("checked", found, {{str(p.dtype) for p in model.parameters() if p.requires_grad}})
-"""
-PATCHED = """
-from qlora_nb.core import UserError
-try:
-    load_model(backend="transformers")
-except UserError as error:
-    print(error)
-"""
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_labels_that_we_made_reach_the_model(backend, tmp_path):
+def test_the_labels_that_we_made_reach_the_model(backend, runs, tmp_path):
     """Token by token, label by label, in a real step; and the adapters that are trained are fp32.
 
     The batch is taken where the model's own forward gets it, and the ids once more where they are embedded: what a
     trainer, a collator or a patch does before that would show. Where Unsloth was loaded, the other backend is refused.
     """
     if backend == "unsloth":
-        done = python(CAPTURE.format(backend=backend) + PATCHED, tmp_path)
-        assert "already patched this process" in done.stdout
+        said = (runs(backend, 1)[0].parent / "labels.txt").read_text()
+        assert "already patched this process" in said
     else:
-        done = forked(CAPTURE.format(backend=backend), tmp_path)
-    assert "checked 8 {'torch.float32'}" in done.stdout
+        said = forked(CAPTURE.format(backend=backend), tmp_path).stdout
+    assert "checked 8 {'torch.float32'}" in said
+
+
+@pytest.mark.heavy
+def test_the_labels_reach_unsloths_first_step(tmp_path):
+    "The same, in a process that has trained nothing before."
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    said = python(CAPTURE.format(backend="unsloth") + PATCHED, tmp_path).stdout
+    assert "already patched this process" in said and "checked 8 {'torch.float32'}" in said
 
 
 ORDER = """
 from qlora_nb.core import UserError
-import trl
+import sys, trl
+assert "unsloth" not in sys.modules
 from qlora_nb.model import load_model
 try:
     load_model(backend="unsloth")
@@ -155,7 +183,7 @@ except UserError as error:
 def test_the_wrong_order_is_a_clear_error(tmp_path):
     if importlib.util.find_spec("unsloth") is None:
         pytest.skip("Unsloth is not installed")
-    assert "before Unsloth, too late to patch" in python(ORDER, tmp_path).stdout
+    assert "before Unsloth, too late to patch" in forked(ORDER, tmp_path).stdout
 
 
 def test_a_backend_that_is_not_installed(monkeypatch):

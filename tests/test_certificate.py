@@ -88,7 +88,7 @@ def encode_all(conversations, tokenizer):
 
 
 def short(subject, file, modelfile=None, **settings):
-    settings = {"rows": 40, "model_rows": 4, "max_new_tokens": 0, **settings}
+    settings = {"rows": 16, "model_rows": 4, "max_new_tokens": 0, **settings}
     return certify(subject, gguf=file, modelfile=modelfile, **settings)
 
 
@@ -169,7 +169,7 @@ def test_named_templates_on_all_paths(subject, run, place, name):
     modelfile = write_modelfile(place / f"Modelfile-{name}", file, tokenizer=tokenizer)
     other = copy.copy(subject)
     other.tokenizer, other.config = tokenizer, {}
-    found = short(other, file, modelfile, rows=100)
+    found = short(other, file, modelfile, rows=40)
     assert found.passed, str(found)
 
 
@@ -395,7 +395,7 @@ def test_another_template_in_the_file_fails(run, place, subject, modelfile):
     tokenizer = copy.deepcopy(run.tokenizer)
     tokenizer.chat_template = run.tokenizer.chat_template.replace("\\n\\n", "\\n")
     found = fails(
-        short(subject, export_gguf(run.model, tokenizer, place / "wrong.gguf", "f16")), "on the path GGUF, 40 of 40"
+        short(subject, export_gguf(run.model, tokenizer, place / "wrong.gguf", "f16")), "on the path GGUF, 16 of 16"
     )
     assert not any("mean KL" in failure for failure in found.failures)  # the weights are right
 
@@ -432,7 +432,7 @@ def edited(modelfile, name, value):
         (
             "TEMPLATE",
             lambda v: v.replace('{{ template "trim" .Content }}', "{{ .Content }}"),
-            ("of 40 conversations have different tokens", "white space"),
+            ("of 16 conversations have different tokens", "white space"),
         ),
         ("SYSTEM", lambda v: None, ("SYSTEM is not the system text",)),
         ("PARAMETER stop", lambda v: None, ("no stop for <|eot_id|>",)),
@@ -458,7 +458,7 @@ def test_bos_doubled_by_the_file_fails(run, place, subject):
     tokenizer.chat_template = "{{ bos_token }}" + run.tokenizer.chat_template
     fails(
         short(subject, export_gguf(run.model, tokenizer, place / "wrong.gguf", "f16")),
-        "on the path GGUF, 40 of 40 conversations don't begin",
+        "on the path GGUF, 16 of 16 conversations don't begin",
     )
 
 

@@ -241,6 +241,7 @@ def test_old_arguments_under_unsloth(use, severity):
     assert [f.severity for f in explain_old_code(imports + use).findings] == ["error"]
 
 
+@pytest.mark.heavy  # a fact about the installed Unsloth, which a push doesn't change
 def test_the_shim_is_real(tmp_path):
     "What is called unneeded under Unsloth is taken there, and the configuration's old names are not."
     if importlib.util.find_spec("unsloth") is None:

@@ -13,6 +13,7 @@ import time
 import unicodedata
 
 import numpy as np
+import processes
 import pytest
 import torch
 from gguf_models import (
@@ -648,11 +649,12 @@ def test_a_folder_in_the_way(tmp_path):
 
 
 AGAIN = """
-import signal, sys
+import pathlib, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from qlora_nb.core import EMBEDDED_MODEL
 from qlora_nb.gguf_export import export_gguf
-print("ready", flush=True)
+export_gguf(EMBEDDED_MODEL, None, sys.argv[1], ["q8_0", "q4_0"])  # which takes away what a killed process left
+pathlib.Path(sys.argv[2]).touch()
 while True:
     export_gguf(EMBEDDED_MODEL, None, sys.argv[1], ["q8_0", "q4_0"])
 """
@@ -665,13 +667,16 @@ def test_killed_at_any_moment(tmp_path):
     before = {file.name: file_sha256(file) for file in files}
     left = 0
     for turn in range(6):
-        command = [sys.executable, "-c", AGAIN, str(target)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert process.stdout.readline() == "ready\n"
+        ready = tmp_path / f"ready{turn}"
+        process = processes.Process(AGAIN, target, ready, cwd=tmp_path)
+        while not ready.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
         time.sleep(draw.uniform(0.3, 1.5))
+        assert process.poll() is None, process.communicate()
         process.send_signal(signal.SIGINT if turn % 3 == 2 else signal.SIGKILL)
-        process.wait(timeout=30)
-        process.stdout.close()
+        process.communicate(timeout=30)
+        assert process.returncode == -(signal.SIGINT if turn % 3 == 2 else signal.SIGKILL)
         found = set(os.listdir(target)) - set(before)
         assert not found or turn % 3 != 2, "Ctrl-C leaves nothing"
         left += len(found)

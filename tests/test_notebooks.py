@@ -84,8 +84,17 @@ def run_notebook(name, folder, limit=TIME_LIMIT, flags=""):
 # They tell of measurements and export nothing: part of `make test-all`.
 STORIES = ("31_tiny_base", "32_measure_memory", "33_why_it_is_fast", "34_full_lora_qlora", "40_takeaways")
 EACH = [path for path in NOTEBOOKS if path.stem not in STORIES]
-# Less of it in `make test`, where each cell runs, but the training takes seconds: (text, what stands in for it).
-SHORTER = {"30_quickstart": [("**settings)", "**settings, max_steps=8, eval_rows=2)")]}
+# Less of it in `make test`, where each cell runs, but on less: (text, what stands in for it).
+SHORTER = {
+    "15_training": [("max_steps=60 if cuda else 8", "max_steps=60 if cuda else 3")],  # TRL's losses, and then ours
+    "22_certificate": [  # as many conversations as its faults need; tests/test_certificate.py has the whole acceptance
+        ("modelfile=modelfile, model_rows=20", "modelfile=modelfile, rows=40, model_rows=4"),
+        ("files[2]), model_rows=20", "files[2]), rows=60, model_rows=8"),
+        ("modelfile=modelfile, rows=40, model_rows=8", "modelfile=modelfile, rows=12, model_rows=4"),
+        (r"40 of 40\" in failure", r"12 of 12\" in failure"),
+    ],
+    "30_quickstart": [("**settings)", "**settings, max_steps=8, eval_rows=2)")],
+}
 
 
 def has_heavy_cells(path):
@@ -136,7 +145,7 @@ def check_the_run(folder, trained):
     assert parse_modelfile((path / "Modelfile").read_text()).one("FROM") == f"./{made.name}"
 
 
-@pytest.mark.parametrize("name", ["00_core", "index"])
+@pytest.mark.parametrize("name", ["00_core", pytest.param("index", marks=pytest.mark.heavy)])
 def test_a_notebook_that_is_opened_alone(name, tmp_path):
     "In an empty folder, with the package as a wheel installs it; test_structure.py reads the others for places beside."
     installed, alone = tmp_path / "installed/qlora_nb", tmp_path / "alone"
@@ -174,4 +183,4 @@ def test_a_failing_notebook_fails(source, message, tmp_path):
     notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     (tmp_path / "nbs/00_bad.ipynb").write_text(json.dumps(notebook))
     with pytest.raises(pytest.fail.Exception, match=message):
-        run_notebook("00_bad.ipynb", tmp_path, limit=10 if "sleep" in source else TIME_LIMIT)
+        run_notebook("00_bad.ipynb", tmp_path, limit=3 if "sleep" in source else TIME_LIMIT)
