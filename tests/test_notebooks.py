@@ -90,6 +90,7 @@ SHORTER = {
     "22_certificate": [  # as many conversations as its faults need; tests/test_certificate.py has the whole acceptance
         ("modelfile=modelfile, model_rows=20", "modelfile=modelfile, rows=40, model_rows=4"),
         ("files[2]), model_rows=20", "files[2]), rows=60, model_rows=8"),
+        ("rows=40, model_rows=10", "rows=12, model_rows=4"),
         ("modelfile=modelfile, rows=40, model_rows=8", "modelfile=modelfile, rows=12, model_rows=4"),
         (r"40 of 40\" in failure", r"12 of 12\" in failure"),
     ],
