@@ -55,7 +55,7 @@ setup(
     packages=find_packages(include=["qlora_nb", "qlora_nb.*"]),
     package_data={
         "qlora_nb": [f"embedded/**/*.{kind}" for kind in "json jsonl yaml safetensors jinja parquet md".split()]
-        + ["templates/*.j2", "templates/*.css", "doctor.yaml", "preflight.yaml"]
+        + ["templates/*.j2", "templates/*.css", "doctor.yaml", "preflight.yaml", "py.typed"]
     },
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -38,7 +38,8 @@ from qlora_nb.certificate_checks import (
 from .certificate_paths import check_paths, check_served_prompts, count_thinking_prompts, select_cases
 from .chat_templates import stop_tokens
 from .core import UserError, file_sha256, unwrap_base
-from .evaluation import parse_answer
+from .evaluation import expected_answer, parse_answer
+from .evidence import find_held_out
 from .generation import as_conversation, generate_replies, generation_mode, to_reply
 from .gguf_tensors import gguf_tensors_sha256, measure_share, sample_changes
 from .llama import NO_LOGITS, LlamaFile, chat_server, open_llama
@@ -96,7 +97,7 @@ def compare_replies(subject: Subject, cases: list[Case], ids: list[Ids], files: 
         prompts = [ids[i].prompt for i in group]
         asked = [as_conversation(cases[i].messages[:-1]) for i in group]
         trained = generate_replies(model, tokenizer, asked, max_new_tokens=limit, template=subject.template)
-        answers = [parse_answer(cases[i].messages[-1]["content"]) for i in group]
+        answers = [expected_answer(cases[i].messages[-1]["content"]) for i in group]  # None where it doesn't end with a number
         for check, file in zip(checks, files):
             rows = file.reply_greedily(prompts, limit, stops)
             served = [to_reply(row, tokenizer, stops) for row in rows]
@@ -197,7 +198,7 @@ def certify(
     *,
     gguf,  # a file, or several
     modelfile: str | Path | None = None,  # its template is the fourth path
-    data=None,  # held-out rows with `messages`; None: the embedded ones, for the embedded model
+    data=None,  # held-out rows with `messages`; None: the run's own, or the embedded ones for the embedded data
     tokenizer=None,  # with a model
     rows: int = 200,  # conversations whose tokens are compared
     model_rows: int | None = None,  # of those, how many go through the models; None is all
@@ -211,6 +212,7 @@ def certify(
     steps, start = Steps(minutes), time.perf_counter()
     check_positive(rows=rows, model_rows=model_rows)
     files, found, known = list_files(gguf), read_modelfile(modelfile), dict(thresholds or {})
+    data = find_held_out(subject) if data is None else data
     subject = open_subject(subject, tokenizer, base, load_in_4bit)
     cases, ids, left_out = select_cases(subject, data, rows, found)
     count = min(len(cases), rows if model_rows is None else model_rows)

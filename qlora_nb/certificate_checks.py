@@ -19,7 +19,15 @@ import torch
 
 from .adapter import find_adapter, model_info, set_model_info, trained_in_4bit
 from .chat_templates import control_tokens, stop_tokens, turn_end
-from .core import UserError, file_sha256, library_versions, render_html_table, unwrap_base, write_json
+from qlora_nb.core import (
+    ShownObject,
+    UserError,
+    file_sha256,
+    library_versions,
+    render_html_table,
+    unwrap_base,
+    write_json,
+)
 from .gguf_export import GGUF_QUANTIZATIONS
 from .gguf_tensors import AdapterShare
 from .gguf_writer import check_no_base, loaded_backend
@@ -379,7 +387,7 @@ _SERVED_BY = {
 
 
 @dataclass(repr=False)
-class Certificate:
+class Certificate(ShownObject):
     "The comparison of an export with what was trained: its findings, its failures, its verdict."
 
     subject: str  # the run, adapter or model
@@ -460,7 +468,10 @@ class Certificate:
             *(f"- {failure}" for failure in self.failures),
         ])
 
-    __repr__ = __str__
+    def short_text(self) -> str:
+        found = len(self.failures)
+        verdict = f"FAILED ({found} failure{'s' * (found > 1)})" if found else "PASSED"
+        return f"{self.subject}, {verdict}, {', '.join(check.name for check in self.checks)}"
 
     def _repr_html_(self) -> str:
         def wrapped(tag, texts):
@@ -468,7 +479,7 @@ class Certificate:
 
         title = wrapped("b", [self.headline])
         failures = f"<ul>{wrapped('li', self.failures)}</ul>" if self.failures else ""
-        return f"<p>{title}</p>{wrapped('p', self._lines())}{render_html_table(_HEADS, self._table)}{failures}"
+        return f"<p>{title}</p>{wrapped('p', self._lines())}{render_html_table(_HEADS, self._table, left=True)}{failures}"
 
     def to_json(self, path: str | Path | None = None) -> Path:
         "Write the certificate as JSON, to a file or in a folder; None: beside the first GGUF. Raise `UserError` where it can't be written."

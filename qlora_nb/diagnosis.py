@@ -53,6 +53,31 @@ def find_zero_loss(seen: Evidence) -> Finding | None:
         "check the labels: each reply needs some that are not -100 (check_dataset shows them; train makes them from messages)",
     )
 
+# %% ../nbs/19_diagnose.ipynb #19j00002
+def find_absurd_loss(seen: Evidence) -> Finding | None:
+    "Look for a loss about as high as guessing has, or far above that of ordinary text."
+    good = [loss for loss in seen.losses if math.isfinite(loss)]
+    before, after = seen.of("before", "loss"), seen.of("after", "loss")
+    last = statistics.fmean(good[-max(1, min(len(good) // 5, 20)) :]) if good else 0.0
+    worst = max(last, after or 0.0)
+    guess = math.log(seen.summary.get("vocab_size") or 262_144)  # the largest vocabulary in use
+    text = seen.of("before", "base_perplexity")
+    ordinary = math.log(text) if text and text > 1 and str(seen.of("before", "base_text")).startswith("general") else None
+    if worst < 0.95 * guess and not (ordinary is not None and worst > ordinary + 4) and worst < 9:
+        return None
+    where = f"{last:.3g} at the end of training" + (f", {after:.3g} on the held-out rows" if after is not None else "")
+    than = f"a model that only guesses among its tokens has {guess:.3g}" if worst >= 0.8 * guess or ordinary is None else f"ordinary text has {ordinary:.2g} with this base"
+    if before is not None and before < 0.7 * worst:
+        why = f"it was {before:.3g} before training, so the training broke it (learning rate {seen.config['learning_rate']:g})"
+        fix = f"lower the learning rate to a tenth ({seen.config['learning_rate'] / 10:.2g}), and start again from the base: this adapter is of no use"
+    elif before is not None:
+        why = f"it was {before:.3g} before training already, so the base doesn't understand the rows"
+        fix = "make sure that weights, tokenizer and chat template are of one model (chat with the base: does it answer?), that its dtype is one it was made for, and look at a row as it is trained (encode)"
+    else:
+        why = "no held-out rows were answered, so whether it was so before training is unknown"
+        fix = "chat with the base: if it answers, lower the learning rate to a tenth; if not, its weights, tokenizer and chat template don't belong together"
+    return Finding("absurd_loss", "error", f"the loss is absurd: {where}, and {than}; {why}", fix)
+
 # %% ../nbs/19_diagnose.ipynb #4e095632
 def find_divergence(seen: Evidence) -> Finding | None:
     "Look for a loss that ends well above its lowest fifth, or above its start by more than the noise of its steps."
@@ -132,23 +157,63 @@ def find_no_gain(seen: Evidence) -> Finding | None:
         what = f"{new:.0%} of the held-out answers are right, {old:.0%} were before"
     else:
         what = f"the held-out loss is {after:.3g}, and was {before:.3g} before training"
+        if after > 1.05 * before:
+            return Finding(
+                "heldout_rose", "error" if after > 1.5 * before else "warning", f"training made it worse: {what}",
+                "make sure that the held-out rows are of the same kind as the training rows; lower the learning rate to a third, use fewer epochs (early_stopping keeps the best step)",
+            )
     return Finding(
         "no_gain", "warning", f"training improved nothing: {what}",
         "lower the learning rate, give more or cleaner rows, and make sure that the held-out rows resemble the training rows; "
         "then raise the rank r",
     )
 
+# %% ../nbs/19_diagnose.ipynb #19j00008
+def find_late_rise(seen: Evidence) -> Finding | None:
+    "Look for a held-out loss that was lower at an earlier step than at the one whose adapter was kept."
+    if len(seen.held_out) < 2:
+        return None
+    (best, least), (last, now) = min(seen.held_out, key=lambda one: one[1]), seen.held_out[-1]
+    kept = seen.summary.get("adapter_step") or last
+    if kept <= best or now < 1.02 * least:
+        return None
+    return Finding(
+        "rose_after_best", "warning", f"the held-out loss was lowest at step {best} ({least:.3g}) and {now:.3g} at step {last}: later steps memorised the training rows",
+        "keep the best step's adapter (early_stopping=3, or load_best_model_at_end=True), or train for fewer steps",
+    )
+
+# %% ../nbs/19_diagnose.ipynb #19j00005
+def find_odd_replies(seen: Evidence) -> list[Finding]:
+    "Look for replies that are empty or all the same, and for a score that is the same for all rows, before and after."
+    rows = {stage: [row for row in seen.replies if row.get("stage") == stage] for stage in ("before", "after")}
+    texts = [str(row.get("reply") or "").strip() for row in rows["after"]]
+    expected = {str(row.get("expected") or "").strip() for row in rows["after"]}
+    found, empty = [], sum(not text for text in texts)
+    if empty > len(texts) / 2:
+        found.append(Finding("empty_replies", "error", f"{empty} of {len(texts)} replies are empty: the model ends its turn at once",
+                             "look at the training rows' replies (empty ones teach this), and at the end of the prompt that the template writes"))
+    elif len(texts) >= 5 and len(set(texts)) == 1 and len(expected) > 1:
+        found.append(Finding("same_replies", "warning", f"all {len(texts)} replies are the same ({texts[0][:60]!r}), and {len(expected)} different ones were expected",
+                             "lower the learning rate or train for longer; make sure that one reply doesn't fill most of the training rows"))
+    for name, what in (("exact", "right"), ("score", "scored 1")):
+        scores = {stage: [row[name] for row in rows[stage] if row.get(name) is not None] for stage in rows}
+        if len(scores["after"]) >= 10 and scores["before"] and set(scores["before"]) == set(scores["after"]) and set(scores["after"]) in ({False}, {True}):
+            found.append(Finding("score_constant", "info", f"{'none' if False in scores['after'] else 'all'} of {len(scores['after'])} replies are {what}, before and after: the scorer tells nothing",
+                                 "read some replies beside the expected ones; choose another scorer (scorer=), or look at the held-out loss alone"))
+    return found
+
 # %% ../nbs/19_diagnose.ipynb #a35777b9
 def find_forgetting(seen: Evidence) -> Finding | None:
     "Look for a perplexity on the base's own task that rose by half or more."
     before = seen.of("before", "base_perplexity")
     after = seen.of("after", "base_perplexity")
-    if before is None or after is None or after < 1.5 * before:
+    text = seen.of("before", "base_text") or "the base's own task"
+    if before is None or after is None or after < (1.2 if text.startswith("general") else 1.5) * before:
         return None
     return Finding(
         "forgetting", "warning" if after > 10 * before else "info",
-        f"the base's own task is predicted worse: perplexity {after:.4g}, up from {before:.4g}",
-        "lower the learning rate or train fewer steps; mix in rows of the base's own task. The base itself is unchanged: "
+        f"{text} is predicted worse: perplexity {after:.4g}, up from {before:.4g}",
+        "lower the learning rate or train fewer steps; mix in rows of what the base should keep. The base itself is unchanged: "
         "with the adapter switched off it answers as before",
     )
 
@@ -168,6 +233,12 @@ def find_endless_replies(seen: Evidence) -> Finding | None:
             f"{1 - stops:.0%} of the replies were cut off, and the expected ones are longer than max_new_tokens={limit}, too: "
             "only the start of each reply was judged",
             f"raise max_new_tokens to at least {max(expected)}",
+        )
+    if stops < 0.5 and (earlier := seen.of("before", "stops")) is not None and earlier < 0.5:
+        return Finding(
+            "never_stops", "error", f"{1 - stops:.0%} of the replies don't end by themselves within {limit} tokens, and {1 - earlier:.0%} didn't before training",
+            "raise max_new_tokens if the replies are long; else look at the template's end of turn: it must be a token that the model knows as an end (a base model without a chat "
+            "template of its own has none), and the last label of each row",
         )
     return Finding(
         "never_stops", "error" if stops < 0.5 else "warning",
@@ -277,7 +348,7 @@ def find_early_end(seen: Evidence) -> Finding | None:
 
 # %% ../nbs/19_diagnose.ipynb #19a00025
 DIAGNOSIS_RULES = (
-    find_nan, find_zero_loss, find_divergence, find_flat_loss, find_overfitting, find_no_gain, find_endless_replies,
+    find_nan, find_zero_loss, find_divergence, find_absurd_loss, find_flat_loss, find_overfitting, find_no_gain, find_late_rise, find_endless_replies, find_odd_replies,
     find_gradient_trouble, find_lost_rows, find_slow_steps, find_memory_trouble, find_forgetting, find_falling_loss, find_early_end,
 )
 

@@ -11,8 +11,9 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import Finding, Findings, check_fields
-from .run import RunFolder
+from .core import EMBEDDED_NAME, Finding, Findings, UserError, check_fields, read_objects
+from .rows import data_fingerprint, load_sft_dataset
+from .run import DATA_FROM_PYTHON, RunFolder
 
 # %% ../nbs/92_evidence.ipynb #f4237bcb
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Evidence:
         "Gradient norms of the steps that logged one."
         return [float(row["grad_norm"]) for row in self.metrics if row.get("grad_norm") is not None]
 
+    @property
+    def held_out(self) -> list[tuple[int, float]]:
+        "Step and held-out loss, where it was measured while the run trained."
+        return [(row["step"], float(row["eval_loss"])) for row in self.metrics if row.get("eval_loss") is not None]
+
     def of(self, when: str, name: str) -> float | None:
         "Return a figure of the evaluation `before` or `after`; None where it was not measured."
         return (self.summary.get(when) or {}).get(name)
@@ -53,13 +59,54 @@ def read_evidence(run) -> Evidence:
         folder.path, folder.config, folder.metrics, folder.summary or {}, folder.replies, folder.stopped or {}
     )
 
+# %% ../nbs/92_evidence.ipynb #92j00002
+def find_held_out(
+    place,  # a run, its folder or its adapter's; None or a model for none
+) -> list[dict] | None:
+    "Return the rows that a run kept in `heldout.jsonl`; None where there is no such file. Raise `UserError` where it was changed."
+    place = getattr(place, "path", place)
+    folder = RunFolder.around(place) if isinstance(place, (str, Path)) else None
+    if folder is None or not (file := folder.path / "heldout.jsonl").exists():
+        return None
+    rows = read_objects(file)
+    for number, row in enumerate(rows, 1):
+        check_fields(f"{file}, line {number}", row, ("messages",), messages=list)
+    wanted = (folder.config.get("fingerprints") or {}).get("eval_data")
+    if not rows or (wanted and data_fingerprint(rows) != wanted):
+        raise UserError(f"{file} is not what the run held out (config.yaml has another fingerprint): restore the file, or delete it and name the rows with data=")
+    return rows
+
+
+def read_held_out(
+    place,  # a run, its folder or its adapter's; None for none
+    limit: int | None = None,  # rows at most
+    model: str | None = None,  # the base's name, where there is no run
+) -> list[dict]:
+    "Return a run's own held-out rows; the embedded ones for a run on the embedded data, and for the embedded model without a run. Raise `UserError`."
+    if rows := find_held_out(place):
+        return rows[:limit]
+    place = getattr(place, "path", place)
+    folder = RunFolder.around(place) if place is not None else None
+    config = folder.config if folder else {"model": model}
+    rows = load_sft_dataset(split="heldout", system=config.get("add_system")).select_columns(["messages"])
+    if folder and config.get("data") == DATA_FROM_PYTHON:  # by an older version
+        wanted = (config.get("fingerprints") or {}).get("eval_data")
+        own = wanted == data_fingerprint(rows.select(range(min(len(rows), config.get("eval_rows") or len(rows)))))
+    else:
+        own = config.get("data") is None and config.get("model") == EMBEDDED_NAME
+    if own:
+        return list(rows)[:limit]
+    if folder:
+        raise UserError(f"the run {folder.path} kept no held-out rows (eval_rows was 0, or an older version trained it): name the rows with data=")
+    raise UserError("no held-out rows were given: name them with data=, rows that the model was not trained on")
+
 # %% ../nbs/92_evidence.ipynb #39c6d0af
 def plot_loss(
     metrics: list[dict],  # rows of metrics.jsonl
     ax=None,  # a matplotlib Axes; None makes one
     window: int = 10,  # steps in the running mean
 ):
-    "Plot the loss by step and its running mean; return the Axes."
+    "Plot the loss by step, its running mean, and the held-out loss where it was measured; return the Axes."
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
@@ -68,6 +115,8 @@ def plot_loss(
     ax.plot(steps, losses, color="#9ecae1", lw=1, marker="o" if len(steps) == 1 else None, label="each step")
     means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
     ax.plot(steps, means, color="#08519c", lw=2, label=f"mean of {window} steps")
+    if held := [(row["step"], row["eval_loss"]) for row in metrics if row.get("eval_loss") is not None]:
+        ax.plot(*zip(*held), color="#d95f0e", lw=1.5, marker="o", ms=3.5, label="held-out rows")
     ax.set(xlabel="optimizer step", ylabel="loss (nats per labelled token)", ylim=(0, None))
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
@@ -94,20 +143,26 @@ class Diagnosis(Findings):
         seen = self.evidence
         rows = [row for row in seen.metrics if row.get("loss") is not None and math.isfinite(row["loss"])]
         ax = plot_loss(rows, ax)
-        ends = (0, seen.of("before", "loss")), (len(seen.metrics), seen.of("after", "loss"))
+        ends = [(0, seen.of("before", "loss")), (len(seen.metrics), seen.of("after", "loss"))]
+        if seen.held_out:  # the plot has these, with their label
+            ends = ends[:1]
         if points := [point for point in ends if point[1] is not None]:
-            ax.plot(*zip(*points), "o", color="#d95f0e", label="held-out rows")
+            ax.plot(*zip(*points), "o", color="#d95f0e", label=None if seen.held_out else "held-out rows")
             ax.legend(frameon=False)
         return ax
 
 # %% ../nbs/92_evidence.ipynb #5f1d0b02
 EXPLAINED_CODES = {  # a finding → the ones that it explains
     "nan_loss": {"no_gradient", "gradients_cut", "gradient_spikes", "diverging", "flat", "unfinished", "still_falling"},
-    "zero_loss": {"no_gradient", "flat", "no_gain", "unfinished"},
-    "diverging": {"flat", "never_stops", "no_gain", "gradients_cut", "gradient_spikes", "forgetting", "overfitting", "still_falling"},
-    "flat": {"no_gain"},
-    "no_gradient": {"flat", "no_gain"},
+    "zero_loss": {"no_gradient", "flat", "no_gain", "heldout_rose", "unfinished"},
+    "diverging": {"flat", "never_stops", "no_gain", "gradients_cut", "gradient_spikes", "forgetting", "overfitting", "still_falling",
+                  "absurd_loss", "heldout_rose", "empty_replies", "same_replies", "score_constant"},
+    "absurd_loss": {"flat", "never_stops", "no_gain", "heldout_rose", "gradients_cut", "gradient_spikes", "forgetting", "overfitting", "still_falling",
+                    "empty_replies", "same_replies", "score_constant"},
+    "flat": {"no_gain", "score_constant"},
+    "no_gradient": {"flat", "no_gain", "score_constant"},
     "never_stops": {"overfitting"},
+    "rose_after_best": {"overfitting", "still_falling"},
     "limit_too_short": {"no_gain"},
     "out_of_memory": {"unfinished"},
 }

@@ -9,7 +9,7 @@ __all__ = ['Reply', 'generate_replies', 'chat']
 import contextlib
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from .adapter import model_info
 from .chat_templates import stop_tokens
 from .core import UserError, unwrap_base
+from .decoding import decode_batch, decoding_refusal, fast_layers, fitting_rows, left_pad
 from .loading import keep_4bit_layers
 from .template import prompt_ids
 
@@ -78,14 +79,6 @@ def generation_mode(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         for module, value in saved:
             module.gradient_checkpointing = value
 
-# %% ../nbs/13_generate.ipynb #568ea01c-7
-def left_pad(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:  # both (rows, longest), int64
-    "Return rows of token ids as one rectangle, padded on the left, and its attention mask."
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
-
 # %% ../nbs/13_generate.ipynb #568ea01c-8
 def make_batches(lengths: list[int], batch_size: int, max_new_tokens: int, context: int | None = None) -> list[list[int]]:
     "Group prompts of these lengths that are answered together: similar lengths, and those near the end of the context alone."
@@ -94,11 +87,22 @@ def make_batches(lengths: list[int], batch_size: int, max_new_tokens: int, conte
     roomy = order[len(tight) :]
     return [[i] for i in tight] + [roomy[i : i + batch_size] for i in range(0, len(roomy), batch_size)]
 
+# %% ../nbs/13_generate.ipynb #568ea01c-5b
+def input_device(model: torch.nn.Module) -> torch.device:
+    "Return the device that token ids have to be on."
+    return model.get_input_embeddings().weight.device
+
 # %% ../nbs/13_generate.ipynb #568ea01c-9
 def default_batch_size(model: torch.nn.Module) -> int:
-    "Rows that are answered together by default: 50 below 0.1 billion stored parameters, 16 below 4 billion, else 8."
+    "Rows that go through a model together by default: 50 below 0.1 billion stored parameters, 16 below 4 billion, else 8."
     stored = sum(p.numel() for p in model.parameters())
     return 50 if stored < 1e8 else 16 if stored < 4e9 else 8
+
+
+def _default_rows(model, longest: int, limit: int) -> int:
+    "Rows that are answered together by default: on a GPU what fits, where `decode_batch` knows the model."
+    known = input_device(model).type == "cuda" and not _unsloth_for(model) and decoding_refusal(model) is None
+    return fitting_rows(model, longest, limit) if known else default_batch_size(model)
 
 # %% ../nbs/13_generate.ipynb #568ea01c-10
 @dataclass
@@ -125,20 +129,35 @@ def _check_settings(max_new_tokens: int, temperature: float, do_sample: bool) ->
     if do_sample and not (temperature > 0 and math.isfinite(temperature)):
         raise UserError(f"temperature is {temperature}: give a number above 0, or do_sample=False for greedy decoding")
 
-# %% ../nbs/13_generate.ipynb #568ea01c-5b
-def input_device(model: torch.nn.Module) -> torch.device:
-    "Return the device that token ids have to be on."
-    return model.get_input_embeddings().weight.device
-
 # %% ../nbs/13_generate.ipynb #568ea01c-12
-def _generate(model, rows: list[list[int]], limit: int, stops: list[int], pad: int, sampling: dict) -> list[list[int]]:
-    "New token ids for one batch of prompts."
+def _generate(model, rows: list[list[int]], limit: int, stops: list[int], pad: int, temperature: float | None = None, progress=None) -> list[list[int]]:
+    "New token ids for one batch of prompts, by transformers' own `generate`."
     ids, mask = (tensor.to(input_device(model)) for tensor in left_pad(rows, pad))
+    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+    def count(found, scores, **kwargs):  # a stopping criterion that never stops
+        if progress:
+            progress(found.shape[1] - ids.shape[1])
+        return torch.zeros(len(found), dtype=torch.bool, device=found.device)
+
     out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=limit, eos_token_id=stops, pad_token_id=pad,
-        use_cache=True, **sampling,
-    )
+        input_ids=ids, attention_mask=mask, max_new_tokens=limit, eos_token_id=stops, pad_token_id=pad, use_cache=True, stopping_criteria=[count],
+        **sampling)
     return out[:, ids.shape[1] :].tolist()
+
+
+def _answer(model, rows: list[list[int]], *how) -> list[list[int]]:
+    "New token ids for one batch of prompts: by `decode_batch` where that knows the model. A batch that doesn't fit into a GPU's memory is halved."
+    known = not _unsloth_for(model) and decoding_refusal(model) is None
+    try:
+        return decode_batch(unwrap_base(model), rows, *how) if known else _generate(model, rows, *how)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = len(rows) // 2
+    print(f"answering {half} at a time: {len(rows)} don't fit into the GPU's memory", file=sys.stderr)
+    return [reply for part in (rows[:half], rows[half:]) for reply in _answer(model, part, *how)]
 
 # %% ../nbs/13_generate.ipynb #568ea01c-13
 def _prompts(conversations: list[list[dict]], tokenizer, context: int | None, tools: list | None = None, **how) -> list[list[int]]:
@@ -165,25 +184,31 @@ def generate_replies(
     template: str | None = None,  # another chat template than the tokenizer's
     template_kwargs: dict | None = None,  # its switches, such as {"enable_thinking": False}
     tools: list | None = None,  # for each conversation the tools it may call, as a list of schemas, or None
+    progress: Callable[[int, int], None] | None = None,  # called at each step: steps done, and steps there will be at most
 ) -> list[Reply]:
     "Answer many conversations, in their order. Sampling follows `torch.manual_seed`. Raise `UserError` for invalid settings and prompts."
     _check_settings(max_new_tokens, temperature, do_sample)
-    batch_size = default_batch_size(model) if batch_size is None else batch_size
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: give at least 1")
     context = getattr(model.config, "max_position_embeddings", None)
     how = {"template": template, "template_kwargs": template_kwargs}
     rows = _prompts(list(conversations), tokenizer, context, tools, **how)
     stops = stop_tokens(tokenizer, model, **how)
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {"do_sample": False}
     replies: list[Reply | None] = [None] * len(rows)
-    with generation_mode(model):
-        for batch in make_batches([len(row) for row in rows], batch_size, max_new_tokens, context):
-            longest = max(len(rows[i]) for i in batch)
-            limit = min(max_new_tokens, (context or longest + max_new_tokens) - longest)
-            for i, ids in zip(batch, _generate(model, [rows[i] for i in batch], limit, stops, pad, sampling)):
+    if batch_size is None:
+        batch_size = _default_rows(model, max(map(len, rows), default=1), max_new_tokens)
+    batches = make_batches([len(row) for row in rows], batch_size, max_new_tokens, context)
+    limits = [min(max_new_tokens, (context or math.inf) - max(len(rows[i]) for i in batch)) for batch in batches]
+    done, most = 0, sum(limits)
+    with generation_mode(model), fast_layers(model):
+        for batch, limit in zip(batches, limits):
+            step = progress and (lambda made, done=done, most=most: progress(done + made, most))
+            found = _answer(model, [rows[i] for i in batch], limit, stops, pad, temperature if do_sample else None, step)
+            for i, ids in zip(batch, found):
                 replies[i] = to_reply(ids, tokenizer, set(stops))
+            made = max(replies[i].tokens for i in batch)
+            done, most = done + made, most - limit + made
     return replies
 
 # %% ../nbs/13_generate.ipynb #568ea01c-15

@@ -22,7 +22,7 @@ import yaml
 import qlora_nb
 from .adapter import model_info
 from .adapter_files import find_adapter
-from .core import EMBEDDED_MODEL, EMBEDDED_NAME, UserError, read_json
+from .core import UserError, locate_model, read_json
 from .gguf_reader import describe_record, gguf_record, is_gguf
 from .gguf_tokens import Vocabulary
 from .loading import check_entries, check_shapes, load_tokenizer, model_path
@@ -124,7 +124,7 @@ def open_source(model, tokenizer, base: str | Path | None = None, load_in_4bit: 
             raise UserError("no tokenizer was given: pass the one that load_model returned")
         return ModelSource(model), tokenizer
     model = getattr(model, "path", model)  # a `Run` stands for its folder
-    path = EMBEDDED_MODEL if str(model) == EMBEDDED_NAME else Path(model).expanduser()
+    path = Path(locate_model(model)).expanduser()
     if is_gguf(path):
         check_no_base(path, base, load_in_4bit)
         return FolderSource(folder := model_path(path)), tokenizer or load_tokenizer(folder)

@@ -15,6 +15,7 @@ import signal
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,8 @@ def chat_server(
         restore()
         return _post(address + place, body, timeout)
 
+    ask.address = address
+
     try:
         with contextlib.suppress(OSError):  # one answer from its queue of tasks: closed before that runs, it never ends
             urllib.request.urlopen(f"{address}/slots", timeout=60).read()
@@ -168,6 +171,28 @@ def gguf_chat(
         raise UserError(f"there is no file {gguf}: name one that `qlora_nb export` wrote")
     with chat_server(gguf, context) as ask:
         yield reply
+
+# %% ../nbs/55_llama.ipynb #55a1talk-2
+def stream_chat(
+    ask,  # from `chat_server`
+    body: dict,  # as for its place /v1/chat/completions
+) -> Iterator[dict]:  # its events, in OpenAI's form
+    "Yield the parts of a reply as llama.cpp's server sends them. Closing the generator ends the reply. Raise `UserError` in the server's words."
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}, "reasoning_format": "none"}
+    request = urllib.request.Request(ask.address + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request) as answer:
+            for line in answer:
+                kind, _, text = line.decode("utf-8").strip().partition(": ")
+                if kind == "error":
+                    raise UserError(f"llama.cpp's server stopped ({text}): shorten the conversation")
+                if kind == "data" and text != "[DONE]":
+                    yield json.loads(text)
+    except urllib.error.HTTPError as error:
+        raise UserError(f"llama.cpp's server refuses ({error.read().decode('utf-8', 'replace')}): shorten the conversation, or check the chat template in the file") from error
+    except OSError as error:
+        raise UserError(f"llama.cpp's server doesn't answer ({error}): try again with less running on this machine") from error
 
 # %% ../nbs/55_llama.ipynb #55a1001e
 class LlamaFile:

@@ -22,13 +22,18 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from .core import UserError, quiet_environment
+from .core import UserError, locate_model, quiet_environment
 from .gguf_reader import gguf_folder, gguf_record, is_gguf, rank_merges, refuse_gguf_folder
 from .shapes import model_folder
 from .weights import TensorFolder, check_numbers, is_finite, model_file
+
+# %% ../nbs/81_loading.ipynb #81a1f001
+if TYPE_CHECKING:  # for editors and type checkers
+    from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/81_loading.ipynb #fca80c77-15
 def _first_line(error: BaseException) -> str:
@@ -66,6 +71,7 @@ def quiet_libraries(backend: str = "transformers") -> Iterator[None]:
 # %% ../nbs/81_loading.ipynb #fca80c77-7
 def model_path(model: str | Path) -> str:
     "Return the folder or Hub name behind `model`; for a GGUF the folder that it was converted into. Raise `UserError` for what isn't there or holds no model."
+    model = locate_model(model)
     if is_gguf(model):
         return str(gguf_folder(model))
     folder = model_folder(model)
@@ -460,10 +466,11 @@ def own_tokenizer(tokenizer, name: str, revision: str | None = None):
     return built
 
 # %% ../nbs/81_loading.ipynb #a11e0014
-def load_tokenizer(name: str | Path, revision: str | None = None):
+def load_tokenizer(name: str | Path, revision: str | None = None) -> "PreTrainedTokenizerBase":
     "The tokenizer of a model's or an adapter's folder, of a GGUF or a Hub model: with the ids of its tokenizer.json, tekken.json or tokenizer.model. Raise `UserError`."
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    name = locate_model(name)
     name = str(gguf_folder(name, weights=False) if is_gguf(name) else name)
     for file in ("tokenizer.json", "tokenizer_config.json", "tekken.json"):
         if (path := model_file(name, file, revision)) and not path.read_bytes().lstrip().startswith(b"{"):

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -44,6 +45,16 @@ from .run import RunFolder
 from .shapes import config_dict
 from .weights import model_file
 
+# %% ../nbs/10_model.ipynb #10a1f001
+if TYPE_CHECKING:  # for editors and type checkers; importing these takes seconds
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    Loader = TypeVar("Loader", bound=Callable)
+
 # %% ../nbs/10_model.ipynb #fca80c77-4
 def choose_dtype(
     dtype: str | torch.dtype | None = None,  # e.g. "bfloat16"; None chooses by hardware
@@ -61,7 +72,7 @@ def choose_dtype(
     return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
 
 # %% ../nbs/10_model.ipynb #fca80c77-5
-def nf4_config(dtype: torch.dtype):
+def nf4_config(dtype: torch.dtype) -> "BitsAndBytesConfig":
     "transformers' `BitsAndBytesConfig` for NF4 with double quantization, computing in `dtype`."
     from transformers import BitsAndBytesConfig
 
@@ -126,7 +137,7 @@ def _with_adapter(loaded: torch.nn.Module, tokenizer, adapter: str | Path) -> tu
     return loaded, adapter_tokenizer(adapter, tokenizer, loaded.get_input_embeddings().weight.shape[0])
 
 
-def _as_trained(load):
+def _as_trained(load: "Loader") -> "Loader":
     "Let `load_model` take the precision that its adapter was trained on where `load_in_4bit` isn't given. 16 bits, and a choice that contradicts the adapter, are reported on stderr."
     @functools.wraps(load)
     def choose(model=None, *, adapter=None, **settings):
@@ -163,7 +174,7 @@ def load_model(
     engine: bool | None = None,  # True trains by this package's own engine, False doesn't; None leaves it to `backend`
     adapter: str | Path | None = None,  # folder with an adapter to put on it: its own, a run's, one with checkpoints
     revision: str | None = None,  # commit or tag on the Hub
-) -> tuple:  # (model, tokenizer)
+) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
     "Load a base model (4-bit by default) and its tokenizer, with an adapter or without. Raise `UserError` where they can't be loaded."
     quiet_environment()
     if not isinstance(load_in_4bit, bool):
@@ -261,7 +272,7 @@ def add_lora(
     use_rslora: bool = False,  # scale by lora_alpha / sqrt(r)
     use_gradient_checkpointing: bool | str = "unsloth",  # "unsloth", True, False, or "selective" with the engine
     random_state: int = 3407,  # seed of A's initial values
-):  # -> PeftModel
+) -> "PeftModel":
     "Put trainable LoRA adapters on a frozen base. Raise `UserError` for invalid settings, and for a layer or model that can't take them."
     if hasattr(model, "peft_config"):
         raise UserError("this model has an adapter already: load the base again for a new one")
@@ -312,7 +323,7 @@ def open_run(
     dtype: str | torch.dtype | None = None,  # None: the run's; for an adapter alone by hardware
     backend: str = "auto",  # auto, unsloth or transformers
     max_seq_length: int | None = None,  # None: the run's; for an adapter alone the base's context, at most 2,048
-) -> tuple:  # (model, tokenizer)
+) -> "tuple[PeftModel, PreTrainedTokenizerBase]":
     """Return a model and its tokenizer as they were trained: base, adapter, chat template and added tokens.
 
     The base's precision and the evidence for it go to stderr. Raise `UserError` for a folder that holds no adapter, an unfinished run, or a GGUF that isn't the one of training.

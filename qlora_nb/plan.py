@@ -6,17 +6,35 @@
 __all__ = ['Choice', 'Plan', 'plan_training']
 
 # %% ../nbs/08_plan.ipynb #9b784372
+import html
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
 
 from .activations import checkpointing_kind, offloads_inputs
 from .cards import KNOWN_CARDS, Card, Rows, choose_length, estimate_pass_seconds, find_card, measure_row_lengths
-from .core import UserError
+from .core import ShownObject, UserError, escape_controls, fingerprint, render_html_table, write_aside
 from .lora import TARGET_MODULES
-from .memory import CHECKPOINTING_KINDS, MemoryEstimate, check_choice, check_whole_number, estimate_memory
-from .run import settings_of_part
+from qlora_nb.memory import (
+    CHECKPOINTING_KINDS,
+    MemoryEstimate,
+    check_choice,
+    check_whole_number,
+    draw_memory_bar,
+    estimate_generation,
+    estimate_memory,
+)
+from .run import check_setting, settings_of_part
 from .shapes import Shape, count_decoder_parameters, model_shape, projection_shapes
+
+# %% ../nbs/08_plan.ipynb #08a1f001
+if TYPE_CHECKING:  # for editors and type checkers
+    from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/08_plan.ipynb #fbb39284
 def _keep_rows(lengths: Sequence[int], seq_length: int) -> Rows:
@@ -27,8 +45,8 @@ def _keep_rows(lengths: Sequence[int], seq_length: int) -> Rows:
     return Rows(tuple(kept), seq_length, len(lengths) - len(kept))
 
 # %% ../nbs/08_plan.ipynb #8c7d66d4-4
-@dataclass(frozen=True)
-class Choice:
+@dataclass(frozen=True, repr=False)
+class Choice(ShownObject):
     "One way to train, the memory that it takes and how fast it should be."
 
     method: str
@@ -113,6 +131,7 @@ def _choices(shape: Shape, card: Card, rows: Rows, want: dict) -> list[Choice]:
 # %% ../nbs/08_plan.ipynb #0bf16851
 Q4_K_M_BITS = 4.85  # bits a weight in llama.cpp's Q4_K_M, about
 MEMORY_MARGIN = 0.06  # share of the card that is left free: the estimate may err
+ANSWER_BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # rows that are answered at once, the most first
 
 
 def format_gib(value: float) -> str:
@@ -146,9 +165,38 @@ def split_by_call(values: dict) -> dict[str, dict]:
     names = {"load_model": [*settings_of_part("model"), "max_seq_length"], "add_lora": settings_of_part("adapter"), "train": settings_of_part("trainer")}
     return {call: {name: value for name, value in values.items() if name in own} for call, own in names.items()}
 
+# %% ../nbs/08_plan.ipynb #08a00002
+def write_settings_file(
+    path: str | Path,
+    title: str,  # what it is, in a few words
+    values: Mapping[str, object],  # settings by name
+    reasons: Mapping[str, str],  # comments, by the setting that they stand above; "" is above all
+    given: Mapping[str, object],  # further settings, such as model and data; None where there is none
+) -> Path:
+    "Write settings as a YAML file with comments, atomically. Raise `UserError` for an unknown setting, and where the file holds anything else than was written here."
+    def comment(reason: str) -> list[str]:  # YAML ends a comment at more characters than a line's end
+        return textwrap.wrap(escape_controls(" ".join(reason.split())), 110, initial_indent="# ", subsequent_indent="# ")
+
+    given = {name: value for name, value in given.items() if value is not None}
+    lines = comment(reasons.get("", ""))
+    for name, value in {**given, **values, **given}.items():
+        value = check_setting(name, value)
+        lines += comment(reasons.get(name, ""))
+        plain = list(value) if isinstance(value, tuple) else value
+        style = None if isinstance(plain, (list, dict)) else False  # a list in one line
+        lines.append(yaml.safe_dump({name: plain}, default_flow_style=style, width=1000, allow_unicode=True).rstrip("\n"))
+    text, path = "\n".join(lines) + "\n", Path(path).expanduser()
+    if path.exists():
+        first, _, rest = path.read_text(encoding="utf-8", errors="replace").partition("\n") if path.is_file() else ("", "", "")
+        if not first.startswith("# qlora_nb ") or not first.endswith(f"[{fingerprint(rest)[:12]}]"):
+            raise UserError(f"{path} is there already, and isn't a settings file as it was written here: name another file, or remove it")
+    with write_aside(path) as part:
+        part.write_text(f"# qlora_nb {escape_controls(' '.join(title.split()))} [{fingerprint(text)[:12]}]\n{text}", encoding="utf-8")
+    return path
+
 # %% ../nbs/08_plan.ipynb #cd71c672
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(ShownObject):
     "The result of `plan_training`; as text, the choice, three alternatives that are too large and three that are slower."
 
     card: Card
@@ -197,24 +245,89 @@ class Plan:
     def to_dict(self) -> dict:
         "Return plain values, for JSON."
         own = {name: getattr(self, name) for name in ("fits", "budget", "advice", "merge_ram_bytes", "export_disk_bytes", "backend", "r")}
-        rows = {"rows": len(self.rows.lengths), "mean_length": self.rows.mean, "dropped": self.rows.dropped}
+        one, rows = self.answering, {"rows": len(self.rows.lengths), "mean_length": self.rows.mean, "dropped": self.rows.dropped}
         return {"card": self.card.name, "bytes": self.card.bytes, **own, **rows, "choice": self.choice and self.choice.to_dict(),
+                "answering": one and {"bytes": one.total_bytes, **{name: one.settings[name] for name in ("batch_size", "dense")}},
                 "settings": self.settings if self.fits else None, "rejected": [choice.to_dict() for choice in self.rejected]}
 
-    def __str__(self) -> str:
-        card, c, rows = self.card, self.choice, self.rows
-        lines = [f"{card.name}: {format_gib(card.bytes)} available, {format_gib(self.budget)} with the margin"]
-        lines += [f"take {c}, {c.optimizer}: {format_gib(c.estimate.total_bytes)}, about {c.tokens_per_second:,.0f} tokens/s" if c else self.why]
-        if not card.bf16:
-            lines += ["computes in fp16: this card has no bf16"]
-        if rows.lengths:
-            lines += [f"rows: {len(rows.lengths):,} of mean {rows.mean:,.0f} tokens; {rows.dropped:,} are longer than {rows.seq_length:,}"]
-        for large in (True, False):
-            lines += [f"not {x}: {x.reason}" for x in self.rejected if self._too_large(x) == large][:3]
+    @property
+    def answering(self) -> MemoryEstimate | None:
+        "Memory to answer held-out rows: up to 16 at once, with a dense copy of 4-bit weights where that fits; None where nothing fits."
+        if not self.fits:
+            return None
+        prompt, asked = min(self.rows.longest, self.shape.context - 1), self.choice.estimate.settings
+        how = {name: asked[name] for name in ("r", "target_modules", "hopper")}
+        how |= {"prompt_length": prompt, "max_new_tokens": min(512, self.shape.context - prompt), "card": self.card.total or self.card.bytes}
+        ways = [(size, dense) for size in ANSWER_BATCHES for dense in ((True, False) if self.choice.method == "qlora" else (False,))]
+        found = [estimate_generation(self.shape, self.choice.method, batch_size=size, dense=dense, **how) for size, dense in ways]
+        return next((one for one in found if one.total_bytes <= self.budget), found[-1])
+
+    @property
+    def _alternatives(self) -> list[Choice]:
+        return [x for large in (True, False) for x in [x for x in self.rejected if self._too_large(x) == large][:3]]
+
+    @property
+    def _taken(self) -> str:
+        c = self.choice
+        return f"take {c}, {c.optimizer}: {format_gib(c.estimate.total_bytes)}, about {c.tokens_per_second:,.0f} tokens/s" if c else self.why
+
+    @property
+    def _notes(self) -> list[str]:
+        "What the other steps take."
+        c, found = self.choice, []
         if c and c.offload_ram_bytes > 1e9:
-            lines += [f"meanwhile: {c.offload_ram_bytes / 1e9:.1f} GB of main memory for the layers' inputs"]
-        lines += [f"later: {self.merge_ram_bytes / 1e9:.1f} GB of main memory to merge, {self.export_disk_bytes / 1e9:.1f} GB of disk to export"]
-        return "\n".join(lines)
+            found += [f"meanwhile: {c.offload_ram_bytes / 1e9:.1f} GB of main memory for the layers' inputs"]
+        if one := self.answering:
+            copy = "" if c.method != "qlora" else ", with a dense copy" if one.settings["dense"] else ", without a dense copy"
+            over = "" if one.total_bytes <= self.budget else "; too much: take shorter rows or fewer new tokens"
+            found += [f"answering: {format_gib(one.total_bytes)} for {one.settings['batch_size']} prompts at once{copy}{over}"]
+        return [*found, f"later: {self.merge_ram_bytes / 1e9:.1f} GB of main memory to merge, {self.export_disk_bytes / 1e9:.1f} GB of disk to export"]
+
+    @property
+    def _facts(self) -> list[str]:
+        "What is known of the card and the rows."
+        found = [] if self.card.bf16 else ["computes in fp16: this card has no bf16"]
+        if self.rows.lengths:
+            found += [f"rows: {len(self.rows.lengths):,} of mean {self.rows.mean:,.0f} tokens; {self.rows.dropped:,} are longer than {self.rows.seq_length:,}"]
+        return found
+
+    def short_text(self) -> str:
+        return f"{self.card.name}, " + (f"{self.choice}, {format_gib(self.choice.estimate.total_bytes)}" if self.fits else "nothing fits")
+
+    def __str__(self) -> str:
+        lines = [f"{self.card.name}: {format_gib(self.card.bytes)} available, {format_gib(self.budget)} with the margin", self._taken, *self._facts]
+        return "\n".join([*lines, *(f"not {x}: {x.reason}" for x in self._alternatives), *self._notes])
+
+    def _repr_html_(self) -> str:
+        title, *lines = [html.escape(line) for line in (f"{self.card.name}: {self._taken}", *([self.why] if self.fits else []), *self._facts)]
+        parts = [f"<p><b>{title}</b></p>", *(f"<p>{line}</p>" for line in lines)]
+        if self.fits:
+            parts += [draw_memory_bar(self.choice.estimate.by_component, {self.card.name: self.card.bytes, "": self.budget})]
+            rows = [(call, name, value) for call, own in self.settings.items() for name, value in own.items()]
+            parts += [render_html_table(("call", "setting", "value"), rows, left=True)]
+        others = [(x, format_gib(x.estimate.total_bytes), f"{x.tokens_per_second:,.0f}", x.reason) for x in self._alternatives]
+        parts += [render_html_table(("not taken", "memory", "tokens/s", "why"), others, left=True)] if others else []
+        return "".join([*parts, *(f"<p>{html.escape(line)}</p>" for line in self._notes)])
+
+    def to_config(
+        self,
+        path: str | Path,  # of a YAML file
+        **settings,  # further ones to write, such as model and data
+    ) -> Path:
+        "Write the settings as a file that `qlora_nb train --config` and `train(plan=…)` take. Raise `UserError` where nothing fits, and as for a file that is there."
+        values = {name: value for own in self.settings.values() for name, value in own.items()}
+        c = self.choice
+        reasons = {
+            "": f"{self._taken}; {self.why}",
+            "load_in_4bit": "the base in NF4" if c.method == "qlora" else "the base in 16 bits: it fits, and nothing has to be unpacked",
+            "max_seq_length": f"tokens; {self.rows.dropped:,} of {len(self.rows.lengths) + self.rows.dropped:,} rows are longer" if self.rows.lengths else "tokens; rows this long were supposed",
+            "backend": "what memory and speed were computed for", "lora_alpha": "equal to r, so that the update is scaled by 1",
+            "use_gradient_checkpointing": "what the backward pass needs is computed again, to save memory" if c.gradient_checkpointing else "off: what the backward pass needs fits",
+            "per_device_train_batch_size": f"{c.batch} x {c.accumulation}: {c.batch * c.accumulation} rows make a step",
+            "packing": "several rows share a sequence" if c.packing else "each row is a sequence of its own",
+            "optim": "its states are in the estimate",
+        }
+        return write_settings_file(path, f"plan for {self.card.name}", values, reasons, settings)
 
 # %% ../nbs/08_plan.ipynb #092a7ce2
 def _check_wishes(shape: Shape, want: dict) -> None:
@@ -256,11 +369,11 @@ def _remedies(shape: Shape, card: Card, rows: Rows, want: dict, choices: list[Ch
 
 # %% ../nbs/08_plan.ipynb #ef3910fc
 def plan_training(
-    model,  # as in `estimate_memory`
-    device,  # a card's name, a size such as "24 GB", bytes, a `Card`, or "cuda"
-    data=None,  # rows of `messages`, or their lengths in tokens; None supposes full rows
+    model: object,  # as in `estimate_memory`
+    device: str | float | Card,  # a card's name, a size such as "24 GB", bytes, a `Card`, or "cuda"
+    data: Iterable | None = None,  # rows of `messages`, or their lengths in tokens; None supposes full rows
     *,
-    tokenizer=None,  # to count the tokens of messages
+    tokenizer: "PreTrainedTokenizerBase | None" = None,  # to count the tokens of messages
     template_kwargs: dict | None = None,  # the chat template's switches, for the same
     effective_batch: int = 8,  # rows that make one step
     max_seq_length: int | None = None,  # longest row in tokens; None keeps 99 % of the data's rows, or is 2,048

@@ -61,8 +61,11 @@ class DatasetReport(Findings):
         return [row for row in range(self.summary["rows"]) if not any(row in rows for rows in sets)]
 
     def to_dict(self) -> dict:
-        "Return plain values, for JSON. A finding names its first five rows; the lists are complete."
-        return {**super().to_dict(), **{name: [*self.sets[name]] for name in self.lists}}
+        "Return plain values, for JSON, with the numbers of all rows that have a fault. A finding about the whole set names five of them."
+        found = super().to_dict()
+        for plain, finding in zip(found["findings"], self.findings):
+            plain["rows"] = [*finding.rows] if finding.every is None else [*finding.every]
+        return {**found, **{name: [*self.sets[name]] for name in self.lists}}
 
     def raise_for_errors(self) -> None:
         "Raise `UserError` with the errors in one sentence; do nothing where there are none."

@@ -9,7 +9,7 @@ __all__ = []
 import contextlib
 import shutil
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -34,13 +34,26 @@ from qlora_nb.row_statistics import (
     encode_conversations,
     find_unusable_rows,
     question_hash,
+    row_identity,
 )
 from .rows import data_fingerprint, load_sft_dataset
-from .run import RUN_FORMAT, RunFolder, Settings, check_setting, profile_for, resolve_settings, settings_of_part
 from .safeguards import clear_stop, last_checkpoint
 from .shapes import list_architectures, model_folder, model_shape
 from .template import template_fingerprint
-from .trainer import check_choices, check_packing, print_to_stderr
+from .trainer import check_choices, check_packing, check_reporting, print_to_stderr
+
+# %% ../nbs/77_preparation.ipynb #77a0ee01
+from qlora_nb.run import (
+    DATA_FROM_PYTHON,
+    RUN_FORMAT,
+    RunFolder,
+    Settings,
+    check_setting,
+    profile_for,
+    record_setting,
+    resolve_settings,
+    settings_of_part,
+)
 
 # %% ../nbs/77_preparation.ipynb #96a31b6b-29
 def check_trainable(model) -> None:
@@ -94,12 +107,27 @@ def find_starting_adapter(model, config: Mapping | None, folder: RunFolder | Non
     return {"started_from": found, "started_from_adapter": place} if found else {}
 
 # %% ../nbs/77_preparation.ipynb #96a31b6b-30
+def check_evaluations(settings: Settings, held_out: bool = True) -> None:  # `held_out`: whether there are rows to evaluate
+    "Raise `UserError` for settings of evaluations without evaluations, and for evaluations without rows."
+    if not settings.eval_steps:
+        for name in ("early_stopping", "load_best_model_at_end", "sample_prompts"):
+            if getattr(settings, name):
+                raise UserError(f"{name} is {getattr(settings, name)!r}, but nothing is evaluated while it trains: give eval_steps=, the steps between two evaluations")
+    elif not held_out:
+        why = "eval_rows is 0" if not settings.eval_rows else "the data has too few different questions to hold some out"
+        raise UserError(f"eval_steps is {settings.eval_steps}, but no rows are held out ({why}): give eval_data=, or {'eval_rows=' if not settings.eval_rows else 'more rows'}")
+
+
 def check_run_settings(model, settings: Settings) -> None:
     "Raise `UserError` for settings that don't suit the model or the libraries."
     info = model_info(model)
     if settings.max_seq_length > info["max_seq_length"]:
         raise UserError(f"max_seq_length is {settings.max_seq_length}, but the model was loaded for {info['max_seq_length']}: load it for more")
     check_choices(settings)
+    check_reporting(settings.report_to)
+    check_evaluations(settings)
+    if settings.base_data == DATA_FROM_PYTHON:
+        raise UserError("base_data was rows given in Python, which the configuration can't hold: give them again as base_data=")
     check_packing(settings, info["backend"], engine_of(model))
 
 # %% ../nbs/77_preparation.ipynb #77a00070
@@ -217,31 +245,69 @@ def prepare_rows(data, tokenizer, settings: Settings, eval_data: object, check: 
     return TrainingRows(found.report, found.rows, found.dropped, len(data), numbers=found.numbers, left_out=found.left_out, faulty=found.faulty)
 
 # %% ../nbs/77_preparation.ipynb #96a31b6b-20
+def find_distinct_rows(data, numbers: Iterable[int], limit: int | None = None) -> tuple[list[int], int]:
+    "Return the first `limit` of these rows that differ in more than case, spacing and punctuation, and how many repetitions were passed over."
+    seen, found, repeated = set(), [], 0
+    for number in numbers:
+        if len(found) == limit:
+            break
+        row = data[number]
+        turns = [{**turn, "content": text if isinstance(text := turn.get("content"), str) else repr(text)} for turn in row["messages"] or ()]
+        form = row_identity(turns, row.get("tools"))[1]
+        repeated += form in seen
+        found += [] if form in seen else [number]
+        seen.add(form)
+    return found, repeated
+
+
 def choose_held_out(data, rows: int, seed: int) -> list[int]:
-    "Return the numbers of about `rows` rows, whole questions, chosen by `seed` (at most a fifth of all); none if that would take most rows."
+    "Return the numbers of about `rows` different rows (at most a fifth of all) and their repetitions, whole questions, chosen by `seed`; none if that would take most rows."
     rows = min(rows, len(data) // 5)
     asked = [question_hash(messages) for messages in data["messages"]] if rows else []
-    count = Counter(asked)
+    places = defaultdict(list)
+    for i, question in enumerate(asked):
+        places[question].append(i)
     chosen = set()
     held = 0
     for i in torch.randperm(len(asked), generator=torch.Generator().manual_seed(seed)).tolist():
-        if held < rows and asked[i] not in chosen and count[asked[i]] <= max(rows - held, 1):
-            chosen.add(asked[i])
-            held += count[asked[i]]
+        if held < rows and (question := asked[i]) not in chosen:
+            same = places[question]
+            count = len(find_distinct_rows(data, same)[0]) if len(same) > 1 else 1
+            if count <= max(rows - held, 1):
+                chosen.add(question)
+                held += count
     inside = [i for i, question in enumerate(asked) if question in chosen]
     return inside if len(inside) <= len(data) // 2 else []
 
 # %% ../nbs/77_preparation.ipynb #77a00075
 def hold_out_rows(data, eval_data, settings: Settings, rows: TrainingRows):
-    "Return the data to train on, the rows held out (or None), and the encoded rows without these."
+    "Return the data to train on, the rows held out (or None), and the encoded rows without these. What is passed over or missing is reported on stderr."
     if eval_data is not None:
-        return data, eval_data.select(range(min(settings.eval_rows, len(eval_data)))) if settings.eval_rows else None, rows
-    out = set(rows.faulty)  # not those that are too long: what is held out is the same for every max_seq_length
-    sound = [i for i in range(len(data)) if i not in out]
-    held = [sound[i] for i in choose_held_out(data.select(sound) if out else data, settings.eval_rows, settings.seed)]
-    if not held:
-        return data, None, rows
-    return data.select(sorted(set(range(len(data))) - set(held))), data.select(held), rows.without(held)
+        held, repeated = find_distinct_rows(eval_data, range(len(eval_data)), settings.eval_rows)
+        found = data, eval_data.select(held) if held else None, rows
+    else:
+        out = set(rows.faulty)  # not those that are too long: what is held out is the same for every max_seq_length
+        sound = [i for i in range(len(data)) if i not in out]
+        inside = [sound[i] for i in choose_held_out(data.select(sound) if out else data, settings.eval_rows, settings.seed)]
+        if not inside:
+            if settings.eval_rows:
+                print_to_stderr(f"no rows are held out, so nothing is compared before and after: {format_count(len(data))} with too few different questions; give eval_data")
+            return data, None, rows
+        held, repeated = find_distinct_rows(data, inside)
+        found = data.select(sorted(set(range(len(data))) - set(inside))), data.select(held), rows.without(inside)
+    if repeated:
+        print_to_stderr(f"{format_count(repeated)} held out repeated another one and {'was' if repeated == 1 else 'were'} left out: each is asked once")
+    return found
+
+
+def warn_of_leaks(data, held_out) -> int:
+    "Return how many rows to train on ask what a held-out row asks, and report them on stderr: unchecked data may have such rows."
+    held = {question_hash(messages) for messages in held_out["messages"]}
+    leaked = sum(question_hash(messages) in held for messages in data["messages"])
+    if leaked:
+        print_to_stderr(f"warning: {format_count(leaked)} to train on ask{'s' if leaked == 1 else ''} what a held-out row asks, so the held-out figures are too good: "
+                        "leave out check=False, and such rows with drop_invalid=True")
+    return leaked
 
 # %% ../nbs/77_preparation.ipynb #6c2af46f
 def find_traits(data, sample: int = 500) -> dict:
@@ -451,7 +517,8 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
         **{name: getattr(lora, name) for name in ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora")},
         "target_modules": lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules), **other_lora_settings(lora),
         "use_gradient_checkpointing": info.get("use_gradient_checkpointing", False),
-        "random_state": info.get("random_state", 3407), "system": find_common_system(data), **settings.of_part("trainer"),
+        "random_state": info.get("random_state", 3407), "system": find_common_system(data),
+        **{name: record_setting(name, value) for name, value in settings.of_part("trainer").items()},
         **({"gguf": info["gguf"]} if info.get("gguf") else {}),
         "fingerprints": {
             "data": data_fingerprint(data), "eval_data": data_fingerprint(eval_data) if eval_data is not None else None,
@@ -469,7 +536,7 @@ def read_run_to_resume(run: str | Path, arguments: Mapping) -> tuple[RunFolder, 
         raise UserError(f"the run {folder.path} is finished: export it with qlora_nb export {folder.path}, "
                         f"or start a new one with --config {folder.path / 'config.yaml'}")
     for name, value in arguments.items():
-        if name in config and check_setting(name, value) != config[name]:
+        if name in config and record_setting(name, check_setting(name, value)) != record_setting(name, config[name]):
             raise UserError(f"{name} is {value!r}, but the run was started with {config[name]!r}: leave it out to resume")
     return folder, config
 
@@ -535,9 +602,9 @@ def backend_on_card(shape, card) -> str:
     return "engine" if card.hopper and shape.family in list_architectures("engine") else "unsloth"
 
 # %% ../nbs/77_preparation.ipynb #96a31b6b-19
-def check_run_space(path: Path, trainable: int) -> None:
-    "Raise `UserError` where the disk can't hold the adapter and two checkpoints (weights and two averages each)."
-    need = 4 * trainable * (1 + 2 * 3) + 20_000_000
+def check_run_space(path: Path, trainable: int, checkpoints: int = 2) -> None:
+    "Raise `UserError` where the disk can't hold the adapter and these checkpoints (weights and two averages each)."
+    need = 4 * trainable * (1 + checkpoints * 3) + 20_000_000
     free = shutil.disk_usage(path).free
     if free < need:
         raise UserError(f"{path} has {free / 1e6:,.0f} MB free, and the run needs {need / 1e6:,.0f} MB: free some or name another --output")
@@ -555,7 +622,7 @@ class PreparedRun:
     plan: Plan | None = None
     checkpoint: Path | None = None  # to resume from
 
-# %% ../nbs/77_preparation.ipynb #77a00077
+# %% ../nbs/77_preparation.ipynb #77a0ee02
 def encode_and_hold_out(data, eval_data, tokenizer, settings: Settings, check: bool) -> tuple:  # (data to train on, held-out rows or None, encoded rows)
     "Encode all rows, and hold some out. Raise `UserError` for rows that can't be used."
     if len(data) == 0:
@@ -563,9 +630,13 @@ def encode_and_hold_out(data, eval_data, tokenizer, settings: Settings, check: b
     rows = prepare_rows(data, tokenizer, settings, eval_data, check)
     rows.raise_for_errors()
     data, held_out, rows = hold_out_rows(data, eval_data, settings, rows)
-    return data, check_held_out(held_out, tokenizer, settings), rows
+    held_out = check_held_out(held_out, tokenizer, settings)
+    check_evaluations(settings, held_out is not None)
+    if eval_data is not None and held_out is not None and not check:
+        warn_of_leaks(data, held_out)
+    return data, held_out, rows
 
-
+# %% ../nbs/77_preparation.ipynb #77a00077
 def prepare_run(model, tokenizer, data, eval_data: object, arguments: Mapping, config: Mapping | None, plan: object, resume: str | Path | None,
                 output: str | Path | None, check: bool, source: dict) -> PreparedRun:
     "Decide settings, folder, rows, plan and checkpoint of a run. Raise `UserError` for what can't be trained."
@@ -575,9 +646,9 @@ def prepare_run(model, tokenizer, data, eval_data: object, arguments: Mapping, c
     decide = partial(resolve_settings, arguments, config, profile=usual)
     settings = decide()
     check_run_settings(model, settings)
-    folder = folder or RunFolder.create(output, model_info(model)["model"].replace(EMBEDDED_NAME, "tiny-llama"))
+    folder = folder or RunFolder.create(output, model_info(model)["model"].replace(EMBEDDED_NAME, "tiny-llama").removeprefix("qlora_nb:"))
     with folder.removed_if_empty():
-        check_run_space(folder.path, count_parameters(model)["trainable"])
+        check_run_space(folder.path, count_parameters(model)["trainable"], max(settings.save_total_limit, 1 + bool(settings.eval_steps)))
         trained, held_out, rows = encode_and_hold_out(data, eval_data, tokenizer, settings, check)
         found = None
         if plan is not None:
@@ -591,7 +662,7 @@ def prepare_run(model, tokenizer, data, eval_data: object, arguments: Mapping, c
         checkpoint = None
         if resume:
             check_same_run(folder, config, new)
-            new.update({name: config[name] for name in ("data", "data_name", "columns", "limit", "eval_data", "plan") if name in config})
+            new.update({name: config[name] for name in ("data", "data_name", "columns", "limit", "eval_data", "plan", "callbacks") if name in config})
             checkpoint = last_checkpoint(folder)
         new.update(find_starting_adapter(model, config, folder if resume else None, checkpoint))
         if resume:

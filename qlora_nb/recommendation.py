@@ -7,14 +7,30 @@ __all__ = ['Advice', 'Recommendation', 'recommend']
 
 # %% ../nbs/05_recommend.ipynb #4686362f
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .cards import KNOWN_CARDS, Card, choose_length, find_card, measure_row_lengths
-from .core import UserError, render_html_table
+from .core import ShownObject, UserError, render_html_table
 from .lora import adapter_matrix_sizes
-from .plan import MEMORY_MARGIN, Rows, estimate_for_rows, format_gib, plan_training, split_by_call
+from qlora_nb.plan import (
+    MEMORY_MARGIN,
+    Rows,
+    estimate_for_rows,
+    format_gib,
+    plan_training,
+    split_by_call,
+    write_settings_file,
+)
 from .row_statistics import COUNTED_ROWS, count_data
+from .run import call_of_setting
 from .shapes import Shape, count_decoder_parameters, model_shape, projection_shapes
+
+# %% ../nbs/05_recommend.ipynb #05a1f001
+if TYPE_CHECKING:  # for editors and type checkers
+    from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/05_recommend.ipynb #077634b0
 ADVICE_SOURCES = {
@@ -174,8 +190,8 @@ def advise_targets(facts: AdviceFacts) -> Advice:
     return _advise("target_modules", tuple(projection_shapes(facts.shape)), reason, "qlora", "regret", "study")
 
 # %% ../nbs/05_recommend.ipynb #7372140b
-@dataclass(frozen=True)
-class Recommendation:
+@dataclass(frozen=True, repr=False)
+class Recommendation(ShownObject):
     "Settings with reasons."
 
     facts: AdviceFacts
@@ -208,11 +224,26 @@ class Recommendation:
         width = max(len(a.name) for a in self.advice)
         return "\n".join(f"{a.name:<{width}}  {_short(a.value):<12} {a.reason}\n{'':<{width}}  {'':<12} [{a.source}]" for a in self.advice)
 
-    __repr__ = __str__
+    def short_text(self) -> str:
+        return ", ".join(f"{a.name} {_short(a.value)}" for a in self.advice[:5]) + (f" and {len(self.advice) - 5} more" if len(self.advice) > 5 else "")
 
     def _repr_html_(self) -> str:
         rows = [(a.name, _short(a.value), a.reason, a.source) for a in self.advice]
-        return render_html_table(("setting", "value", "reason", "source"), rows)
+        return render_html_table(("setting", "value", "reason", "source"), rows, left=True)
+
+    def to_config(
+        self,
+        path: str | Path,  # of a YAML file
+        **settings,  # further ones to write, such as model and data
+    ) -> Path:
+        "Write the settings, each below its reason, as a file that `qlora_nb train --config` and `train(plan=…)` take. Raise `UserError` for full fine-tuning, and as for a file that is there."
+        if self.facts.method == "full":
+            raise UserError("method is 'full', which `train` doesn't do: choose lora or qlora, or follow benchmarks/study.py")
+        kept = {a.name: a for a in self.advice if call_of_setting(a.name)}
+        others = [f"{a.name} {_short(a.value)}: {a.reason}" for a in self.advice if a.name not in kept]
+        reasons = {"": "; ".join(others), "load_in_4bit": f"method {self.facts.method}", **{name: f"{a.reason} ({a.source})" for name, a in kept.items()}}
+        values = {"load_in_4bit": self.facts.method == "qlora", **{name: a.value for name, a in kept.items()}}
+        return write_settings_file(path, "recommendation", values, reasons, settings)
 
 
 def _short(value) -> str:
@@ -284,11 +315,11 @@ def advise_memory(facts: AdviceFacts, data, tokenizer, batch: int, template_kwar
 
 # %% ../nbs/05_recommend.ipynb #d2ede576
 def recommend(
-    model,  # a loaded model, its configuration, a folder, or a Hub name
-    data=None,  # rows of `messages`, or how many there are; None: nothing is known
-    device=None,  # "cpu", a card's name, a size such as "24 GB", or "cuda"; None is this machine
+    model: object,  # a loaded model, its configuration, a folder, or a Hub name
+    data: Iterable | int | None = None,  # rows of `messages`, or how many there are; None: nothing is known
+    device: str | float | Card | None = None,  # "cpu", a card's name, a size such as "24 GB", or "cuda"; None is this machine
     *,
-    tokenizer=None,  # to count learned tokens and the lengths of rows
+    tokenizer: "PreTrainedTokenizerBase | None" = None,  # to count learned tokens and the lengths of rows
     method: str = "qlora",  # lora, qlora or full
     template_kwargs: dict | None = None,  # the chat template's switches
 ) -> Recommendation:

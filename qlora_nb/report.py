@@ -18,10 +18,19 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from .core import Findings, UserError, escape_controls, is_number, read_json, write_aside
+from .core import Findings, ShownObject, UserError, escape_controls, is_number, read_json, write_aside
 from .diagnosis import diagnose
-from .evaluation import wilson_interval
+from qlora_nb.evaluation import (
+    FIGURE_TITLES,
+    Evaluation,
+    format_change,
+    format_figure,
+    measure_change,
+    title_figure,
+    wilson_interval,
+)
 from .evidence import plot_loss
+from .forgetting import loss_to_perplexity
 from .run import DATA_FROM_PYTHON, RunFolder
 
 # %% ../nbs/71_report.ipynb #b191d028
@@ -166,10 +175,28 @@ class RunFacts:
         before, after = ([row for row in self.replies if row["stage"] == stage] for stage in ("before", "after"))
         return [(a, b) for a, b in zip(before, after) if a.get("problem") == b.get("problem")]
 
+    @property
+    def stages(self) -> tuple[dict, dict]:
+        "The figures before and after training; {} where there are none."
+        return tuple(found if isinstance(found := self.summary.get(stage), dict) else {} for stage in ("before", "after"))
+
+    @functools.cached_property
+    def evaluations(self) -> tuple[Evaluation, Evaluation]:
+        "Both evaluations, as far as the rows in the folder tell."
+        found, limit = [], self.config.get("max_new_tokens")
+        limit = limit if is_finite_number(limit) else None
+        for side, stage in enumerate(self.stages):
+            rows = [{name: value for name, value in pair[side].items() if isinstance(value, str) or is_finite_number(value) or value in (True, False)} for pair in self.pairs]
+            rows = [{**row, "loss": None} if not (is_number(row.get("loss")) and is_number(row.get("tokens")) and row["tokens"] > 0) else row for row in rows]
+            scorer, text = (value if isinstance(value := stage.get(name), str) else None for name in ("scorer", "base_text"))
+            found.append(Evaluation(None, None, 1.0, None, rows=rows, scorer=scorer, base_text=text, max_new_tokens=limit))
+        return tuple(found)
+
     def both(self, name: str) -> tuple[float | None, float | None]:
         "Return a measure before and after training; None where it was not taken."
-        found = [self.summary.get(stage) for stage in ("before", "after")]
-        values = [stage.get(name) if isinstance(stage, dict) else None for stage in found]
+        if name == "perplexity":
+            return tuple(map(loss_to_perplexity, self.both("loss")))
+        values = [stage.get(name) for stage in self.stages]
         return tuple(value if is_finite_number(value) else None for value in values)
 
     def count_judged(self, name: str) -> int:
@@ -327,10 +354,14 @@ class Chart:
 
 # %% ../nbs/71_report.ipynb #6ffc9231
 def draw_loss(run: RunFacts) -> Chart:
-    "Return the loss of each step, its running mean, and the held-out loss at both ends."
+    "Return the loss of each step, its running mean, and the held-out loss at both ends and where it was measured between."
     loss = run.curve("loss")
     before, after = run.both("loss")
-    held = [(0, before), (run.metrics[-1]["step"], after)] if loss and None not in (before, after) else []
+    held = dict(run.curve("eval_loss"))
+    if loss and None not in (before, after):
+        end = run.summary.get("adapter_step")  # the best step's adapter may have been kept
+        held = {0: before, (end if is_finite_number(end) else run.metrics[-1]["step"]): after} | held
+    held = sorted(held.items())
     window = choose_window(len(loss))
     mean = Line(f"mean of {window}", running_mean(loss, window))
     lines = [Line("each step", loss, "faint"), mean, Line("held-out", held, "other")]
@@ -372,10 +403,10 @@ MEASURE_TITLES = {  # field of summary.json and evaluation.jsonl: (in a table, i
 
 
 def judge_change(pairs: list[Pair], name: str) -> str:
-    "Return a sentence on the rows that changed, and what chance alone would do; less `loss` is better."
-    if name == "loss":
-        losses = [(a.get("loss"), b.get("loss")) for a, b in pairs]
-        falls = [a - b for a, b in losses if is_finite_number(a) and is_finite_number(b)]
+    "Return a sentence on the rows that changed, and what chance alone would do; less `loss` is better, more `score`."
+    if name in ("loss", "score"):
+        values = [(a.get(name), b.get(name)) for a, b in pairs]
+        falls = [(a - b) * (1 if name == "loss" else -1) for a, b in values if all(is_finite_number(x) or isinstance(x, bool) for x in (a, b))]
         better = sum(fall > 0 for fall in falls)
         worse = sum(fall < 0 for fall in falls)
     else:
@@ -392,35 +423,51 @@ def judge_change(pairs: list[Pair], name: str) -> str:
 
 # %% ../nbs/71_report.ipynb #ad028887
 def describe_rows(pairs: list[Pair], name: str) -> str:
-    "Return how many held-out problems a measure was taken of."
-    judged = [pair for pair in pairs if isinstance(pair[1].get(name), bool)]
+    "Return how many held-out rows a measure was taken of."
+    judged = [pair for pair in pairs if is_number(pair[1].get(name)) or isinstance(pair[1].get(name), bool)]
     if not pairs:
-        return "the held-out problems"
+        return "the held-out rows"
     if 0 < len(judged) < len(pairs):
-        return f"the {len(judged)} of {len(pairs)} held-out problems that can be judged"
-    return f"{len(pairs)} held-out problems"
+        return f"the {len(judged)} of {len(pairs)} held-out rows that can be judged"
+    return f"{len(pairs)} held-out {'row' if len(pairs) == 1 else 'rows'}"
 
 
-def choose_headline(run: RunFacts) -> tuple[str, str, str, str, str | None] | None:
-    """Return the one figure of a run: (figure, what it is, the figure to compare with, when that was, a note).
+READ_AS = {"number": "by the number that it ends with", "exact": "by its text, but for case and outer punctuation"}
 
-    It is the share of right answers; where none can be judged, the held-out loss; without either, the training loss.
+
+def describe_hesitation(loss: float, tokens: int | None) -> str:
+    "Return a loss as the number of tokens that the model hesitates between, of all that it knows."
+    if is_finite_number(tokens) and tokens > 1 and loss > math.log(tokens):
+        return f"worse than guessing among all {tokens:,} tokens"
+    return f"{loss_to_perplexity(loss):.3g} tokens" if loss < 11 else "over 50,000 tokens"
+
+
+def list_headlines(run: RunFacts) -> list[tuple[str, str, str, str, str | None]]:
+    """Return the figures on top: (figure, what it is, the figure to compare with, when that was, a note).
+
+    The held-out loss comes first, then right answers or the scorer's mean where there are such. Without held-out rows it is the training loss.
     """
-    for name in ("exact", "loss", "form", "stops"):
+    found, scorer, known = [], run.evaluations[1].scorer, run.summary.get("vocab_size")
+    for name in ("loss", "exact", "score"):
         before, after = run.both(name)
-        if before is None or after is None:
+        if None in (before, after):
             continue
         note = judge_change(run.pairs, name) if run.pairs else None
+        rows = describe_rows(run.pairs, name)
         if name == "loss":
-            words = "held-out loss: nats per token of the expected replies"
-            return format_fixed(after), words, format_fixed(before), "before training", note
-        words = f"of {describe_rows(run.pairs, name)} {MEASURE_TITLES[name][1]}"
-        return format_percent(after), words, format_percent(before), "before training", note
-    if not (loss := run.curve("loss")):
-        return None
-    note = "No held-out problems were answered, so this says nothing about new ones."
+            words = f"held-out loss: nats per token of the expected replies, {rows}. The model hesitates between {describe_hesitation(after, known)}"
+            words = words.replace("hesitates between worse", "does worse")
+            found.append((format_fixed(after), words, format_fixed(before), f"before training ({describe_hesitation(before, known)})", note))
+        elif name == "exact":
+            words = f"of {rows} answered right" + (f", judged {READ_AS[scorer]}" if scorer in READ_AS else "")
+            found.append((format_percent(after), words, format_percent(before), "before training", note))
+        else:
+            found.append((format_fixed(after), f"mean of the scorer {scorer} over {rows}", format_fixed(before), "before training", note))
+    if found or not (loss := run.curve("loss")):
+        return found
+    note = "No held-out rows were answered, so this says nothing about new ones."
     words = f"mean loss of the last {min(10, len(loss))} steps"
-    return format_value(running_mean(loss)[-1][1]), words, format_value(loss[0][1]), "at the first", note
+    return [(format_value(running_mean(loss)[-1][1]), words, format_value(loss[0][1]), "at the first", note)]
 
 # %% ../nbs/71_report.ipynb #f755006c
 def list_settings(config: dict) -> dict:
@@ -484,6 +531,35 @@ def list_memory_bars(run: RunFacts) -> list[dict]:
     return [{"label": label, "bytes": count, "kind": kind, "width": f"{100 * count / top:.2f}%"}
             for label, count, kind in rows]
 
+# %% ../nbs/71_report.ipynb #71j00001
+def list_figures(run: RunFacts) -> list[list[str]]:
+    "Return title, before, after and change of each figure that was measured both times, in the order in which they are read."
+    found, stored = [], run.summary.get("change")
+    for name in FIGURE_TITLES:
+        values, title, moved = run.both(name), FIGURE_TITLES[name], None
+        if None in values:
+            continue
+        intervals = [stage["intervals"].get(name) if isinstance(stage.get("intervals"), dict) else None for stage in run.stages]
+        moved = stored.get(name) if isinstance(stored, dict) else None
+        if run.evaluations[1].pairs(name):
+            title = title_figure(name, run.evaluations[1])
+            intervals = [e.interval(name) for e in run.evaluations]
+            moved = measure_change(*run.evaluations, name) if len({len(e.pairs(name)) for e in run.evaluations}) == 1 else None
+        intervals = [ends if is_list_of_numbers(ends, 2) else None for ends in intervals]
+        change = format_change(name, tuple(moved)) if is_list_of_numbers(moved, 3) else "–"
+        found.append([title, *(format_figure(name, value, ends) for value, ends in zip(values, intervals)), change])
+    return found
+
+
+def is_list_of_numbers(value, length: int) -> bool:
+    "Return True for a list or tuple of that many finite numbers."
+    return isinstance(value, (list, tuple)) and len(value) == length and all(map(is_finite_number, value))
+
+
+def describe_base_text(run: RunFacts) -> str:
+    "Return what the base's perplexity is of."
+    return run.evaluations[1].base_text or "the base's own task"
+
 # %% ../nbs/71_report.ipynb #2ee559f0
 def count_interval(pairs: list[Pair], side: int, name: str) -> tuple[float, float] | None:
     "Return Wilson's 95 % interval of a measure, counted from the rows; None where no row has it."
@@ -498,11 +574,14 @@ def list_measures(run: RunFacts) -> list[dict]:
         shares = run.both(name)
         if None in shares:
             continue
+        verdict = judge_change(run.pairs, name)
+        if name == "stops" and run.evaluations[1].cut_short:
+            verdict = f"Most expected replies are longer than the limit of {format_value(run.config['max_new_tokens'])} tokens, so this says nothing."
         partly = any(pair[1].get(name) is None for pair in run.pairs)
         stages = [(stage, share, count_interval(run.pairs, side, name))
                   for side, (stage, share) in enumerate(zip(("before", "after"), shares))]
         found.append({"title": f"{title}: {describe_rows(run.pairs, name)}" if partly else title, "stages": stages,
-                      "verdict": judge_change(run.pairs, name)})
+                      "verdict": verdict})
     return found
 
 # %% ../nbs/71_report.ipynb #79be1e44
@@ -531,29 +610,49 @@ def shorten_text(text, limit: int = 1200) -> str:
 def list_verdicts(row: dict) -> list[tuple[str, str]]:
     "Return how a reply was judged, as words with their colour."
     found = [("right", "ok")] if row.get("exact") is True else [("wrong", "error")] if row.get("exact") is False else []
+    found += [(f"score {format_value(row['score'])}", "info")] if is_finite_number(row.get("score")) or isinstance(row.get("score"), bool) else []
     found += [("no form", "warning")] if row.get("form") is False else []
-    return found + ([("cut off", "warning")] if row.get("stops") is False else [])
+    found += [("cut off", "warning")] if row.get("stops") is False else []
+    return found + ([(read_as(row["read"]), "info")] if "read" in row else [])
 
 
-def describe_example(pair: Pair) -> dict:
-    "Return one problem with its replies before and after, what changed in them marked."
+def read_as(text) -> str:
+    "Return in words what a scorer read in a reply."
+    return "no answer was found" if text is None else f"read as: {shorten_text(text, 60)}"
+
+
+def describe_example(pair: Pair, title: str = "") -> dict:
+    "Return one problem with its replies before and after, what changed in them marked, and its held-out loss."
     marked = mark_changes(*(shorten_text(row.get("reply")) for row in pair))
     sides = [(title, text, list_verdicts(row)) for title, text, row in zip(("Before", "After"), marked, pair)]
     expected = pair[1].get("expected")
     expected = shorten_text(expected) if expected else None
-    return {"problem": shorten_text(pair[1].get("problem")), "sides": sides, "expected": expected}
+    losses = [row.get("loss") for row in pair]
+    loss = f"loss {format_fixed(losses[0], 2)} before, {format_fixed(losses[1], 2)} after" if all(map(is_finite_number, losses)) else ""
+    return {"problem": shorten_text(pair[1].get("problem")), "sides": sides, "expected": expected, "title": ": ".join(filter(None, (title, loss))),
+            "read": read_as(pair[1]["read_expected"]) if "read_expected" in pair[1] else None}
+
+# %% ../nbs/71_report.ipynb #71j00003
+def choose_pairs(pairs: list[Pair]) -> list[tuple[str, Pair]]:
+    "Return the rows whose held-out loss fell most, in the middle and least, each with a title; the first three where no loss is known."
+    falls = [(a["loss"] - b["loss"], i) for i, (a, b) in enumerate(pairs) if is_finite_number(a.get("loss")) and is_finite_number(b.get("loss"))]
+    if len(falls) < 3:
+        return [("", pair) for pair in pairs[:3]]
+    falls.sort(key=lambda one: (-one[0], one[1]))
+    last = "got worse" if falls[-1][0] < 0 else "improved least"
+    return [(title, pairs[i]) for title, (_, i) in zip(("Improved most", "In the middle", last.capitalize()), (falls[0], falls[len(falls) // 2], falls[-1]))]
 
 
-def pick_examples(run: RunFacts, first: int = 3, more: int = 5) -> tuple[list[dict], list[tuple[str, list[dict]]]]:
-    "Return the first rows, and with a title each, some of the others that got worse and that got better."
-    shown = run.pairs[:first]
-    found = sort_pairs(run.pairs[first:])
+def pick_examples(run: RunFacts, more: int = 5) -> tuple[list[dict], list[tuple[str, list[dict]]]]:
+    "Return three rows that stand for all, and with a title each, some of the others that became wrong and that became right."
+    shown = choose_pairs(run.pairs)
+    found = sort_pairs([pair for pair in run.pairs if not any(pair is one for _, one in shown)])
     folded = []
     for kind, title in (("worse", "right before, wrong after"), ("better", "wrong before, right after")):
         if rows := found[kind]:
             count = f"{len(rows)} more" if len(rows) <= more else f"{more} of {len(rows)} more"
             folded.append((f"{count}: {title}", [describe_example(pair) for pair in rows[:more]]))
-    return [describe_example(pair) for pair in shown], folded
+    return [describe_example(pair, title) for title, pair in shown], folded
 
 # %% ../nbs/71_report.ipynb #ba51eff0
 def shorten_value(value):
@@ -611,8 +710,8 @@ def write_pins(run: RunFacts) -> str:
 def render_template(name: str, facts: RunFacts) -> str:
     "Return a template of the package, filled with the facts of a run; it calls the functions above by their names."
     functions = (
-        choose_headline, describe_certificate, draw_loss, draw_small_charts, find_memory, list_findings, list_measures,
-        list_memory_bars, list_notes, list_settings, list_verdicts, pick_examples, write_loading_arguments, write_pins,
+        describe_base_text, describe_certificate, draw_loss, draw_small_charts, find_memory, list_figures, list_findings, list_headlines, list_measures,
+        list_memory_bars, list_notes, list_settings, list_verdicts, choose_pairs, pick_examples, write_loading_arguments, write_pins,
         shlex.quote,
     )
     model = facts.config.get("model") or "a model without a name"
@@ -717,7 +816,7 @@ def list_results(run: RunFacts) -> dict[str, str]:
 
 # %% ../nbs/71_report.ipynb #a72f6dad
 @dataclass(repr=False)
-class Comparison:
+class Comparison(ShownObject):
     "Runs side by side. `settings` are those that differ, `figures` the results; each maps a name to one text per run."
 
     names: list[str]
@@ -735,7 +834,9 @@ class Comparison:
         lines.insert(1 + len(self.settings), "")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
-    __repr__ = __str__
+    def short_text(self) -> str:
+        differ = ", ".join(self.settings) or "no setting"
+        return f"{' and '.join(self.names)}; {differ} {'differ' if len(self.settings) > 1 else 'differs'}"
 
     def page(self) -> str:
         "Return the comparison as one page of HTML."

@@ -68,6 +68,7 @@ class DatasetFinding(Finding):
 
     count: int = 1  # rows that have it
     rows: list[int] = field(default_factory=list)  # the first few, counted from 0
+    every = None  # all of them, as a `RowSet`, where each row was looked at alone; no field, so that it isn't copied
 
     @property
     def where(self) -> str:
@@ -94,6 +95,7 @@ class FindingCollector:
         key = f"{code} {name}" if name else code
         if key not in self.found:
             self.note(code, cause, 0, severity=severity, fix=fix, key=key)
+            self.found[key].every = self.rows[key]
         finding = self.found[key]
         if severity == "error" and finding.severity != "error":
             finding.severity = severity

@@ -14,6 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+# %% ../nbs/12_data.ipynb #12a1f001
+if TYPE_CHECKING:  # for editors and type checkers
+    from datasets import Dataset, IterableDataset
 
 # %% ../nbs/12_data.ipynb #96757b5a
 from .core import EMBEDDED_DATA, HUB_DATA, UserError
@@ -226,7 +231,7 @@ def _fit_row(row: dict, columns: dict, where: str) -> dict:
     return {name: value for name, value in {**row, "messages": messages, "tools": json_text(row["tools"])}.items() if name in columns}
 
 # %% ../nbs/12_data.ipynb #7742c7f4-16
-_LICENCES = {
+DATA_LICENCES = {
     HUB_DATA: "licence cc-by-nc-sa-4.0, non-commercial use only",
     "tatsu-lab/alpaca": "licence cc-by-nc-4.0 by its card, non-commercial use only",
     "HuggingFaceH4/no_robots": "licence cc-by-nc-4.0 by its card, non-commercial use only",
@@ -251,7 +256,7 @@ def _open_rows(source, name: str | None, split: str, streaming: bool, reader: _R
 
 # %% ../nbs/12_data.ipynb #7742c7f4-17
 def load_sft_dataset(
-    source=None,  # Hub name, file (JSONL, JSON, CSV, Parquet; also compressed), folder, or rows; None: the embedded set
+    source: object = None,  # Hub name, file (JSONL, JSON, CSV, Parquet; also compressed), folder, or rows; None: the embedded set
     name: str | None = None,  # configuration of a Hub data set
     split: str = "train",  # the embedded set has train, heldout and base_task
     *,
@@ -259,7 +264,7 @@ def load_sft_dataset(
     limit: int | None = None,  # rows to take from the beginning; None: all
     streaming: bool | None = None,  # read from the Hub without storing; None: when there is a limit
     system: str | bool | None = None,  # text for rows with no system turn; False: none; None: none, but for R1-Distill-SFT and the embedded set
-):  # datasets.Dataset; an IterableDataset for streaming=True without a limit
+) -> "Dataset | IterableDataset":  # the second for streaming=True without a limit
     "Return a data set with the column `messages`, and `tools` where rows have them. Report on stderr what was recognised, added and not used. Raise `UserError`."
     _check_loading(limit, system, bool(streaming) and limit is None and hasattr(source, "__next__"))
     what = "the embedded set" if source is None else str(source) if isinstance(source, (str, Path)) else "the data"
@@ -276,7 +281,7 @@ def load_sft_dataset(
         count = format_count(len(data))
         looked = ""
     if source is not None:
-        notes = [f"{what}: {count}, read as {reader.schema}", *reader.notes(looked), _LICENCES.get(what)]
+        notes = [f"{what}: {count}, read as {reader.schema}", *reader.notes(looked), DATA_LICENCES.get(what)]
         print("; ".join(filter(None, notes)), file=sys.stderr)
     return data
 

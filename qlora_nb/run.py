@@ -26,6 +26,7 @@ from qlora_nb.core import (
     EMBEDDED_MODEL,
     EMBEDDED_NAME,
     PROFILES,
+    SMALL_NAME,
     Profile,
     UserError,
     check_fields,
@@ -81,6 +82,12 @@ class Settings:
     packing: bool = settings_field(False, "several rows in one sequence")
     logging_steps: int = settings_field(1, "steps between two lines of metrics", positive=True)
     save_steps: int = settings_field(50, "steps between two checkpoints", positive=True)
+    save_total_limit: int = settings_field(2, "checkpoints to keep, the newest; the best by held-out loss is never deleted", positive=True)
+    eval_steps: int | None = settings_field(None, "steps between two looks at the held-out loss while it trains; default: none", positive=True)
+    early_stopping: int | None = settings_field(None, "stop after so many evaluations without a lower held-out loss, and take the best adapter; needs eval-steps", positive=True)
+    load_best_model_at_end: bool | None = settings_field(None, "take the adapter with the lowest held-out loss, not the last; default: with early-stopping")
+    sample_prompts: int | str | tuple | None = settings_field(None, "held-out rows to answer at each evaluation: how many, or a question of your own (several: a JSON list)")
+    report_to: tuple | None = settings_field(None, "also log to tensorboard, trackio, wandb, …, comma-separated; default: none")
     seed: int = settings_field(3407, "seed of the row order, and of all that is random [3407]")
     max_seq_length: int = settings_field(2048, "longest row in tokens", positive=True)
     truncation: str = settings_field("drop", "what happens to longer rows: drop, or cut_prompt [drop]", choices=("drop", "cut_prompt"))
@@ -89,6 +96,8 @@ class Settings:
     drop_duplicates: bool = settings_field(False, "leave out rows that repeat an earlier one")
     eval_rows: int = settings_field(16, "held-out rows answered before and after; 0 for none")
     max_new_tokens: int = settings_field(512, "limit of such a reply", positive=True)
+    scorer: str | None = settings_field(None, "how replies are scored: exact, number, contains or rouge; default: by the data")
+    base_data: str | None = settings_field(None, "rows or a text that show what was forgotten: Hub name, folder or file; default: by model")
     template: str | None = settings_field(None, "a named chat template; default: the model's own")
     template_kwargs: dict | None = settings_field(None, "the template's switches: enable_thinking=false,key=value, or JSON")
 
@@ -164,6 +173,17 @@ def pin_template_kwargs(
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a list of names", dict: "name=value,name=value (or a JSON object)"}
 
 
+def parse_questions(value) -> int | tuple | None:
+    "Return `sample_prompts`: a number of held-out rows, or questions, of which text is one unless it is a JSON list; None for anything else."
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if type(value) is int:
+        return value
+    questions = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
+    return tuple(questions) if questions and all(isinstance(text, str) and text.strip() for text in questions) else None
+
+
 def _converted(value, kinds: tuple[type, ...]):
     "Return a value as the first of these types that it can be, by the rules of YAML and the command line; None for none."
     if isinstance(value, str) and tuple in kinds:
@@ -181,6 +201,18 @@ def _converted(value, kinds: tuple[type, ...]):
             return value if kind is float and type(value) is int else kind(value)
     return None
 
+# %% ../nbs/50_run.ipynb #50a0ee01
+def given_in_python(name: str, value) -> bool:
+    "Return whether a setting is what only Python can give: a function as `scorer`, rows as `base_data`."
+    return name == "scorer" and callable(value) or name == "base_data" and not isinstance(value, str) and hasattr(value, "__iter__")
+
+
+def record_setting(name: str, value):
+    "Return a setting as `config.yaml` records it: a tuple as a list, what only Python can give by its name."
+    if given_in_python(name, value):
+        return getattr(value, "__name__", type(value).__name__) if name == "scorer" else DATA_FROM_PYTHON
+    return list(value) if isinstance(value, tuple) else value
+
 
 def check_setting(name: str, value):
     "Return the value in its right type. Raise `UserError` for an unknown name, a wrong type or an invalid number."
@@ -188,14 +220,17 @@ def check_setting(name: str, value):
         close = difflib.get_close_matches(name, _FIELDS, 1, 0.5)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_FIELDS)}"
         raise UserError(f"there is no setting {name!r}: {hint}")
+    if given_in_python(name, value):
+        return value
     kinds = get_args(_FIELDS[name].type) or (_FIELDS[name].type,)
     if value is None and type(None) in kinds:
         return None
     words = dict[str, str] in kinds
     kinds = tuple(get_origin(kind) or kind for kind in kinds if kind is not type(None))
-    found = _as_mapping(value, words) if dict in kinds else _converted(value, kinds)
+    found = parse_questions(value) if name == "sample_prompts" else _as_mapping(value, words) if dict in kinds else _converted(value, kinds)
     if found is None:
-        raise UserError(f"{name} is {value!r}: give {' or '.join(_NAMES[kind] for kind in kinds)}")
+        wanted = "how many held-out rows, or questions" if name == "sample_prompts" else " or ".join(_NAMES[kind] for kind in kinds)
+        raise UserError(f"{name} is {value!r}: give {wanted}")
     if (choices := _FIELDS[name].metadata["choices"]) and found not in choices:
         raise UserError(f"{name} is {found!r}: choose {' or '.join(choices)}")
     if name == "template_kwargs":
@@ -207,9 +242,11 @@ def check_setting(name: str, value):
 
 # %% ../nbs/50_run.ipynb #50a00017
 def profile_for(model: str) -> Profile:
-    "Return the profile for a model of this name: `tiny` for the embedded one, else the machine's, at least `t4`."
+    "Return the profile for a model of this name: `tiny` for the embedded one, `small` for SmolLM2 from PyPI, else the machine's, at least `t4`."
     if model in (EMBEDDED_NAME, str(EMBEDDED_MODEL)):
         return PROFILES["tiny"]
+    if model == SMALL_NAME:
+        return PROFILES["small"]
     found = profile()
     return found if found.name != "tiny" else PROFILES["t4"]
 
@@ -250,7 +287,7 @@ def resolve_settings(
 RUN_FORMAT = 2  # of the run folders that this version reads and writes; folders without a number have format 1
 DATA_FROM_PYTHON = "(given in Python)"  # in config.yaml, for data that has no name
 RECORDED_KEYS = (  # in config.yaml, beside the settings
-    "format", "fingerprints", "rows_read", "system", "plan", "started_from", "started_from_adapter", "peft_settings", "gguf")
+    "format", "fingerprints", "rows_read", "system", "plan", "started_from", "started_from_adapter", "peft_settings", "gguf", "callbacks")
 
 
 def read_config(path: str | Path) -> dict:
@@ -449,7 +486,7 @@ class RunFolder:
         file = self.path / "summary.json"
         if (found := read_json(file)) is None:
             return None
-        times = dict.fromkeys(("seconds", "train_seconds", "loader_seconds", "device_bytes"), float)
+        times = dict.fromkeys(("seconds", "train_seconds", "eval_seconds", "loader_seconds", "device_bytes", "best_step", "best_eval_loss", "adapter_step"), float)
         check_fields(file, found, before=dict, after=dict, data=dict, **times)
         figures = dict.fromkeys(("loss", "exact", "form", "stops", "length", "base_perplexity"), float)
         for stage in ("before", "after"):
@@ -461,7 +498,7 @@ class RunFolder:
     def metrics(self) -> list[dict]:
         "One row a logged step."
         rows = read_objects(file := self.path / "metrics.jsonl")
-        names = ("step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_allocated")
+        names = ("step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_allocated", "eval_loss")
         for number, row in enumerate(rows, 1):
             check_fields(f"{file}, line {number}", row, ("step",), **dict.fromkeys(names, float))
         return rows
@@ -515,8 +552,29 @@ class RunFolder:
 
     def append_metrics(self, row: dict) -> None:
         "Add a row to metrics.jsonl, so that a run that is stopped keeps its metrics."
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self.append("metrics.jsonl", [row])
+
+    def append(self, name: str, rows: list[dict]) -> None:
+        "Add rows to a JSONL file."
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def replace_metrics(self, row: dict) -> None:
+        "Put a row, in the place of the last one of metrics.jsonl."
+        with open(self.path / "metrics.jsonl", "r+b") as file:
+            size = file.seek(0, 2)
+            file.seek(start := max(0, size - 65_536))
+            file.seek(start + file.read()[:-1].rfind(b"\n") + 1)
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file.truncate()
+
+    @property
+    def samples(self) -> list[dict]:
+        "The replies to `sample_prompts`, `step` by step; 0 is before the training."
+        rows = read_objects(file := self.path / "samples.jsonl")
+        for number, row in enumerate(rows, 1):
+            check_fields(f"{file}, line {number}", row, ("step", "prompt", "reply"), step=float, prompt=str, reply=str, stopped=bool, tokens=float)
+        return rows
 
     def remove(self, name: str) -> None:
         "Delete a file, where there is one."

@@ -271,7 +271,40 @@ def metrics_before(folder: RunFolder, step: int, history: list[dict]) -> list[di
         print_to_stderr(f"metrics.jsonl lacks {len(lost)} of the rows up to step {step}: taken from the checkpoint, without their speed and memory")
     unknown = {"tokens_per_second": None, "peak_allocated": None}
     kept |= {number: {**make_metrics_row(number, row, 0.0), **unknown} for number, row in lost.items()}
+    for row in history:
+        if "eval_loss" in row and row["step"] in kept:
+            kept[row["step"]].setdefault("eval_loss", row["eval_loss"])
     return [kept[number] for number in sorted(kept)]
+
+# %% ../nbs/76_safeguards.ipynb #76a0ee02
+def find_best_evaluation(metrics: list[dict]) -> tuple[int, float] | None:
+    "Return the step with the lowest `eval_loss`, the first of several, and that loss; None where nothing was evaluated."
+    found = [(row["step"], row["eval_loss"]) for row in metrics if row.get("eval_loss") is not None and math.isfinite(row["eval_loss"])]
+    return min(found, key=lambda pair: (pair[1], pair[0]), default=None)
+
+
+def no_longer_improves(metrics: list[dict], early_stopping: int | None) -> bool:
+    "Return whether the last `early_stopping` evaluations all missed the best one before them; False for None."
+    steps = [row["step"] for row in metrics if "eval_loss" in row]
+    best = find_best_evaluation(metrics)
+    return bool(early_stopping) and len(steps) - (steps.index(best[0]) + 1 if best else 0) >= early_stopping
+
+# %% ../nbs/76_safeguards.ipynb #76a0ee05
+def load_checkpoint_adapter(model, checkpoint: Path) -> None:
+    "Give the model the adapter of a checkpoint."
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+
+
+def restore_callbacks(callbacks: list, states: dict) -> None:
+    "Give callbacks that export a state the one in a checkpoint's `stateful_callbacks`, and those that are new a place in it."
+    for callback in callbacks:
+        if not callable(getattr(callback, "state", None)) or isinstance(states.get(name := type(callback).__name__), list):
+            continue  # nothing to restore, or several of a kind, which nothing tells apart
+        for attribute, value in states.setdefault(name, {}).get("attributes", {}).items():
+            setattr(callback, attribute, value)
 
 # %% ../nbs/76_safeguards.ipynb #96a31b6b-15
 def read_checkpoint_state(checkpoint: Path) -> dict:
@@ -279,19 +312,18 @@ def read_checkpoint_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 
 
-def is_last_step(checkpoint: Path) -> bool:
-    "Return whether a checkpoint is the one of the last step."
+def is_last_step(checkpoint: Path, early_stopping: int | None = None) -> bool:
+    "Return whether a checkpoint is the one of the last step, or of the one where the run was stopped early."
     state = read_checkpoint_state(checkpoint)
-    return state["global_step"] >= state["max_steps"]
+    return state["global_step"] >= state["max_steps"] or no_longer_improves(state["log_history"], early_stopping)
 
 # %% ../nbs/76_safeguards.ipynb #5c1e7b18
 def restore_ended_run(trainer: object, watch: object, folder: RunFolder, checkpoint: Path) -> None:
     "Resume a run whose last step is done: adapter, epoch and metrics are those of the checkpoint."
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(trainer.model, load_file(checkpoint / "adapter_model.safetensors"))
+    load_checkpoint_adapter(trainer.model, checkpoint)
     state = read_checkpoint_state(checkpoint)
+    restore_callbacks(trainer.callback_handler.callbacks, state.get("stateful_callbacks") or {})
+    trainer.state.max_steps = state["max_steps"]
     trainer.state.global_step = state["global_step"]
     trainer.state.epoch = state["epoch"]
     watch.metrics = metrics_before(folder, state["global_step"], state["log_history"])
@@ -304,8 +336,9 @@ def tidy_checkpoints(folder: RunFolder, base: str) -> None:
         for name in ("training_args.bin", "README.md"):
             (checkpoint / name).unlink(missing_ok=True)
         try:
-            config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-            write_json(checkpoint / "adapter_config.json", {**config, "base_model_name_or_path": base})
+            for name, change in (("adapter_config.json", {"base_model_name_or_path": base}), ("trainer_state.json", {"best_model_checkpoint": None})):
+                found = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+                write_json(checkpoint / name, {**found, **change})
         except (OSError, TypeError, ValueError, RecursionError):  # damaged, and the run is complete without it
             shutil.rmtree(checkpoint)
     for damaged in folder.checkpoint_folder.glob("damaged-*"):

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import EMBEDDED_MODEL, EMBEDDED_NAME, UserError
+from .core import UserError, locate_model
 from .gguf_header import GGUF_ARCHITECTURES, GGUFArchitecture, is_gguf
 
 # %% ../nbs/51_shapes.ipynb #8c7d66d4
@@ -80,7 +80,7 @@ def model_folder(name: str | Path) -> Path | None:
     Raise `UserError` where there is none of these."""
     from qlora_nb.gguf_reader import gguf_folder, refuse_gguf_folder, refuse_gguf_repository
 
-    path = EMBEDDED_MODEL if str(name) == EMBEDDED_NAME else Path(name).expanduser()
+    path = Path(locate_model(name)).expanduser()
     if is_gguf(path):
         return gguf_folder(path, weights=False)
     if path.is_dir():

@@ -12,6 +12,7 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from .loading import quiet_libraries
 from .run import Settings, check_setting
 
 # %% ../nbs/75_trainer.ipynb #96a31b6b-6
+FOLLOWS_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules
+
+
 def check_choices(settings: Settings) -> None:
     "Raise `UserError` for an unknown truncation, choice of replies, optimizer or schedule."
     for name in ("truncation", "train_on"):
@@ -40,6 +44,9 @@ def check_choices(settings: Settings) -> None:
         if value not in known:
             close = difflib.get_close_matches(value, known, 3, 0.3) or known[:5]
             raise UserError(f"{name} is {value!r}, which transformers doesn't know: choose for example {', '.join(close)}")
+    if settings.lr_scheduler_type in FOLLOWS_EVALUATIONS and not settings.eval_steps:
+        raise UserError(f"lr_scheduler_type is {settings.lr_scheduler_type!r}, which lowers the rate when the held-out loss no longer falls: "
+                        "it needs eval_steps, or choose linear or cosine")
 
 
 def check_packing(settings: Settings, backend: str, engine: Engine | None = None) -> None:
@@ -47,9 +54,46 @@ def check_packing(settings: Settings, backend: str, engine: Engine | None = None
     if settings.packing and not (engine and engine.attention) and not (backend == "unsloth" and torch.cuda.is_available()):
         raise UserError("packing needs engine=True, or a GPU and backend='unsloth', or packed rows would attend to each other: turn it off")
 
+# %% ../nbs/75_trainer.ipynb #75a0ee02
+REPORT_PACKAGES = {"azure_ml": "azureml-mlflow", "flyte": "flytekit"}  # where the package isn't called like the integration
+
+
+def check_reporting(names: tuple | None) -> None:
+    "Raise `UserError` for a `report_to` that transformers doesn't know, or whose package isn't installed."
+    if not names:
+        return
+    with quiet_libraries("transformers"):
+        from transformers.integrations.integration_utils import (
+            INTEGRATION_TO_CALLBACK,
+            get_available_reporting_integrations,
+        )
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            close = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, 3, 0.3) or ["tensorboard", "trackio", "wandb"]
+            raise UserError(f"report_to is {name!r}, which transformers doesn't know: choose for example {', '.join(close)}, or leave it out")
+    if missing := [name for name in names if name not in get_available_reporting_integrations()]:
+        packages = " ".join(REPORT_PACKAGES.get(name, name.replace("_", "-")) for name in missing)
+        raise UserError(f"report_to is {', '.join(missing)}, which isn't installed: pip install {packages}")
+
+
+def reporting_callbacks(names: tuple | None, run: Path) -> list:
+    "Return the callback that writes to TensorBoard in the run's own folder, where `report_to` names it; the others are transformers' matter."
+    if "tensorboard" not in (names or ()):
+        return []
+    from transformers.integrations import TensorBoardCallback
+
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        from tensorboardX import SummaryWriter
+    return [TensorBoardCallback(SummaryWriter(log_dir=str(run / "tensorboard")))]
+
 # %% ../nbs/75_trainer.ipynb #96a31b6b-7
 NOT_THE_TRAINERS = (  # settings that `SFTConfig` doesn't have
-    "max_seq_length", "truncation", "train_on", "drop_invalid", "drop_duplicates", "eval_rows", "max_new_tokens", "template", "template_kwargs")
+    "max_seq_length", "truncation", "train_on", "drop_invalid", "drop_duplicates", "eval_rows", "max_new_tokens", "template", "template_kwargs",
+    "early_stopping", "sample_prompts", "scorer", "base_data")
+DECIDED_HERE = (*NOT_THE_TRAINERS, "eval_steps", "load_best_model_at_end", "report_to")  # settings that the trainer gets in another way
 
 
 def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, checkpointing: bool, engine: Engine | None = None):
@@ -57,19 +101,34 @@ def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, chec
     from trl import SFTConfig
 
     cuda = torch.cuda.is_available()
-    given = {name: value for name, value in settings.of_part("trainer").items() if name not in NOT_THE_TRAINERS}
+    given = {name: value for name, value in settings.of_part("trainer").items() if name not in DECIDED_HERE}
+    if settings.lr_scheduler_type in FOLLOWS_EVALUATIONS:
+        given["lr_scheduler_type"] = "linear"  # until `schedule_evaluations`
+    if settings.eval_steps:  # the best and the newest: with 1, transformers deletes the newest at the end, which a stopped run resumes from
+        given["save_total_limit"] = max(settings.save_total_limit, 2)
     return SFTConfig(**given | dict(
         output_dir=str(folder),
         max_steps=-1 if settings.num_train_epochs else settings.max_steps, num_train_epochs=settings.num_train_epochs or 1,
         packing=settings.packing and not engine, max_length=settings.max_seq_length,
-        save_strategy="steps", save_total_limit=2, data_seed=settings.seed,
+        save_strategy="steps", metric_for_best_model="eval_loss" if settings.eval_steps else None, data_seed=settings.seed,
         bf16=cuda and dtype == torch.bfloat16 and not (engine and engine.adapters), fp16=cuda and dtype == torch.float16, use_cpu=not cuda,
         gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         ddp_find_unused_parameters=False if engine and engine.checkpoint else None,  # a layer that runs again is seen twice
-        report_to="none", disable_tqdm=True, logging_nan_inf_filter=False,
+        report_to=[name for name in settings.report_to or () if name != "tensorboard"] or "none", run_name=Path(folder).absolute().parent.name,
+        disable_tqdm=True, logging_nan_inf_filter=False,
         dataloader_pin_memory=cuda, accelerator_config={"non_blocking": cuda},  # copy a batch while Python continues
         dataset_num_proc=None,
     ))
+
+# %% ../nbs/75_trainer.ipynb #75a0ee04
+def schedule_evaluations(arguments, settings: Settings):
+    "Return a trainer's arguments with evaluations every `eval_steps` steps. Set when the trainer has been made, since it needs no data set for them: `evaluate` is ours."
+    from transformers.trainer_utils import IntervalStrategy, SchedulerType
+
+    if settings.eval_steps:
+        arguments.eval_strategy, arguments.eval_steps, arguments.do_eval = IntervalStrategy.STEPS, settings.eval_steps, True
+        arguments.lr_scheduler_type = SchedulerType(settings.lr_scheduler_type)
+    return arguments
 
 # %% ../nbs/75_trainer.ipynb #96a31b6d-8
 ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "sgd")  # each weight by itself, or by blocks of 256
@@ -222,9 +281,12 @@ def _a_step_late(kind):
                 self.queue.append((then, numbers[2:], record_time(tr_loss.device), log_then))
                 tr_loss.zero_()
                 control.should_log = False
+            evaluates = control.should_evaluate
             at_once = control.should_save or control.should_evaluate or control.should_training_stop
             log_queued_steps(self, math.inf if at_once else state.global_step)
             log(tr_loss, grad_norm, *args, **kwargs)
+            if self.late and evaluates:  # its time is not the next step's
+                self.ended, self.mark = time.time(), record_time(self.args.device)
 
     return Trainer
 
@@ -239,6 +301,7 @@ def make_trainer_class(plain_loss: bool, flat: bool = False):
 
     class Trainer(trl.SFTTrainer):
         tokens, targets, positions, begun = 0, 0, 0, ()
+        held_out = None  # returns the figures of an evaluation
 
         def training_step(self, model, inputs, *args, **kwargs):
             if inputs["input_ids"].is_cuda:  # two batches ahead of the GPU are enough: each holds memory
@@ -250,6 +313,15 @@ def make_trainer_class(plain_loss: bool, flat: bool = False):
             self.targets += (inputs["labels"][..., 1:] != -100).sum()
             self.positions += inputs["input_ids"].numel()
             return super().training_step(model, inputs, *args, **kwargs)
+
+        def evaluate(self, *args, **kwargs):
+            if self.held_out is None:
+                return super().evaluate(*args, **kwargs)
+            found = self.held_out()
+            with temporary_attributes(self.model, training=False):  # TRL would mix in what it averages over steps
+                self.log(dict(found))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+            return found
 
         def counted(self):
             now = time.time()
@@ -266,8 +338,10 @@ def make_trainer_class(plain_loss: bool, flat: bool = False):
     return _a_step_late(kind) if flat and plain_loss else kind  # TRL's loss waits by itself
 
 # %% ../nbs/75_trainer.ipynb #96a31b6b-8
-def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callbacks: list):
-    "Return an `SFTTrainer` on rows of `input_ids` and `labels`. Its `tokens` counts what it has trained on, without padding; `targets` those with a label."
+def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callbacks: list, held_out: Callable[[], dict] | None = None):
+    """Return an `SFTTrainer` on rows of `input_ids` and `labels`. Its `tokens` counts what it has trained on, without padding; `targets` those with a label.
+
+    `held_out` returns the figures of an evaluation, `eval_loss` among them; it is called every `eval_steps` steps."""
     import transformers
 
     info, engine = model_info(model), engine_of(model)
@@ -291,6 +365,9 @@ def make_trainer(model, tokenizer, rows, settings: Settings, folder: Path, callb
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     trainer.remove_callback(transformers.PrinterCallback)
+    if held_out:
+        trainer.held_out = held_out
+        schedule_evaluations(trainer.args, settings)
     return trainer
 
 # %% ../nbs/75_trainer.ipynb #96a31b6b-12
@@ -328,17 +405,26 @@ class Progress:
 
     def step(self, metrics: list[dict], total: int, left: float, last: bool):
         now = metrics[-1]
+        held = next((row["eval_loss"] for row in reversed(metrics) if row.get("eval_loss") is not None), None)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {now['loss']:.3f}, {now['tokens_per_second']:,.0f} tokens/s", refresh=False)
+            held = "" if held is None else f", held-out {held:.3f}"
+            self.bar.set_postfix_str(f"loss {now['loss']:.3f}{held}, {now['tokens_per_second']:,.0f} tokens/s", refresh=False)
             self.bar.update(now["step"] - self.bar.n)
         elif self.figure is not None and (last or time.time() - self.drawn > self.every):
             import matplotlib.pyplot as plt
 
             ax = plot_loss(metrics)
-            ax.set_title(f"step {now['step']} of {total}" + ("" if last else f", {left:.0f} s left"), fontsize=10)
+            ax.set_title(f"step {now['step']} of {total}" + ("" if held is None else f", held-out loss {held:.3f}") + ("" if last else f", {left:.0f} s left"), fontsize=10)
             self.figure.update(ax.figure)
             plt.close(ax.figure)
             self.drawn = time.time()
+
+    def say(self, text: str, on_curve: bool = False):  # whether a notebook's curve shows it, too
+        "Print a line to stderr, above the bar."
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        elif self.figure is None or not on_curve:
+            print_to_stderr(text)
 
     def stop(self):
         if self.bar is not None:

@@ -19,16 +19,39 @@ from .adapter import model_info, save_adapter, set_model_info
 from .chat_templates import template_text
 from .core import UserError, disk_full, gpu_bytes, library_versions
 from .engine.replay import release_after
-from .evaluation import Evaluation, encode_rows, evaluate
+from .evaluation import Evaluation, evaluate
 from .loading import quiet_libraries
 from .model import count_parameters
-from .preparation import PreparedRun, load_base_task, prepare_run, record_plan
+from .preparation import PreparedRun, prepare_run, record_plan
 from .run import DATA_FROM_PYTHON, RunFolder, Settings, pin_template_kwargs
 from .safeguards import explain_interrupts, gentle_interrupt, is_last_step, raise_if_interrupted
-from .trainer import Progress, make_metrics_row, make_trainer
+from .trainer import Progress, make_metrics_row, make_trainer, reporting_callbacks
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2
-from .safeguards import Tripwire, metrics_before, restore_ended_run, stop_diverged_run, tidy_checkpoints
+from qlora_nb.safeguards import (
+    Tripwire,
+    metrics_before,
+    restore_callbacks,
+    restore_ended_run,
+    stop_diverged_run,
+    tidy_checkpoints,
+)
+from qlora_nb.watching import (
+    HeldOut,
+    make_callbacks,
+    make_evaluation_watch,
+    record_callbacks,
+    say_samples,
+    take_best_adapter,
+    watch_held_out,
+)
+
+# %% ../nbs/15_training.ipynb #15j00001
+import sys
+
+from qlora_nb.evaluation import describe_changes, measure_change
+from qlora_nb.forgetting import BaseRows, load_base_rows
+from qlora_nb.trainer import runs_in_notebook
 
 # %% ../nbs/15_training.ipynb #96a31b6b-13
 def make_watch(folder: RunFolder, progress: Progress, interrupted: list):
@@ -39,6 +62,7 @@ def make_watch(folder: RunFolder, progress: Progress, interrupted: list):
         trainer, wire, metrics, clock, tokens, targets = None, None, [], None, 0, 0
 
         def on_train_begin(self, args, state, control, **kwargs):
+            restore_callbacks(self.trainer.callback_handler.callbacks, state.stateful_callbacks)
             self.metrics = metrics_before(folder, state.global_step, state.log_history)
             folder.write("metrics.jsonl", self.metrics)
             progress.start(state.max_steps, state.global_step)
@@ -62,37 +86,64 @@ def make_watch(folder: RunFolder, progress: Progress, interrupted: list):
             self.clock, self.tokens, self.targets = now, tokens, targets
             self.metrics.append(row)
             folder.append_metrics(row)
-            left = (now - self.started) / max(state.global_step - self.first, 1) * (state.max_steps - state.global_step)
-            progress.step(self.metrics, state.max_steps, left, state.global_step == state.max_steps)
+            self.left = (now - self.started) / max(state.global_step - self.first, 1) * (state.max_steps - state.global_step)
+            progress.step(self.metrics, state.max_steps, self.left, state.global_step == state.max_steps)
+
+        def resume_clock(self, state, last):
+            "Show the metrics again after an evaluation, whose time isn't the next step's."
+            progress.step(self.metrics, state.max_steps, self.left, last)
+            self.clock = time.time()
 
     return Watch()
 
 # %% ../nbs/15_training.ipynb #5d1a9e13
-def make_loader_clock():
-    "Return a trainer callback whose `waited` is the seconds between the end of a step and the beginning of the next: for the loader, mostly."
-    from transformers import TrainerCallback
+def make_run_clock(held_out: HeldOut | None = None):
+    """Return a trainer callback that counts seconds and tokens over all sittings of a run; a checkpoint holds its counts.
 
-    class Clock(TrainerCallback):
-        waited, ended = 0.0, None
+    `waited` is the seconds of this sitting between the end of a step and the beginning of the next: for the loader, mostly."""
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+
+    class RunClock(TrainerCallback, ExportableState):
+        trainer, begun, end, ended, waited, looked = None, None, None, None, 0.0, 0.0
+        before, resumed_at = {}, []  # what earlier sittings counted; the steps after which others began
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.begun, self.looked = time.time(), held_out.seconds if held_out else 0.0
+            self.resumed_at = [*self.resumed_at, *([state.global_step] if state.global_step else [])]
 
         def on_step_end(self, *args, **kwargs):
             self.ended = time.time()
 
-        on_log = on_save = on_step_end
+        on_log = on_save = on_evaluate = on_step_end
 
         def on_step_begin(self, *args, **kwargs):
             self.waited += time.time() - self.ended if self.ended else 0.0  # not before the first step
 
-    return Clock()
+        def on_train_end(self, *args, **kwargs):
+            self.end = time.time()
+
+        def totals(self) -> dict:
+            "Return the seconds of training, of evaluations in between and of waiting, the tokens, and the positions with padding."
+            looked = held_out.seconds - self.looked if held_out and self.begun else 0.0
+            seconds = (self.end or time.time()) - self.begun - looked if self.begun else 0.0
+            now = {"train_seconds": seconds, "eval_seconds": looked, "loader_seconds": self.waited,
+                   "tokens": int(self.trainer.tokens) if self.trainer else 0, "positions": self.trainer.positions if self.trainer else 0}
+            return {name: value + self.before.get(name, 0) for name, value in now.items()}
+
+        def state(self) -> dict:
+            return {"args": {}, "attributes": {"before": self.totals(), "resumed_at": self.resumed_at}}
+
+    return RunClock()
 
 # %% ../nbs/15_training.ipynb #96a31b6b-23
-def run_trainer(trainer: object, watch: object, progress: Progress, folder: RunFolder, interrupted: list, resume_from: Path | None) -> float:
-    "Train, and return the seconds it took. Raise `TrainingInterrupted` after a signal, `UserError` on a full disk or GPU."
-    watch.trainer, start = trainer, time.time()
-    if resume_from and is_last_step(resume_from):
+def run_trainer(trainer: object, watch: object, progress: Progress, folder: RunFolder, interrupted: list, resume_from: Path | None, early_stopping: int | None = None) -> None:
+    "Train. Raise `TrainingInterrupted` after a signal, `UserError` on a full disk or GPU."
+    watch.trainer = trainer
+    if resume_from and is_last_step(resume_from, early_stopping):
         restore_ended_run(trainer, watch, folder, resume_from)
         raise_if_interrupted(interrupted, trainer.state.global_step, folder)
-        return 0.0
+        return
     try:
         with quiet_libraries(model_info(trainer.model)["backend"]), release_after(trainer.model):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -111,38 +162,47 @@ def run_trainer(trainer: object, watch: object, progress: Progress, folder: RunF
     finally:
         progress.stop()
     raise_if_interrupted(interrupted, trainer.state.global_step, folder)
-    return time.time() - start
 
 # %% ../nbs/15_training.ipynb #96a31b6b-26
 def _evaluate(model, tokenizer, eval_data, base_data, settings: Settings, base: bool) -> Evaluation | None:
     "Evaluate the held-out rows with the adapter, or (`base`) with the adapter switched off. None where no rows are held out."
     if eval_data is None:
         return None
+    how = {"template": settings.template, "template_kwargs": settings.template_kwargs}
+    if not isinstance(base_data, BaseRows):
+        base_data = load_base_rows(model, tokenizer, getattr(settings, "base_data", None), **how)
     with model.disable_adapter() if base else contextlib.nullcontext():
         return evaluate(
-            model, tokenizer, eval_data, max_new_tokens=settings.max_new_tokens, base_data=base_data,
-            template=settings.template, template_kwargs=settings.template_kwargs,
-        )
+            model, tokenizer, eval_data, scorer=getattr(settings, "scorer", None), max_new_tokens=settings.max_new_tokens, base_data=base_data,
+            progress="before training" if base else "after training", **how)
 
 # %% ../nbs/15_training.ipynb #96a31b6b-28
 def write_results(folder: RunFolder, watch: object, before: Evaluation | None, after: Evaluation | None, summary: dict) -> None:
-    "Write evaluation.jsonl and, last, summary.json: a run that has it is finished."
+    "Write evaluation.jsonl, heldout.jsonl and, last, summary.json: a run that has it is finished. Show the figures in a terminal."
     losses = [m["loss"] for m in watch.metrics]
+    judged = {"before": before.summary() if before else None, "after": after.summary() if after else None}
     if before and after:
         rows = [{"stage": stage, **row} for stage, e in (("before", before), ("after", after)) for row in e.rows]
         folder.write("evaluation.jsonl", rows)
+        folder.write("heldout.jsonl", after.data)
+        judged["change"] = {name: measure_change(before, after, name) for name in after.figures if name in before.figures}
+        if not runs_in_notebook():  # there the run shows itself
+            print(describe_changes(before, after), file=sys.stderr)
     folder.write("summary.json", {
-        "before": before.summary() if before else None, "after": after.summary() if after else None, **summary,
+        **judged, **summary, "vocab_size": getattr(getattr(watch.trainer.model, "config", None), "vocab_size", None),
         "steps": len(losses) and watch.metrics[-1]["step"], "mean_loss": sum(losses) / len(losses), "last_loss": losses[-1],
     })
 
 # %% ../nbs/15_training.ipynb #5d1a9e02
 def training_totals(trainer: object, clock: object, left_out: Mapping | None = None) -> dict:
-    "Return what the steps went through, for `diagnose`: epochs, padding, seconds of waiting for batches, and the card's memory."
-    padding = 1 - int(trainer.tokens) / trainer.positions if trainer.positions else None
+    "Return what the steps of all sittings went through: seconds, epochs, padding, tokens, the card's memory, and where the run was resumed."
+    counted = clock.totals()
+    tokens, positions = counted.pop("tokens"), counted.pop("positions")
+    padding = 1 - tokens / positions if positions else None
     return {
-        "data": {"epochs": round(trainer.state.epoch or 0, 3), "padding": padding and round(padding, 4), **(left_out or {})},
-        "loader_seconds": round(clock.waited, 2), "device_bytes": gpu_bytes() or None,
+        **{name: round(seconds, 2) for name, seconds in counted.items()},
+        "data": {"epochs": round(trainer.state.epoch or 0, 3), "padding": padding and round(padding, 4), "tokens": tokens, **(left_out or {})},
+        "device_bytes": gpu_bytes() or None, **({"resumed_at": clock.resumed_at} if clock.resumed_at else {}),
     }
 
 # %% ../nbs/15_training.ipynb #15a00070
@@ -153,21 +213,27 @@ def measure_peak_memory() -> dict | None:
     return {"allocated_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
 
 # %% ../nbs/15_training.ipynb #96a31b6b-32
-def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float) -> None:
-    "Evaluate, train, save, evaluate, and write the results."
+def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, callbacks: list = ()) -> None:
+    "Evaluate, train, save, evaluate, and write the results. `callbacks` are transformers'."
     settings, folder, config, eval_data = prepared.settings, prepared.folder, prepared.config, prepared.eval_data
-    base_data = load_base_task(model) if eval_data is not None else None
-    if base_data is not None:  # the same rows before and after
-        base_data = encode_rows(base_data, tokenizer, model, settings.template, settings.template_kwargs)
+    how = (getattr(settings, "base_data", None), settings.template, settings.template_kwargs)
+    base_data = load_base_rows(model, tokenizer, *how) if eval_data is not None else None  # the same rows before and after
     before = _evaluate(model, tokenizer, eval_data, base_data, settings, base=True)
     progress = Progress()
+    held_out = watch_held_out(model, tokenizer, eval_data, settings, config.get("system"))
+    if held_out and held_out.prompts and not prepared.checkpoint:
+        folder.write("samples.jsonl", samples := held_out.answer(0))
+        say_samples(progress, samples)
     with gentle_interrupt() as interrupted:
-        watch = make_watch(folder, progress, interrupted)
-        clock = make_loader_clock()
-        trainer = make_trainer(model, tokenizer, prepared.rows.rows, settings, folder.checkpoint_folder, [watch, clock])
+        watch, clock = make_watch(folder, progress, interrupted), make_run_clock(held_out)
+        looks = [make_evaluation_watch(folder, watch, progress, held_out)] if held_out else []
+        trainer = clock.trainer = make_trainer(
+            model, tokenizer, prepared.rows.rows, settings, folder.checkpoint_folder,
+            [watch, clock, *looks, *reporting_callbacks(settings.report_to, folder.path), *callbacks], held_out and held_out.measure)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        seconds = run_trainer(trainer, watch, progress, folder, interrupted, prepared.checkpoint)
+        run_trainer(trainer, watch, progress, folder, interrupted, prepared.checkpoint, settings.early_stopping)
+    found = take_best_adapter(model, folder, watch.metrics, settings, trainer.state.max_steps)
     plan = config.get("plan") and {"plan": {**config["plan"], "measured": measure_peak_memory()}}
     sha = save_adapter(model, tokenizer, folder.adapter)
     set_model_info(model, adapter=str(folder.adapter))  # what a second training starts from
@@ -178,7 +244,7 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float) 
         why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"the adapter is trained and saved in {folder.adapter}, but the held-out rows were not answered ({why}): {folder.how_to_resume()}") from error
     write_results(folder, watch, before, after, {
-        "seconds": round(time.time() - started, 2), "train_seconds": round(seconds, 2), "adapter_sha256": sha,
+        "seconds": round(time.time() - started, 2), "adapter_sha256": sha, **found,
         "backend": config["backend"], **{name: config[name] for name in ("started_from", "started_from_adapter") if name in config}, **count_parameters(model), **(plan or {}), **training_totals(trainer, clock, prepared.rows.count_left_out()),
     })
 
@@ -213,12 +279,14 @@ def train_adapter(
     plan=None,  # "auto", a card, or a `Plan`
     resume: str | Path | None = None,  # a run to resume
     source: dict | None = None,  # where the data came from, for config.yaml
+    callbacks: list | None = None,  # transformers' callbacks, or their classes
     started: float | None = None,  # when the clock of `seconds` began; None is now
 ) -> tuple:  # (the run's folder, the tokenizer with the template that was trained, the held-out rows)
     "Train, evaluate before and after, and leave a finished run folder, but for its reports. Raise as `train` does."
     from transformers import set_seed
 
     started = started or time.time()
+    callbacks = make_callbacks(callbacks)
     prepared = None
     with explain_interrupts(lambda: describe_remains(prepared.folder if prepared else RunFolder(resume) if resume else None)):
         prepared = prepare_run(
@@ -228,11 +296,12 @@ def train_adapter(
             folder.write("preflight.json", rows.report.to_dict())
         config["rows_read"] = {**rows.summary(), **config.get("rows_read", {})}
         record_plan(model, prepared)
+        record_callbacks(callbacks, config)
         folder.write("config.yaml", config)
         folder.write("versions.json", {**library_versions(), "device": device_name(), "date": f"{datetime.now():%Y-%m-%d}"})
         set_seed(prepared.settings.seed)
         tokenizer = with_template(tokenizer, prepared.settings.template, prepared.settings.template_kwargs)
-        train_and_evaluate(model, tokenizer, prepared, started)
+        train_and_evaluate(model, tokenizer, prepared, started, callbacks)
         return folder, tokenizer, prepared.eval_data
 
 # %% ../nbs/15_training.ipynb #96a31b6b-3a

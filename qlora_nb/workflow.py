@@ -8,33 +8,49 @@ __all__ = ['Run', 'load_run', 'train', 'check_exportable']
 # %% ../nbs/54_workflow.ipynb #54a00004
 import contextlib
 import gc
+import html
+import inspect
 import io
 import itertools
 import math
+import re
 import shlex
 import sys
 import tempfile
+import textwrap
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 # %% ../nbs/54_workflow.ipynb #54a00005
+from .activations import checkpointing_kind
+from .adapter import find_active_adapter, model_info
 from .certificate import certify
-from .core import EMBEDDED_NAME, UserError, write_json
+from .certificate_checks import Certificate
+from .core import EMBEDDED_NAME, PROFILES, ShownObject, UserError, is_number, render_html_table, write_json
 from .gguf_export import GGUF_QUANTIZATIONS, check_quantizations, export_gguf, name_tensors, plan_tensors
 from .gguf_tokens import read_vocabulary
 from .gguf_writer import ModelSource, check_disk, find_architecture, target_files
 from .llama import NO_LOGITS, ServedFile, import_extra
 from .ollama_export import modelfile_for, modelfile_refusal, write_modelfile
-from .report import render_markdown, show_report, write_reports
-from .run import RunFolder, call_of_setting, check_setting
+from .preparation import adapter_settings
+from .publishing import push_to_hub
+from .report import Report, choose_window, render_markdown, running_mean, show_report, write_reports
+from .run import RunFolder, Settings, call_of_setting, check_setting, read_own_config, settings_of_part
 from .safeguards import TrainingInterrupted, explain_interrupts
 from .template import render
 from .training import train_adapter, with_template
+
+# %% ../nbs/54_workflow.ipynb #54a1f007
+if TYPE_CHECKING:  # for editors and type checkers
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/54_workflow.ipynb #54a00011
 def try_to_report(folder: RunFolder) -> None:
@@ -46,33 +62,86 @@ def try_to_report(folder: RunFolder) -> None:
         except Exception as error:
             print(f"the report was not written ({error}): make it with qlora_nb report {path}", file=sys.stderr)
 
+# %% ../nbs/54_workflow.ipynb #54a1f001
+def draw_loss_curve(
+    metrics: list[dict],
+    before: float | None = None,  # held-out loss, None where there is none
+    after: float | None = None,
+    after_step: int | None = None,  # that `after` belongs to, where it isn't the last
+) -> str:
+    "Return the loss by step as inline SVG in the colours of the page: each step, their running mean, and dots for the held-out loss. Empty for fewer than two steps."
+    def known(name: str) -> list[tuple[float, float]]:
+        return [(row["step"], row[name]) for row in metrics if is_number(row.get(name)) and math.isfinite(row[name])]
+
+    losses = known("loss")
+    if len(losses) < 2:
+        return ""
+    first, last = losses[0][0], losses[-1][0]
+    held = [point for point in ((first, before), *known("eval_loss"), (after_step or last, after)) if is_number(point[1]) and math.isfinite(point[1])]
+    top = max(value for _, value in [*losses, *held]) or 1.0
+
+    def line(points: list, look: str) -> str:
+        thin = points[:: max(1, len(points) // 300)] + points[-1:]
+        places = " ".join(f"{40 + 550 * (x - first) / (last - first or 1):.1f},{150 - 135 * y / top:.1f}" for x, y in thin)
+        return f'<polyline points="{places}" fill="none" {look}/>'
+
+    dots = [f'<circle cx="{40 + 550 * (x - first) / (last - first or 1):.1f}" cy="{150 - 135 * y / top:.1f}" r="4" fill="#d55e00"><title>held-out, step {x:g}: {y:.4g}</title></circle>' for x, y in held]
+    words = [(34, 154, "end", "0"), (34, 22, "end", f"{top:.3g}"), (40, 168, "start", f"step {first:g}"), (590, 168, "end", f"step {last:g}"),
+             (315, 168, "middle", "loss, nats per labelled token" + ("; dots: held-out" if held else ""))]
+    texts = [f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in words]
+    axes = '<path d="M40 12V150H594" fill="none" stroke="currentColor" stroke-opacity="0.5"/>'
+    mean = line(running_mean(losses, choose_window(len(losses))), 'stroke="#2f86d6" stroke-width="2"')
+    return ('<svg viewBox="0 0 600 176" role="img" aria-label="loss by step" style="max-width: 600px; width: 100%; font: 11px sans-serif; fill: currentColor">'
+            + axes + line(losses, 'stroke="currentColor" stroke-opacity="0.3"') + mean + "".join([*dots, *texts]) + "</svg>")
+
 # %% ../nbs/54_workflow.ipynb #54a00021
-@dataclass
-class Run:
+@dataclass(repr=False)
+class Run(ShownObject):
     "A finished run: its folder, what is in it, and the steps that come after. `model` and `tokenizer` are there right after training, else None."
 
     path: Path
     summary: dict
     metrics: list[dict]
-    model: object = None
-    tokenizer: object = None
-    eval_data: object = None  # the held-out rows, right after training
+    model: "PeftModel | None" = None
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    eval_data: "Dataset | None" = None  # the held-out rows, right after training
 
     def report(self) -> str:
         "Return the run's report as Markdown."
         return render_markdown(self.path)
 
-    def _repr_markdown_(self) -> str:
-        return self.report()
+    @property
+    def _figures(self) -> list[tuple[str, str, str]]:
+        "What was measured on the held-out rows before and after."
+        ends = [self.summary.get(stage) or {} for stage in ("before", "after")]
+        names = sorted((name for name in ends[1] if all(is_number(end.get(name)) for end in ends)), key="loss".__ne__)  # the loss first
+        return [(name.replace("_", " "), *(f"{end[name]:.4g}" for end in ends)) for name in names]
 
-    def show_report(self):
+    def short_text(self) -> str:
+        loss = next((f", held-out loss {before} → {after}" for name, before, after in self._figures if name == "loss"), "")
+        return f"{self.path.name}, {self.summary.get('steps', len(self.metrics))} steps{loss}"
+
+    def __str__(self) -> str:
+        rows = [("on held-out rows", "before", "after"), *self._figures] if self._figures else []
+        return "\n".join([f"run {self.short_text()}", *(f"{name:<18} {before:>9} {after:>9}" for name, before, after in rows)])
+
+    def _repr_html_(self) -> str:
+        ends = [(self.summary.get(stage) or {}).get("loss") for stage in ("before", "after")]
+        seconds = self.summary.get("train_seconds")
+        took = f", {seconds:,.0f} s of training" if is_number(seconds) else ""
+        title = f"<p><b>Run {html.escape(self.short_text())}</b>{took}</p>"
+        table = render_html_table(("on held-out rows", "before", "after"), self._figures) if self._figures else ""
+        curve = draw_loss_curve(self.metrics, *ends, self.summary.get("adapter_step"))
+        return f"{title}{table}{curve}<p>All of it: <code>run.show_report()</code></p>"
+
+    def show_report(self) -> Report:
         "Show report.html in a notebook."
         return show_report(self.path)
 
     def export(
         self,
         quantization: str | list[str] = "q8_0",  # one, or several
-    ):  # -> Path, or a list of them for a list
+    ) -> Path | list[Path]:  # a list for a list
         "Write GGUF and Modelfile into the run's folder, of the adapter in the base that it was trained on."
         found = export_gguf(self.path, None, self.path, quantization)
         files = found if isinstance(found, list) else [found]
@@ -82,11 +151,15 @@ class Run:
             raise UserError(f"{error}; already written and complete: {', '.join(file.name for file in files)}") from error
         return found
 
-    def certify(self, **settings):  # -> Certificate
+    def certify(self, **settings) -> Certificate:
         "Compare the run's exported files with what was trained, and write the certificate; settings as in `certify`."
         found = certify_run(self, **settings)
         try_to_report(RunFolder.open(self))
         return found
+
+    def push_to_hub(self, repo: str, **how):  # -> Publication
+        "Publish the run on the Hub as `repo` (USER/NAME), with a card; arguments as in `push_to_hub`."
+        return push_to_hub(self, repo, **how)
 
 # %% ../nbs/54_workflow.ipynb #54a00022
 def load_run(
@@ -101,7 +174,7 @@ def load_run(
 
 # %% ../nbs/54_workflow.ipynb #54a00013
 def certify_run(run: "Run", **settings):  # -> Certificate
-    "Compare a run's exported files with what was trained, and write certificate.json."
+    "Compare a run's exported files with what was trained, on its own held-out rows, and write certificate.json."
     folder = RunFolder.open(run)
     found = certify(folder.path, gguf=folder.gguf_files, **{"data": run.eval_data, "modelfile": folder.modelfile, **settings})
     found.to_json()
@@ -115,6 +188,33 @@ def check_trainer_settings(given: dict) -> None:
             raise UserError(f"{name} is decided before the training, by {owner}: give it there")
         check_setting(name, value)
 
+
+def check_config_fits(model, config: Mapping, path: str | Path) -> None:
+    "Raise `UserError` where the model was not loaded or adapted as a settings file says; name on stderr what it says of the data."
+    info, lora = model_info(model), model.peft_config[find_active_adapter(model)]
+    own = {**info, **{name: getattr(lora, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias")}, **adapter_settings(model)}
+    alike = {"use_gradient_checkpointing": checkpointing_kind, "target_modules": sorted}  # what is compared of a value
+    for name in [*settings_of_part("model"), *settings_of_part("adapter")]:
+        if config.get(name) in (None, "auto") or name not in own:
+            continue
+        wanted, found = (alike.get(name, lambda value: value)(value) for value in (check_setting(name, config[name]), own[name]))
+        if wanted != found:
+            raise UserError(f"{path} says {name}: {wanted}, but the model has {found}: give it to {call_of_setting(name)}, or change the file")
+    if data := [name for name in settings_of_part("data") if config.get(name) is not None]:
+        print(f"note: {', '.join(data)} in {path} {'is' if len(data) == 1 else 'are'} not used: the data were given in Python", file=sys.stderr)
+
+
+def split_plan(plan, model) -> tuple[Mapping | None, object]:  # (settings, what is to be planned)
+    "Sort out what `plan=` was given: settings, as a mapping or in a file, or something to plan for. Raise `UserError` for invalid settings."
+    if isinstance(plan, Mapping):
+        check_trainer_settings(plan)
+        return plan, None
+    if not (isinstance(plan, Path) or (isinstance(plan, str) and plan.endswith((".yaml", ".yml")))):
+        return None, plan
+    config = read_own_config(plan)
+    check_config_fits(model, config, plan)
+    return config, config.get("plan") if isinstance(config.get("plan"), str) else None
+
 # %% ../nbs/54_workflow.ipynb #54a00012
 def train_and_report(model, tokenizer, data, arguments: dict, **how) -> "Run":  # as for `train_adapter`
     "Train, write the reports, and return the run."
@@ -124,29 +224,82 @@ def train_and_report(model, tokenizer, data, arguments: dict, **how) -> "Run":  
 
 # %% ../nbs/54_workflow.ipynb #54a00023
 def train(
-    model,  # from `add_lora`
-    tokenizer,
-    data,  # a data set with the column `messages`, from `load_sft_dataset`
+    model: torch.nn.Module,  # from `add_lora`
+    tokenizer: "PreTrainedTokenizerBase",
+    data: Iterable,  # a data set with the column `messages`, from `load_sft_dataset`
     *,
-    eval_data=None,  # held-out rows; None splits `eval_rows` off `data` (at most a fifth), and never trains on them
+    eval_data: Iterable | None = None,  # held-out rows; None splits `eval_rows` off `data` (at most a fifth), and never trains on them
     output: str | Path | None = None,  # the run folder, new or empty; None is ./runs/<time>-<model>
     check: bool = True,  # check the data first, and stop on errors
-    plan=None,  # "auto" for this card; a card's name, bytes or `Card`; a `Plan`; or a mapping of settings, as a file's
+    plan: object = None,  # "auto" for this card; a card's name, bytes or `Card`; a `Plan`; settings, as a mapping or in a .yaml file
     resume: str | Path | None = None,  # the folder of a run that was stopped
+    callbacks: list | None = None,  # transformers' TrainerCallback objects, or classes
     **settings,  # the trainer's settings in `Settings`, by name
 ) -> Run:
     """Fine-tune the adapter, evaluate before and after, and leave a run folder with its reports.
 
     Raise `UserError` for a mistake, `TrainingInterrupted` after Ctrl-C or a signal, `TrainingDiverged` where the loss is NaN.
     """
-    config, plan = (plan, None) if isinstance(plan, dict) else (None, plan)
-    check_trainer_settings({**(config or {}), **settings})
+    check_trainer_settings(settings)
+    config, plan = split_plan(plan, model)
     if resume and output:
         raise UserError("output and resume are both given: a resumed run stays in its folder")
     if resume and (plan or config):
         raise UserError("plan and resume are both given: a resumed run keeps its settings")
     return train_and_report(
-        model, tokenizer, data, settings, config=config, eval_data=eval_data, output=output, check=check, plan=plan, resume=resume)
+        model, tokenizer, data, settings, config=config, eval_data=eval_data, output=output, check=check, plan=plan, resume=resume,
+        callbacks=callbacks)
+
+# %% ../nbs/54_workflow.ipynb #54a1f004
+SETTING_GROUPS = {  # of the trainer's settings
+    "steps and batches": ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "seed"),
+    "optimizer": ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
+    "rows": ("max_seq_length", "truncation", "train_on", "drop_invalid", "drop_duplicates", "template", "template_kwargs"),
+    "evaluation": ("eval_rows", "max_new_tokens", "scorer", "base_data", "eval_steps", "early_stopping", "load_best_model_at_end", "sample_prompts"),
+    "metrics and checkpoints": ("logging_steps", "report_to", "save_steps", "save_total_limit"),
+}
+
+
+class ByProfile:
+    "The default of a setting that the profile decides, in a signature."
+
+    def __repr__(self) -> str:
+        return "<the profile's>"
+
+
+def group_settings() -> dict[str, list]:
+    "Return the fields of `Settings` that `train` takes, by group."
+    known = {field.name: field for field in fields(Settings) if field.metadata["part"] == "trainer"}
+    found = {title: [known.pop(name) for name in names if name in known] for title, names in SETTING_GROUPS.items()}
+    return {**found, **({"others": [*known.values()]} if known else {})}
+
+
+def describe_settings() -> str:
+    "Return a line for each setting of `train`: its name, type, default and meaning, and where a profile has another default."
+    lines = []
+    for title, members in group_settings().items():
+        lines += ["", f"{title.capitalize()}:", ""]
+        for field in members:
+            usual = {name: getattr(found, field.name) for name, found in PROFILES.items() if hasattr(found, field.name)}
+            other = ", ".join(f"{name} {value}" for name, value in usual.items() if value != field.default)
+            said = re.sub(r"\s*\[[^]]*\]$", "", field.metadata["help"]).replace("max-steps", "max_steps")  # written for the command line
+            text = f"{field.name}: {inspect.formatannotation(field.type)} = {field.default!r} ({said}{f'; profiles: {other}' if other else ''})"
+            lines += textwrap.wrap(text, 100, initial_indent="- ", subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def show_settings(function) -> None:
+    "Let `help` and the completion of arguments see the settings that a function takes as `**settings`."
+    signature = inspect.signature(function)
+    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    decided = {name for found in PROFILES.values() for name in vars(found)}
+    more = [inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=ByProfile() if field.name in decided else field.default, annotation=field.type)
+            for members in group_settings().values() for field in members]
+    function.__signature__ = signature.replace(parameters=[*own, *more])
+    function.__doc__ = f"{inspect.getdoc(function)}\n\nSettings, with their defaults for real models:\n{describe_settings()}"
+
+
+show_settings(train)
 
 # %% ../nbs/54_workflow.ipynb #3de8cbad
 def write_stand_in(tokenizer, tokens: int, path: Path) -> Path:
@@ -207,8 +360,8 @@ def try_texts(tokenizer, tokens: int, rows: list) -> list[str]:
 
 # %% ../nbs/54_workflow.ipynb #6328db10
 def check_exportable(
-    model,  # from `add_lora`
-    tokenizer,
+    model: torch.nn.Module,  # from `add_lora`
+    tokenizer: "PreTrainedTokenizerBase",
     quantization: str | list[str] = "q8_0",  # one, or several
     *,
     rows: Iterable[dict] = (),  # to be trained on; the prompts of a few are tried in llama.cpp

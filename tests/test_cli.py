@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import yaml
 from processes import COMMAND, Process, qlora_nb
@@ -88,14 +89,17 @@ def test_chat_with_the_file(finished, tmp_path):
     assert served.returncode == 0, served.stderr[-2000:]
     assert served.stdout.startswith("<think>") and served.stdout == qlora_nb("chat", run, *asked, cwd=tmp_path).stdout
     short = ("--temperature", "0", "--max-new-tokens", "5")
-    lines = qlora_nb("chat", gguf, *short, cwd=tmp_path, input="What is 2 + 2?\n\nWhat is 3 + 4?\n").stdout
-    questions = ("What is 2 + 2?", "What is 3 + 4?")
-    alone = [qlora_nb("chat", gguf, *short, "--message", q, cwd=tmp_path).stdout for q in questions]
-    assert lines == "".join(alone)
-    gone = qlora_nb("chat", "gone.gguf", *asked, cwd=tmp_path)
-    assert gone.returncode == 2 and "there is no file gone.gguf" in gone.stderr
-    mixed = qlora_nb("chat", gguf, "--backend", "unsloth", *asked, cwd=tmp_path)
-    assert mixed.returncode == 2 and "a GGUF can't be combined with" in mixed.stderr
+    lines = qlora_nb(
+        "chat", gguf, *short, cwd=tmp_path, input="What is 2 + 2?\n\nWhat is 3 + 4?\nWhat is 2 + 2?\n"
+    ).stdout
+    alone = qlora_nb("chat", gguf, *short, "--message", "What is 3 + 4?", cwd=tmp_path).stdout
+    first = lines[: (len(lines) - len(alone)) // 2]
+    assert first and lines == first + alone + first, "a line of a pipe is a question of its own"
+
+
+def test_what_a_gguf_is_not_asked_with(mistake):
+    mistake(["chat", "gone.gguf", "--message", "x"], "there is no file gone.gguf")
+    mistake(["chat", "gone.gguf", "--message", "x", "--backend", "unsloth"], "a GGUF can't be combined with")
 
 
 def test_the_commands_after_a_run(finished, tmp_path):
@@ -134,8 +138,8 @@ def test_the_shares_are_counted_from_the_replies(demo):
 def test_the_run_folder(demo):
     run, _, (steps, _) = demo
     assert {path.name for path in run.iterdir()} == {
-        "adapter", "checkpoints", "config.yaml", "evaluation.jsonl", "loss.png", "metrics.jsonl", "preflight.json",
-        "report.html", "report.md", "summary.json", "versions.json", "certificate.json",
+        "adapter", "checkpoints", "config.yaml", "evaluation.jsonl", "heldout.jsonl", "loss.png", "metrics.jsonl",
+        "preflight.json", "report.html", "report.md", "summary.json", "versions.json", "certificate.json",
         "Modelfile", f"{run.name}-Q8_0.gguf",
     }  # fmt: skip
     metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
@@ -423,6 +427,21 @@ class OddConfig(LlamaConfig):
 """
 
 
+# The same question again, when the weights are a pickle: one interpreter, since Unsloth's start is most of the time.
+ASKED_TWICE = """
+import sys
+from pathlib import Path
+from qlora_nb.cli import main
+for question in (1, 2):
+    try:
+        main()
+    except SystemExit as stop:
+        print(f"exit {stop.code}", file=sys.stderr, flush=True)
+    if question == 1:
+        Path("odd/model.safetensors").rename("odd/pytorch_model.bin")
+"""
+
+
 @pytest.mark.parametrize("backend", ["transformers", "unsloth"])
 def test_code_and_pickles_that_come_with_a_model_are_not_run(backend, tmp_path):
     import shutil
@@ -435,11 +454,18 @@ def test_code_and_pickles_that_come_with_a_model_are_not_run(backend, tmp_path):
     (tmp_path / "odd/config.json").write_text(json.dumps(config))
     (tmp_path / "odd/configuration_odd.py").write_text(CODE)
     ask = ["chat", "--model", "odd", "--message", "x", "--backend", backend]
-    command = fresh_qlora_nb if backend == "unsloth" else qlora_nb
-    done = command(*ask, cwd=tmp_path, input="y\n")
-    assert done.returncode == 2 and "a model brought this along" not in done.stdout + done.stderr, done.stderr[-2000:]
-    (tmp_path / "odd/model.safetensors").rename(tmp_path / "odd/pytorch_model.bin")
-    assert "holds no .safetensors weights" in command(*ask, cwd=tmp_path).stderr
+    if backend == "unsloth":
+        command = [sys.executable, "-c", ASKED_TWICE, *ask]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, input="y\n")
+    else:
+        done = processes.run(ASKED_TWICE, *ask, cwd=tmp_path, input="y\n")
+    code, pickles = done.stderr.split("exit 2\n")[:2]
+    assert "a model brought this along" not in done.stdout + done.stderr and "Traceback" not in code, done.stderr[
+        -2000:
+    ]
+    assert code.strip() and "holds no .safetensors weights" in pickles and done.stdout.strip() == "", done.stderr[
+        -2000:
+    ]
 
 
 def test_a_run_that_diverges_says_so(tmp_path):

@@ -13,6 +13,7 @@ from qlora_nb.core import UserError, write_json, write_jsonl
 from qlora_nb.diagnosis import (
     DIAGNOSIS_RULES,
     diagnose,
+    find_absurd_loss,
     find_divergence,
     find_early_end,
     find_endless_replies,
@@ -24,6 +25,7 @@ from qlora_nb.diagnosis import (
     find_memory_trouble,
     find_nan,
     find_no_gain,
+    find_odd_replies,
     find_overfitting,
     find_slow_steps,
     find_zero_loss,
@@ -257,6 +259,77 @@ def run_of(healthy, losses, norms=None, rate=1e-3):
     return changed(healthy.evidence, metrics=rows)
 
 
+def made_run(healthy, folder, losses, before, after, replies=(), **summary):
+    "A run's folder with these losses, figures and replies."
+    path = copied(healthy, folder)
+    steps = [{"step": i, "loss": loss, "learning_rate": 1e-3, "grad_norm": 0.5} for i, loss in enumerate(losses, 1)]
+    write_jsonl(path / "metrics.jsonl", steps)
+    write_jsonl(path / "evaluation.jsonl", replies)
+    old = json.loads((path / "summary.json").read_text())
+    figures = {"exact": None, "form": None, "base_perplexity": None}
+    write_json(
+        path / "summary.json",
+        {**old, "before": {**figures, "stops": 1.0, **before}, "after": {**figures, "stops": 1.0, **after}, **summary},
+    )
+    return diagnose(path)
+
+
+@pytest.mark.parametrize(
+    "losses, before, after, vocab, codes, said",
+    [
+        ([12.8, 12.79], 12.81, 12.8, 128_256, ["absurd_loss"], "the base doesn't understand the rows"),
+        ([12.8] * 30, 12.8, 12.8, None, ["absurd_loss"], "12.8 before training already"),
+        ([2.5, 6.0, 9.0, *[12.8] * 27], 2.6, 12.8, 32_000, ["diverging"], "learning rate"),
+        ([2.5, 13.0, 12.8], 2.6, 12.8, 32_000, ["absurd_loss"], "so the training broke it"),
+        ([10.4] * 4, 10.5, 10.4, 49_152, ["absurd_loss"], "10.8"),
+        ([2.6, 2.4, 2.2], 2.6, 3.4, 49_152, ["heldout_rose"], "training made it worse"),
+        ([2.6, 2.4, 2.2], 2.6, 4.4, 49_152, ["heldout_rose"], "was 2.6"),
+        ([6.2, 5.9, 5.7], 6.2, 5.8, 49_152, [], ""),
+    ],
+)  # fmt: skip
+def test_a_loss_that_is_absurd(healthy, tmp_path, losses, before, after, vocab, codes, said):
+    found = made_run(healthy, tmp_path, losses, {"loss": before}, {"loss": after}, vocab_size=vocab)
+    assert found.codes == codes and said in str(found) and found.ok is not bool(codes)
+
+
+def test_far_above_ordinary_text(healthy, tmp_path):
+    base = {"base_perplexity": 20.0, "base_text": "general text (24 passages, 10 languages)"}
+    found = made_run(healthy, tmp_path, [8.0, 7.9], {"loss": 8.1, **base}, {"loss": 7.7, **base}, vocab_size=49_152)
+    assert found.codes == ["absurd_loss"] and "ordinary text has 3 with this base" in found.findings[0].cause
+    assert find_absurd_loss(changed(found.evidence, metrics=[], summary={})) is None
+
+
+@pytest.mark.parametrize(
+    "replies, codes",
+    [
+        ([("hello", False), ("hello", False)], ["same_replies", "score_constant"]),
+        ([("", False), ("", False)], ["empty_replies", "score_constant"]),
+        ([("spam", False), ("ham", True)], []),
+    ],
+)
+def test_replies_that_tell_nothing(healthy, tmp_path, replies, codes):
+    rows = [
+        {"stage": stage, "stops": True, "expected": f"label {i % 3}"}
+        for stage in ("before", "after")
+        for i in range(12)
+    ]
+    for i, row in enumerate(rows):
+        row["reply"], row["exact"] = replies[i % 2]
+    found = made_run(healthy, tmp_path, [2.6, 2.4, 2.2], {"loss": 2.6}, {"loss": 2.0}, rows)
+    assert found.codes == codes
+    assert find_odd_replies(changed(found.evidence, replies=[])) == []
+
+
+def test_replies_that_never_stopped(healthy, tmp_path):
+    rows = [
+        {"stage": stage, "stops": False, "reply": str(i), "tokens": 9}
+        for stage in ("before", "after")
+        for i in range(12)
+    ]
+    found = made_run(healthy, tmp_path, [2.6, 2.4, 2.2], {"loss": 2.6, "stops": 0.0}, {"loss": 2.0, "stops": 0.0}, rows)
+    assert found.codes == ["never_stops"] and "100% didn't before training" in str(found)
+
+
 @pytest.mark.quick
 def test_fifths():
     assert average_fifths([1.0] * 9) == []
@@ -405,7 +478,7 @@ def test_display_is_escaped_and_ordered(healthy, tmp_path):
     assert found.table().startswith("error: never_stops\n  ") and "\n  → " in found.table()
     assert found.to_dict()["findings"][0]["code"] == "never_stops"
     assert "<b>" not in found._repr_html_() and found._repr_html_().count("<tr>") == 3
-    assert repr(found) == str(found) == found.table()
+    assert str(found) == found.table() and repr(found) == "<Diagnosis: ok=False, 1 error, 1 info>"
 
 
 def test_the_plot_has_both_losses(healthy):

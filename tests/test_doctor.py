@@ -824,7 +824,7 @@ def test_report():
     report = explain_old_code("SFTTrainer(tokenizer='<b>&', packing=True)\nload_dataset('a/b', split='train[:1]')")
     assert not report.ok and report.summary == {"error": 2, "warning": 1, "info": 1}
     assert "<b>" not in report._repr_html_() and "&lt;b&gt;&amp;" in report._repr_html_()
-    assert repr(report) == str(report) and "processing_class=tokenizer" in str(report)
+    assert "processing_class=tokenizer" in str(report) and "\n" not in repr(report)
     found = json.loads(json.dumps(report.to_dict()))
     assert found["ok"] is False and len(found["findings"]) == 4
     assert set(found["findings"][0]) == {"code", "severity", "cell", "line", "column", "old", "cause", "fix", "source"}

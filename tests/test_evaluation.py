@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import html
+import io
 import json
 import math
 import re
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 from qlora_nb.core import UserError, render_html_table
 from qlora_nb.evaluation import (
     Evaluation,
+    EvaluationProgress,
     answer_loss,
     before_and_after,
     bootstrap_interval,
+    describe_changes,
     evaluate,
     expected_answer,
     has_form,
@@ -27,7 +30,17 @@ from qlora_nb.evaluation import (
     row_losses,
     wilson_interval,
 )
+from qlora_nb.forgetting import encode_general_text, load_base_rows, read_general_text
 from qlora_nb.row_statistics import encode_last_replies, find_unusable_rows, split_reply, write_expected
+from qlora_nb.scorers import (
+    common_length,
+    find_scorer,
+    load_metric,
+    normalise_text,
+    score_contains,
+    score_exact,
+    score_rouge,
+)
 
 
 def row(question, reply):
@@ -169,6 +182,78 @@ def test_parse_answer_takes_any_text(text):
 )
 def test_has_form(text, good):
     assert has_form(text) is good
+
+
+# --- scorers ---------------------------------------------------------------------------------------------------------
+
+WORDS = st.lists(st.sampled_from("the cat sat on mat a dog".split()), max_size=30)
+
+
+@pytest.mark.quick
+@given(WORDS, WORDS)
+def test_common_length_by_the_table(a, b):
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    assert common_length(a, b) == common_length(b, a) == table[-1][-1]
+
+
+@pytest.mark.quick
+@given(WORDS, WORDS)
+def test_rouge_is_googles(a, b):
+    "Their package, where it is installed."
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    found = score_rouge(" ".join(a), " ".join(b))
+    assert found is None if not b else found == pytest.approx(scorer.score(" ".join(b), " ".join(a))["rougeL"].fmeasure)
+
+
+@pytest.mark.quick
+@given(st.text(max_size=60))
+def test_scorers_take_any_text(text):
+    plain = normalise_text(text)
+    assert normalise_text(plain) == plain and score_exact(text, text)
+    assert score_contains(text, text) in (True, None) and score_rouge(text, text) in (1.0, None)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "expected, name",
+    [
+        (["spam", "ham"] * 8, "exact"),
+        (["Spam.", "Ham."] * 8, "exact"),
+        ([f"intent_{i}" for i in "abcdefghijklmnop"], "exact"),
+        (["<think>\nIt sells something.\n</think>\n\nspam", "<think>\nA friend.\n</think>\n\nham"] * 4, "exact"),
+        (["1", "5", "3", "4"] * 4, "number"),
+        (["It is 48.", *["Thank you for your message, we will look into it."] * 4], "number"),
+        (["Thank you for your message, we will look into it."] * 16, None),
+        (["Thank you!", "You're welcome.", "See you soon!", "Not at all."], None),
+        (["spam\nham", "ham\nspam"] * 8, None),
+        ([""] * 8, None),
+    ],
+)
+def test_the_data_choose_a_scorer(expected, name):
+    found = find_scorer(None, expected)
+    assert (found and found.name) == name
+
+
+@pytest.mark.quick
+def test_a_metric_of_hugging_faces_evaluate(monkeypatch):
+    "The package isn't installed here: one that behaves as its documentation says."
+    import sys
+    import types
+
+    def load(name):
+        if name != "chrf":
+            raise FileNotFoundError(name)
+        compute = lambda predictions, references: {"score": 50.0, "chrf": 100.0 * (predictions == references)}  # noqa: E731
+        return types.SimpleNamespace(compute=compute)
+
+    monkeypatch.setitem(sys.modules, "evaluate", types.SimpleNamespace(load=load))
+    score = find_scorer("evaluate:chrf", ["a"]).score
+    assert (score("<think>x</think> a", "a"), score("b", "a")) == (100.0, 0.0)
+    with pytest.raises(UserError, match="evaluate can't load the metric 'chrg' .FileNotFoundError"):
+        load_metric("chrg")
 
 
 # --- intervals ------------------------------------------------------------------------------------------------------
@@ -316,9 +401,16 @@ def test_evaluation_summary_and_interval():
             {"exact": None, "form": False, "stops": True},
         ],
     )
-    assert found.summary() == {
-        "exact": None, "form": 0.5, "stops": 1.0, "base_perplexity": 2.0, "loss": None, "length": None,
-    }  # fmt: skip
+    figures = dict.fromkeys(("loss", "perplexity", "exact", "score", "length")) | {"form": 0.5, "stops": 1.0}
+    figures |= {"base_perplexity": 2.0, "rows": 2, "scorer": None, "base_text": None}
+    intervals = {"form": list(wilson_interval(1, 2)), "stops": list(wilson_interval(2, 2))}
+    assert found.summary() == {**figures, "intervals": intervals}
+    assert list(found.summary())[:2] == ["loss", "perplexity"] and list(found.figures) == [
+        "form",
+        "stops",
+        "base_perplexity",
+    ]
+    json.dumps(found.summary())
     assert found.interval("exact") is found.interval("loss") is found.interval("base_perplexity") is None
     assert found.interval("form") == wilson_interval(1, 2)
 
@@ -538,6 +630,111 @@ def test_a_hub_data_set_is_taken(exact):
 
     data = datasets.Dataset.from_list(ROWS)
     assert evaluate(*exact, data, max_new_tokens=4).rows == evaluate(*exact, ROWS, max_new_tokens=4).rows
+
+
+LABELS = [
+    row(f"Classify: {text}", label) for text, label in (("win money", "spam"), ("lunch?", "ham"), ("buy now", "spam"))
+]
+
+
+def test_a_scorer_of_every_kind(exact):
+    "One pass of replies for each; what is counted is what the rows say."
+    labels = evaluate(*exact, LABELS, max_new_tokens=4)
+    assert (
+        labels.scorer == "exact"
+        and labels.exact == 0.0
+        and [r["read_expected"] for r in labels.rows] == ["spam", "ham", "spam"]
+    )
+    seen = []
+
+    def own(reply, expected, found):
+        seen.append((reply, expected, found))
+        return None if expected == "ham" else 0.25
+
+    found = evaluate(*exact, LABELS, max_new_tokens=4, scorer=own)
+    assert (found.scorer, found.exact, found.score) == ("own", None, 0.25) and [r["score"] for r in found.rows] == [
+        0.25,
+        None,
+        0.25,
+    ]
+    assert [row for *_, row in seen] == LABELS and [text for text, *_ in seen] == [r["reply"] for r in labels.rows]
+    assert found.interval("score") == (0.25, 0.25) and "score (own), 2 rows" in str(found)
+    with pytest.raises(UserError, match="none of the 3 expected replies ends with a number"):
+        evaluate(*exact, LABELS, scorer="number")
+
+
+def test_before_and_after_as_a_table(exact):
+    found = evaluate(*exact, ROWS[:3], max_new_tokens=4, base_data=ROWS[:2])
+    lines = describe_changes(found, found).splitlines()
+    assert lines[0].split() == ["3", "held-out", "rows", "before", "after", "change"] and lines[1].startswith(
+        "held-out loss"
+    )
+    assert max(map(len, lines)) < 100 and sum(line.endswith("none") for line in lines) == len(found.figures)
+    assert f"{found.loss:#.3g}" in lines[1] and f"{found.perplexity:#.3g}" in lines[2]
+
+
+def test_the_progress_of_an_evaluation(exact, capfd):
+    heard = []
+    from qlora_nb.generation import generate_replies
+
+    prompts = [entry["messages"][:1] for entry in ROWS]
+    replies = generate_replies(*exact, prompts, max_new_tokens=6, batch_size=2, progress=lambda *now: heard.append(now))
+    done, most = zip(*heard)
+    assert (
+        list(done) == sorted(done)
+        and all(a <= b for a, b in heard)
+        and most[0] == 18
+        and list(most) == sorted(most, reverse=True)
+    )
+    assert done[-1] == most[-1] or max(reply.tokens for reply in replies) < 6
+    evaluate(*exact, ROWS[:2], max_new_tokens=4, progress=None)
+    assert capfd.readouterr() == ("", ""), "a short one is silent"
+
+
+@pytest.mark.quick
+def test_a_terminal_gets_one_line_and_a_file_few():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, pieces in ((Terminal(), 40), (io.StringIO(), 4)):
+        now = [0.0]
+        with EvaluationProgress("after training", 8, 64, stream, lambda now=now: now[0]) as progress:
+            for done in range(101):
+                progress.count_steps(done, 100)
+                now[0] += 1
+        text = stream.getvalue()
+        first, _, rest = text.partition("\n")
+        assert first.strip() == "8 replies of at most 64 tokens, after training: at most 100 s"
+        assert len(rest.split("\r" if stream.isatty() else "\n")) <= pieces * 3 and rest.count("\n") == (
+            0 if stream.isatty() else 3
+        )
+        assert not stream.isatty() or text.rstrip(" ").endswith("\r"), "the line is cleared"
+
+
+@pytest.mark.quick
+def test_the_general_text_is_what_is_said_of_it():
+    passages = read_general_text()
+    assert len(passages) == len({row["text"] for row in passages}) == 59
+    assert all(80 < len(row["text"]) < 700 or row["language"] in ("zh", "ja") for row in passages)
+    for text in ("zh", "ru", "ja"):
+        assert all(
+            re.search("[\u0400-\u04ff\u3040-\u9fff]", row["text"]) for row in passages if row["language"] == text
+        )
+
+
+def test_a_model_of_some_size_reads_part_of_it_on_a_cpu(exact, monkeypatch):
+    model, tokenizer = exact
+    assert len(encode_general_text(tokenizer, model)) == 59
+    monkeypatch.setattr(type(model), "parameters", lambda self: iter([torch.empty(3 * 10**7, device="meta")]))
+    assert len(encode_general_text(tokenizer, model)) == 24
+
+
+def test_base_rows_from_a_file(exact, tmp_path):
+    (tmp_path / "keep.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in ROWS))
+    found = load_base_rows(*exact[:1], exact[1], str(tmp_path / "keep.jsonl"))
+    assert len(found) == 5 and found.name.endswith("keep.jsonl")
+    assert measure_perplexity(*exact, found) == pytest.approx(measure_perplexity(*exact, ROWS), rel=1e-6)
 
 
 # --- rows as they are stored ------------------------------------------------------------------------------------------

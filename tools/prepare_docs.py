@@ -249,6 +249,14 @@ def needed(cell):
     return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in cell.parsed_())
 
 
+def stand_in(node):
+    "Code that defines the names of an import of types: by the import itself for Python's own, else as empty classes."
+    if not isinstance(node, ast.ImportFrom) or node.module.split(".")[0] in ("collections", "typing"):
+        return ast.unparse(node)
+    kind = "type({!r}, (), {{'__class_getitem__': classmethod(lambda cls, item: cls)}})"
+    return "\n".join(f"{alias.asname or alias.name} = {kind.format(alias.name)}" for alias in node.names)
+
+
 class RunNeeded(exec_show_docs):
     "nbdev also runs each cell with an import anywhere in it, functions included: half of an experiment."
 
@@ -259,6 +267,9 @@ class RunNeeded(exec_show_docs):
         if wanted:
             stored = cell.get("outputs")
             super().__call__(cell)
+            for node in cell.parsed_():  # signatures name types that only type checkers import
+                if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                    self.k.run("\n".join(map(stand_in, node.body)))
             # What an import says here is no part of the page: outputs are those that the notebook stores.
             if not re.search(r"^show_doc\(", cell.source, re.M):
                 cell["outputs"] = stored

