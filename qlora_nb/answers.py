@@ -74,7 +74,7 @@ def read_prompts(
     path = Path(path)
     if path.suffix.lower() in (".txt", ".md"):
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at other signs that end a line in Python
         except (OSError, ValueError) as error:
             raise UserError(f"{path} can't be read ({getattr(error, 'strerror', None) or 'it is not UTF-8'}): name a text file with a prompt a line") from error
         found = [Prompt(i, [{"role": "user", "content": line.strip()}]) for i, line in enumerate(lines, 1) if line.strip()]

@@ -390,7 +390,10 @@ def chat(
                                                       temperature=temperature, history=not alone if history is None else history))
         if message is None:
             print("/help lists the commands, Ctrl-C ends a reply, Ctrl-D leaves" if not alone else "", end="" if alone else "\n", file=sys.stderr)
-            talk_by_line(session, sys.stdin if alone else read_terminal(), alone)
+            try:
+                talk_by_line(session, sys.stdin if alone else read_terminal(), alone)
+            except UnicodeDecodeError as error:
+                raise UserError("standard input is not UTF-8: convert it first, for example with iconv -f latin1 -t utf-8") from error
         elif session.ask(message).interrupted:
             raise KeyboardInterrupt
 
@@ -405,15 +408,19 @@ def report_answers(rows: list[dict], target: Path | None) -> None:
     if failed:
         raise typer.Exit(1)
 
-# %% ../nbs/72_cli.ipynb #72b00005
-def check_answers_file(output: str | None, overwrite: bool) -> Path | None:
-    "Return the file for the replies. Raise `UserError` for one that exists already, before anything slow begins."
+
+def check_answers_file(output: str | None, overwrite: bool, max_new_tokens: int = 1, temperature: float = 0) -> Path | None:
+    "Return the file for the replies. Raise `UserError` for one that exists already or can't be written, and for invalid settings, before anything slow begins."
+    if max_new_tokens < 1 or temperature < 0:
+        raise UserError(f"--max-new-tokens is {max_new_tokens} and --temperature {temperature}: a reply needs at least 1 token, and 0 or more is a temperature")
     path = Path(output).expanduser() if output else None
     if path and path.exists() and not (overwrite and path.is_file()):
         raise UserError(f"--output {output} already exists: name a new file{'' if path.is_dir() else ', or replace this one with --overwrite'}")
+    if path and not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"--output {output} can't be written, since its folder is missing or read-only: name a file in another one")
     return path
 
-
+# %% ../nbs/72_cli.ipynb #72b00005
 @add_command(ASKING_IT)
 def answer(
     file: Annotated[Path, typer.Argument(help="prompts: .txt with one a line; JSONL, JSON, CSV, TSV or Parquet with a column of prompts or messages")],
@@ -437,7 +444,7 @@ def answer(
     with contextlib.ExitStack() as stack, quiet_stdout(), explain_stop(lambda: f"{len(rows)} rows are answered{f' in {output}' if output else ''}"):
         from qlora_nb.answers import answer_prompts, read_prompts
 
-        target = check_answers_file(output, overwrite)
+        target = check_answers_file(output, overwrite, max_new_tokens, temperature)
         prompts = read_prompts(file, check_setting("columns", columns))
         speaker, config = open_speaker(run, model, adapter, backend, base, load_in_4bit, template_kwargs)
         stack.callback(speaker.close)
@@ -473,7 +480,7 @@ def evaluate(
     data_name: Annotated[str | None, typer.Option(help="configuration of a Hub data set")] = None,
     limit: Annotated[int, typer.Option(help="how many rows")] = 200,
     scorer: Annotated[str | None, typer.Option(help="how replies are scored: exact, number, contains, rouge or evaluate:NAME; default: by the data")] = None,
-    base_data: Annotated[str | None, typer.Option(help="rows or a text that show what was forgotten; default: by the model")] = None,
+    base_data: Annotated[str | None, typer.Option(help="rows that show what was forgotten; default: by the model")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="limit of a reply; default: the run's, or 512")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, unsloth or transformers")] = None,
     columns: COLUMNS_OPTION = None,

@@ -69,7 +69,7 @@ def dense_bytes(model: torch.nn.Module) -> int:
 
 @contextlib.contextmanager
 def dense_copies(model: torch.nn.Module) -> Iterator[None]:
-    "A context in which the 4-bit layers keep their weights dequantized, `dense_bytes` in all. No result changes."
+    "A context in which the 4-bit layers keep their weights dequantized, `dense_bytes` in all. No result changes, but for rounding."
     with replaced_forwards([(layer, _dense_forward(layer)) for layer in find_4bit_layers(model)]):
         yield
 
@@ -78,9 +78,11 @@ def _adapter_forward(layer) -> Callable | None:
     "Return a `forward` for a peft LoRA layer in inference; None where it does anything but `W x + s B A x`."
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     base = layer.base_layer
+    if layer.merged:
+        return None
     if layer.disable_adapters:
         return base.__call__
-    if layer.merged or len(names) != 1 or names[0] in layer.lora_variant or not isinstance(base, torch.nn.Linear):
+    if len(names) != 1 or names[0] in layer.lora_variant or not isinstance(base, torch.nn.Linear):
         return None
     lora_A, lora_B = layer.lora_A[names[0]], layer.lora_B[names[0]]
     if lora_A.bias is not None or lora_B.bias is not None:
@@ -221,7 +223,7 @@ def decode_batch(
     found = ids.new_full((len(rows), limit), pad)
     live, every = torch.arange(len(rows), device=ids.device), 16 if ids.is_cuda else 1
     done = torch.zeros_like(live, dtype=torch.bool)
-    with attention_over_cache(base):
+    with torch.cuda.device(ids.device) if ids.is_cuda else contextlib.nullcontext(), attention_over_cache(base):  # a recording is the current GPU's
         batch = DecodingBatch(base, ids, mask, limit, record)
         for number in range(1, limit + 1):
             tokens = choose_tokens(batch.logits, temperature)
@@ -257,7 +259,9 @@ def decoding_refusal(model: torch.nn.Module) -> str | None:
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()) or (
         getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)):
         return "its attention has a window"
-    if len(places := {parameter.device.type + str(parameter.device.index) for parameter in model.parameters()}) != 1:
+    if any(one.is_prompt_learning or getattr(one, "alora_invocation_tokens", None) for one in getattr(model, "peft_config", {}).values()):
+        return "its adapter is more than matrices in its layers"
+    if len(places := {parameter.device.type + str(parameter.device.index) for parameter in torch.nn.Module.parameters(model)}) != 1:
         return f"it is spread over {', '.join(sorted(places))}"
     return None
 
@@ -272,8 +276,8 @@ def row_bytes(config, dtype: torch.dtype, prompt: int, limit: int) -> int:  # to
 
 # %% ../nbs/37_decoding.ipynb #37b00020
 def has_room(model: torch.nn.Module, device: torch.device, besides: int = 0) -> bool:
-    "Return whether `dense_copies`, and so many bytes besides, fit into four fifths of what is free."
-    return dense_bytes(model) + besides <= 0.8 * free_bytes(device)
+    "Return whether `dense_copies`, and so many bytes besides, fit into half of what is free: the rows need the rest."
+    return dense_bytes(model) + besides <= 0.5 * free_bytes(device)
 
 
 def fitting_rows(model: torch.nn.Module, prompt: int, limit: int, most: int = 256) -> int:
@@ -285,6 +289,6 @@ def fitting_rows(model: torch.nn.Module, prompt: int, limit: int, most: int = 25
 
 @contextlib.contextmanager
 def fast_layers(model: torch.nn.Module) -> Iterator[None]:
-    "A context in which layers answer faster with the same results: `plain_adapters`, and `dense_copies` where there is room."
+    "A context in which layers answer faster, with the same results but for rounding: `plain_adapters`, and `dense_copies` where there is room."
     with plain_adapters(model), dense_copies(model) if has_room(model, unwrap_base(model).device) else contextlib.nullcontext():
         yield

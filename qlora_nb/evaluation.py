@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 import torch
@@ -336,6 +336,10 @@ def measure_change(
 ) -> tuple[float, float, float] | None:  # change, and the ends of its interval
     "Return after minus before, row by row (a perplexity's: after by before); None where nothing was measured. Raise `UserError`."
     _check_same_rows(before, after)
+    if name != "base_perplexity":  # a scorer may have judged other replies before than after
+        column = "loss" if name == "perplexity" else name
+        both = [i for i, rows in enumerate(zip(before.rows, after.rows)) if all(row.get(column) is not None for row in rows)]
+        before, after = (replace(one, rows=[one.rows[i] for i in both]) for one in (before, after))
     old, new = before.pairs(name), after.pairs(name)
     if len(old) != len(new):
         raise UserError(f"{name} was measured on {len(old)} rows before and {len(new)} after: evaluate both on the same data")

@@ -95,7 +95,7 @@ def input_device(model: torch.nn.Module) -> torch.device:
 # %% ../nbs/13_generate.ipynb #568ea01c-9
 def default_batch_size(model: torch.nn.Module) -> int:
     "Rows that go through a model together by default: 50 below 0.1 billion stored parameters, 16 below 4 billion, else 8."
-    stored = sum(p.numel() for p in model.parameters())
+    stored = sum(p.numel() for p in torch.nn.Module.parameters(model))  # all, in training too
     return 50 if stored < 1e8 else 16 if stored < 4e9 else 8
 
 
@@ -180,7 +180,7 @@ def generate_replies(
     max_new_tokens: int = 512,  # the limit of a reply
     temperature: float = 0.7,  # only with do_sample
     do_sample: bool = False,  # False: greedy
-    batch_size: int | None = None,  # rows at once; None chooses by the model's size
+    batch_size: int | None = None,  # rows at once; None chooses by the model's size, on a GPU by the free memory
     template: str | None = None,  # another chat template than the tokenizer's
     template_kwargs: dict | None = None,  # its switches, such as {"enable_thinking": False}
     tools: list | None = None,  # for each conversation the tools it may call, as a list of schemas, or None
@@ -201,7 +201,7 @@ def generate_replies(
     batches = make_batches([len(row) for row in rows], batch_size, max_new_tokens, context)
     limits = [min(max_new_tokens, (context or math.inf) - max(len(rows[i]) for i in batch)) for batch in batches]
     done, most = 0, sum(limits)
-    with generation_mode(model), fast_layers(model):
+    with generation_mode(model), contextlib.nullcontext() if _unsloth_for(model) else fast_layers(model):
         for batch, limit in zip(batches, limits):
             step = progress and (lambda made, done=done, most=most: progress(done + made, most))
             found = _answer(model, [rows[i] for i in batch], limit, stops, pad, temperature if do_sample else None, step)

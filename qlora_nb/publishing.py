@@ -22,9 +22,9 @@ from .core import ShownObject, UserError, read_json, render_html_table, write_ya
 from .gguf_header import read_gguf_values
 from .merging import save_merged
 from .model import open_run
-from .model_card import name_base, name_licence, write_card
+from .model_card import is_hub_name, name_base, name_licence, write_card
 from .report import format_bytes
-from .run import RunFolder
+from .run import DATA_FROM_PYTHON, RunFolder
 from .weights import read_header
 
 # %% ../nbs/25_publish.ipynb #25a00011
@@ -33,9 +33,9 @@ PUBLISHED_KINDS = ("adapter", "merged", "gguf")
 
 def choose_kinds(what) -> list[str]:
     "Return the kinds to publish. Raise `UserError` for an unknown one, or none."
-    names = [name.strip() for name in (what.split(",") if isinstance(what, str) else what)]
+    names = [name.strip() for name in (what.split(",") if isinstance(what, str) else what) if name.strip()]
     if not names or (unknown := [name for name in names if name not in PUBLISHED_KINDS]):
-        raise UserError(f"what= (--what) is {', '.join(map(str, unknown)) if names else 'empty'}: choose of {', '.join(PUBLISHED_KINDS)}, several comma-separated")
+        raise UserError(f"what= (--what) is {', '.join(map(str, unknown)) if names else 'empty'}: choose from {', '.join(PUBLISHED_KINDS)}, several comma-separated")
     return [kind for kind in PUBLISHED_KINDS if kind in names]
 
 
@@ -51,10 +51,12 @@ def place_file(source: Path, target: Path) -> None:
 
 def strip_places(config: dict, base: str) -> dict:
     "Return a run's settings without places of this machine: the base by its public name, files by their own names."
-    found = {**config, "model": base}
+    found = {name: value for name, value in {**config, "model": base}.items() if name != "started_from_adapter"}  # that is a folder here
     for name in ("data", "eval_data", "base_data"):
-        if isinstance(value := found.get(name), str) and (Path(value).is_absolute() or Path(value).expanduser().exists()):
+        if isinstance(value := found.get(name), str) and value != DATA_FROM_PYTHON and (Path(value).expanduser().exists() or not is_hub_name(value)):
             found[name] = Path(value).name
+    if not isinstance(found.get("sample_prompts"), int):  # questions of the user's own
+        found.pop("sample_prompts", None)
     return found
 
 
@@ -163,10 +165,15 @@ def upload_folder(repo: str, folder: Path, token: str, private: bool) -> str:  #
 
     try:
         api = HfApi(token=token)
-        api.create_repo(repo_id=repo, private=private, exist_ok=True)
+        api.create_repo(repo_id=repo, private=private or None, exist_ok=True)  # None: as its owner has it
+        if private and not api.repo_info(repo).private:  # one that existed keeps what it was
+            raise UserError(f"{repo} exists already and is public, and private=True (--private) doesn't change that: make it private in its settings on the Hub, or name a new one")
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Published by qlora_nb")
     except (OSError, ValueError, httpx.HTTPError) as error:
-        raise UserError(f"the upload to {repo} failed ({str(error).splitlines()[0]}): repeat the command; what is there already isn't sent again") from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = getattr(error, "server_message", None) or next(iter(str(error).splitlines()), type(error).__name__)
+        cure = f"check that the token may write to {repo.partition('/')[0]}" if status in (401, 403) else "repeat the command; what is there already isn't sent again"
+        raise UserError(f"the upload to {repo} failed ({reason}): {cure}") from error
     return f"https://huggingface.co/{repo}"
 
 # %% ../nbs/25_publish.ipynb #25a0001a

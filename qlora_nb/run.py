@@ -97,7 +97,7 @@ class Settings:
     eval_rows: int = settings_field(16, "held-out rows answered before and after; 0 for none")
     max_new_tokens: int = settings_field(512, "limit of such a reply", positive=True)
     scorer: str | None = settings_field(None, "how replies are scored: exact, number, contains or rouge; default: by the data")
-    base_data: str | None = settings_field(None, "rows or a text that show what was forgotten: Hub name, folder or file; default: by model")
+    base_data: str | None = settings_field(None, "rows that show what was forgotten: Hub name, folder or file; default: by model")
     template: str | None = settings_field(None, "a named chat template; default: the model's own")
     template_kwargs: dict | None = settings_field(None, "the template's switches: enable_thinking=false,key=value, or JSON")
 

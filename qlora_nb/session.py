@@ -236,6 +236,7 @@ class ChatSession:
                 break
             self.forgotten += 2
         if context is not None and count >= context:
+            self.forgotten = before  # the next question is sent with what was there
             raise UserError(f"the question has {count} tokens with the system text, and the model's context holds {context}: shorten it")
         return turns, count, self.forgotten - before
 
@@ -285,7 +286,7 @@ class ChatSession:
 
 # %% ../nbs/23_session.ipynb #23a00037
 CHAT_COMMANDS = {
-    "/system TEXT": "set the system text; without a text, show it; - takes it away",
+    "/system TEXT": "set the system text and begin anew; without a text, show it; - takes it away",
     "/reset": "forget what was said; the system text stays",
     "/save FILE": "append the conversation to a .jsonl file that train --data reads",
     "/help": "show this",
@@ -312,8 +313,12 @@ def run_command(session: ChatSession, name: str, rest: str) -> str:  # what to t
         session.reset()
         return "everything that was said is forgotten"
     if name == "system":
-        session.system = (None if rest == "-" else rest) if rest else session.system
-        return f"system text: {session.system}" if session.system else "there is no system text"
+        anew = ""
+        if rest:
+            session.system = None if rest == "-" else rest
+            anew = "; the conversation begins anew" if session.messages else ""
+            session.reset()  # what was said before was said under another one
+        return (f"system text: {session.system}" if session.system else "there is no system text") + anew
     if name == "save":
         if not rest:
             raise UserError("/save needs a file: name one, such as /save chats.jsonl")

@@ -60,7 +60,7 @@ REPORT_PACKAGES = {"azure_ml": "azureml-mlflow", "flyte": "flytekit"}  # where t
 
 def check_reporting(names: tuple | None) -> None:
     "Raise `UserError` for a `report_to` that transformers doesn't know, or whose package isn't installed."
-    if not names:
+    if not names or names == ("none",):
         return
     with quiet_libraries("transformers"):
         from transformers.integrations.integration_utils import (

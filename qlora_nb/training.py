@@ -59,7 +59,7 @@ def make_watch(folder: RunFolder, progress: Progress, interrupted: list):
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
-        trainer, wire, metrics, clock, tokens, targets = None, None, [], None, 0, 0
+        trainer, wire, metrics, clock, tokens, targets, left = None, None, [], None, 0, 0, 0.0
 
         def on_train_begin(self, args, state, control, **kwargs):
             restore_callbacks(self.trainer.callback_handler.callbacks, state.stateful_callbacks)
@@ -91,7 +91,8 @@ def make_watch(folder: RunFolder, progress: Progress, interrupted: list):
 
         def resume_clock(self, state, last):
             "Show the metrics again after an evaluation, whose time isn't the next step's."
-            progress.step(self.metrics, state.max_steps, self.left, last)
+            if self.metrics:  # another callback may evaluate before the first row
+                progress.step(self.metrics, state.max_steps, self.left, last)
             self.clock = time.time()
 
     return Watch()
@@ -233,7 +234,7 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, 
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         run_trainer(trainer, watch, progress, folder, interrupted, prepared.checkpoint, settings.early_stopping)
-    found = take_best_adapter(model, folder, watch.metrics, settings, trainer.state.max_steps)
+    found = take_best_adapter(model, folder, watch.metrics, settings, trainer.state.max_steps, trainer.state.global_step)
     plan = config.get("plan") and {"plan": {**config["plan"], "measured": measure_peak_memory()}}
     sha = save_adapter(model, tokenizer, folder.adapter)
     set_model_info(model, adapter=str(folder.adapter))  # what a second training starts from

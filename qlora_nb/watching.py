@@ -19,7 +19,7 @@ import torch
 
 from .core import UserError
 from .evaluation import row_losses
-from .generation import generate_replies
+from .generation import default_batch_size, generate_replies
 from .row_statistics import EncodedRows, encode_rows, list_conversations, split_reply
 from .run import RunFolder, Settings
 from .safeguards import find_best_evaluation, find_damage, load_checkpoint_adapter, no_longer_improves
@@ -56,7 +56,9 @@ class HeldOut:
     def measure(self) -> dict:
         "Return `eval_loss`: the mean loss of the held-out rows' last replies, in nats a token."
         start = time.time()
-        size = self.settings.per_device_train_batch_size if torch.cuda.is_available() else None  # what fits beside the training
+        size = max(1, default_batch_size(self.model) // 4)  # held-out rows may be longer than those of the training
+        if torch.cuda.is_available():
+            size = min(size, self.settings.per_device_train_batch_size)
         with unchanged_random_state():
             found = [loss for loss in row_losses(self.model, self.tokenizer, self.rows, batch_size=size) if loss]
         self.seconds += time.time() - start
@@ -139,19 +141,20 @@ def make_evaluation_watch(folder: RunFolder, watch: object, progress: Progress, 
                 control.should_save = True
             if no_longer_improves(watch.metrics, settings.early_stopping) and step < state.max_steps:
                 control.should_save = control.should_training_stop = True
-                progress.say(f"stopped early at step {step}: no lower held-out loss in {settings.early_stopping} evaluations")
+                progress.say(f"stopped early at step {step}: no lower held-out loss in {settings.early_stopping} evaluation{'s' * (settings.early_stopping != 1)}")
             watch.resume_clock(state, control.should_training_stop)
 
     return EvaluationWatch()
 
 # %% ../nbs/52_watching.ipynb #52a00031
-def take_best_adapter(model, folder: RunFolder, metrics: list[dict], settings: Settings, planned: int) -> dict:  # steps
+def take_best_adapter(model, folder: RunFolder, metrics: list[dict], settings: Settings, planned: int, reached: int | None = None) -> dict:  # steps; None is the last row's
     """Give the model the adapter with the lowest held-out loss, where the settings want it, and report on stderr where it isn't the last.
 
     Return `best_step`, `best_eval_loss`, `adapter_step`, whose adapter the model has, and `stopped_early`, for `summary.json`; {} where nothing was evaluated."""
     if (best := find_best_evaluation(metrics)) is None:
         return {}
-    (step, loss), last, end = best, metrics[-1]["step"], metrics[-1].get("eval_loss")
+    (step, loss), last = best, metrics[-1]["step"] if reached is None else reached  # a run may stop between two rows
+    end = metrics[-1].get("eval_loss") if metrics[-1]["step"] == last else None
     checkpoint = folder.checkpoint_folder / f"checkpoint-{step}"
     found = {"best_step": step, "best_eval_loss": loss, "adapter_step": last}
     if settings.early_stopping:

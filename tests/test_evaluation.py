@@ -349,8 +349,14 @@ def test_changes_that_cannot_be():
     assert measure_change(measured([1.0]), measured([2.0]), "base_perplexity") is None
     with pytest.raises(UserError, match="different rows"):
         measure_change(measured([1.0]), measured([1.0, 2.0]), "loss")
-    with pytest.raises(UserError, match="loss was measured on 1 rows before and 2 after"):
-        measure_change(measured([1.0, None]), measured([1.0, 2.0]), "loss")
+
+
+@pytest.mark.quick
+def test_changes_are_of_rows_that_were_judged_both_times():
+    assert measure_change(measured([1.0, None]), measured([1.5, 2.0]), "loss")[0] == pytest.approx(0.5)
+    assert measure_change(measured([None, 1.0]), measured([1.0, None]), "loss") is None
+    old, new = measured([1.0] * 3, exact=[False, None, True]), measured([1.0] * 3, exact=[None, True, True])
+    assert measure_change(old, new, "exact")[0] == 0
 
 
 @pytest.mark.quick

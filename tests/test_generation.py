@@ -363,3 +363,22 @@ def test_unsloth(tmp_path):
 @pytest.mark.quick
 def test_reply_is_a_plain_record():
     assert Reply("a", True, 2) == Reply(text="a", stopped=True, tokens=2)
+
+
+def test_a_merged_adapter_that_is_off_does_not_answer():
+    "peft takes a merged adapter out of the weights where it is switched off; so does the fast path."
+    from qlora_nb.model import add_lora
+
+    model, tokenizer = load(load_in_4bit=False, dtype="float32")
+    model = add_lora(model, r=8)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    with model.disable_adapter():
+        base = generate_replies(model, tokenizer, QUESTIONS[:2], max_new_tokens=12)
+    tuned = generate_replies(model, tokenizer, QUESTIONS[:2], max_new_tokens=12)
+    model.merge_adapter()
+    assert generate_replies(model, tokenizer, QUESTIONS[:2], max_new_tokens=12) == tuned != base
+    with model.disable_adapter():
+        assert generate_replies(model, tokenizer, QUESTIONS[:2], max_new_tokens=12) == base
