@@ -6,7 +6,9 @@
     python benchmarks/answers.py same --model FILE.gguf --data FILE   # greedy replies of a real model, both ways
 
 Each part is folded into nbs/results/answers.json (--out). `same` counts the replies that differ, and looks at the
-place where they part: the two tokens' logits there, in fp32 the same number but for rounding, are a tie.
+place where they part: how far the two tokens' logits are from each other there. Its control is `generate` again, in
+batches of a quarter. Without a GPU `same` is stored as `same_cpu_float32`,
+or whatever the dtype is.
 """
 
 import argparse
@@ -36,6 +38,7 @@ def arguments():
     p.add_argument("--rows", type=int, default=200)
     p.add_argument("--tokenizer", help="folder of a tokenizer with a chat template, for the part evaluation")
     p.add_argument("--model", help="a real model: folder, GGUF or Hub name")
+    p.add_argument("--dtype", help="of the part same; default: by hardware")
     p.add_argument("--data", help="questions: JSON Lines with `question`")
     p.add_argument("--out", type=Path, default=STORED)
     return p.parse_args()
@@ -187,7 +190,7 @@ def same(args):
     from qlora_nb.generation import _answer, _generate, fast_layers, generation_mode
     from qlora_nb.template import prompt_ids
 
-    model, tokenizer = load_model(args.model, backend="transformers", load_in_4bit=True)
+    model, tokenizer = load_model(args.model, backend="transformers", load_in_4bit=True, dtype=args.dtype)
     model = add_lora(model, r=16)
     chance = torch.Generator(model.device).manual_seed(0)
     for name, weight in model.named_parameters():
@@ -197,27 +200,40 @@ def same(args):
     rows = [prompt_ids([{"role": "user", "content": question}], tokenizer) for question in questions]
     how = args.tokens, [tokenizer.eos_token_id], tokenizer.pad_token_id or 0
     found = {}
+    arms = {
+        "generate": (_generate, args.batch),
+        "control": (_generate, max(1, args.batch // 4)),
+        "decode": (_answer, args.batch),
+    }
     with generation_mode(model):
-        for arm in ("generate", "decode"):
+        for arm, (way, size) in arms.items():
             start = time.perf_counter()
             with fast_layers(model) if arm == "decode" else contextlib.nullcontext():
-                found[arm] = [
-                    (_answer if arm == "decode" else _generate)(model, rows[i : i + args.batch], *how)
-                    for i in range(0, len(rows), args.batch)
-                ]
-            found[arm] = [reply for batch in found[arm] for reply in batch]
+                batches = [way(model, rows[i : i + size], *how) for i in range(0, len(rows), size)]
+            found[arm] = [reply for batch in batches for reply in batch]
             found[arm + "_seconds"] = round(time.perf_counter() - start, 2)
-        gaps = []
-        for row, a, b in zip(rows, found["generate"], found["decode"]):
-            end = how[1][0]
-            a, b = ([*reply[: reply.index(end) + 1]] if end in reply else reply for reply in (a, b))
-            if a != b:
-                at = next((i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), min(len(a), len(b)) - 1)
-                logits = model(torch.tensor([row + a[:at]], device=model.device)).logits[0, -1].float()
-                gaps.append(round(float((logits[a[at]] - logits[b[at]]).abs()), 4))
-    return {"model": Path(args.model).name, "rows": len(rows), "tokens": args.tokens, "batch": args.batch,
-            "different": len(gaps), "gaps_in_logits": sorted(gaps), "generate_seconds": found["generate_seconds"],
-            "decode_seconds": found["decode_seconds"]}  # fmt: skip
+        gaps = {arm: find_gaps(model, rows, found["generate"], found[arm], how[1][0]) for arm in ("decode", "control")}
+    return {
+        "model": Path(args.model).name, "dtype": str(model.dtype).removeprefix("torch."), "rows": len(rows),
+        "tokens": args.tokens, "batch": args.batch, "different": len(gaps["decode"]), "gaps_in_logits": gaps["decode"],
+        "control_batch": arms["control"][1], "control_different": len(gaps["control"]),
+        "control_gaps_in_logits": gaps["control"],
+        "generate_seconds": found["generate_seconds"], "decode_seconds": found["decode_seconds"],
+    }  # fmt: skip
+
+
+def find_gaps(model, rows, wanted, found, end):
+    "Where a reply is another: by how much the two tokens' logits differ at that place, in one plain forward."
+    import torch
+
+    gaps = []
+    for row, a, b in zip(rows, wanted, found):
+        a, b = (reply[: reply.index(end) + 1] if end in reply else reply for reply in (a, b))
+        if a != b:
+            at = next((i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), min(len(a), len(b)) - 1)
+            logits = model(torch.tensor([row + a[:at]], device=model.device)).logits[0, -1].float()
+            gaps.append(round(float((logits[a[at]] - logits[b[at]]).abs()), 6))
+    return sorted(gaps)
 
 
 def main():
@@ -235,7 +251,10 @@ def main():
     if args.part == "gpu":
         stored = {**stored, **head, **found}
     else:
-        stored[args.part] = {**head, **found}
+        where = (
+            args.part if head["gpu"] or args.part == "cpu" else f"{args.part}_cpu_{found.get('dtype', '')}".rstrip("_")
+        )
+        stored[where] = {**head, **found}
     args.out.write_text(json.dumps(stored, indent=1) + "\n")
     print(json.dumps(found)[:2000])
 

@@ -152,6 +152,15 @@ def padded(rows, pad):
     return {"input_ids": filled("input_ids", pad), "labels": filled("labels", -100), "attention_mask": mask}
 
 
+def warm_up_and_decay(optimizer, steps, warm):
+    "A learning rate that rises for `warm` steps and then falls to 0 along a line."
+    import torch
+
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / (warm + 1)) * min(1, (steps - s) / max(steps - warm, 1))
+    )
+
+
 def fit(model, rows, run, device, pad):
     "The loop that every method shares: AdamW, warm-up, linear decay, norms cut at 1. Losses, and the optimizer."
     import torch
@@ -160,9 +169,7 @@ def fit(model, rows, run, device, pad):
     warm = min(10, steps // 10)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=run["learning_rate"], weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, (s + 1) / (warm + 1)) * min(1, (steps - s) / max(steps - warm, 1))
-    )
+    schedule = warm_up_and_decay(optimizer, steps, warm)
     losses = []
     model.train()
     for batch in batches(rows, run, pad):

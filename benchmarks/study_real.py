@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
 os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", TOKENIZERS_PARALLELISM="false")
-from study import TARGETS, number, padded, thinned  # noqa: E402
+from study import TARGETS, number, padded, thinned, warm_up_and_decay  # noqa: E402
 
 sys.path = [place for place in sys.path if Path(place) != ROOT / "benchmarks"]  # its gguf.py is not the library
 
@@ -146,9 +146,7 @@ def fit(model, rows, run, device, pad):
     warm = min(20, steps // 10)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=run["learning_rate"], weight_decay=0.01, fused=device == "cuda")
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, (s + 1) / (warm + 1)) * min(1, (steps - s) / max(steps - warm, 1))
-    )
+    schedule = warm_up_and_decay(optimizer, steps, warm)
     chance = torch.Generator().manual_seed(run["seed"])
     order = torch.cat([torch.randperm(len(rows), generator=chance) for _ in range(run["epochs"])]).tolist()
     engine, losses = engine_of(model) if run["method"] != "full" else None, []

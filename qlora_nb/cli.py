@@ -307,7 +307,7 @@ def train(**flags):
         formats = split_quantizations(flags.pop("export"))
         result = train_from_flags(flags, formats)
     print(result.path, flush=True)  # whatever happens to the report and the export, the run is complete
-    print(result.report().partition("\n| problem")[0], file=sys.stderr)
+    print(result.report().partition("\n## Before and after")[0], file=sys.stderr)  # whose table stands above
     with quiet_stdout(), explain_stop(lambda: f"the run is finished; continue with qlora_nb export {result.path}"):
         passed = not formats or export_and_certify(result, formats, process_start())
     if not passed:

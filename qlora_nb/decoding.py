@@ -10,7 +10,6 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
-import psutil
 import torch
 from torch.nn import functional as F
 
@@ -247,6 +246,8 @@ def decode_batch(
 def free_bytes(device: torch.device) -> int:
     "Return the memory that a new tensor may take there, in bytes."
     if device.type != "cuda":
+        import psutil
+
         return psutil.virtual_memory().available
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/26_model_card.ipynb #26a00004
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,8 +137,9 @@ def write_usage(repo: str, what: list[str], base: str, config: dict, ggufs: list
         code = _PEFT.format(repo=repo, folder=folder, imports=imports, base="EMBEDDED_MODEL" if embedded else json.dumps(base), dtype=dtype, ask=ask,
                             bits=_BITS.format(dtype=dtype) if bits else "", quantized=", quantization_config=four_bits" if bits else "")
         found.append((f"The adapter with peft, on the base in {'4' if bits else '16'} bits, as it was trained:", "python", code))
+    spoken = f" -sys {shlex.quote(config['system'])}" if config.get("system") else ""
     for name in ggufs:
-        found.append((f"{name} with llama.cpp:", "bash", f"llama-cli -hf {repo} --hf-file {name} --jinja"))
+        found.append((f"{name} with llama.cpp:", "bash", f"llama-cli -hf {repo} --hf-file {name} --jinja{spoken}"))
     if modelfile:
         name = re.sub(r"[^a-z0-9._-]+", "-", repo.partition("/")[2].lower())
         found.append(("With Ollama, by the Modelfile that comes with it (system text, template and end of turn are those of training):", "bash",

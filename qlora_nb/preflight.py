@@ -276,6 +276,8 @@ def check_and_encode(
     for found in report.chosen_sets(drop_invalid, drop_duplicates, drop_invalid, too_long=False):
         faulty.update(found)
     rows, numbers = checker.encoded.dataset([faulty])
+    if drop_duplicates and (double := checker.collector.found.get("duplicate")):
+        double.fix = "these rows are left out (drop_duplicates=True, --drop-duplicates)"
     if drop_invalid and numbers:
         checker.collector.forgive("these rows are left out (drop_invalid=True, --drop-invalid)")
         report = DatasetReport(report.findings, report.summary, report.lengths, report.sets)  # sorted anew

@@ -115,7 +115,7 @@ def check_evaluations(settings: Settings, held_out: bool = True) -> None:  # `he
                 raise UserError(f"{name} is {getattr(settings, name)!r}, but nothing is evaluated while it trains: give eval_steps=, the steps between two evaluations")
     elif not held_out:
         why = "eval_rows is 0" if not settings.eval_rows else "the data has too few different questions to hold some out"
-        raise UserError(f"eval_steps is {settings.eval_steps}, but no rows are held out ({why}): give eval_data=, or {'eval_rows=' if not settings.eval_rows else 'more rows'}")
+        raise UserError(f"eval_steps is {settings.eval_steps}, but no rows are held out ({why}): give eval_data= with rows that can be used, or {'eval_rows=' if not settings.eval_rows else 'more rows'}")
 
 
 def check_run_settings(model, settings: Settings) -> None:
@@ -126,6 +126,8 @@ def check_run_settings(model, settings: Settings) -> None:
     check_choices(settings)
     check_reporting(settings.report_to)
     check_evaluations(settings)
+    if isinstance(settings.scorer, str) and settings.scorer.startswith(DATA_FROM_PYTHON):
+        raise UserError(f"scorer was the function{settings.scorer.removeprefix(DATA_FROM_PYTHON)}, which the configuration can't hold: give it again as scorer=")
     if settings.base_data == DATA_FROM_PYTHON:
         raise UserError("base_data was rows given in Python, which the configuration can't hold: give them again as base_data=")
     check_packing(settings, info["backend"], engine_of(model))

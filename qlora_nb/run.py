@@ -202,6 +202,9 @@ def _converted(value, kinds: tuple[type, ...]):
     return None
 
 # %% ../nbs/50_run.ipynb #50a0ee01
+DATA_FROM_PYTHON = "(given in Python)"  # in config.yaml, for what has no name
+
+
 def given_in_python(name: str, value) -> bool:
     "Return whether a setting is what only Python can give: a function as `scorer`, rows as `base_data`."
     return name == "scorer" and callable(value) or name == "base_data" and not isinstance(value, str) and hasattr(value, "__iter__")
@@ -210,7 +213,7 @@ def given_in_python(name: str, value) -> bool:
 def record_setting(name: str, value):
     "Return a setting as `config.yaml` records it: a tuple as a list, what only Python can give by its name."
     if given_in_python(name, value):
-        return getattr(value, "__name__", type(value).__name__) if name == "scorer" else DATA_FROM_PYTHON
+        return DATA_FROM_PYTHON + (f" {getattr(value, '__name__', type(value).__name__)}" if name == "scorer" else "")
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -285,7 +288,6 @@ def resolve_settings(
 
 # %% ../nbs/50_run.ipynb #50a00021
 RUN_FORMAT = 2  # of the run folders that this version reads and writes; folders without a number have format 1
-DATA_FROM_PYTHON = "(given in Python)"  # in config.yaml, for data that has no name
 RECORDED_KEYS = (  # in config.yaml, beside the settings
     "format", "fingerprints", "rows_read", "system", "plan", "started_from", "started_from_adapter", "peft_settings", "gguf", "callbacks")
 

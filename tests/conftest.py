@@ -131,3 +131,20 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("the slowest tests")
         for seconds, name in sorted(tests, reverse=True)[:150]:
             terminalreporter.write_line(f"{seconds:8.1f}  {name}")
+
+
+@pytest.fixture
+def command(capfd, monkeypatch, tmp_path):
+    "Runs the command line in this process, in a folder of its own: (exit code, stdout, stderr)."
+    from qlora_nb.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as stopped:
+            return stopped.code or 0, *capfd.readouterr()
+        return 0, *capfd.readouterr()
+
+    return run

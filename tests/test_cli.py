@@ -504,23 +504,10 @@ SHAPE_8B = {
 
 
 @pytest.fixture
-def command(capfd, monkeypatch, tmp_path):
-    "Runs the command in this process: (exit code, stdout, stderr)."
-    from qlora_nb.cli import main
-
-    monkeypatch.setenv("QLORA_NB_PROFILE", "tiny")
-    monkeypatch.chdir(tmp_path)
+def command(command, tmp_path):
     (tmp_path / "8b").mkdir()
     (tmp_path / "8b/config.json").write_text(json.dumps(SHAPE_8B))
-
-    def run(*arguments):
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stopped:
-            return stopped.code or 0, *capfd.readouterr()
-        return 0, *capfd.readouterr()
-
-    return run
+    return command
 
 
 def test_plan_says_it_to_people_and_to_machines(command):

@@ -354,19 +354,10 @@ def load_tokenizer_and_config(model):
 
 
 @pytest.fixture
-def command(capfd, monkeypatch, tmp_path):
-    "Runs the command in this process: (exit code, stdout, stderr)."
-    from qlora_nb.cli import main
-
-    monkeypatch.chdir(tmp_path)
-
+def command(command):
     def run(*arguments):
         gguf_reader._announced.clear()  # as in a process of its own
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stopped:
-            return stopped.code or 0, *capfd.readouterr()
-        return 0, *capfd.readouterr()
+        return command(*arguments)
 
     return run
 

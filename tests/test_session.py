@@ -64,22 +64,9 @@ def test_a_pipe_of_questions_and_commands(tmp_path):
 
 
 @pytest.fixture
-def command(capfd, monkeypatch, tmp_path):
-    "Runs the command in this process: (exit code, stdout, stderr)."
-    from qlora_nb.cli import main
-
-    monkeypatch.setenv("QLORA_NB_PROFILE", "tiny")
+def command(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stopped:
-            return stopped.code or 0, *capfd.readouterr()
-        return 0, *capfd.readouterr()
-
-    return run
+    return command
 
 
 def test_a_file_of_prompts(command, tmp_path):

@@ -1094,16 +1094,18 @@ def test_a_function_that_scores_is_recorded_by_its_name(adapted, data, tmp_path)
     found = prepare(tmp_path / "run", scorer=likes, base_data=[{"messages": []}], sample_prompts=["Who?"], eval_steps=1)
     assert found.settings.scorer is likes and found.settings.base_data == [{"messages": []}]
     assert [found.config[name] for name in ("scorer", "base_data", "sample_prompts")] == [
-        "likes",
+        "(given in Python) likes",
         "(given in Python)",
         ["Who?"],
     ]
     found.folder.write("config.yaml", found.config)
-    with pytest.raises(UserError, match="base_data was rows given in Python, .* give them again"):
+    with pytest.raises(UserError, match="scorer was the function likes, .* give it again as scorer="):
         prepare(resume=tmp_path / "run")
+    with pytest.raises(UserError, match="base_data was rows given in Python, .* give them again"):
+        prepare(resume=tmp_path / "run", scorer=likes)
     again = prepare(resume=tmp_path / "run", scorer=likes, base_data=[{"messages": []}])
     assert again.settings.scorer is likes and again.config == {**found.config, "rows_read": again.config["rows_read"]}
-    with pytest.raises(UserError, match="scorer is 'rouge', but the run was started with 'likes'"):
+    with pytest.raises(UserError, match="scorer is 'rouge', but the run was started with .*likes'"):
         prepare(resume=tmp_path / "run", scorer="rouge")
 
 
