@@ -272,9 +272,10 @@ def rates_from(runs):
 
 
 def factor_settings(rates):
-    "One setting changed; all else as in the part base, of LoRA."
+    "One setting changed (or none); all else as in the part base, of LoRA."
     lora = rates["lora"]
     return {
+        "none": [{}, {"method": "qlora", "learning_rate": rates["qlora"]}],
         "rank": [{"r": 4, "lora_alpha": 4}, {"r": 64, "lora_alpha": 64}],
         "alpha": [{"lora_alpha": 4}, {"lora_alpha": 64}],
         "learning rate": [{"learning_rate": number(lora / 3)}, {"learning_rate": number(lora * 3)}],
