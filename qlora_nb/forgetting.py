@@ -34,6 +34,18 @@ def _batch_loss(model: torch.nn.Module, batch: list[Encoded]) -> list[tuple[floa
     losses[known.cpu()] = torch.nn.functional.cross_entropy(logits[known].float(), wanted[known], reduction="none").double().cpu()
     return list(zip(losses.sum(1).tolist(), known.sum(1).tolist()))
 
+
+def _losses_by_halves(model: torch.nn.Module, batch: list[Encoded]) -> list[tuple[float, int]]:
+    "As `_batch_loss`; a batch that doesn't fit into the GPU's memory is halved."
+    try:
+        return _batch_loss(model, batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = len(batch) // 2
+    return _losses_by_halves(model, batch[:half]) + _losses_by_halves(model, batch[half:])
+
 # %% ../nbs/21_forgetting.ipynb #2e35dae8-8
 def row_losses(
     model: torch.nn.Module,
@@ -52,7 +64,7 @@ def row_losses(
     with generation_mode(model):
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            for i, loss in zip(chosen, _batch_loss(model, [rows[i] for i in chosen])):
+            for i, loss in zip(chosen, _losses_by_halves(model, [rows[i] for i in chosen])):
                 found[i] = loss
             if progress:
                 progress(start + len(chosen), len(order))

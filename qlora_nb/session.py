@@ -171,15 +171,16 @@ def count_questions(count: int) -> str:
 
 
 def add_rows(path: str | Path, rows: list[dict]) -> int:  # how many rows the file has then
-    "Append rows to a .jsonl file, atomically. Raise `UserError` for a file of another kind."
+    "Append rows to a .jsonl file, atomically; a conversation that has gone on takes the place of its row. Raise `UserError` for a file of another kind."
     path = Path(path).expanduser()
     if path.suffix != ".jsonl":
         raise UserError(f"{path} is not a .jsonl file, but a conversation is saved as a row of JSON Lines: name one, such as chats.jsonl")
     known = read_objects(path)
     if any("messages" not in row for row in known):
         raise UserError(f"{path} holds rows without `messages`: name a new file, or one that was saved here")
-    write_jsonl(path, known + rows)
-    return len(known) + len(rows)
+    kept = [old for old in known if not any(old["messages"] == row["messages"][: len(old["messages"])] for row in rows)]
+    write_jsonl(path, kept + rows)
+    return len(kept) + len(rows)
 
 # %% ../nbs/23_session.ipynb #23a00029
 class ChatSession:
@@ -261,7 +262,7 @@ class ChatSession:
 
     def save(
         self,
-        path: str | Path,  # a .jsonl file; what it holds stays
+        path: str | Path,  # a .jsonl file; what it holds stays, but the same conversation as it was earlier
     ) -> int:  # how many rows the file has then
         "Append the conversation as a row that `load_sft_dataset` reads; without a history each question is a row. Raise `UserError`."
         if not self.messages:
