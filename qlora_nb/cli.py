@@ -186,7 +186,7 @@ FLAG_GROUPS = {  # of `train`, in the order of its --help
     "Data": [*settings_of_part("data"), "system", "no_system", "max_seq_length", "truncation", "train_on", "drop_invalid", "drop_duplicates", "template", "template_kwargs"],
     "Adapter": settings_of_part("adapter"),
     "Training": ["config", "plan", "resume", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "learning_rate",
-                 "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "seed"],  # and settings that are in no other group
+                 "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "seed", "loop"],  # and settings that are in no other group
     "Evaluation": ["eval_rows", "max_new_tokens", "scorer", "base_data", "eval_steps", "early_stopping", "load_best_model_at_end", "sample_prompts"],
     "Output": ["output", "export", "logging_steps", "report_to", "save_steps", "save_total_limit"],
 }
@@ -289,7 +289,7 @@ def train_from_flags(flags: dict, formats: list[str]):
         for note in check_exportable(model, tokenizer, formats, rows=data, held_out=able, output=flags["output"], template=settings.template,
                                      template_kwargs=settings.template_kwargs):
             print(name_flags(note, "train"), file=sys.stderr)
-    trainer = {name: value for name, value in given.items() if name in settings_of_part("trainer")}
+    trainer = {name: value for name, value in given.items() if name in settings_of_part("trainer", "loop")}
     run = train_and_report(
         model, tokenizer, data, trainer, config=None if flags["resume"] else config, eval_data=held_out, output=flags["output"],
         plan=plan, resume=flags["resume"], source=source, started=process_start())

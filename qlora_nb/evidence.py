@@ -109,7 +109,7 @@ def plot_loss(
     "Plot the loss by step, its running mean, and the held-out loss where it was measured; return the Axes."
     import matplotlib.pyplot as plt
 
-    ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(4.8, 3.2), layout="constrained")[1]
     steps = [row["step"] for row in metrics]
     losses = [row["loss"] for row in metrics]
     ax.plot(steps, losses, color="#9ecae1", lw=1, marker="o" if len(steps) == 1 else None, label="each step")

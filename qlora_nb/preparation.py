@@ -22,6 +22,7 @@ from .backends import choose_backend
 from .cards import KNOWN_CARDS, Card, choose_length, find_card, measure_row_lengths
 from .core import EMBEDDED_NAME, UserError, fingerprint
 from .engine.install import engine_of, install_engine
+from .loop import check_loop
 from .memory import MemoryEstimate
 from .model import count_parameters
 from .plan import Plan, Rows, estimate_for_rows, format_gib, plan_training
@@ -131,6 +132,7 @@ def check_run_settings(model, settings: Settings) -> None:
     if settings.base_data == DATA_FROM_PYTHON:
         raise UserError("base_data was rows given in Python, which the configuration can't hold: give them again as base_data=")
     check_packing(settings, info["backend"], engine_of(model))
+    check_loop(settings, info["backend"])
 
 # %% ../nbs/77_preparation.ipynb #77a00070
 def count_row_tokens(rows) -> list[int]:
@@ -520,7 +522,7 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
         "target_modules": lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules), **other_lora_settings(lora),
         "use_gradient_checkpointing": info.get("use_gradient_checkpointing", False),
         "random_state": info.get("random_state", 3407), "system": find_common_system(data),
-        **{name: record_setting(name, value) for name, value in settings.of_part("trainer").items()},
+        **{name: record_setting(name, getattr(settings, name)) for name in settings_of_part("trainer", "loop")},
         **({"gguf": info["gguf"]} if info.get("gguf") else {}),
         "fingerprints": {
             "data": data_fingerprint(data), "eval_data": data_fingerprint(eval_data) if eval_data is not None else None,

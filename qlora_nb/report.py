@@ -864,7 +864,7 @@ class Comparison(ShownObject):
         "Plot the loss of each run, as a running mean, over the steps; take and return a matplotlib Axes."
         import matplotlib.pyplot as plt
 
-        ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
+        ax = ax or plt.subplots(figsize=(4.8, 3.2), layout="constrained")[1]
         colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
         for i, (name, points) in enumerate(self.curves.items()):
             if points:

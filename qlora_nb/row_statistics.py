@@ -262,7 +262,7 @@ def plot_lengths(lengths: dict, max_seq_length: int | None = None, ax=None):
     "Plot rows by length (tokens: (rows, their learned tokens)), the share of their tokens that is learned, and `max_seq_length`; return the Axes."
     import matplotlib.pyplot as plt
 
-    ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(4.8, 3.2), layout="constrained")[1]
     sizes = list(lengths)
     low = min(sizes, default=0)
     high = max(sizes, default=1)

@@ -80,6 +80,7 @@ class Settings:
     lr_scheduler_type: str = settings_field("linear", "linear, cosine, …")
     max_grad_norm: float = settings_field(1.0, "longer gradients are clipped to this", positive=True)
     packing: bool = settings_field(False, "several rows in one sequence")
+    loop: str | None = settings_field(None, "own: train by this package's own loop, which one can read; trl: by TRL's SFTTrainer; default: trl", part="loop", choices=("own", "trl"))
     logging_steps: int = settings_field(1, "steps between two lines of metrics", positive=True)
     save_steps: int = settings_field(50, "steps between two checkpoints", positive=True)
     save_total_limit: int = settings_field(2, "checkpoints to keep, the newest; the best by held-out loss is never deleted", positive=True)
@@ -102,17 +103,17 @@ class Settings:
     template_kwargs: dict | None = settings_field(None, "the template's switches: enable_thinking=false,key=value, or JSON")
 
     def of_part(self, part: str) -> dict:
-        "Return the settings of `model`, `data`, `adapter` or `trainer`, by name."
+        "Return the settings of `model`, `data`, `adapter`, `trainer` or `loop`, by name."
         return {name: getattr(self, name) for name in settings_of_part(part)}
 
 # %% ../nbs/50_run.ipynb #50a00019
 _FIELDS = {f.name: f for f in fields(Settings)}
-SETTING_CALLS = {"model": "load_model", "data": "load_sft_dataset", "adapter": "add_lora", "trainer": "train"}  # by part
+SETTING_CALLS = {"model": "load_model", "data": "load_sft_dataset", "adapter": "add_lora", "trainer": "train", "loop": "train"}  # by part
 
 
-def settings_of_part(part: str) -> list[str]:
-    "Return the names of the settings of `model`, `data`, `adapter` or `trainer`."
-    return [name for name, found in _FIELDS.items() if found.metadata["part"] == part]
+def settings_of_part(*parts: str) -> list[str]:
+    "Return the names of the settings of `model`, `data`, `adapter`, `trainer` (what TRL's trainer may know) and `loop` (which trainer)."
+    return [name for name, found in _FIELDS.items() if found.metadata["part"] in parts]
 
 
 def call_of_setting(name: str) -> str | None:
@@ -466,7 +467,7 @@ class RunFolder:
             values = {name: check_setting(name, value) for name, value in config.items() if name in _FIELDS}
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
-        config.update({name: values[name] for name in settings_of_part("trainer") if name in values})
+        config.update({name: values[name] for name in settings_of_part("trainer", "loop") if name in values})
         check_fields(file, config, rows_read=dict, fingerprints=dict, plan=dict)
         for name in ("rows", "left_out", "cut", "longest"):
             check_fields(f"{file}, rows_read", config.get("rows_read") or {}, **{name: float})

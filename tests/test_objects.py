@@ -189,7 +189,7 @@ def test_train_follows_a_file_that_fits_the_model(tmp_path, capsys):
 
 
 def test_help_has_every_setting_of_train_once():
-    text, known = inspect.getdoc(qlora_nb.train), settings_of_part("trainer")
+    text, known = inspect.getdoc(qlora_nb.train), settings_of_part("trainer", "loop")
     grouped = [field.name for members in group_settings().values() for field in members]
     assert sorted(grouped) == sorted(known)
     for name in known:

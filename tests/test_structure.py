@@ -354,6 +354,60 @@ def test_stored_outputs(notebook):
             assert not found, f"{where}: an output holds a path of the machine, {found.group()}"
 
 
+PHONE = 350  # CSS pixels that a figure has on a screen of 390
+GLYPHS = re.compile(r"scale\((0\.\d+) -\1\)")  # matplotlib's text as paths: its size in points, divided by 100
+
+
+def smallest_text(svg):
+    "The size of the smallest text of a figure in CSS pixels, on a phone's screen."
+    if points := re.search(r'<svg[^>]* width="([\d.]+)pt"', svg):  # matplotlib's
+        return 100 * min(map(float, GLYPHS.findall(svg))) * min(PHONE / float(points[1]), 4 / 3)
+    width = float(re.search(r'viewBox="0 0 ([\d.]+) ', svg)[1])
+    return min(map(float, re.findall(r'font-size="([\d.]+)"', svg))) * PHONE / width
+
+
+@each_notebook
+def test_figures_are_legible_on_a_phone(notebook):
+    "Text is at least 9 pixels high; a figure too large for SVG has twice the screen's resolution and a phone's width."
+    for cell in read(notebook)["cells"]:
+        for output in cell.get("outputs", []):
+            data, where = output.get("data", {}), f"{notebook.name} cell {cell['id']}"
+            if "image/svg+xml" in data:
+                size = smallest_text("".join(data["image/svg+xml"]))
+                assert size >= 9, f"{where}: text of {size:.1f} pixels; make the figure narrower or the text larger"
+            elif "image/png" in data:
+                size = output["metadata"].get("image/png", {})
+                assert size, f"{where}: an image at the screen's resolution; store it with tools/execute.py"
+                assert size["width"] <= 490, f"{where}: {size['width']} pixels wide"
+
+
+@pytest.mark.parametrize("path", sorted((NBS / "images").glob("*-*.svg")), ids=lambda path: path.stem)
+def test_pictures_are_legible_on_a_phone(path):
+    text = path.read_text(encoding="utf-8")
+    assert smallest_text(text) >= 9
+    if "</text>" in text:  # a drawing: it brings a ground of its own, for dark pages; a title too, or a page's alt text
+        assert re.search(r'<rect width="\d+" height="\d+"( rx="6")? fill="#fff"/>', text)
+        assert "<title>" in text or path.stem.startswith("fig-")
+
+
+def test_small_text_is_found():
+    import io
+
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = matplotlib.rc_params_from_file(str(ROOT / "tools/matplotlibrc"), use_default_template=True)
+    for width, size, legible in ((4.8, 9, True), (4.8, 8, False), (6, 9, False), (3, 7, True)):
+        with matplotlib.rc_context(style):
+            figure = Figure(figsize=(width, 2))
+            figure.text(0.5, 0.5, "small $x_1$", fontsize=size)
+            figure.text(0.5, 0.2, "large", fontsize=20)
+            figure.savefig(drawn := io.StringIO(), format="svg")
+        assert (smallest_text(drawn.getvalue()) >= 9) is legible, (width, size)
+    drawing = '<svg viewBox="0 0 {} 100" font-size="12"><text font-size="{}">a</text></svg>'
+    assert smallest_text(drawing.format(360, 11)) > 9 > smallest_text(drawing.format(500, 12))
+
+
 def test_skipped_cells_are_listed():
     names = tool("skipped_cells")
     assert names["skipped_cells"]() == names["LISTED"].read_text(encoding="utf-8").splitlines(), (

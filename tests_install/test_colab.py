@@ -1,18 +1,17 @@
 """Notebooks as Colab runs them: alone in an empty folder, all cells from the first to the last, install cell included.
 
-Colab brings Python, a kernel and torch. The one thing that is changed is the install line's address: the wheel built
-from the commit stands for the repository. No GPU is there, so the embedded model stands for the large one.
+Colab brings Python, a kernel and torch. The one thing that is changed is where the install line gets the package: the
+wheel built from the commit. No GPU is there, so the embedded model stands for the large one.
 """
 
 import json
 import re
 import subprocess
 import sys
-from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
-from common import ROOT, clean_env, clone, run
+from common import clean_env, clone, run
 
 # The first steps, one that computes, and those that read what the package brings along.
 OPENED = ["30_quickstart", "02_nf4", "00_core", "12_data"]
@@ -32,12 +31,15 @@ def needs_of_unsloth(source):
 
 
 def replaced(line, source, wheel, unsloth):
-    "The install line with the wheel in place of the address, and the tested versions; its other extras stay."
-    config = ConfigParser()
-    config.read(ROOT / "settings.ini", encoding="utf-8")
-    cfg = config["DEFAULT"]
-    at = re.escape(f"git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}")
-    extras = re.fullmatch(rf'%pip install -q "qlora_nb\[([a-z,]+)\] @ {at}"', line)[1].split(",")
+    "The install line with the wheel in place of what it installs from, and the tested versions; its other extras stay."
+    start, extras, end = re.fullmatch(r'%pip install -q "(.*)\[([a-z,]+)\](.*)"', line).groups()
+    # From PyPI, from a repository, or the wheel that one uploads: in settings.ini.
+    assert (
+        start == "qlora_nb"
+        and re.fullmatch(r"( @ git\+https://\S+@\S+)?", end)
+        or (start, end) == (f"./{wheel.name}", "")
+    ), line
+    extras = extras.split(",")
     assert extras in (["unsloth"], ["unsloth", "serve"]), line
     extras = extras[0 if unsloth else 1 :]
     named = f"[{','.join(extras)}]" if extras else ""

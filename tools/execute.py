@@ -3,6 +3,9 @@
 Cells marked `#| eval: false`, `#| cuda` or `#| slow` are left alone (with `--flags cuda slow` the named kinds run
 too), as `nbdev_test` does; those marked `#| heavy`, which `make test` leaves to `make test-all`, run here. A notebook
 that fails is not written.
+
+Figures are stored as SVG in the style of tools/matplotlibrc; one of more than SVG_LIMIT bytes as PNG, at twice the
+screen's resolution.
 """
 
 import argparse
@@ -16,6 +19,13 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+STYLE = Path(__file__).with_name("matplotlibrc")
+SVG_LIMIT = 150_000
+# No date and no version in an SVG: it changes when what it shows does.
+INLINE = {
+    "figure_formats": {"svg", "retina"},
+    "print_figure_kwargs": {"bbox_inches": "tight", "metadata": {"Date": None, "Creator": None}},
+}
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(cuda|slow|eval\s*:\s*false)\b", re.M)
 
 
@@ -28,6 +38,15 @@ class Client(NotebookClient):
         if cell.cell_type == "code" and set(DIRECTIVE.findall(cell.source)) - set(self.flags):
             return cell
         return await super().async_execute_cell(cell, cell_index, **kwargs)
+
+
+def keep_one_picture(output):
+    "A figure comes as SVG and as PNG: keep the SVG unless it is large."
+    if {"image/svg+xml", "image/png"} <= set(output.get("data", {})):
+        large = len(output.data["image/svg+xml"].encode()) > SVG_LIMIT
+        kind = "image/svg+xml" if large else "image/png"
+        del output.data[kind]
+        output.metadata.pop(kind, None)
 
 
 def join_streams(outputs):
@@ -51,6 +70,7 @@ def tidy(notebook):
             for output in cell.outputs:
                 if output.output_type == "execute_result":
                     output.execution_count = None
+                keep_one_picture(output)
                 output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     notebook.metadata = {k: v for k, v in notebook.metadata.items() if k in ("kernelspec", "accelerator", "colab")}
     return notebook
@@ -67,7 +87,8 @@ def execute(path, flags=(), limit=3600, quiet=False):
     notebook = nbformat.read(path, 4)
     client = Client(notebook, timeout=limit, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     client.flags = tuple(flags)
-    client.execute()
+    client.extra_arguments = [f"--InlineBackend.{name}={value!r}" for name, value in INLINE.items()]
+    client.execute(env={**os.environ, "MATPLOTLIBRC": str(STYLE)})
     notebook = tidy(notebook)
     if quiet:
         drop_stderr(notebook)

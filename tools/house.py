@@ -52,6 +52,7 @@ LESSONS = {
     "24_answers": "answer_prompts",
     "25_publish": "push_to_hub",
     "30_quickstart": "load_run",
+    "53_loop": "make_loop",
     "60_forwards": "replace_forward",
     "61_line": "join_rows",
     "62_layers": "fused_forward",

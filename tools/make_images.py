@@ -14,6 +14,13 @@ FAVICON = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
 </svg>
 """
 
+# What opens a notebook in Colab, served by the site itself.
+BADGE = """<svg xmlns="http://www.w3.org/2000/svg" width="126" height="22" viewBox="0 0 126 22">
+<rect width="126" height="22" rx="4" fill="#343a40"/><path d="M10 6l8 5-8 5z" fill="#f9ab00"/>
+<text x="26" y="15.5" fill="#fff" font-family="system-ui, sans-serif" font-size="12.5">Open in Colab</text>
+</svg>
+"""
+
 
 def draw_card(path, title, text):
     "1,200 × 630 pixels: the name, the sentence, the sign."

@@ -28,6 +28,7 @@ def prose(source):
                 continue
             line = re.sub(r"(?<=[\])\w`])\s*\{[#.][^}]*\}", "", line)
             line = re.sub(r"\]\((?![a-z]+:|[#/])(?:\./)?", "](nbs/", line).replace("](nbs/../", "](")
+            line = line.replace("](nbs/changelog.md", "](CHANGELOG.md")  # the site's page is made from it
         out.append(line)
     return "\n".join(out).strip("\n")
 
@@ -46,9 +47,11 @@ def picture(data, directives, images):
     "A picture of the notebook as a file beside it: {name: bytes} goes into `images`."
     options = dict(d.split(": ", 1) for d in directives if ": " in d)
     label = options["label"]
-    images[f"{label}.png"] = base64.b64decode("".join(data["image/png"]))
+    svg = "".join(data.get("image/svg+xml", ""))
+    name = f"{label}.{'svg' if svg else 'png'}"
+    images[name] = svg.encode() if svg else base64.b64decode("".join(data["image/png"]))
     alt, caption = (options.get(name, "").strip('"') for name in ("fig-alt", "fig-cap"))
-    return f"![{alt}](nbs/images/{label}.png)" + f"\n\n*{caption}*" * bool(caption)
+    return f"![{alt}](nbs/images/{name})" + f"\n\n*{caption}*" * bool(caption)
 
 
 def code(cell, images):
@@ -62,7 +65,7 @@ def code(cell, images):
         texts = []
         for output in cell["outputs"]:
             data = output.get("data", {})
-            if "image/png" in data and any(d.startswith("label: ") for d in directives):
+            if {"image/svg+xml", "image/png"} & set(data) and any(d.startswith("label: ") for d in directives):
                 parts.append(picture(data, directives, images))
             elif "text/markdown" in data:
                 parts.append(prose("".join(data["text/markdown"])))

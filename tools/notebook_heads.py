@@ -1,11 +1,12 @@
-"""Gives every notebook the same head, foot and metadata, from settings.ini.
+"""Gives every notebook the same head, foot and metadata, and CITATION.cff what it says, from settings.ini.
 
     python tools/notebook_heads.py [nbs/X.ipynb …]
 
 - The first text cell holds the title and the one-line claim alone: nbdev makes the page's title of that cell, and drops
   whatever else stands in it.
-- The next one begins with the badge that opens the notebook in Colab.
-- One install cell, the same everywhere.
+- The next one begins with the badge that opens the notebook in Colab; without an owner, with what to upload there.
+- One install cell, the same everywhere: from PyPI if this version is there, else from the owner's repository, else from
+  a wheel beside the notebook. On the front page the lines that install, and how to cite.
 - A GPU in the metadata where cells need one.
 - Measured results are read where the package has them, so that a copy of the notebook alone finds them too.
 - The last cell exports only in a checkout: in Colab there is nothing to export to.
@@ -20,8 +21,13 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
-BADGE = re.compile(r"^\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)[ \t]*\n*", re.M)
+UPLOAD = "In Colab: upload {}, and the wheel that `make wheel` builds in `dist/`."
+WAY_IN = re.compile(
+    r"^(?:\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)|" + re.escape(UPLOAD).replace(r"\{\}", "[^,]*") + r")[ \t]*\n*", re.M
+)
 COLAB = "https://colab.research.google.com"
 FOOT = """#| hide
 from pathlib import Path
@@ -34,7 +40,17 @@ if Path("../settings.ini").exists():  # a checkout; in Colab there is nothing to
 WANT_GPU = ("30_quickstart",)
 # What they install besides Unsloth: those that make K-quants or open a file in llama.cpp's library need a compiler.
 EXTRAS = dict.fromkeys(
-    ("17_gguf", "18_ollama", "22_certificate", "55_llama", "72_cli", "83_gguf_writer", "95_gguf_reader"), "gguf"
+    (
+        "17_gguf",
+        "18_ollama",
+        "22_certificate",
+        "42_troubleshooting",
+        "55_llama",
+        "72_cli",
+        "83_gguf_writer",
+        "95_gguf_reader",
+    ),
+    "gguf",
 )
 EXTRAS |= dict.fromkeys(("30_quickstart", "35_real_model", "54_workflow"), "serve")
 EXTRAS |= dict.fromkeys(("23_session", "24_answers", "25_publish"), "serve")
@@ -46,17 +62,83 @@ def settings(root=ROOT):
     return config["DEFAULT"]
 
 
-def badge(stem, cfg):
-    "The picture that opens a notebook in Colab."
-    where = f"{COLAB}/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{cfg['nbs_path']}/{stem}.ipynb"
+def repository(cfg):
+    return f"https://github.com/{cfg['user']}/{cfg['repo']}"
+
+
+def way_in(stem, cfg):
+    "The line that opens a notebook in Colab. The index is the repository's front page: its line is the quick start's."
+    target = "30_quickstart" if stem == "index" else stem
+    if not cfg["user"]:
+        return UPLOAD.format("[the quick start](30_quickstart.ipynb)" if stem == "index" else "this notebook")
+    where = f"{COLAB}/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{cfg['nbs_path']}/{target}.ipynb"
     return f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({where})"
+
+
+def requirement(cfg, extras):
+    "What pip is asked for: the version that the notebooks are of."
+    name = f"{cfg['lib_name']}[{extras}]"
+    if cfg["published"] == cfg["version"]:
+        return name
+    if cfg["user"]:
+        return f"{name} @ git+{repository(cfg)}@{cfg['branch']}"
+    return f"./{cfg['lib_name']}-{cfg['version']}-py3-none-any.whl[{extras}]"
 
 
 def install_line(cfg, stem=""):
     "The one line that installs all in Colab; with llama.cpp for the notebooks that run it."
     extras = f"unsloth,{EXTRAS[stem]}" if stem in EXTRAS else "unsloth"
-    name, url = cfg["lib_name"], f"https://github.com/{cfg['user']}/{cfg['repo']}"
-    return f'%pip install -q "{name}[{extras}] @ git+{url}@{cfg["branch"]}"'
+    return f'%pip install -q "{requirement(cfg, extras)}"'
+
+
+def front_install(cfg):
+    "The front page's lines that install: the demo, and the package."
+    at_hand = cfg["user"] or cfg["published"] == cfg["version"]
+    package = f'pip install "{requirement(cfg, "serve") if at_hand else ".[serve]"}"'
+    demo = f"git clone {repository(cfg)} && cd {cfg['repo']} && make demo" if cfg["user"] else "make demo"
+    width = max(len(package), len(demo))
+    lines = f"{demo:{width}}  # a whole run{'' if cfg['user'] else ', in a copy of the repository'}\n"
+    lines += f"{package:{width}}  # the package; on a GPU [serve,unsloth]"
+    links = [f"Version {cfg['version']}", "[what is new](changelog.md)"]
+    if cfg["user"]:
+        links += [f"[repository]({repository(cfg)})", f"[site]({cfg['doc_host']}{cfg['doc_baseurl']})"]
+    return f"```sh\n{lines}\n```\n\n{' · '.join(links)}"
+
+
+def released(root=ROOT):
+    "The version and the date (None before the release) of the changelog's first entry."
+    text = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    return re.search(r"^## (\S+) \((?:(\d{4}-\d\d-\d\d)|not released)\)$", text, re.M).groups()
+
+
+def citation(cfg, date):
+    "CITATION.cff, as GitHub reads it: https://citation-file-format.github.io."
+    found = {
+        "cff-version": "1.2.0",
+        "message": "If you use this software, please cite it as below.",
+        "type": "software",
+        "title": cfg["title"],
+        "abstract": cfg["description"],
+        "authors": [{"name": cfg["author"]}],
+        "version": cfg["version"],
+        "license": "Apache-2.0",
+    }
+    if date:
+        found["date-released"] = date
+    if cfg["user"]:
+        found |= {"repository-code": repository(cfg), "url": cfg["doc_host"] + cfg["doc_baseurl"]}
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def bibtex(cfg, date):
+    "The same for LaTeX."
+    fields = {"author": f"{{{cfg['author']}}}", "title": f"{cfg['title']}: {cfg['description']}"}
+    fields = {name: text.replace("_", r"\_") for name, text in fields.items()}
+    fields |= {"year": (date or cfg["copyright"])[:4], "version": cfg["version"]}
+    if cfg["user"]:
+        fields["url"] = repository(cfg)
+    lines = "".join(f"  {name:7} = {{{text}}},\n" for name, text in fields.items())
+    return f"```bibtex\n@software{{{cfg['lib_name']},\n{lines}}}\n```"
 
 
 def source(cell):
@@ -96,9 +178,7 @@ def set_head(cells, stem, cfg):
     else:
         after = new_cell("markdown", "", stem, "head")
         cells.insert(at + 1, after)
-    # The index is the repository's front page: its badge opens the quick start.
-    target = "30_quickstart" if stem == "index" else stem
-    put(after, f"{badge(target, cfg)}\n\n{BADGE.sub('', rest).strip()}")
+    put(after, f"{way_in(stem, cfg)}\n\n{WAY_IN.sub('', rest).strip()}")
     return at + 1
 
 
@@ -109,6 +189,18 @@ def set_install(cells, at, stem, cfg):
         put(found[0], text)
     else:
         cells.insert(at + 1, new_cell("code", text, stem, "install"))
+
+
+def set_front(cells, at, stem, cfg):
+    "The front page's lines: how to install, and how to cite."
+    written = {"install": ("```sh\n", front_install(cfg)), "cite": ("```bibtex\n", bibtex(cfg, released()[1]))}
+    for role, (begin, text) in written.items():
+        fresh = new_cell("markdown", text, stem, role)
+        found = next((cell for cell in cells if cell["id"] == fresh["id"]), None)
+        if found is None:
+            cells.insert(at + 1 if role == "install" else len(cells), fresh)
+        else:
+            put(found, source(found)[: source(found).index(begin)] + text)
 
 
 def results_from_package(text):
@@ -134,8 +226,7 @@ def set_heads(notebook, stem, cfg):
     "Changes a notebook, given as its JSON."
     cells = notebook["cells"]
     at = set_head(cells, stem, cfg)
-    if stem != "index":
-        set_install(cells, at, stem, cfg)
+    (set_front if stem == "index" else set_install)(cells, at, stem, cfg)
     set_results(cells, stem)
     for cell in cells:
         if cell["cell_type"] == "code" and re.search(r"^\s*nbdev\.nbdev_export\(\)", source(cell), re.M):
@@ -148,6 +239,7 @@ def set_heads(notebook, stem, cfg):
 
 def main(paths):
     cfg = settings()
+    (ROOT / "CITATION.cff").write_text(citation(cfg, released()[1]), encoding="utf-8")
     for path in paths or sorted((ROOT / cfg["nbs_path"]).glob("*.ipynb")):
         before = path.read_text(encoding="utf-8")
         notebook = set_heads(json.loads(before), path.stem, cfg)

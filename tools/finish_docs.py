@@ -1,0 +1,176 @@
+"""What Quarto leaves to do on the finished pages: python tools/finish_docs.py _docs
+
+The search finds prose, not code, in an index small enough for a phone; scripts don't hold up the first screen; wide
+outputs can be scrolled by the keyboard.
+"""
+
+import html
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import tinycss2
+from bs4 import BeautifulSoup
+
+INDEX_LIMIT = runpy.run_path(str(Path(__file__).with_name("check_site.py")))["INDEX_LIMIT"]  # bytes
+MACHINERY = 4  # a reference page gets a quarter of the words that a lesson gets
+WIDE = 80  # characters
+NOT_PROSE = (
+    "pre, script, style, math, svg, figure, details, .cell-output:not(.cell-output-markdown), .anchorjs-link, nav"
+)
+ON_EACH_PAGE = ("In Colab: upload", "Needs ")  # how a paragraph begins that says where a notebook runs
+FUNCTION = re.compile(
+    r"[a-z0-9]+(_[a-z0-9]+)+|\w*[a-z0-9][A-Z]\w*"
+)  # its heading: the public ones are on a page of their own
+
+
+def prose_of(section):
+    "The text of a section without its code, its outputs, its heading and the sections in it."
+    parts = []
+    for child in section.find_all(recursive=False):
+        text = child.get_text(" ")
+        if child.name not in ("section", "h1", "h2", "h3", "h4") and not text.strip().startswith(ON_EACH_PAGE):
+            parts.append(text)
+    return re.sub(r"\s+", " ", " ".join(parts)).strip()
+
+
+def shorten(text, limit):
+    return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0]
+
+
+def parts_of(section, anchor, lesson):
+    "A section's own entry, and in a lesson one for each section of the third level in it: Quarto's index has none."
+    yield anchor, "", prose_of(section)
+    for part in section.select("section.level3") if anchor and lesson else ():
+        heading = re.sub(r"\s+", " ", part.find("h3").get_text()).strip()
+        if not FUNCTION.fullmatch(heading):
+            yield part["id"], heading, prose_of(part)
+
+
+def search_index(folder, entries):
+    "Quarto's entries with the prose of their sections, the longest cut until the index is small enough."
+    pages, kept = {}, []
+    for entry in entries:
+        name, _, anchor = entry["href"].partition("#")
+        if name not in pages:
+            pages[name] = BeautifulSoup((folder / name).read_text(encoding="utf-8"), "html.parser").find("main")
+            for found in pages[name].select(NOT_PROSE):
+                found.decompose()
+        section = pages[name].find(id=anchor) if anchor else pages[name]
+        if section is None or anchor.startswith("exercises"):
+            continue
+        share = MACHINERY if "Reference" in entry.get("crumbs", ()) else 1
+        for part, heading, text in parts_of(section, anchor, share == 1):
+            head = {"href": f"{name}#{part}" if part else name, "title": entry["title"]}
+            kept.append((head | {"section": heading or entry["section"], "text": text}, share))
+    limit = 4000
+    while len(packed := pack(kept, limit)) > INDEX_LIMIT and limit:  # if titles alone are too many, check_site says so
+        limit = limit * 49 // 50
+    return packed
+
+
+def pack(entries, limit):
+    cut = [entry | {"text": shorten(entry["text"], limit // share)} for entry, share in entries]
+    return json.dumps(cut, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+SEARCH = ("ignoreLocation: true,", "ignoreLocation: true, useExtendedSearch: true,")
+
+
+def find_words(folder):
+    "Let the search find entries that have all of its words: Quarto's looks for them as one phrase."
+    script = folder / "site_libs/quarto-search/quarto-search.js"
+    text = script.read_text(encoding="utf-8")
+    if SEARCH[1] not in text:
+        if text.count(SEARCH[0]) != 1:
+            raise SystemExit(f"{script}: the search's options are not where Quarto 1.6 has them: adapt find_words")
+        script.write_text(text.replace(*SEARCH), encoding="utf-8")
+
+
+SHEET = re.compile(r'<link [^>]*rel="stylesheet"[^>]*>\n?')
+SCRIPT = re.compile(r'<script src="(?!https?:)([^"]+)"></script>')
+
+
+def show_first(text):
+    "Put what the first screen waits for first: the sheets, before scripts (in their order) and pictures further down."
+    head, end, rest = text.partition("</head>")
+    sheets = "".join(SHEET.findall(head))
+    head = SCRIPT.sub(r'<script defer fetchpriority="low" src="\1"></script>', SHEET.sub("", head))
+    head = head.replace('<meta charset="utf-8">', f'<meta charset="utf-8">{sheets}', 1)
+    return head + end + rest.replace('<img src="', '<img loading="lazy" src="')
+
+
+def reach_by_key(text):
+    "Outputs and tables with lines too long for the page scroll: a keyboard must get to them."
+
+    def focus(match):
+        rows = re.split(r"</tr>|\n" if match[1] == "pre" else r"</tr>", match[0])
+        longest = max(len(html.unescape(re.sub(r"<[^>]*>|\n", "", row))) for row in rows)
+        # No quotes: the text may stand in a frame's attribute.
+        return match[0].replace(match[1], f"{match[1]} tabindex=0", 1) if longest > WIDE else match[0]
+
+    return re.sub(r"<(pre|table)\b(?! class=\"sourceCode).*?</\1>", focus, text, flags=re.S)
+
+
+def used_icons(folder):
+    "Of the two thousand icons of the theme, the rules of those that the site shows."
+    sheet = folder / "site_libs/bootstrap/bootstrap-icons.css"
+    read = [path for kind in ("*.html", "*.js", "*.min.css") for path in folder.rglob(kind)]
+    used = {name for path in read for name in re.findall(r"\bbi-[\w-]+", path.read_text(encoding="utf-8"))}
+    rule = re.compile(r"^\.(bi-[\w-]+)::before *\{[^}]*\}\n?", re.M)
+    text = rule.sub(lambda one: one[0] * (one[1] in used), sheet.read_text(encoding="utf-8"))
+    sheet.write_text(text, encoding="utf-8")
+
+
+CLASS = re.compile(r"\.((?:[\w-]|\\.)+)")
+
+
+def used_rules(rules, words):
+    "Of a sheet's rules, those whose classes all stand in a page or a script."
+    kept = []
+    for rule in rules:
+        if rule.type == "qualified-rule":
+            selectors = re.split(r",(?![^(]*\))", tinycss2.serialize(rule.prelude))
+            met = [
+                one
+                for one in selectors
+                if {c.replace("\\", "") for c in CLASS.findall(re.sub(r":not\([^)]*\)", "", one))} <= words
+            ]
+            kept += [f"{','.join(met)}{{{tinycss2.serialize(rule.content)}}}"] if met else []
+        elif rule.type == "at-rule" and rule.content is not None and rule.lower_at_keyword in ("media", "supports"):
+            inner = used_rules(tinycss2.parse_rule_list(rule.content, skip_comments=True, skip_whitespace=True), words)
+            kept += [f"@{rule.at_keyword}{tinycss2.serialize(rule.prelude)}{{{inner}}}"] if inner else []
+        else:
+            kept.append(rule.serialize())
+    return "".join(kept)
+
+
+def thin_sheets(folder):
+    "The theme has rules for components that no page shows; a phone waits for all of them."
+    words, scripts = set(), [script.read_text(encoding="utf-8") for script in folder.rglob("*.js")]
+    for page in folder.glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        words |= {name for classes in re.findall(r'class="([^"]*)"', text) for name in classes.split()}
+        scripts += re.findall(r"<script[^>]*>(.*?)</script>", text, re.S)
+    words |= {word for script in scripts for word in re.findall(r"[\w-]+", script)}
+    for sheet in (folder / "site_libs/bootstrap").glob("bootstrap-*.min.css"):
+        rules = tinycss2.parse_stylesheet(sheet.read_text(encoding="utf-8"), skip_comments=True, skip_whitespace=True)
+        sheet.write_text(used_rules(rules, words), encoding="utf-8")
+
+
+def main(folder):
+    folder = Path(folder)
+    used_icons(folder)
+    thin_sheets(folder)
+    find_words(folder)
+    for page in folder.glob("*.html"):
+        page.write_text(reach_by_key(show_first(page.read_text(encoding="utf-8"))), encoding="utf-8")
+    index = folder / "search.json"
+    index.write_bytes(search_index(folder, json.loads(index.read_text(encoding="utf-8"))))
+    print(f"search index: {index.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

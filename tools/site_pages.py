@@ -1,0 +1,174 @@
+"""Fills the pages that are made of something else than notebooks: the public interface, and the changelog.
+
+nbs/ holds what stands above the marker of such a page. What follows the marker is for those who read the file itself:
+whenever the site is prepared, it gives way to what is read from the package, or from CHANGELOG.md.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import json
+import re
+from pathlib import Path
+
+from fastcore.docments import docments
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKER = "<!-- filled in when the site is made -->\n"
+# The workflow comes first; then the rooms of the house in their order.
+FIRST = ("load_model", "add_lora", "load_sft_dataset", "check_dataset", "train", "chat", "export_gguf")
+# What these are wherever nothing else is said.
+COMMON = {
+    "model": "from `load_model`, `add_lora` or `open_run`",
+    "tokenizer": "the model's",
+    "data": "from `load_sft_dataset`",
+    "path": "the folder",
+    "run": "a `Run`, or its folder",
+}
+
+
+def notebook_titles():
+    "The title of each page, by its address."
+    found = {}
+    for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        title = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown").splitlines()[0]
+        found[re.sub(r"^\d+_", "", path.stem) + ".html"] = title.removeprefix("# ")
+    return found
+
+
+def type_name(annotation):
+    "An annotation as it is spoken: str or Path or None."
+    if annotation in (inspect.Parameter.empty, None):
+        return ""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return re.sub(r"(?:\w+\.)+(\w+)", r"\1", text).strip("'").replace(" | ", " or ")
+
+
+def default_value(value):
+    if value is inspect.Parameter.empty:
+        return "required"
+    text = repr(value)
+    if text.startswith("<the "):  # a stand-in, as `train` has them
+        return text.strip("<>")
+    return f"`{text}`" if len(text) < 30 else "`TARGET_MODULES`" if value and "q_proj" in value else f"`{text[:26]}…`"
+
+
+def cell(text):
+    "A text as the cell of a pipe table."
+    text = " ".join(str(text).split()).replace("|", "\\|")
+    return re.sub(r"`[^`]*`|<", lambda found: r"\<" if found[0] == "<" else found[0], text)
+
+
+def parameters(thing, settings):
+    "(name, default, meaning and type) of each parameter, a run's settings among them."
+    said = {name: found["docment"] for name, found in docments(thing, full=True).items()}
+    for name, found in inspect.signature(thing).parameters.items():
+        if name in ("self", "cls") or found.kind == found.VAR_KEYWORD:
+            continue
+        meaning = said.get(name) or re.sub(r" \[[^\]]*\]$", "", settings.get(name, "")) or COMMON.get(name, "")
+        kind = type_name(found.annotation)
+        yield name, default_value(found.default), f"{meaning} *({kind})*" if kind else meaning
+
+
+def split_docstring(thing):
+    "What a thing does, and what it raises."
+    text = (inspect.getdoc(thing) or "").partition("\nSettings, with their defaults")[0].strip()
+    raised = re.findall(r"\bRaise (.+?\.)(?=\s|$)", text, re.S)
+    return re.sub(r"\s*\bRaise .+?\.(?=\s|$)", "", text, flags=re.S).strip(), [
+        " ".join(part.split()) for part in raised
+    ]
+
+
+def call(name, thing):
+    "How a thing is called: what it needs, and the first of what it takes besides."
+    words, more = [], False
+    for found in inspect.signature(thing).parameters.values():
+        if found.kind == found.KEYWORD_ONLY and "*" not in words:
+            words.append("*")
+        if found.default is found.empty:
+            words.append(found.name)
+        elif "*" in words or len(words) >= 4:
+            more = True
+        else:
+            words.append(f"{found.name}={default_value(found.default).strip('`')}")
+    words += ["…"] * more
+    return f"{name}({', '.join(words)})"
+
+
+def entry(name, thing, place, title, settings):
+    "The part of the page on one public name."
+    is_class = inspect.isclass(thing)
+    does, raised = split_docstring(thing)
+    lines = [f"## {name} {{#{name}}}", "", does, ""]
+    if not (is_class and issubclass(thing, Exception)):
+        lines += [
+            "```python",
+            call(name, thing),
+            "```",
+            "",
+            "| parameter | default | meaning |",
+            "|-----|---|--------|",
+        ]
+        rows = list(parameters(thing, settings))
+        lines += ["| " + " | ".join([f"`{row[0]}`", *map(cell, row[1:])]) + " |" for row in rows] + [""]
+    if is_class:
+        methods = [(key, method) for key, method in vars(thing).items() if key[0] != "_" and inspect.isfunction(method)]
+        rows = [f"| `{key}` | {cell(split_docstring(method)[0])} |" for key, method in methods if method.__doc__]
+        lines += ["| method | what it does |", "|---|--------|", *rows, ""] if rows else []
+    elif returned := type_name(inspect.signature(thing).return_annotation):
+        # fastcore takes the comment on **settings for the one on what is returned.
+        said = (
+            docments(thing, full=True)["return"]["docment"]
+            if not thing.__code__.co_flags & inspect.CO_VARKEYWORDS
+            else None
+        )
+        lines += [f"**Returns** {returned}{f': {said}' if said else ''}", ""]
+    lines += [f"**Raises** {' '.join(raised)}", ""] if raised else []
+    return [*lines, f"**Explained in** [{title}]({place})", ""]
+
+
+def api_page():
+    "The public interface: each name that `import qlora_nb` gives, then what the modules offer besides."
+    package = importlib.import_module("qlora_nb")
+    modules, titles = importlib.import_module("qlora_nb._modidx").d["syms"], notebook_titles()
+    places = {name: place for names in modules.values() for name, (place, _) in names.items()}
+    things = {name: getattr(package, name) for name in dict.fromkeys([*FIRST, *package._WHERE])}
+    settings = {field.name: field.metadata["help"] for field in dataclasses.fields(package.Settings)}
+    found = {name: places[f"{thing.__module__}.{thing.__qualname__}"] for name, thing in things.items()}
+    lines = ["| name | what it does |", "|---|--------|"]
+    lines += [
+        f"| [`{name}`](#{name}) | {cell(split_docstring(thing)[0].split('. ')[0].splitlines()[0]).rstrip('.')} |"
+        for name, thing in things.items()
+    ]
+    for name, thing in things.items():
+        lines += ["", *entry(name, thing, found[name], titles[found[name].partition("#")[0]], settings)]
+    lines += ["## What the modules offer besides {#modules}", "", "| module | names |", "|---|--------|"]
+    for module in sorted(modules):
+        names = [name for name in importlib.import_module(module).__all__ if name not in things]
+        names = [
+            f"[`{name}`]({places[f'{module}.{name}']})" if f"{module}.{name}" in places else f"`{name}`"
+            for name in names
+        ]
+        if names:
+            lines += [f"| `{module}` | {', '.join(names)} |"]
+    return "\n".join(lines) + "\n"
+
+
+def changelog_page():
+    "CHANGELOG.md without its title and first paragraph, which the page has."
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    return text[text.index("\n## ") + 1 :]
+
+
+PAGES = {"api.md": api_page, "changelog.md": changelog_page}
+
+
+def fill(folder):
+    "Put each page's text in the place of its marker."
+    for name, make in PAGES.items():
+        path = Path(folder, name)
+        before, marker, _ = path.read_text(encoding="utf-8").partition(MARKER)
+        if not marker:
+            raise SystemExit(f"{path} has no line {MARKER.strip()}")
+        path.write_text(before + make(), encoding="utf-8")
