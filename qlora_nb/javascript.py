@@ -39,7 +39,7 @@ def write_literal(value) -> str:
         return "[" + ", ".join(map(write_literal, value)) + "]"
     if isinstance(value, (bool, int, float, str, type(None))):
         return json.dumps(value)
-    raise UserError(f"{value!r} is not a constant that can be written as JavaScript: pass its JavaScript in given=")
+    raise UserError(f"{value!r} is not a constant that can be written as JavaScript: pass its JavaScript in `given`")
 
 # %% ../nbs/67_javascript.ipynb #53f0000e
 class Translator(ast.NodeVisitor):
@@ -107,7 +107,7 @@ class Translator(ast.NodeVisitor):
         elif node.id in BUILT_IN_NAMES:
             return f"py.{node.id}"
         elif node.id not in self.given:
-            raise UserError(f"{self.name}: {node.id} is neither a global name nor passed in given=")
+            raise UserError(f"{self.name}: {node.id} is neither a global name nor passed in `given`")
         return node.id
 
     def visit_Attribute(self, node):

@@ -848,6 +848,8 @@ def test_nothing_of_ours_is_old():
                 )
             elif path.stem == "84_go_template":
                 allowed = {"no_end_of_turn"}  # a piece of a template, put together with the rest
+            elif path.stem == "41_exam":
+                allowed = {"one_newline"}  # a template that lies is one of its questions
             assert {f.code for f in found} <= allowed, (path.name, [(f.code, f.where, f.old) for f in found])
 
 

@@ -267,7 +267,7 @@ def test_what_the_loop_lacks_is_refused_before_the_run(tmp_path):
     model, tokenizer = load_model("qlora_nb:embedded", backend="transformers")
     model, data = add_lora(model, r=8), load_sft_dataset(limit=20)
     with pytest.raises(
-        UserError, match="optim is 'galore_adamw', which needs more of a training loop than loop='own' has"
+        UserError, match="optim is 'galore_adamw', which needs more of a training loop than loop='own' provides"
     ):
         train(model, tokenizer, data, output=tmp_path / "run", loop="own", optim="galore_adamw")
     with pytest.raises(UserError, match="loop is 'mine': choose own or trl"):
