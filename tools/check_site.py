@@ -180,6 +180,11 @@ RUN_AXE = """async only => (await axe.run(document, {runOnly: only, resultTypes:
 ASKED = {"light": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "dark": ["color-contrast"]}
 
 
+# Code of a lesson is read on a phone without scrolling sideways; outputs keep their columns.
+CUT = """() => [...document.querySelectorAll("pre.code-with-copy")]
+  .filter(e => e.checkVisibility() && !e.closest(".cell-output") && e.scrollWidth > e.clientWidth + 1).length"""
+
+
 def check_looks(folder, names=None):
     "List what a browser shows or says that it shouldn't, one line each."
     names, found = names or sorted(path.name for path in Path(folder).glob("*.html")), []
@@ -194,6 +199,7 @@ def check_looks(folder, names=None):
                     page.evaluate("document.getAnimations().forEach(one => one.finish())")
                 width = page.evaluate("document.scrollingElement.scrollWidth")
                 said += [f"{width} pixels wide on a screen of {PHONE}"] * (width > PHONE)
+                said += [f"code runs out of its box, {cut} times" for cut in [page.evaluate(CUT)] if cut]
                 said += [f"{what}: too faint, {n} times" for what, n in page.evaluate(FAINT).items()]
                 if AXE.exists():
                     page.set_viewport_size({"width": DESK, "height": 900})
