@@ -6,6 +6,7 @@ from pathlib import Path
 import processes
 import pytest
 from hypothesis import is_hypothesis_test
+from repository import SITE_CHECK
 from xdist.scheduler import LoadScopeScheduling
 
 # Nothing in the tests may need the network, or send anything over it.
@@ -22,6 +23,12 @@ os.environ.pop("MPLBACKEND", None)
 
 # CPU seconds of each test file in `make test`: what it may cost, not what a test fails for (machines differ).
 BUDGETS = Path(__file__).with_name("budgets.txt")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with SITE_CHECK["browser"]() as opened:
+        yield opened
 
 
 def pytest_addoption(parser):

@@ -43,6 +43,12 @@ def tool(name):
     return runpy.run_path(str(ROOT / "tools" / f"{name}.py"))
 
 
+SITE_CHECK = tool("check_site")
+needs_browser = pytest.mark.skipif(
+    SITE_CHECK["CHROMIUM"] is None, reason="no Chromium here: apt-get install --no-install-recommends chromium"
+)
+
+
 def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 

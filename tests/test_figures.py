@@ -5,16 +5,14 @@ The browser is Chromium, driven by Playwright's Python package, as in test_repor
 """
 
 import contextlib
-import os
 import random
 import re
-import shutil
 from dataclasses import asdict
 from fnmatch import fnmatch
 
 import pytest
 import torch
-from repository import NOTEBOOKS, PACKAGE, ROOT, read, tool
+from repository import NOTEBOOKS, PACKAGE, ROOT, needs_browser, read, tool
 
 from qlora_nb.core import UserError
 from qlora_nb.figures import (
@@ -33,10 +31,6 @@ from qlora_nb.memory import CHECKPOINTING_KINDS, MEMORY_BACKENDS, OPTIMIZER_KIND
 from qlora_nb.nf4 import FOUR_BIT_CODES, KNOWN_BLOCKSIZES, fake_quantize, quantize_nf4
 from qlora_nb.shapes import Shape, list_architectures
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here: apt-get install --no-install-recommends chromium"
-)
 CHANGES = {
     "layers.0.q_proj": torch.randn(24, 40, generator=torch.Generator().manual_seed(0)),
     "layers.0.up_proj": 3 * torch.outer(torch.arange(1.0, 101), torch.arange(1.0, 81)),
@@ -121,17 +115,6 @@ def test_what_is_no_arithmetic_is_refused():
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses to run as root with it
-        opened = p.chromium.launch(executable_path=CHROMIUM, args=sandbox)
-        yield opened
-        opened.close()
 
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import real_file
 from transformers import TrainerCallback, set_seed
 
 from qlora_nb import loop
@@ -241,6 +242,20 @@ def test_a_run_by_the_loop_is_the_run_by_trl(tmp_path):
     assert bare[0] == bare[1] and read_config(own.path / "config.yaml")["loop"] == "own"
     files = [{str(file.relative_to(run.path)) for file in run.path.rglob("*")} for run in (trl, own)]
     assert files[0] - files[1] == {"checkpoints/README.md"} and not files[1] - files[0]  # TRL's model card
+
+
+@heavy
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_real_model_learns_the_same(tmp_path, four_bit):
+    found, folder = [], real_file("smollm2/config.json").parent
+    how = {"max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    how |= {"eval_rows": 1, "max_new_tokens": 2}
+    for choice in ("trl", "own"):
+        model, tokenizer = load_model(folder, load_in_4bit=four_bit, backend="transformers")
+        data = load_sft_dataset(limit=60)
+        run = train(add_lora(model, r=8), tokenizer, data, output=tmp_path / choice, loop=choice, **how)
+        found.append((run.summary["adapter_sha256"], [(row["loss"], row["grad_norm"]) for row in run.metrics]))
+    assert found[0] == found[1]
 
 
 @heavy

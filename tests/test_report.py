@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 from PIL import Image, ImageChops
-from repository import examples
+from repository import examples, needs_browser
 
 from qlora_nb.core import UserError, write_jsonl
 from qlora_nb.evaluation import format_figure
@@ -52,10 +52,6 @@ from qlora_nb.report import (
     write_reports,
 )
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here: apt-get install --no-install-recommends chromium"
-)
 # Each would set window.hit, or ask for something, if it were taken for markup.
 ATTACKS = [
     "<script>window.hit=1</script>",
@@ -153,17 +149,6 @@ def plain(hostile, place):
 
 
 # --- a browser ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses to run as root with it
-        opened = p.chromium.launch(executable_path=CHROMIUM, args=sandbox)
-        yield opened
-        opened.close()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from html.parser import HTMLParser
 import processes
 import pytest
 import yaml
-from repository import MODULES, NBS, NOTEBOOKS, ROOT, cells, dotted, module_of, read, settings, tool
+from repository import MODULES, NBS, NOTEBOOKS, ROOT, cells, dotted, module_of, needs_browser, read, settings, tool
 
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 each_module = pytest.mark.parametrize("module", MODULES, ids=dotted)
@@ -697,7 +697,7 @@ def test_scripts_wait_and_wide_outputs_take_the_focus():
     assert names["reach_by_key"](code) == code
 
 
-@pytest.mark.skipif(names_of("check_site")["CHROMIUM"] is None, reason="no Chromium here")
+@needs_browser
 def test_what_a_browser_hears_and_measures_is_seen(tmp_path):
     page = "<meta name=viewport content='width=device-width'><main>{}</main>"
     noise = "<script>console.error('ouch')</script><img alt=x src='https://example.org/x'>"
@@ -727,7 +727,7 @@ def test_the_finished_site_has_no_fault(site, tmp_path):
         assert done.returncode == 0 and "WARN" not in said, said[-6000:]
 
 
-@pytest.mark.skipif(names_of("check_site")["CHROMIUM"] is None, reason="no Chromium here")
+@needs_browser
 def test_what_is_too_wide_or_too_faint_is_seen(tmp_path):
     "And our stylesheet fixes what Quarto's themes do: code that doesn't wrap, on a white box; faint captions."
     theme = "body { background: #fff; color: #343a40 } a { color: inherit } code { white-space: pre }"
@@ -747,7 +747,7 @@ def test_what_is_too_wide_or_too_faint_is_seen(tmp_path):
     assert look(tmp_path) == []
 
 
-@pytest.mark.skipif(names_of("check_site")["CHROMIUM"] is None, reason="no Chromium here")
+@needs_browser
 def test_no_page_is_wider_than_a_phone(site):
     "The plain pages; `make docs` looks at Quarto's."
     pages = ["limits.html", "training.html", "full_lora_qlora.html", "engine.html"]
