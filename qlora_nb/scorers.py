@@ -221,7 +221,7 @@ def apply_scorer(scorer: Scorer, reply: str, expected: str, row: dict, number: i
 def run_benchmarks(
     model: torch.nn.Module,  # base or peft model
     tokenizer,
-    tasks: list[str],  # names of lm-eval's tasks, such as ["hellaswag"]
+    tasks: list[str | dict],  # names of lm-eval's tasks, such as ["hellaswag"], or configurations of your own
     *,
     batch_size: int = 8,  # requests at once
     limit: int | None = None,  # examples of each task; None is all
@@ -231,6 +231,6 @@ def run_benchmarks(
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise UserError("benchmarks need the package lm-eval: pip install lm-eval") from error
+        raise UserError(f"benchmarks need the package lm-eval ({error}): pip install lm-eval") from error
     with generation_mode(model):
         return simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=tasks, limit=limit)["results"]

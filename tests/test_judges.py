@@ -2,12 +2,15 @@
 
 import ctypes
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from gguf_models import byte_level, needed, random_model, sentencepiece
-from repository import judge, real_file, real_tokenizer
+from repository import JUDGES, judge, real_file, real_tokenizer
 
 from qlora_nb import load_model
 from qlora_nb.adapter import save_adapter
@@ -170,3 +173,64 @@ def test_every_byte_is_llama_cpps(name, dtype, tmp_path):
         assert [part for part in ours if ours[part] != theirs[part]] == ([logits] if kind == "q4_0" else []), kind
         if kind == "q4_0":
             assert (ours[logits][0], theirs[logits][0]) == ("Q8_0", "Q6_K")
+
+
+# --- lm-eval: questions with choices, answered by the model as it is, adapter included -------------------------------
+
+LM_EVAL = """
+import json, sys
+sys.path.append(sys.argv[1])
+from qlora_nb import add_lora, load_model
+from qlora_nb.scorers import run_benchmarks
+import torch
+
+model, tokenizer = load_model()
+model = add_lora(model)
+with torch.no_grad():  # an adapter that changes what the base prefers
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+rows = [json.loads(line) for line in open(sys.argv[2])]
+task = {"task": "apples", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": sys.argv[2]}}, "test_split": "test",
+        "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
+
+def ours():
+    "The share of rows whose right choice has the highest log-likelihood, by one forward pass each."
+    right = 0
+    for row in rows:
+        start = tokenizer(row["question"])["input_ids"]
+        scores = []
+        for choice in row["choices"]:
+            ids = tokenizer(row["question"] + " " + choice)["input_ids"]
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+            scores.append(sum(float(logits[i - 1, ids[i]]) for i in range(len(start), len(ids))))
+        right += scores.index(max(scores)) == row["gold"]
+    return right / len(rows)
+
+def theirs():
+    return run_benchmarks(model, tokenizer, [task])["apples"]["acc,none"]
+
+tuned = [theirs(), ours()]
+with model.disable_adapter():
+    base = [theirs(), ours()]
+print(json.dumps([base, tuned]))
+"""
+
+
+def test_lm_eval_counts_the_right_choices_that_we_count(tmp_path):
+    if not (JUDGES / "lm_eval").is_dir():
+        pytest.skip(f"lm_eval is not in {JUDGES}: `make judges` fetches it, where the package registry can be reached")
+    rows = [
+        {"question": f"Tom has {i} apples and gets {j}. How many apples does Tom have now? The answer is",
+         "choices": [str(i + j + k) for k in (0, 1, -1, 10)], "gold": 0}
+        for i in range(3, 11) for j in (2, 5, 9)
+    ]  # fmt: skip
+    (file := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    env = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", LM_EVAL, JUDGES, file], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    base, tuned = json.loads(done.stdout.splitlines()[-1])
+    assert base[0] == base[1] and tuned[0] == tuned[1] != base[0]
