@@ -30,7 +30,7 @@ QUESTION ?= Mia has 12 apples. She buys 5 bags of 3 apples. She gives 7 to Tom. 
 help:
 	@echo "make demo          fine-tune the embedded model and ask it something (QUESTION=...); needs no compiler"
 	@echo "make install       the package and all it needs, in .venv; builds llama.cpp's library from source"
-	@echo "make test          ruff, the tests, the notebooks but six stories of measurements and a real model"
+	@echo "make test          ruff, the tests, the notebooks but seven stories of measurements and a real model"
 	@echo "make quick         the tests that take seconds"
 	@echo "make test-all      that, and the heavy tests in parts ($(PARTS))"
 	@echo "make test-all-data one part of them"
@@ -95,12 +95,13 @@ quick: $(STAMP)
 	$(BIN)/pytest tests -m quick -n 2
 
 # The heavy tests of each part, and its properties with all their examples.
-PARTS := mathematics data engine training export judges reading install
+PARTS := mathematics data engine training export faults judges reading install
 mathematics := lora nf4 qlora memory figures recommend study
-data := data rows readers check template real small hostile embedded
+data := data rows readers check template real small hostile hostile_inputs embedded
 engine := engine kernels backends
-training := training loop diagnosis generation evaluation loading merging adapters cli cli_data session
+training := training manifest same_run loop signals public diagnosis generation evaluation loading merging adapters cli cli_data session
 export := gguf gguf_base ollama certificate workflow
+faults := faults
 judges := judges
 reading := report doctor site release notebooks mission objects exam
 

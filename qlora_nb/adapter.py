@@ -25,18 +25,12 @@ from qlora_nb.adapter_files import (
     find_weights,
     name_canonically,
     read_adapter_config,
+    resolve_patterns,
 )
-from qlora_nb.core import (
-    EMBEDDED_MODEL,
-    EMBEDDED_NAME,
-    UserError,
-    annotate_module,
-    file_sha256,
-    unwrap_base,
-    write_aside,
-)
+from .core import UserError, annotate_module, file_sha256, match_modes, public_name, unwrap_base, write_aside
 from .engine.install import install_where_asked
-from .weights import STORED_DTYPES, check_numbers, read_header
+from .run import RunFolder, locate_paths
+from .weights import STORED_DTYPES, check_numbers, check_same_base, read_header
 
 # %% ../nbs/56_adapter.ipynb #fca80c77-11
 def model_info(
@@ -99,10 +93,9 @@ def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-4
 def base_name(model: torch.nn.Module) -> str:
-    "Return the name of a peft model's base, for the adapter's files."
+    "Return the public name of a peft model's base, for files that others get."
     name = model_info(model, required=False).get("model")
-    name = name or model.peft_config[find_active_adapter(model)].base_model_name_or_path or ""
-    return EMBEDDED_NAME if name and Path(name) == EMBEDDED_MODEL else str(name)
+    return public_name(name or model.peft_config[find_active_adapter(model)].base_model_name_or_path or "")
 
 # %% ../nbs/56_adapter.ipynb #56b00002
 def check_untied(model: torch.nn.Module, targets: list[str] | dict[str, torch.nn.Module]) -> None:
@@ -137,8 +130,8 @@ Rank {r}, alpha {alpha}, on {modules}, trained on the base in {precision}. Made 
 """
 
 # %% ../nbs/56_adapter.ipynb #bd01c831-6
-def _write_config_and_card(folder: Path, base: str, in_4bit: bool) -> None:
-    "Rewrite peft's config (sorted, with the base's own name) and write our card."
+def _rewrite_config(folder: Path, base: str) -> dict:
+    "Rewrite peft's config, sorted and with the base's own name, and return it."
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
@@ -146,6 +139,20 @@ def _write_config_and_card(folder: Path, base: str, in_4bit: bool) -> None:
             config[key] = sorted(config[key])
     config["base_model_name_or_path"] = base
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return config
+
+
+def tidy_saved_adapter(folder: Path, model: torch.nn.Module) -> None:
+    "Take out of what peft and a trainer saved of a model what names this machine (the base's path, the trainer's arguments, the card), and let all files have the usual mode."
+    for name in ("training_args.bin", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+    _rewrite_config(folder, base_name(model))
+    match_modes(folder)
+
+
+def _write_config_and_card(folder: Path, base: str, in_4bit: bool) -> None:
+    "Rewrite peft's config and write our card."
+    config = _rewrite_config(folder, base)
     targets = config.get("target_modules") or []
     card = ADAPTER_CARD.format(
         base=base, r=config.get("r"), alpha=config.get("lora_alpha"),
@@ -180,6 +187,7 @@ def replace_folder(path: str | Path, content: str) -> Iterator[Path]:
         raise UserError(f"{path} is a file: name a folder for {content}")
     with write_aside(path, folder=True) as part:
         yield part
+        match_modes(part)
         written = {file.name for file in part.iterdir()}
         present = {file.name for file in path.iterdir()} if path.exists() else set()
         # A model in fewer or more shards than before is still the same model.
@@ -274,17 +282,22 @@ def _put_on_base(model: torch.nn.Module, config: dict, path: Path, trainable: bo
     "Put peft's layers on a base as an adapter's settings ask for them, still without its numbers. What peft finds wrong is one sentence."
     from peft import LoraConfig, PeftModelForCausalLM
 
-    settings = {name: value for name, value in config.items() if name in _known_settings()}
+    settings = resolve_patterns(config, [name for name, _ in model.named_modules()], path)
+    settings = {name: value for name, value in settings.items() if name in _known_settings()}
     settings |= {"inference_mode": not trainable, "init_lora_weights": True}  # the numbers come from the file
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is missing is an error of ours
             loaded = PeftModelForCausalLM(model, LoraConfig(**settings))
-    except torch.OutOfMemoryError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # peft checks little, and fails in its own ways
         raise UserError(f"the adapter {path} doesn't fit this model: {' '.join(str(error).split())[:500]}") from error
-    loaded.peft_config["default"].init_lora_weights = config.get("init_lora_weights", True)
+    own = loaded.peft_config["default"]
+    own.init_lora_weights = config.get("init_lora_weights", True)
+    for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):  # as they were written, for the next who saves it
+        if config.get(name) and settings[name] != config[name]:
+            setattr(own, name, config[name])
     return loaded
 
 # %% ../nbs/56_adapter.ipynb #a11e0070
@@ -343,17 +356,22 @@ def load_adapter(
 ) -> torch.nn.Module:  # PeftModel
     "Put a saved adapter on its base. Raise `UserError` for a folder that isn't an adapter's, an adapter of another model, or one that can't be merged correctly."
     path = find_adapter(Path(path).expanduser()) or Path(path).expanduser()
+    if run := RunFolder.around(path):
+        run.check_adapter(path)
+        check_same_base(locate_paths(run.config, needed=False), model_info(model, required=False), f"the run {run.path}", strict=False)
     config = read_adapter_config(path)
     check_adapter_config(config, path, _known_settings())
     file = find_weights(path)
     if has_adapter(model):
         raise UserError("the model has an adapter already: load the base alone, then its adapter")
-    header = read_header(file)
-    keys = name_canonically(file)
+    header, keys = read_header(file), name_canonically(file)
     shapes = {name: tuple(header[key]["shape"]) for name, key in keys.items()}
     if trainable and f"{embedding_names(model)[1]}.lora_A.weight" in shapes:
         raise UserError(f"the adapter {path} is on the head, too, which can't be trained further here: TRL computes the loss from the head's weight alone")
     check_numbers([file], base=False)
+    largest = max((shape[0] for name, shape in shapes.items() if name.endswith(".lora_A.weight") and shape), default=0)
+    if largest and max(config.get("r", 8), *(config.get("rank_pattern") or {}).values(), 0) > largest:
+        raise UserError(f"the adapter {path} has rank {largest} in its file, and more by r or rank_pattern in its adapter_config.json: copy the adapter again")
     rows = _find_rows(model, shapes, config, path)
     _check_shapes(model, shapes, path, rows)
     if rows:

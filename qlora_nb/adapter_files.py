@@ -6,17 +6,17 @@
 __all__ = []
 
 # %% ../nbs/58_adapter_files.ipynb #58a00006
-import json
 import re
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .core import EMBEDDED_MODEL, EMBEDDED_NAME, UserError
-from .run import RunFolder, checkpoint_step
+from .core import EMBEDDED_MODEL, EMBEDDED_NAME, UserError, parse_json_file, public_name, refuse_devices
+from .run import RunFolder, checkpoint_step, locate_paths, public_settings
 from .weights import model_file, read_header
 
 # %% ../nbs/58_adapter_files.ipynb #58a00008
@@ -62,11 +62,12 @@ def read_adapter_config(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"there is no adapter folder {path}: name one that save_adapter or a run wrote")
+    refuse_devices(path)
     file = path / _CONFIG
     if not file.exists():
         raise UserError(f"{path} holds no {file.name}: name an adapter's folder, such as one that save_adapter, a run or peft's save_pretrained wrote")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json_file(file)
     except (ValueError, OSError) as error:
         raise UserError(f"{file} is not JSON ({error}): copy the adapter again") from error
     if not isinstance(config, dict):
@@ -121,6 +122,81 @@ def name_canonically(file: Path) -> dict[str, str]:  # canonical name → key
                     raise UserError(f"{file} holds one tensor twice and with different numbers, as {other} and {key}: save the adapter again with peft's save_pretrained")
     return found
 
+# %% ../nbs/58_adapter_files.ipynb #58a0015a
+MOST_RANK = 65_536  # more than the width of any layer
+MOST_SCALE = 1e6  # of alpha to rank; 1 to 32 are usual
+MOST_PATTERN = 10_000  # characters of a pattern, and patterns of an adapter
+PATTERN_SECONDS = 2.0  # for all names of a model; a usual pattern takes a thousandth
+_KINDS = {"target_modules": (str, list), "modules_to_save": (list,), "exclude_modules": (str, list), "layers_pattern": (str, list), "layers_to_transform": (int, list),
+          "rank_pattern": (dict,), "alpha_pattern": (dict,), "trainable_token_indices": (list, dict), "bias": (str,), "base_model_name_or_path": (str,), "revision": (str,)}
+
+
+def check_adapter_numbers(config: dict, path: Path) -> None:
+    "Raise `UserError` for a setting of an adapter that has the wrong type, or a number that can't be meant."
+    def refuse(name, value, wanted):
+        raise UserError(f"{path / _CONFIG}: {name} is {str(value)[:80]!r}, and should be {wanted}: copy the adapter again")
+
+    def number(value, low, high):
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+    for name, kinds in _KINDS.items():
+        if not isinstance(value := config.get(name), (*kinds, type(None))) or isinstance(value, bool):
+            refuse(name, value, " or ".join({str: "text", list: "a list", dict: "an object", int: "a number"}[kind] for kind in kinds))
+    for name in ("target_modules", "modules_to_save", "exclude_modules", "layers_pattern"):
+        if isinstance(value := config.get(name), list) and not all(isinstance(one, str) for one in value):
+            refuse(name, value, "a list of names")
+    ranks, alphas, r = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}, config.get("r", 8)
+    for name, rank in {"r": r, **{f"rank_pattern, {key[:80]}": rank for key, rank in ranks.items()}}.items():
+        if not (isinstance(rank, int) and number(rank, 1, MOST_RANK)):
+            refuse(name, rank, f"a whole number from 1 to {MOST_RANK:,}")
+    for name, alpha in {"lora_alpha": config.get("lora_alpha", 8), **{f"alpha_pattern, {key[:80]}": alpha for key, alpha in alphas.items()}}.items():
+        if not number(alpha, -MOST_SCALE, MOST_SCALE):
+            refuse(name, alpha, f"a number up to {MOST_SCALE:,.0f}")
+    if not number(config.get("lora_dropout", 0), 0, 1):
+        refuse("lora_dropout", config["lora_dropout"], "a number from 0 to 1")
+    tokens = config.get("trainable_token_indices") or []
+    for token in [token for part in (tokens.values() if isinstance(tokens, dict) else [tokens]) for token in (part if isinstance(part, list) else [part])]:
+        if not (isinstance(token, int) and number(token, 0, 2**31)):
+            refuse("trainable_token_indices", token, "a list of token ids")
+
+# %% ../nbs/58_adapter_files.ipynb #58a0015c
+def match_names(pattern: str, names: Iterable[str], what: str, end: float | None = None) -> list[str]:  # `end`: by time.monotonic()
+    "Return the names that a pattern means as a whole. Raise `UserError` for one that can't be read, or takes too long; `what` says where it is."
+    import regex
+
+    end = end or time.monotonic() + PATTERN_SECONDS
+    try:
+        if len(pattern) > MOST_PATTERN:
+            raise ValueError(f"has {len(pattern):,} characters")
+        compiled = regex.compile(pattern)
+        return [name for name in names if compiled.fullmatch(name, timeout=max(1e-3, end - time.monotonic()))]
+    except TimeoutError as error:
+        raise UserError(f"{what} is a pattern that takes more than {PATTERN_SECONDS:g} s to match ({pattern[:80]}): name the layers in a list") from error
+    except (regex.error, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{what} is a pattern that can't be read ({str(error)[:200]}): name the layers in a list") from error
+
+
+def resolve_patterns(config: dict, names: list[str], path: Path) -> dict:
+    "Return the settings of an adapter with the names that its patterns mean in a model with modules of these names: peft matches no pattern from elsewhere."
+    found, end = {}, time.monotonic() + 2 * PATTERN_SECONDS  # for all patterns together
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := config.get(name), str) and pattern != "all-linear":
+            found[name] = match_names(pattern, names, f"{name} in {path / _CONFIG}") or [pattern]
+    for pattern in [p] if isinstance(p := config.get("layers_pattern"), str) else p or []:
+        if not re.fullmatch(r"[\w.-]{1,100}", pattern):
+            raise UserError(f"layers_pattern in {path / _CONFIG} is {pattern[:80]!r}, and should be a name: name the layers in target_modules")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if len(patterns) > MOST_PATTERN:
+            raise UserError(f"{name} in {path / _CONFIG} has {len(patterns):,} patterns; more than {MOST_PATTERN:,} are not read: copy the adapter again")
+        if any(not re.fullmatch(r"[\w.-]+", key) for key in patterns):
+            meant = {}
+            for key, value in patterns.items():  # the first pattern counts, as in peft
+                for one in match_names(rf"(.*\.)?({key})", names, f"{name} in {path / _CONFIG}", end):
+                    meant.setdefault(re.escape(one), value)
+            found[name] = meant
+    return {**config, **found}
+
 # %% ../nbs/58_adapter_files.ipynb #58a00016
 _MERGE_ELSEWHERE = "merge it with the tool that trained it (peft: merge_and_unload) and give the merged model's folder"
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")  # kinds of initialization after which the base is another one
@@ -137,6 +213,7 @@ def check_adapter_config(config: dict, path: Path, known: Iterable[str]) -> None
 
     Unknown settings that change nothing are named on stderr."""
     kind, init = config.get("peft_type"), config.get("init_lora_weights")
+    check_adapter_numbers(config, path)
     if kind is None:
         raise UserError(f"{path / _CONFIG} names no peft_type: add \"peft_type\": \"LORA\" if it is a LoRA, or copy the adapter again")
     if kind != "LORA":
@@ -150,14 +227,14 @@ def check_adapter_config(config: dict, path: Path, known: Iterable[str]) -> None
             "or name the changed base and set init_lora_weights to true in its adapter_config.json")
     for name, what in _OTHER_PATHS.items():
         if config.get(name):
-            raise UserError(f"the adapter {path} was made with {name}={config[name]!r} ({what}), which can't be merged here: {_MERGE_ELSEWHERE}")
+            raise UserError(f"the adapter {path} was made with {name}={str(config[name])[:80]} ({what}), which can't be merged here: {_MERGE_ELSEWHERE}")
     unknown = {name: value for name, value in config.items() if name not in {*known, "peft_type"}}
     if active := sorted(name for name, value in unknown.items() if value and not _NOTES.search(name)):
         raise UserError(
             f"{path / _CONFIG} sets {active[0]} to {str(unknown[active[0]])[:80]!r}, which this version of peft doesn't know: install the peft that wrote it "
             f"(peft_version {config.get('peft_version') or 'not given'}), or delete the line if it doesn't change what the adapter computes")
     if unknown:
-        print(f"adapter: {', '.join(sorted(unknown))} in {path / _CONFIG} are not peft's settings and are ignored", file=sys.stderr)
+        print(f"adapter: {', '.join(sorted(name[:100] for name in unknown)[:20])}{', …' * (len(unknown) > 20)} in {path / _CONFIG} are not peft's settings and are ignored", file=sys.stderr)
 
 # %% ../nbs/58_adapter_files.ipynb #58a00019
 class Precision(NamedTuple):
@@ -205,9 +282,9 @@ def _precision_by_name(name: str) -> Precision:
     if (last := Path(name).name).lower().endswith(".gguf"):
         return Precision(None)  # its name tells how the file is stored, not what was trained on
     if re.search(r"bnb[-_]?4bit|[-_]4bit\b", last, re.I):
-        return Precision(4, "bitsandbytes", f"its base {name} is a 4-bit one by its name")
+        return Precision(4, "bitsandbytes", f"its base {public_name(name)} is a 4-bit one by its name")
     if found := re.search(r"[-_](GPTQ|AWQ|AQLM|HQQ|EXL2|FP8)\b", last, re.I):
-        return Precision(None, found[1].lower(), f"its base {name} is in {found[1].upper()} by its name")
+        return Precision(None, found[1].lower(), f"its base {public_name(name)} is in {found[1].upper()} by its name")
     return Precision(None)
 
 
@@ -215,14 +292,15 @@ def _precision_by_config(name: str) -> Precision:
     "Return what a base's config.json says of its storage, where that is on this machine."
     file = model_file(str(EMBEDDED_MODEL) if name == EMBEDDED_NAME else name, "config.json")
     try:
-        found = (json.loads(file.read_text(encoding="utf-8")) if file else {}).get("quantization_config") or {}
-    except (ValueError, AttributeError):  # what loads the model will say so
+        found = (parse_json_file(file) if file else {}).get("quantization_config") or {}
+        found = found if isinstance(found, dict) else {}
+    except (ValueError, OSError, AttributeError):  # what loads the model will say so
         return Precision(None)
     if not found:
         return Precision(None)
     bits = 4 if found.get("load_in_4bit") else 8 if found.get("load_in_8bit") else None
     method = "bitsandbytes" if bits else str(found.get("quant_method") or "an unknown format")
-    return Precision(bits, method, f"its base {name} is a quantized one by its config.json ({method}{f', {bits} bits' if bits else ''})")
+    return Precision(bits, method, f"its base {public_name(name)} is a quantized one by its config.json ({method}{f', {bits} bits' if bits else ''})")
 
 
 _SETTINGS_FILES = ("adapter_config.json", "README.md", "training_args.yaml", "llamaboard_config.yaml", "args.json", "*.yaml", "*.yml", "train*.json")
@@ -251,9 +329,15 @@ HOW_TO_NAME_BASE = "name its base: base= (--base; in load_model model=)"
 
 
 def adapter_base(adapter: str | Path) -> str:
-    "Return the base model that an adapter names. Raise `UserError` where it names none, or a folder that isn't on this machine."
-    if not (found := read_adapter_config(Path(adapter).expanduser()).get("base_model_name_or_path")):
+    "Return the base model that an adapter names, with its full path where the run around it knows that. Raise `UserError` where it names none, or a folder that isn't on this machine."
+    found = read_adapter_config(Path(adapter).expanduser()).get("base_model_name_or_path")
+    if not isinstance(found, str) or not found:
         raise UserError(f"the adapter {adapter} names no base model: {HOW_TO_NAME_BASE}")
+    run = RunFolder.around(Path(adapter).expanduser())
+    if run and public_settings(config := run.config).get("model") == found:
+        return str(locate_paths(config, needed=False)["model"])
     if (found.startswith(("/", "./", "../", "~", "\\\\")) or re.match(r"[A-Za-z]:[\\\\/]", found)) and not Path(found).expanduser().exists():
         raise UserError(f"there is no folder {found} on this machine, where the adapter {adapter} was trained: {HOW_TO_NAME_BASE}")
+    if "/" not in found and found != EMBEDDED_NAME and not Path(found).exists() and model_file(found, "config.json") is None:
+        raise UserError(f"the adapter {adapter} was trained on {found}, a folder of its author's machine or an old name of the Hub: {HOW_TO_NAME_BASE}")
     return found

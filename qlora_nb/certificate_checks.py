@@ -24,6 +24,7 @@ from qlora_nb.core import (
     UserError,
     file_sha256,
     library_versions,
+    public_name,
     render_html_table,
     unwrap_base,
     write_json,
@@ -574,7 +575,7 @@ def open_subject(
         dtype = info.get("dtype") or str(base.dtype).removeprefix("torch.")
         if dtype != "float32":
             raise UserError(f"the model computes in {dtype}, but the reference must be fp32: pass the run's folder instead")
-        return Subject(subject, tokenizer, str(info.get("model", type(base).__name__)))
+        return Subject(subject, tokenizer, public_name(info.get("model", type(base).__name__)))
     path = Path(getattr(subject, "path", subject)).expanduser()
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: name a run's, an adapter's or a merged model's folder")

@@ -11,6 +11,7 @@ import re
 
 # %% ../nbs/90_chat_templates.ipynb #81000009
 from .core import EMBEDDED_MODEL, UserError
+from .template_limits import render_chat_template
 from .turns import FIELD_RULES, TURN_KEYS, grade_loss, is_empty, kind_of
 
 # %% ../nbs/90_chat_templates.ipynb #9a00f15d
@@ -181,14 +182,15 @@ def find_role_problem(messages: list[dict]) -> str | None:
 
 # %% ../nbs/90_chat_templates.ipynb #25d0ccb5-9
 def render_messages(messages: list[dict], tokenizer, text: str, add_generation_prompt: bool = False, *, tools=None, template_kwargs=None) -> str:
-    "Return `messages` rendered by the Jinja `text`. Raise `UserError` with the template's own words where it refuses them."
-    import jinja2
-
+    "Return `messages` rendered by the Jinja `text`. Raise `UserError` with the template's own words where it refuses them, and for one that costs too much."
     settings = {"date_string": TEMPLATE_DATE, **(template_kwargs or {}), "add_generation_prompt": add_generation_prompt}
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools or None, chat_template=text, tokenize=False, **settings)
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, MemoryError, RecursionError) as error:
-        words = str(error) or type(error).__name__
+        return render_chat_template(text, messages, tools or None, **{**tokenizer.special_tokens_map, **settings})
+    except UserError:
+        raise
+    except Exception as error:  # whatever its author wrote
+        words = " ".join((str(error) or type(error).__name__).split())
+        words = words[:300] + "…" * (len(words) > 300)
         raise UserError(f"the chat template can't render these messages ({words}): fix the messages or choose a template") from error
 
 # %% ../nbs/90_chat_templates.ipynb #098103b0

@@ -7,31 +7,46 @@ __all__ = ['app', 'main']
 
 # %% ../nbs/72_cli.ipynb #826fda92
 import contextlib
+import errno
 import inspect
 import json
 import os
 import re
+import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import __version__
-from .core import UserError, escape_controls, library_versions, profile, quiet_environment, write_aside
+from qlora_nb.core import (
+    UserError,
+    escape_streams,
+    explain_full_disk,
+    format_json,
+    library_versions,
+    profile,
+    quiet_environment,
+    write_aside,
+)
 from qlora_nb.run import (
     DATA_FROM_PYTHON,
     RunFolder,
     Settings,
     check_setting,
+    describe_remains,
+    locate_paths,
     profile_for,
     read_own_config,
     resolve_settings,
     settings_of_part,
 )
+from .signals import TrainingInterrupted, explain_interrupts, find_deadline, ignore_signals, stop_at
 
 # %% ../nbs/72_cli.ipynb #826fda92-2
 BEFORE_A_RUN, WITH_A_RUN, ASKING_IT, HANDING_ON = COMMAND_GROUPS = ("Before a run", "Train, and look at it", "Ask the model", "Hand it on")  # of commands, in --help
@@ -77,9 +92,39 @@ app = typer.Typer(
 )
 
 # %% ../nbs/72_cli.ipynb #72b00012
-def add_command(group: str):
-    "Return a decorator that makes a function a command, shown in this group."
-    return app.command(cls=GroupedCommand, rich_help_panel=group)
+_command_line: list[str] = []  # the words of the command that runs, set by `main`
+
+
+def repeat_command(**changed) -> str:  # options by name, with other values
+    "Return the command that runs as text for a shell."
+    words = list(_command_line)
+    for name, value in changed.items():
+        places = [place for place, word in enumerate(words) if word.partition("=")[0] == f"--{name}"]
+        for place in reversed(places):
+            del words[place : place + (1 if "=" in words[place] else 2)]
+        words += [f"--{name}", value]
+    return f"qlora_nb {shlex.join(words)}"
+
+
+@contextlib.contextmanager
+def explain_stop(how: Callable[[], str]):  # returns what is whole, and how to continue
+    "A context in which Ctrl-C, other signals, a time limit and a full disk end with a sentence that says so."
+    with explain_interrupts(how), explain_full_disk(how):
+        yield
+
+
+def add_command(group: str, stopped: str = "nothing was written; repeat it with"):
+    "Return a decorator that makes a function a command, shown in this group. `stopped` begins the sentence that a stop ends with."
+    def add(function):
+        @wraps(function)
+        def explained(*args, **kwargs):
+            with explain_stop(lambda: f"{stopped} {repeat_command()}"):
+                return function(*args, **kwargs)
+
+        app.command(cls=GroupedCommand, rich_help_panel=group)(explained)
+        return function
+
+    return add
 
 
 def show_version(wanted: bool) -> None:
@@ -132,23 +177,27 @@ def load_rows(settings: Settings) -> tuple:  # (training rows, held-out rows or 
     return rows, held_out, source
 
 # %% ../nbs/72_cli.ipynb #826fda92-6
-def read_train_config(config: str | None, resume: str | None, output: str | None) -> dict:
+def read_train_config(config: str | None, resume: str | None, output: str | None, extend: int | None = None) -> dict:
     "Return the settings of `--config`, or of the run that `--resume` names; {} for neither."
     if resume and output:
         raise UserError("--output and --resume are both given: a resumed run stays in its folder")
     if config and resume:
         raise UserError("--config and --resume are both given: a resumed run has its own configuration")
+    if extend is not None and not resume:
+        raise UserError("--extend goes on with a finished run: name it with --resume")
     if resume:
         from qlora_nb.preparation import read_run_to_resume
 
-        return read_run_to_resume(resume, {})[1]
-    return read_own_config(config) if config else {}
+        return read_run_to_resume(resume, {}, extend)[1]
+    return locate_paths(read_own_config(config)) if config else {}
 
 # %% ../nbs/72_cli.ipynb #826fda92-7
 def compare_fingerprints(old: dict, new: dict) -> None:
-    "Report on stderr where a configuration was reused, but its data is not the same byte for byte."
-    for name, value in (old.get("fingerprints") or {}).items():
-        if value != new["fingerprints"].get(name):
+    "Report on stderr where a configuration was reused, but its data or its base is not the same byte for byte."
+    known = {**(old.get("fingerprints") or {}), **({"base": list(old["base_files"].values())} if old.get("base_files") else {})}
+    now = {**new["fingerprints"], "base": list((new.get("base_files") or {}).values())}
+    for name, value in known.items():
+        if value != now.get(name):
             print(f"note: {name} differs from that of the configuration's run", file=sys.stderr)
 
 # %% ../nbs/72_cli.ipynb #eb15a274
@@ -170,6 +219,8 @@ TRAIN_FLAGS = {  # in addition to the settings; name: (type, help)
     "output": (str, "run folder, new or empty; default ./runs/<time>-<model>"),
     "config": (str, "a run's config.yaml, or one of your own"),
     "resume": (str, "a run folder to resume"),
+    "extend": (int, "with --resume: so many steps more of a finished run"),
+    "max_minutes": (float, "stop in time for so many minutes since the command began, with a checkpoint and exit code 124; --resume continues"),
     "export": (str, "then export and certify: GGUF formats, comma-separated, such as q8_0,q4_k_m"),
     "plan": (str, "auto fits the run to this GPU; or a card's name, such as T4"),
 }
@@ -185,7 +236,7 @@ FLAG_GROUPS = {  # of `train`, in the order of its --help
     "Model": settings_of_part("model"),
     "Data": [*settings_of_part("data"), "system", "no_system", "max_seq_length", "truncation", "train_on", "drop_invalid", "drop_duplicates", "template", "template_kwargs"],
     "Adapter": settings_of_part("adapter"),
-    "Training": ["config", "plan", "resume", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "learning_rate",
+    "Training": ["config", "plan", "resume", "extend", "max_minutes", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "learning_rate",
                  "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "seed", "loop"],  # and settings that are in no other group
     "Evaluation": ["eval_rows", "max_new_tokens", "scorer", "base_data", "eval_steps", "early_stopping", "load_best_model_at_end", "sample_prompts"],
     "Output": ["output", "export", "logging_steps", "report_to", "save_steps", "save_total_limit"],
@@ -253,12 +304,13 @@ def split_quantizations(text: str | None) -> list[str]:
 
     return check_quantizations([name.strip() for name in text.split(",") if name.strip()])
 
-# %% ../nbs/72_cli.ipynb #a11e0060
-def explain_stop(how):  # a function that returns how to continue
-    "A context in which Ctrl-C, SIGTERM and SIGHUP end with a sentence that says so."
-    from qlora_nb.safeguards import explain_interrupts
 
-    return explain_interrupts(how)
+def choose_formats(recorded: object, resume: str | None) -> list[str]:
+    "Return the formats that a run's configuration records: a resumed run is exported as it was begun, another one only by --export, which is said."
+    names = ",".join(map(str, recorded)) if isinstance(recorded, list) else str(recorded or "")
+    if names and not resume:
+        print(f"note: the configuration's run was exported ({names}), and this one will not be: ask for it with --export", file=sys.stderr)
+    return split_quantizations(names) if names and resume else []
 
 # %% ../nbs/72_cli.ipynb #826fda92-8
 def train_from_flags(flags: dict, formats: list[str]):
@@ -269,7 +321,8 @@ def train_from_flags(flags: dict, formats: list[str]):
     from qlora_nb.preparation import warn_of_large_model
     from qlora_nb.workflow import check_exportable, train_and_report
 
-    config = read_train_config(flags["config"], flags["resume"], flags["output"])
+    config = read_train_config(flags["config"], flags["resume"], flags["output"], flags["extend"])
+    formats = formats or choose_formats(config.get("export"), flags["resume"])
     given = {f.name: flags.get(f.name) for f in fields(Settings)}
     given["add_system"] = choose_system(flags["system"], flags["no_system"])
     given = {name: check_setting(name, value) for name, value in drop_missing(**given).items()}
@@ -289,10 +342,12 @@ def train_from_flags(flags: dict, formats: list[str]):
         for note in check_exportable(model, tokenizer, formats, rows=data, held_out=able, output=flags["output"], template=settings.template,
                                      template_kwargs=settings.template_kwargs):
             print(name_flags(note, "train"), file=sys.stderr)
+    if formats:
+        source["export"] = formats
     trainer = {name: value for name, value in given.items() if name in settings_of_part("trainer", "loop")}
     run = train_and_report(
         model, tokenizer, data, trainer, config=None if flags["resume"] else config, eval_data=held_out, output=flags["output"],
-        plan=plan, resume=flags["resume"], source=source, started=process_start())
+        plan=plan, resume=flags["resume"], extend=flags["extend"], source=source, started=process_start(), max_minutes=flags["max_minutes"])
     compare_fingerprints(config, RunFolder.open(run).config)
     return run
 
@@ -301,15 +356,22 @@ def train_from_flags(flags: dict, formats: list[str]):
 @with_flags
 def train(**flags):
     "Fine-tune a model; with no argument, the profile's model on its data."
-    from qlora_nb.workflow import export_and_certify
+    result, resume, deadline = None, flags["resume"], find_deadline(flags["max_minutes"], process_start())
 
-    with quiet_stdout(), explain_stop(lambda: "nothing was trained yet, so start again"):
-        formats = split_quantizations(flags.pop("export"))
-        result = train_from_flags(flags, formats)
-    print(result.path, flush=True)  # whatever happens to the report and the export, the run is complete
-    print(result.report().partition("\n## Before and after")[0], file=sys.stderr)  # whose table stands above
-    with quiet_stdout(), explain_stop(lambda: f"the run is finished; continue with qlora_nb export {result.path}"):
-        passed = not formats or export_and_certify(result, formats, process_start())
+    def remains() -> str:
+        return describe_remains(RunFolder(result.path) if result else RunFolder(resume) if resume else None)
+
+    with explain_stop(remains), stop_at(deadline):
+        with quiet_stdout():
+            formats = split_quantizations(flags.pop("export"))
+            result = train_from_flags(flags, formats)
+        print(result.path, flush=True)  # whatever happens to the report and the export, the run is complete
+        print(result.report().partition("\n## Before and after")[0], file=sys.stderr)  # whose table stands above
+        formats = RunFolder.open(result).config.get("export")
+        with quiet_stdout():
+            from qlora_nb.workflow import export_and_certify
+
+            passed = not formats or export_and_certify(result, formats, process_start())
     if not passed:
         raise typer.Exit(1)
 
@@ -334,7 +396,7 @@ def open_for_chat(run: str | None, model: str | None, adapter: str | None, backe
             around = RunFolder.around(found)
             return *open_run(found, base=base, backend=backend, load_in_4bit=load_in_4bit), around.config if around else {}
         if (path / "config.json").is_file():
-            raise UserError(f"{run} is a model's folder, not a run's: name it with --model {run}")
+            raise UserError(f"{run} is a model's folder, not a run's: name it with --model {shlex.quote(run)}")
     folder = RunFolder.open(path)
     if not folder.finished:
         raise UserError(f"the run {folder.path} is not finished: {folder.how_to_resume()}")
@@ -364,7 +426,7 @@ def choose_system_text(system: str | None, config: dict) -> str | None:
     return (system if system is not None else config.get("system")) or None
 
 # %% ../nbs/72_cli.ipynb #72b00003
-@add_command(ASKING_IT)
+@add_command(ASKING_IT, "the conversation is over; begin another one with")
 def chat(
     run: Annotated[str | None, typer.Argument(help="a run's or an adapter's folder, or a .gguf file; or give --model and --adapter")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Hub name, folder or .gguf file")] = None,
@@ -441,7 +503,12 @@ def answer(
 ):
     "Answer a file of prompts: a row of JSON for each, in order. Exit code 1 where one could not be answered."
     rows, out = [], sys.stdout
-    with contextlib.ExitStack() as stack, quiet_stdout(), explain_stop(lambda: f"{len(rows)} rows are answered{f' in {output}' if output else ''}"):
+
+    def remains() -> str:
+        again = "" if overwrite or not output else " --overwrite"
+        return f"{len(rows)} rows are answered{f' in {output}' if output else ''}; repeat it with {repeat_command()}{again if rows else ''}"
+
+    with contextlib.ExitStack() as stack, quiet_stdout(), explain_stop(remains):
         from qlora_nb.answers import answer_prompts, read_prompts
 
         target = check_answers_file(output, overwrite, max_new_tokens, temperature)
@@ -453,7 +520,7 @@ def answer(
         switches = getattr(speaker, "how", {}).get("template_kwargs")
         for row in answer_prompts(*asked, prompts, system=choose_system_text(system, config), max_new_tokens=max_new_tokens, temperature=temperature,
                                   batch_size=batch_size, template_kwargs=switches):
-            print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
+            print(format_json(row), file=out, flush=True)
             rows.append(row)
     report_answers(rows, target)
 
@@ -500,7 +567,7 @@ def evaluate(
         base_rows = load_base_rows(loaded, tokenizer, base_data, None, switches)
         found = measure(loaded, tokenizer, rows, scorer=scorer, max_new_tokens=limit_, base_data=base_rows, template_kwargs=switches)
         print(found, file=sys.stderr)
-    print(json.dumps({"n": len(found.rows), **found.summary()}))
+    print(format_json({"n": len(found.rows), **found.summary()}))
 
 # %% ../nbs/72_cli.ipynb #0d25fe2b
 def format_cards(found: list) -> str:
@@ -541,9 +608,9 @@ def plan(
             raise UserError("--config is for the plan of one card, and this machine has none: name a card with --gpu")
         if config and found[0].fits:
             written = found[0].to_config(config, model=model, data=data, data_name=data_name, columns=named, template_kwargs=switches)
-            print(f"written: train by it with qlora_nb train --config {written}", file=sys.stderr)
+            print(f"written: train by it with qlora_nb train --config {shlex.quote(str(written))}", file=sys.stderr)
     if as_json:
-        print(json.dumps([p.to_dict() for p in found] if len(found) > 1 else found[0].to_dict(), indent=2, ensure_ascii=False))
+        print(format_json([p.to_dict() for p in found] if len(found) > 1 else found[0].to_dict(), indent=2))
     else:
         print(found[0] if len(found) == 1 else format_cards(found))
     if not any(p.fits for p in found):
@@ -646,7 +713,7 @@ def check(
             template_kwargs=check_setting("template_kwargs", template_kwargs), columns=check_setting("columns", columns),
             system=choose_system(system, no_system))
         written = target and write_good_rows(rows, report, target, drop_duplicates)
-    print(json.dumps({**report.to_dict(), **({"written": written} if target else {})}, indent=2, ensure_ascii=False) if as_json else report)
+    print(format_json({**report.to_dict(), **({"written": written} if target else {})}, indent=2) if as_json else report)
     if target:
         print(describe_written(written), file=sys.stderr)
     if (target and not written["rows"]) or any(finding.severity == "error" and not (target and finding.rows) for finding in report.findings):
@@ -663,9 +730,18 @@ def export(
     load_in_4bit: BITS_OPTION = None,
 ):
     "Write GGUF files; an adapter is merged into the base it was trained on. The paths go to stdout."
-    with quiet_stdout(), explain_stop(lambda: "no file was written, so start again"):
+    begun, files = time.time_ns(), {}
+
+    def remains() -> str:
+        made = {name: file for name, file in files.items() if file.exists() and file.stat().st_mtime_ns > begun}
+        whole = f"{', '.join(file.name for file in made.values())} {'is' if len(made) == 1 else 'are'} complete" if made else "no file was written"
+        left = ",".join(name for name in files if name not in made)
+        return f"{whole}; continue with {repeat_command(quantization=left)}" if made and left else whole if made else f"{whole}; repeat it with {repeat_command()}"
+
+    with quiet_stdout(), explain_stop(remains):
         from qlora_nb.gguf_export import export_gguf
         from qlora_nb.gguf_reader import is_gguf
+        from qlora_nb.gguf_writer import target_files
         from qlora_nb.model import load_model
 
         names, tokenizer, here = split_quantizations(quantization), None, Path(source).expanduser().is_dir()
@@ -674,6 +750,7 @@ def export(
             if base or load_in_4bit is not None:
                 raise UserError(f"--base and --load-in-4bit are for a run's or an adapter's folder, and there is no folder {source}: leave them out")
             source, tokenizer = load_model(source, load_in_4bit=False)
+        files = target_files(where, names)
         found = export_gguf(source, tokenizer, where, names, license=license, base=base, load_in_4bit=load_in_4bit)
     print(*found, sep="\n")
 
@@ -717,7 +794,7 @@ def find_gguf_files(run: str, named: list[str] | None) -> list[str]:
     "Return the files that were named, else those in the folder. Raise `UserError` where there is none."
     found = named or sorted(map(str, Path(run).expanduser().glob("*.gguf")))
     if not found:
-        raise UserError(f"there is no GGUF in {run}: export one with qlora_nb export {run}, or name it")
+        raise UserError(f"there is no GGUF in {run}: export one with {RunFolder(run).command('export')}, or name it")
     return found
 
 # %% ../nbs/72_cli.ipynb #b3e70d04
@@ -739,7 +816,12 @@ def certify(
     as_json: Annotated[bool, typer.Option("--json", help="print the certificate itself, in place of its path")] = False,
 ):
     "Prove that GGUF and Modelfile serve what was trained; exit code 1 where they don't. The last line is the JSON's path."
-    with quiet_stdout(), explain_stop(lambda: "no certificate was written, so start again"):
+    path = None
+
+    def remains() -> str:
+        return f"the certificate is written, in {path}, but not the report: qlora_nb report {shlex.quote(run)}" if path else f"no certificate was written; repeat it with {repeat_command()}"
+
+    with quiet_stdout(), explain_stop(remains), RunFolder.lock_around(run, "certify"):
         from qlora_nb.certificate import certify as compare
         from qlora_nb.rows import load_sft_dataset
         from qlora_nb.workflow import try_to_report
@@ -753,12 +835,12 @@ def certify(
         path = found.to_json(output)
         if (folder := RunFolder.around(run)) and folder.finished:
             try_to_report(folder)
-    print(path.read_text(encoding="utf-8") if as_json else path)
+    print(format_json(json.loads(path.read_text(encoding="utf-8")), indent=2) if as_json else path)
     if not found.passed:
         raise typer.Exit(1)
 
 # %% ../nbs/72_cli.ipynb #72b00009
-@add_command(HANDING_ON)
+@add_command(HANDING_ON, "the upload is not complete; repeat it with")
 def publish(
     run: Annotated[str, typer.Argument(help="the folder of a finished run")],
     repo: Annotated[str, typer.Option(help="its name on the Hub: USER/NAME")],
@@ -775,7 +857,7 @@ def publish(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ):
     "Publish a run on the Hub with a model card. The last line is the address, or the folder that was built."
-    with quiet_stdout(), explain_stop(lambda: "the upload is not complete, so start again"):
+    with quiet_stdout():
         from qlora_nb.publishing import push_to_hub
 
         if example is None and not dry_run and sys.stdin.isatty():
@@ -784,9 +866,11 @@ def publish(
             run, repo, what=what, private=private, output=output, dry_run=dry_run, base_model=base_model, license=license, license_name=license_name,
             license_link=license_link, data_license=data_license, example=bool(example))
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        print(format_json(found.to_dict(), indent=2))
         return
     print(name_flags(str(found), "publish"))
+    if dry_run and not output:
+        print(f"\n{found.card}")  # else it is README.md in the folder
     if found.url or found.folder:
         print(found.url or found.folder)
 
@@ -822,7 +906,7 @@ def compare(
         if output:
             print(f"written: {found.write(output)}", file=sys.stderr)
     plain = {"runs": found.names, "settings": found.settings, "figures": found.figures, "notes": found.notes}
-    print(json.dumps(plain, indent=2, ensure_ascii=False) if as_json else found)
+    print(format_json(plain, indent=2) if as_json else found)
 
 # %% ../nbs/72_cli.ipynb #b3e70d09
 @add_command(BEFORE_A_RUN)
@@ -834,7 +918,7 @@ def doctor(
     from qlora_nb.doctor import explain_old_code, read_code
 
     report = explain_old_code(read_code(file))
-    print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else report)
+    print(format_json(report.to_dict(), indent=2) if as_json else report)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -867,8 +951,8 @@ def recommend(
         if config:
             about = {"model": model, "data": data, "data_name": data_name, "limit": limit, "columns": check_setting("columns", columns)}
             written = found.to_config(config, **about, template_kwargs=check_setting("template_kwargs", template_kwargs))
-            print(f"written: train by it with qlora_nb train --config {written}", file=sys.stderr)
-    print(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else found)
+            print(f"written: train by it with qlora_nb train --config {shlex.quote(str(written))}", file=sys.stderr)
+    print(format_json(found.to_dict()) if as_json else found)
 
 # %% ../nbs/72_cli.ipynb #c1a5e003
 @add_command(WITH_A_RUN)
@@ -881,7 +965,7 @@ def diagnose(
         from qlora_nb.diagnosis import diagnose as look
 
         found = look(run)
-    print(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else name_flags(str(found), "train"))
+    print(format_json(found.to_dict()) if as_json else name_flags(str(found), "train"))
     if not found.ok:
         raise typer.Exit(1)
 
@@ -902,7 +986,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
             device = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}"
     if as_json:
         facts = {"versions": library_versions(), "device": device, "profile": found.name, "model": Path(found.model).name}
-        print(json.dumps({**facts, "backend": way.backend, "engine": way.engine, "why": way.why}, indent=2))
+        print(format_json({**facts, "backend": way.backend, "engine": way.engine, "why": way.why}, indent=2))
         return
     for name, version in library_versions().items():
         print(f"{name:<13} {version or 'not installed'}")
@@ -913,6 +997,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
 _ARGUMENT = re.compile(r"\b([a-z][a-z0-9_]*)=(\{[^{}]*\}|'[^']*'|[^\s,;:()'{}]*)(?: \((--[^)]*)\)|, (--[a-z0-9-]+))?")
 _COMMANDS = {"export_gguf": "qlora_nb export", "write_modelfile": "qlora_nb modelfile", "ollama_create": "ollama create"}
 _FUNCTION = re.compile(rf"\(({'|'.join(_COMMANDS)})\)")
+_CHECKS = {"check_dataset": "qlora_nb check", "plan_training": "qlora_nb plan", "recommend(model, data)": "qlora_nb recommend"}  # named anywhere in a sentence
+_CHECK = re.compile("|".join(rf"\b{re.escape(name)}(?![\w(])" for name in _CHECKS))
 
 
 def list_flags(name: str) -> dict[str, typer.core.TyperOption]:
@@ -937,7 +1023,7 @@ def name_flags(text: str, command: str) -> str:
         return f"{option.opts[0]} {value.strip(chr(39))}".rstrip()
 
     parts = re.split(r"(\(in Python: .*?\)\))", text)  # what is said of Python stays as it is
-    translated = "".join(part if i % 2 else _ARGUMENT.sub(flag, part) for i, part in enumerate(parts))
+    translated = "".join(part if i % 2 else _CHECK.sub(lambda match: _CHECKS[match[0]], _ARGUMENT.sub(flag, part)) for i, part in enumerate(parts))
     return _FUNCTION.sub(lambda match: f"({_COMMANDS[match[1]]})", translated)
 
 # %% ../nbs/72_cli.ipynb #826fda92-18
@@ -951,16 +1037,33 @@ def refuse_several_processes() -> None:
         raise SystemExit(2)
     raise UserError(f"several processes are not supported yet, and {count} were started (WORLD_SIZE): start one, without torchrun or accelerate launch")
 
+# %% ../nbs/72_cli.ipynb #72c0f001
+@contextlib.contextmanager
+def refuse_long_names():
+    "A context in which the system's refusal of a name that is too long is a `UserError`."
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename or "")
+        raise UserError(f"a name of {len(name):,} characters is too long for this system ({name[:80]}…): give a shorter one") from error
+
 # %% ../nbs/72_cli.ipynb #826fda93
+@escape_streams()
 def main(arguments: list[str] | None = None) -> None:
-    "Run the command `qlora_nb`. Exit codes: 0; 1 for bad news (`check`, `plan`, `certify`, `doctor`, `diagnose`, `answer`, `train --export`); 2 for a user's mistake; 130, 143 and 129 for Ctrl-C, SIGTERM and SIGHUP."
+    "Run the command `qlora_nb`. Exit codes: 0; 1 for bad news (`check`, `plan`, `certify`, `doctor`, `diagnose`, `answer`, `train --export`); 2 for a user's mistake; 124 for the end of `--max-minutes`; 128 + its number for a signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."
+    _command_line[:] = sys.argv[1:] if arguments is None else arguments
     try:
         refuse_several_processes()
-        app(arguments)
+        with refuse_long_names():
+            app(arguments)
     except UserError as error:
+        if isinstance(error, TrainingInterrupted) and arguments is None:
+            ignore_signals()  # this process ends, with this sentence
         try:
-            command = next((word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("-")), "")
-            print(f"qlora_nb: {name_flags(escape_controls(str(error)), command)}", file=sys.stderr, flush=True)
+            command = next((word for word in _command_line if not word.startswith("-")), "")
+            print(f"qlora_nb: {name_flags(str(error), command)}", file=sys.stderr, flush=True)
         except OSError:  # a terminal that was closed: what is still in the buffer would change the exit code
             sys.stdout = sys.stderr = None
         raise SystemExit(error.exit_code) from None

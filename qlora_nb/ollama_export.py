@@ -290,6 +290,8 @@ def modelfile_for(
     """
     folder = Path(getattr(run, "path", run)).expanduser()
     around = RunFolder.around(folder)
+    if around and (adapter := find_adapter(folder)):
+        around.check_adapter(adapter)  # its template and tokenizer
     config = around.config if around else {}
     known = {"template": config.get("template"), "system": config.get("system")}
     context = {"num_ctx": config["max_seq_length"]} if config.get("max_seq_length") else {}

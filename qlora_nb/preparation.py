@@ -7,7 +7,8 @@ __all__ = []
 
 # %% ../nbs/77_preparation.ipynb #77a00004
 import contextlib
-import shutil
+import os
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -20,9 +21,10 @@ import torch
 from .adapter import has_adapter, model_info, set_model_info
 from .backends import choose_backend
 from .cards import KNOWN_CARDS, Card, choose_length, find_card, measure_row_lengths
-from .core import EMBEDDED_NAME, UserError, fingerprint
+from .core import EMBEDDED_NAME, UserError, check_space, fingerprint
 from .engine.install import engine_of, install_engine
 from .loop import check_loop
+from .manifest import read_manifest
 from .memory import MemoryEstimate
 from .model import count_parameters
 from .plan import Plan, Rows, estimate_for_rows, format_gib, plan_training
@@ -38,10 +40,11 @@ from qlora_nb.row_statistics import (
     row_identity,
 )
 from .rows import data_fingerprint, load_sft_dataset
-from .safeguards import clear_stop, last_checkpoint
+from .safeguards import clear_stop, is_last_step, last_checkpoint, no_longer_improves
 from .shapes import list_architectures, model_folder, model_shape
 from .template import template_fingerprint
-from .trainer import check_choices, check_packing, check_reporting, print_to_stderr
+from .trainer import FOLLOWS_EVALUATIONS, check_choices, check_packing, check_reporting, print_to_stderr
+from .weights import check_same_base, describe_base
 
 # %% ../nbs/77_preparation.ipynb #77a0ee01
 from qlora_nb.run import (
@@ -50,7 +53,11 @@ from qlora_nb.run import (
     RunFolder,
     Settings,
     check_setting,
+    checkpoint_step,
+    how_to_finish,
+    locate_paths,
     profile_for,
+    record_relative_paths,
     record_setting,
     resolve_settings,
     settings_of_part,
@@ -523,38 +530,109 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
         "use_gradient_checkpointing": info.get("use_gradient_checkpointing", False),
         "random_state": info.get("random_state", 3407), "system": find_common_system(data),
         **{name: record_setting(name, getattr(settings, name)) for name in settings_of_part("trainer", "loop")},
-        **({"gguf": info["gguf"]} if info.get("gguf") else {}),
+        **({"gguf": {name: info["gguf"][name] for name in ("file", "quantization")}} if info.get("gguf") else {}), "base_files": describe_base(info),
+        **record_relative_paths({**source, "model": info["model"], "base_data": settings.base_data}),
         "fingerprints": {
             "data": data_fingerprint(data), "eval_data": data_fingerprint(eval_data) if eval_data is not None else None,
             "template": template_fingerprint(tokenizer, settings.template, settings.template_kwargs),
-            **({"base": info["gguf"].get("sha256")} if info.get("gguf") else {}),
         },
     }
 
+# %% ../nbs/77_preparation.ipynb #77a00102
+SAME_IN_A_RUN = ("revision", "backend", "engine", "load_in_4bit", "dtype", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "target_modules", "random_state")
+MAY_CHANGE = ("logging_steps", "save_steps", "save_total_limit", "report_to", "sample_prompts")  # settings of a run on its way, to the same adapter and figures
+
+
+def is_deciding(name: str, config: Mapping) -> bool:
+    "Return whether a setting decides what a run with this configuration results in: an evaluation on the way does where something follows it."
+    if name == "eval_steps":
+        return bool(config.get("early_stopping") or config.get("load_best_model_at_end") or config.get("lr_scheduler_type") in FOLLOWS_EVALUATIONS)
+    return name in (*SAME_IN_A_RUN, "peft_settings", "fingerprints") or name in settings_of_part("trainer", "loop") and name not in MAY_CHANGE
+
+
+def deciding_settings(config: Mapping) -> dict:
+    "Return, of a run's configuration, what decides its result, as JSON holds it: what a checkpoint records."
+    return {name: record_setting(name, value) for name, value in config.items() if is_deciding(name, config)}
+
+
+def is_same_value(name: str, value, *others) -> bool:
+    "Return whether a setting's value is one of these, in whatever form it was given: as text, as a list in another order, as another path of the same file."
+    def plain(value):
+        with contextlib.suppress(UserError):  # a recorded value that isn't a setting
+            value = record_setting(name, check_setting(name, value))
+        if isinstance(value, list) and name == "target_modules":
+            return sorted(value)
+        return os.path.realpath(value) if name in ("model", "base_data") and isinstance(value, str) and os.path.exists(value) else value
+
+    return plain(value) in [plain(other) for other in others]
+
+# %% ../nbs/77_preparation.ipynb #77a00104
+def settings_at(config: Mapping, step: int) -> dict:
+    "Return the deciding settings of a run up to this step: those before it was extended, for a checkpoint of that time."
+    for entry in reversed(config.get("extended") or ()):
+        config = {**config, **entry["planned"]} if step <= entry["from"] else config
+    return deciding_settings(config)
+
+
+def check_recorded_settings(folder: RunFolder, config: Mapping, checkpoints: Iterable[Path]) -> None:
+    "Raise `UserError` where `config.yaml` says something else than the newest checkpoint that records its settings: by name, with both values."
+    file, extended = folder.path / "config.yaml", config.get("extended")
+    new_run = f"or start a new run with --config {shlex.quote(str(file))}"
+    if extended and config.get("max_steps") != extended[-1]["to"]:
+        raise UserError(f"max_steps is {config.get('max_steps')} in {file}, but the run was extended to {extended[-1]['to']}: put that back to resume, {new_run}")
+    found = next(((path, trained) for path in checkpoints if (trained := read_trained_settings(path))), None)
+    if not found:
+        return
+    checkpoint, trained = found
+    if extended and checkpoint_step(checkpoint) < extended[-1]["from"]:
+        raise UserError(f"the run {folder.path} was extended at step {extended[-1]['from']}, and its newest whole checkpoint is older ({checkpoint.name}), so it can't be the same run: "
+                        f"restore a later one, {new_run}")
+    now = settings_at(config, checkpoint_step(checkpoint))
+    for name, value in trained.items():
+        if not is_deciding(name, trained):
+            continue
+        if name == "fingerprints":
+            changed = [part for part in value if value[part] != (now.get(name) or {}).get(part)]
+            if changed:
+                raise UserError(f"the fingerprint of {changed[0]} in {file} is not that of {checkpoint.name}: put it back to resume, {new_run}")
+        elif not is_same_value(name, now.get(name), value):
+            raise UserError(f"{name} is {now.get(name)!r} in {file}, but {checkpoint.name} was trained with {value!r}: put that back to resume, {new_run}")
+
+
+def read_trained_settings(checkpoint: Path) -> dict | None:
+    "Return the deciding settings that a checkpoint's manifest records; None where it records none."
+    with contextlib.suppress(UserError):  # damaged, which is found where the checkpoint is chosen
+        found = read_manifest(checkpoint) or {}
+        settings, prints = found.get("settings"), found.get("data")
+        return {**settings, **({"fingerprints": prints} if isinstance(prints, dict) else {})} if isinstance(settings, dict) else None
+    return None
+
 # %% ../nbs/77_preparation.ipynb #96a31b6b-25
-def read_run_to_resume(run: str | Path, arguments: Mapping) -> tuple[RunFolder, dict]:
-    "Return the folder and the configuration of a run to resume. Raise `UserError` where it is finished, or asked for other settings."
+def read_run_to_resume(run: str | Path, arguments: Mapping, extend: int | None = None) -> tuple[RunFolder, dict]:
+    "Return the folder and the configuration of a run to resume, or to extend. Raise `UserError` where it is finished (or isn't), is no longer what it was, or is asked for other settings."
     folder = RunFolder.open(run)
-    config = folder.config
-    if folder.finished:
-        raise UserError(f"the run {folder.path} is finished: export it with qlora_nb export {folder.path}, "
-                        f"or start a new one with --config {folder.path / 'config.yaml'}")
+    with folder.lock("train --resume"):  # another process may just be finishing it
+        config, finished = folder.config, folder.finished
+    if finished and extend is None:
+        export = "" if "qlora_nb export" in (rest := how_to_finish(folder)) else f" export it with {folder.command('export')},"
+        raise UserError(f"{rest};{export} go on with it by extend=100 (the steps), or start a new one with --config {shlex.quote(str(folder.path / 'config.yaml'))}")
+    if extend is not None and not finished:
+        raise UserError(f"the run {folder.path} is not finished, so it can't be extended yet: {folder.how_to_resume()}")
+    check_recorded_settings(folder, config, folder.checkpoints)
+    located = locate_paths(config)
     for name, value in arguments.items():
-        if name in config and record_setting(name, check_setting(name, value)) != record_setting(name, config[name]):
+        if name in config and is_deciding(name, config) and not is_same_value(name, value, config[name], located[name]):
             raise UserError(f"{name} is {value!r}, but the run was started with {config[name]!r}: leave it out to resume")
-    return folder, config
-
-
-SAME_IN_A_RUN = ("model", "revision", "backend", "engine", "load_in_4bit", "dtype", "r", "lora_alpha", "lora_dropout", "bias",
-                 "use_rslora", "target_modules", "random_state")
+    return folder, located
 
 
 def check_same_run(folder: RunFolder, old: dict, new: dict) -> None:
-    "Raise `UserError` where data, template, model or adapter are not those that the run was started with."
-    if lacks := [name for name in (*SAME_IN_A_RUN, "fingerprints") if name not in old]:
+    "Raise `UserError` where data, template, base or adapter are not those that the run was started with. A base that has moved is the same while its bytes are."
+    if lacks := [name for name in ("model", *SAME_IN_A_RUN, "fingerprints") if name not in old]:
         raise UserError(f"{folder.path / 'config.yaml'} has no {lacks[0]}: it is damaged, so the run can't be resumed; start a new one")
-    for name in SAME_IN_A_RUN:
-        if old[name] != new[name]:
+    located = locate_paths(old, needed=False)
+    for name in SAME_IN_A_RUN if old.get("base_files") else ("model", *SAME_IN_A_RUN):  # its bytes say more than its name
+        if not is_same_value(name, new[name], old[name], located[name]):
             raise UserError(f"{name} is {new[name]!r}, but the run {folder.path} was started with {old[name]!r}: use the same to resume")
     if (old.get("peft_settings") or {}) != (new.get("peft_settings") or {}):
         raise UserError(f"the adapter's other settings are {new.get('peft_settings') or 'none'}, but the run {folder.path} was started with "
@@ -562,6 +640,62 @@ def check_same_run(folder: RunFolder, old: dict, new: dict) -> None:
     for name, value in new["fingerprints"].items():
         if (old["fingerprints"] or {}).get(name) != value:
             raise UserError(f"{name} is not what the run {folder.path} was started with: use the same to resume, or start a new run")
+
+# %% ../nbs/77_preparation.ipynb #77a00107
+def scheduled_rate(settings: Settings, step: int, total: int) -> float | None:
+    "Return the learning rate after this many of `total` steps; None for a schedule that follows evaluations."
+    from transformers import get_scheduler
+
+    if settings.lr_scheduler_type in FOLLOWS_EVALUATIONS:
+        return None
+    optimizer = torch.optim.SGD([torch.zeros(1)], settings.learning_rate)
+    schedule = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, total)
+    return settings.learning_rate * schedule.lr_lambdas[0](step)
+
+
+def extend_run(folder: RunFolder, config: dict, steps: int) -> dict:
+    "Return the configuration of a finished run that goes on for so many steps, and report on stderr what that does. Raise `UserError` where it can't."
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise UserError(f"extend is {steps!r}: give the number of further steps, at least 1")
+    settings, checkpoint = resolve_settings(config=config), last_checkpoint(folder)
+    if (folder.summary or {}).get("stopped_early") or no_longer_improves(folder.metrics, settings.early_stopping):
+        raise UserError(f"the run {folder.path} stopped, as early_stopping={settings.early_stopping} says, where its held-out loss no longer fell, so it can't be extended: "
+                        "start a new run without it")
+    if not checkpoint or not is_last_step(checkpoint) or checkpoint_step(checkpoint) < folder.metrics[-1]["step"]:
+        raise UserError(f"the run {folder.path} has no whole checkpoint of its last step, so it can't be extended: "
+                        "start a new one from its adapter, with load_adapter(model, path, trainable=True)")
+    done = checkpoint_step(checkpoint)
+    rate, before = scheduled_rate(settings, done, done + steps), folder.metrics[-1]["learning_rate"]
+    entry = {"from": done, "to": done + steps, "learning_rate": rate, "learning_rate_before": before,
+             "planned": {name: config.get(name) for name in ("max_steps", "num_train_epochs")}}
+    how = "goes on as the evaluations say" if rate is None else f"is {rate:g} at step {done + 1} ({before:g} at step {done})"
+    print_to_stderr(f"extends the run from step {done} to {done + steps}; from here on the schedule ({settings.lr_scheduler_type}) is that of {done + steps} steps: the learning rate {how}")
+    if older := [file.name for file in folder.gguf_files]:
+        print_to_stderr(f"note: {', '.join(older)} holds the adapter of step {done}: export again when the run is finished")
+    return {**config, "max_steps": done + steps, "num_train_epochs": None, "extended": [*(config.get("extended") or ()), entry]}
+
+# %% ../nbs/77_preparation.ipynb #77a00109
+RECORDED_ONCE = ("data", "data_name", "columns", "limit", "add_system", "eval_data", "base_data", "plan", "callbacks", "started_in", "relative_paths")
+
+
+def keep_beginning(new: dict, began: dict, config: dict) -> dict:
+    "Return what `config.yaml` is to hold of a resumed run: where things came from stays as it was recorded (`began`); `config` is that with the paths found from here."
+    moved = not is_same_value("model", new["model"], began.get("model"), config.get("model"))
+    kept = {name: began[name] for name in (*RECORDED_ONCE, *([] if moved else ["model"])) if name in began}
+    new = {name: value for name, value in new.items() if name not in ("started_in", "relative_paths")}
+    return {**new, **kept, **({"extended": config["extended"]} if config.get("extended") else {})}
+
+
+def continue_run(model, folder: RunFolder, began: dict, config: dict, new: dict) -> tuple[dict, Path | None]:
+    "Return what `config.yaml` is to hold of a resumed run, and its checkpoint, None for none. Raise `UserError` where the run is not what it was, or an extended one has no checkpoint."
+    check_same_base(config, model_info(model), f"the run {folder.path}")
+    check_same_run(folder, began, new)
+    if checkpoint := last_checkpoint(folder):
+        check_recorded_settings(folder, began, [checkpoint])
+    elif began.get("extended"):
+        raise UserError(f"the run {folder.path} was extended at step {began['extended'][-1]['from']}, and has no whole checkpoint to go on from: "
+                        f"restore one, or start a new run with --config {shlex.quote(str(folder.path / 'config.yaml'))}")
+    return keep_beginning(new, began, config), checkpoint
 
 # %% ../nbs/77_preparation.ipynb #21b00001
 def warn_of_large_model(name: str, settings: Settings, card=None) -> None:
@@ -606,12 +740,17 @@ def backend_on_card(shape, card) -> str:
     return "engine" if card.hopper and shape.family in list_architectures("engine") else "unsloth"
 
 # %% ../nbs/77_preparation.ipynb #96a31b6b-19
-def check_run_space(path: Path, trainable: int, checkpoints: int = 2) -> None:
-    "Raise `UserError` where the disk can't hold the adapter and these checkpoints (weights and two averages each)."
-    need = 4 * trainable * (1 + checkpoints * 3) + 20_000_000
-    free = shutil.disk_usage(path).free
-    if free < need:
-        raise UserError(f"{path} has {free / 1e6:,.0f} MB free, and the run needs {need / 1e6:,.0f} MB: free some or name another --output")
+def count_run_bytes(trainable: int, settings: Settings) -> tuple[int, int]:  # (of the whole run, of its largest file)
+    "Return what a run writes at most: its adapter, and `save_total_limit` checkpoints and one more, with the optimizer's states and a tokenizer each."
+    states = 2 if "8bit" in settings.optim else 8  # bytes of a weight's two averages
+    checkpoints = 1 + max(settings.save_total_limit, 1 + bool(settings.eval_steps))  # a new one is whole before the oldest is deleted
+    return trainable * (4 + checkpoints * (4 + states)) + 20_000_000 * (1 + checkpoints), trainable * max(4, states)
+
+
+def check_run_space(path: Path, trainable: int, settings: Settings) -> None:
+    "Raise `UserError` where the disk can't hold what the run writes, or the folder can't be written."
+    whole, largest = count_run_bytes(trainable, settings)
+    check_space(path, whole, "the adapter and the checkpoints", largest, "free some or name another --output")
 
 # %% ../nbs/77_preparation.ipynb #54aea6c3
 @dataclass
@@ -642,17 +781,26 @@ def encode_and_hold_out(data, eval_data, tokenizer, settings: Settings, check: b
 
 # %% ../nbs/77_preparation.ipynb #77a00077
 def prepare_run(model, tokenizer, data, eval_data: object, arguments: Mapping, config: Mapping | None, plan: object, resume: str | Path | None,
-                output: str | Path | None, check: bool, source: dict) -> PreparedRun:
-    "Decide settings, folder, rows, plan and checkpoint of a run. Raise `UserError` for what can't be trained."
+                output: str | Path | None, check: bool, source: dict, extend: int | None = None, held: contextlib.ExitStack | None = None) -> PreparedRun:
+    "Decide settings, folder, rows, plan and checkpoint of a run. `held` gets the lock of its folder; None takes none. Raise `UserError` for what can't be trained."
     check_inputs(model, data, eval_data)
-    folder, config = read_run_to_resume(resume, arguments) if resume else (None, config)
+    if resume and held:
+        held.enter_context(RunFolder.open(resume).lock("train --resume"))
+    folder, config = read_run_to_resume(resume, arguments, extend) if resume else (None, config)
+    began = dict(folder.config) if folder else {}  # with paths as they were given
+    if extend is not None:
+        config = extend_run(folder, config, extend)
+        arguments = {name: value for name, value in arguments.items() if name not in ("max_steps", "num_train_epochs")}  # compared above: the old end
     usual = replace(profile_for(model_info(model)["model"]), max_seq_length=model_info(model)["max_seq_length"])
     decide = partial(resolve_settings, arguments, config, profile=usual)
     settings = decide()
     check_run_settings(model, settings)
     folder = folder or RunFolder.create(output, model_info(model)["model"].replace(EMBEDDED_NAME, "tiny-llama").removeprefix("qlora_nb:"))
     with folder.removed_if_empty():
-        check_run_space(folder.path, count_parameters(model)["trainable"], max(settings.save_total_limit, 1 + bool(settings.eval_steps)))
+        if not resume and held:
+            held.enter_context(folder.lock("train"))
+            folder.take_over()  # unless another process has had it until now
+        check_run_space(folder.path, count_parameters(model)["trainable"], settings)
         trained, held_out, rows = encode_and_hold_out(data, eval_data, tokenizer, settings, check)
         found = None
         if plan is not None:
@@ -660,14 +808,12 @@ def prepare_run(model, tokenizer, data, eval_data: object, arguments: Mapping, c
                 return prepare_rows(data, tokenizer, settings, eval_data, check).without(rows.held)
 
             settings, rows, found = plan_run(model, plan, rows, settings, decide, encode, {**(config or {}), **arguments})
-        new = make_run_config(model, tokenizer, settings, trained, held_out, source)
+        new = make_run_config(model, tokenizer, settings, trained, held_out, {**({"export": config["export"]} if resume and "export" in config else {}), **source})
         if not resume and (config or {}).get("peft_settings", new.get("peft_settings")) != new.get("peft_settings"):
             print_to_stderr(f"note: the configuration's adapter was made with {config['peft_settings']}, which add_lora has no arguments for; this one wasn't")
         checkpoint = None
         if resume:
-            check_same_run(folder, config, new)
-            new.update({name: config[name] for name in ("data", "data_name", "columns", "limit", "eval_data", "plan", "callbacks") if name in config})
-            checkpoint = last_checkpoint(folder)
+            new, checkpoint = continue_run(model, folder, began, config, new)
         new.update(find_starting_adapter(model, config, folder if resume else None, checkpoint))
         if resume:
             clear_stop(folder, checkpoint)

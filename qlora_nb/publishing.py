@@ -10,6 +10,7 @@ import contextlib
 import html
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -22,9 +23,9 @@ from .core import ShownObject, UserError, read_json, render_html_table, write_ya
 from .gguf_header import read_gguf_values
 from .merging import save_merged
 from .model import open_run
-from .model_card import is_hub_name, name_base, name_licence, write_card
+from .model_card import name_base, name_licence, write_card
 from .report import format_bytes
-from .run import DATA_FROM_PYTHON, RunFolder
+from .run import RunFolder, public_settings
 from .weights import read_header
 
 # %% ../nbs/25_publish.ipynb #25a00011
@@ -49,21 +50,16 @@ def place_file(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def strip_places(config: dict, base: str) -> dict:
-    "Return a run's settings without places of this machine: the base by its public name, files by their own names."
-    found = {name: value for name, value in {**config, "model": base}.items() if name != "started_from_adapter"}  # that is a folder here
-    for name in ("data", "eval_data", "base_data"):
-        if isinstance(value := found.get(name), str) and value != DATA_FROM_PYTHON and (Path(value).expanduser().exists() or not is_hub_name(value)):
-            found[name] = Path(value).name
-    if not isinstance(found.get("sample_prompts"), int):  # questions of the user's own
-        found.pop("sample_prompts", None)
-    return found
+def strip_settings(config: dict, base: str) -> dict:
+    "Return the settings to train by again: the base by its public name, no places of this machine, no questions of the user's own."
+    found = {**public_settings(config), "model": base}
+    return {name: value for name, value in found.items() if name != "sample_prompts" or isinstance(value, int)}
 
 
 def place_adapter(folder: RunFolder, target: Path, base: str) -> None:
     "Put the adapter and its tokenizer into a folder."
     for file in sorted(find_adapter(folder.path).iterdir()):
-        if file.is_file() and file.name not in ("README.md", "adapter_config.json"):
+        if file.is_file() and file.name not in ("README.md", "adapter_config.json", "manifest.json"):  # these are rewritten, or of the run alone
             place_file(file, target / file.name)
     config = read_json(folder.adapter / "adapter_config.json")
     (target / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n", encoding="utf-8")
@@ -79,10 +75,12 @@ def place_gguf(folder: RunFolder, target: Path) -> list[str]:
     return [file.name for file in files]
 
 # %% ../nbs/25_publish.ipynb #25a00014
-def list_places(*more: Path) -> list[str]:
-    "Return the places of this machine that nothing published may name."
-    places = {str(place) for place in (Path.home(), Path.cwd(), Path(sys.prefix), Path(tempfile.gettempdir()), *more)}
-    return sorted(f"{place}/" for place in places if len(Path(place).parts) > 1)
+def list_places(folder: RunFolder | None = None) -> list[str]:
+    "Return the places of this machine, and of a run, that nothing published may name."
+    places = [Path(os.path.expanduser("~")), Path.cwd(), Path(sys.prefix), Path(tempfile.gettempdir()), *([folder.path] if folder else [])]
+    config = folder.config if folder else {}
+    named = [os.path.expanduser(str(config.get(name) or "")) for name in ("model", "data", "eval_data", "base_data", "started_in", "started_from_adapter")]
+    return sorted({f"{place}/" for place in places if len(place.parts) > 1} | {place for place in named if os.path.isabs(place) and len(Path(place).parts) > 2})
 
 
 def read_texts(file: Path) -> str:
@@ -100,7 +98,7 @@ def check_folder(path: Path, base: str, places: list[str]) -> None:
         if not file.is_file():
             continue
         text = read_texts(file)
-        if found := next((place for place in places if place in text), None):
+        if found := next((place for place in places if re.search(rf"(?<![\w.-]){re.escape(place)}" + ("" if place.endswith("/") else r"(?![\w-])"), text)), None):
             raise UserError(f"{file.relative_to(path)} names a folder of this machine ({found}), and is not published: "
                             f"{'export it again from a base that has a name' if file.suffix == '.gguf' else 'take that out of the run'}")
         if file.name == "adapter_config.json" and json.loads(text)["base_model_name_or_path"] != base:
@@ -154,8 +152,22 @@ def build_folder(folder: RunFolder, target: Path, repo: str, kinds: list[str], b
     if "adapter" in kinds:
         place_adapter(folder, target / "adapter" if "merged" in kinds else target, base)
     (target / "README.md").write_text(card, encoding="utf-8")
-    write_yaml(target / "training.yaml", strip_places(folder.config, base))
+    write_yaml(target / "training.yaml", strip_settings(folder.config, base))
     return card
+
+
+@contextlib.contextmanager
+def quiet_uploads():
+    "A context without the Hub's bars, which move the cursor about and show names of files."
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def upload_folder(repo: str, folder: Path, token: str, private: bool) -> str:  # its address
@@ -163,12 +175,14 @@ def upload_folder(repo: str, folder: Path, token: str, private: bool) -> str:  #
     import httpx
     from huggingface_hub import HfApi
 
+    print(f"uploading {format_bytes(sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()))} to {repo}", file=sys.stderr)
     try:
         api = HfApi(token=token)
         api.create_repo(repo_id=repo, private=private or None, exist_ok=True)  # None: as its owner has it
         if private and not api.repo_info(repo).private:  # one that existed keeps what it was
             raise UserError(f"{repo} exists already and is public, and private=True (--private) doesn't change that: make it private in its settings on the Hub, or name a new one")
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Published by qlora_nb")
+        with quiet_uploads():
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Published by qlora_nb")
     except (OSError, ValueError, httpx.HTTPError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = getattr(error, "server_message", None) or next(iter(str(error).splitlines()), type(error).__name__)
@@ -218,6 +232,7 @@ def push_to_hub(
     folder, kinds = RunFolder.open(run), choose_kinds(what)
     if not folder.finished:
         raise UserError(f"the run {folder.path} is not finished: {folder.how_to_resume()}")
+    folder.check_adapter()
     check_repo_name(repo)
     base = name_base(folder.config, base_model)
     about = {"licence": name_licence(base, license), "license_name": license_name, "license_link": license_link, "data_license": data_license, "example": example}
@@ -228,7 +243,7 @@ def push_to_hub(
     with contextlib.ExitStack() as stack:
         target = kept or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "folder"
         card = build_folder(folder, target, repo, kinds, base, **about)
-        check_folder(target, base, list_places(folder.path))
+        check_folder(target, base, list_places(folder))
         files = sorted((str(file.relative_to(target)), file.stat().st_size) for file in target.rglob("*") if file.is_file())
         notes = [] if example else ["the card shows no example of the data; example=True (--example) puts the first held-out row into it"]
         found = Publication(repo, files, card, private, kept, None, notes)

@@ -25,10 +25,8 @@ from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
-import yaml
-
 # %% ../nbs/73_readers.ipynb #73000009
-from .core import UserError, escape_controls
+from .core import UserError, escape_controls, parse_yaml
 
 # %% ../nbs/73_readers.ipynb #73000031
 def show_name(text, most: int = 100) -> str:
@@ -300,12 +298,19 @@ def _parse_line(line: bytes, where: str):
     return parse_json(line, where)
 
 
+_MOST_BLANK = 10_000_000  # blank lines in a row
+
+
 def _read_lines(path: Path) -> Iterator[dict]:
     "Yield the objects of a file with one JSON value per line; blank lines are skipped."
     shown = _show_path(path)
+    last = 0
     with _open_text(path) as file:
         for number, line in enumerate(file, 1):
+            if number - last > _MOST_BLANK:
+                raise UserError(f"{shown} has more than {_MOST_BLANK:,} blank lines after line {last}: remove them")
             if line := line.strip():
+                last = number
                 where = f"{shown}, line {number},"
                 value = _parse_line(line, where)
                 yield from [value] if isinstance(value, dict) else _list_rows(value, where, alone=True)
@@ -683,8 +688,8 @@ def _read_configs(folder: Path) -> list[dict]:
     text = card.read_bytes()[: 2**20].decode("utf-8", "replace") if card.is_file() else ""
     head = re.match(r"\ufeff?---\s*\n(.*?\n)---\s*(\n|$)", text, re.DOTALL)
     try:
-        found = yaml.load(head[1], getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if head else None
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date
+        found = parse_yaml(head[1]) if head else None
+    except ValueError:
         return []
     configs = found.get("configs") if isinstance(found, dict) else None
     configs = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []

@@ -18,7 +18,16 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from .core import Findings, ShownObject, UserError, escape_controls, is_number, read_json, write_aside
+from qlora_nb.core import (
+    Findings,
+    ShownObject,
+    UserError,
+    escape_controls,
+    fingerprint,
+    is_number,
+    read_json,
+    write_aside,
+)
 from .diagnosis import diagnose
 from qlora_nb.evaluation import (
     FIGURE_TITLES,
@@ -31,7 +40,7 @@ from qlora_nb.evaluation import (
 )
 from .evidence import plot_loss
 from .forgetting import loss_to_perplexity
-from .run import DATA_FROM_PYTHON, RunFolder
+from .run import DATA_FROM_PYTHON, RunFolder, public_settings
 
 # %% ../nbs/71_report.ipynb #b191d028
 def clean_text(value) -> str:
@@ -123,16 +132,18 @@ class RunFacts:
     "The contents of a run folder. What is missing is empty or None; `problems` names the damaged files."
 
     path: Path
-    config: dict
+    config: dict  # as others may read it
     summary: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     metrics: list[dict] = field(default_factory=list)  # by step
     replies: list[dict] = field(default_factory=list)  # lines of evaluation.jsonl
+    samples: list[dict] = field(default_factory=list)  # lines of samples.jsonl
     preflight: dict | None = None
     diagnosis: list | None = None  # findings; None where the run can't be diagnosed
     stopped: dict | None = None  # why training stopped early
     certificates: dict[str, dict] = field(default_factory=dict)  # by path inside the folder
     problems: list[str] = field(default_factory=list)
+    from_relative_file: bool = False  # whether the data is a file that was named relative to where the run was started
 
     @property
     def name(self) -> str:
@@ -156,12 +167,6 @@ class RunFacts:
     def from_python(self) -> bool:
         "True where the data was given in Python, where it has no name."
         return self.config.get("data") == DATA_FROM_PYTHON
-
-    @property
-    def from_relative_file(self) -> bool:
-        "True where the data is a file that was named relative to where the run was started."
-        data = str(self.config.get("data"))
-        return bool(re.search(r"\.\w+$", data)) and not Path(data).is_absolute()
 
     @property
     def first_problem(self) -> str:
@@ -213,7 +218,9 @@ def gather_facts(run) -> RunFacts:
     if isinstance(run, RunFacts):
         return run
     folder = RunFolder.open(run)
-    facts = RunFacts(folder.path, folder.config)
+    config = folder.config
+    facts = RunFacts(folder.path, public_settings(config))
+    facts.from_relative_file = bool(re.search(r"\.\w+$", data := str(config.get("data")))) and not Path(data).is_absolute()
 
     def read(get, usual=None):
         try:
@@ -226,11 +233,14 @@ def gather_facts(run) -> RunFacts:
     facts.summary = read(lambda: folder.summary, {})
     facts.versions = read(lambda: folder.versions, {})
     facts.replies = read(lambda: folder.replies, [])
+    facts.samples = read(lambda: folder.samples, [])
     facts.preflight = read(lambda: folder.preflight)
     facts.stopped = read(lambda: folder.stopped)
     steps = [row for row in read(lambda: folder.metrics, []) if is_finite_number(row["step"])]
     facts.metrics = sorted(steps, key=lambda row: row["step"])
     facts.diagnosis = read(lambda: find_troubles(folder))
+    if folder.finished:
+        read(folder.check_adapter)
     for file in folder.certificate_files:
         if certificate := read(functools.partial(read_json, file)):
             facts.certificates[file.relative_to(folder.path).as_posix()] = certificate
@@ -472,19 +482,21 @@ def list_headlines(run: RunFacts) -> list[tuple[str, str, str, str, str | None]]
 # %% ../nbs/71_report.ipynb #f755006c
 def list_settings(config: dict) -> dict:
     "Return settings without fingerprints and plan; seeds as text, since they are names and not amounts."
-    records = ("format", "fingerprints", "plan", "rows_read")
+    records = ("format", "fingerprints", "base_files", "plan", "rows_read", "started_in", "relative_paths", "extended")
     found = {name: value for name, value in config.items() if name not in records}
     return {name: str(value) if name in ("seed", "random_state") else value for name, value in found.items()}
 
 
 def list_notes(run: RunFacts) -> list[str]:
-    "Return what a reader must know first: a run that is not finished, files that can't be read."
+    "Return what a reader must know first: a run that is not finished, or was extended; files that can't be read."
     notes = []
     if run.stopped:
         step = format_value(run.stopped.get("step"))
         notes.append(f"The run was stopped at step {step}: {format_value(run.stopped.get('cause'))}.")
     elif not run.finished:
         notes.append(f"This run is not finished. Resume it with: qlora_nb train --resume {shlex.quote(run.name)}")
+    notes += [f"Extended from step {format_value(entry['from'])} to {format_value(entry['to'])}: from there on the learning rate is that of a run of "
+              f"{format_value(entry['to'])} steps." for entry in run.config.get("extended") or ()]
     return notes + [f"{problem}." for problem in run.problems]
 
 # %% ../nbs/71_report.ipynb #9ef5ca5d
@@ -682,6 +694,18 @@ def make_table(title: str, rows: list) -> tuple[str, list, list[list], int] | No
         return title.replace("_", " "), heads, body, 1
     return title.replace("_", " "), heads, body, len(texts)
 
+# %% ../nbs/71_report.ipynb #e1cf8047
+def pick_samples(run: RunFacts, prompts: int = 3) -> list[tuple[str, list[tuple[str, str]]]]:
+    "Return the first questions of samples.jsonl, each with its replies at the first step, one in the middle and the last."
+    found = {}
+    for row in run.samples:
+        found.setdefault(row["prompt"], {})[row["step"]] = row["reply"]  # a resumed run may have answered twice
+    shown = []
+    for prompt, replies in list(found.items())[:prompts]:
+        steps = sorted(replies)
+        shown.append((prompt, [(f"step {format_value(step)}", replies[step]) for step in dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1]))]))
+    return shown
+
 # %% ../nbs/71_report.ipynb #a4d8a7d7
 def describe_certificate(name: str, found: dict) -> dict:
     "Return one certificate: verdict, failures, tables, single values."
@@ -711,7 +735,7 @@ def render_template(name: str, facts: RunFacts) -> str:
     "Return a template of the package, filled with the facts of a run; it calls the functions above by their names."
     functions = (
         describe_base_text, describe_certificate, draw_loss, draw_small_charts, find_memory, list_figures, list_findings, list_headlines, list_measures,
-        list_memory_bars, list_notes, list_settings, list_verdicts, choose_pairs, pick_examples, write_loading_arguments, write_pins,
+        list_memory_bars, list_notes, list_settings, list_verdicts, choose_pairs, pick_examples, pick_samples, write_loading_arguments, write_pins,
         shlex.quote,
     )
     model = facts.config.get("model") or "a model without a name"
@@ -788,7 +812,7 @@ def show_report(
 def flatten_settings(config: dict) -> dict[str, str]:
     "Return settings as text, fingerprints by their first 12 digits."
     plain = {name: format_value(value) for name, value in list_settings(config).items()}
-    fingerprints = config.get("fingerprints") or {}
+    fingerprints = {**(config.get("fingerprints") or {}), **({"base": fingerprint(config["base_files"])} if config.get("base_files") else {})}
     return {**plain, **{f"{name} fingerprint": format_value(value)[:12] for name, value in fingerprints.items()}}
 
 

@@ -31,6 +31,7 @@ from qlora_nb.chat_templates import (
 from .row_statistics import FindingCollector, RowSet, RowStatistics, question_hash, row_identity
 from .schemas import CLASS_SUFFIX, PLAIN_COLUMNS, describe_mark
 from .template import Encoded, Encoder
+from .template_limits import render_chat_template
 
 # %% ../nbs/91_row_checks.ipynb #7742c7f4-24
 def _is_think_unbalanced(reply: str) -> bool:
@@ -181,9 +182,8 @@ def writes_clock(tokenizer, template: str | None = None, **settings) -> bool:
     "Return True where the template writes today's date although it is rendered with these settings."
     mark = "what the clock says"
     try:
-        text = tokenizer.apply_chat_template(
-            [*PROBE_MESSAGES], chat_template=template_text(tokenizer, template), tokenize=False,
-            strftime_now=lambda form: mark, **settings)
+        settings = {**tokenizer.special_tokens_map, "add_generation_prompt": False, **settings, "strftime_now": lambda form: mark}
+        text = render_chat_template(template_text(tokenizer, template), [*PROBE_MESSAGES], **settings)
     except Exception:  # a template that can't be rendered is reported by its rows
         return False
     return mark in text

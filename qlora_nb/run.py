@@ -8,17 +8,23 @@ __all__ = ['Settings', 'RunFolder']
 # %% ../nbs/50_run.ipynb #50a00004
 import contextlib
 import difflib
+import errno
 import json
 import math
+import os
 import re
+import shlex
 import shutil
+import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args, get_origin
 
-import yaml
+import psutil
 
 # %% ../nbs/50_run.ipynb #50a00005
 from qlora_nb.core import (
@@ -30,14 +36,16 @@ from qlora_nb.core import (
     Profile,
     UserError,
     check_fields,
+    encode_value,
+    parse_yaml,
     profile,
+    public_name,
     read_json,
     read_objects,
+    read_text,
     write_aside,
-    write_json,
-    write_jsonl,
-    write_yaml,
 )
+from .manifest import MANIFEST_FILE, check_manifest, expect_content, read_manifest, write_manifest
 
 # %% ../nbs/50_run.ipynb #50a00011
 def settings_field(default, help_text: str, *, part: str = "trainer", positive: bool = False, choices: tuple | None = None):
@@ -218,6 +226,9 @@ def record_setting(name: str, value):
     return list(value) if isinstance(value, tuple) else value
 
 
+MOST_NUMBER = 2**32 - 1  # of any setting: the largest seed
+
+
 def check_setting(name: str, value):
     "Return the value in its right type. Raise `UserError` for an unknown name, a wrong type or an invalid number."
     if name not in _FIELDS:
@@ -242,6 +253,8 @@ def check_setting(name: str, value):
     least = _FIELDS[name].metadata["positive"]
     if type(found) in (int, float) and (not math.isfinite(found) or found < 0 or (found == 0 and least)):
         raise UserError(f"{name} is {value!r}: give a number {'above 0' if least else 'of at least 0'}")
+    if type(found) in (int, float) and found > MOST_NUMBER:
+        raise UserError(f"{name} is {found:.3g}: give a number up to {MOST_NUMBER:,}")
     return found
 
 # %% ../nbs/50_run.ipynb #50a00017
@@ -288,20 +301,20 @@ def resolve_settings(
     return Settings(**values)
 
 # %% ../nbs/50_run.ipynb #50a00021
-RUN_FORMAT = 2  # of the run folders that this version reads and writes; folders without a number have format 1
+RUN_FORMAT = 3  # of the run folders that this version reads and writes; folders without a number have format 1
 RECORDED_KEYS = (  # in config.yaml, beside the settings
-    "format", "fingerprints", "rows_read", "system", "plan", "started_from", "started_from_adapter", "peft_settings", "gguf", "callbacks")
+    "format", "fingerprints", "base_files", "rows_read", "system", "plan", "started_from", "started_from_adapter", "peft_settings", "gguf", "callbacks",
+    "export", "started_in", "relative_paths", "extended")
 
 
 def read_config(path: str | Path) -> dict:
     "Return a configuration file (a run's `config.yaml`, or one of your own). Raise `UserError` for what is not one."
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        config = parse_yaml(read_text(path))
     except OSError as error:
         raise UserError(f"the configuration {path} can't be read ({error.strerror}): name a YAML file") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        where = getattr(error, "problem_mark", None)
-        raise UserError(f"the configuration {path} is not YAML{f' (line {where.line + 1})' if where else ''}: fix it") from error
+    except ValueError as error:
+        raise UserError(f"the configuration {path} is not YAML ({error}): fix it") from error
     if not isinstance(config, dict):
         raise UserError(f"the configuration {path} holds no settings: write them as `name: value`, one a line")
     return config
@@ -313,7 +326,7 @@ def check_format(config: dict, path: Path) -> None:
     if found != RUN_FORMAT:
         what = "is a run" if path.is_dir() else "was written by a run"
         raise UserError(f"{path} {what} of format {found}, and this version of qlora_nb reads format {RUN_FORMAT}: "
-                        "use the version that wrote it (the run's versions.json names it), or train again")
+                        "use the version that wrote it (the run's versions.json names it), copy its adapter's folder out of the run and name that, or train again")
 
 
 def complete_old_config(config: dict) -> dict:
@@ -328,15 +341,157 @@ def read_own_config(path: str | Path) -> dict:
     if "fingerprints" in config or "format" in config:  # a run wrote it
         check_format(config, Path(path))
     if unknown := sorted(map(str, set(config) - set(_FIELDS) - set(RECORDED_KEYS))):
-        raise UserError(f"the configuration {path} has unknown settings: {', '.join(unknown)}")
+        more = f" and {len(unknown) - 20:,} more" if len(unknown) > 20 else ""
+        raise UserError(f"the configuration {path} has unknown settings: {', '.join(name[:100] for name in unknown[:20])}{more}")
     if not isinstance(config.get("fingerprints", {}), dict | None):
         raise UserError(f"the configuration {path} has fingerprints that are not a mapping: leave them out")
     return config
+
+# %% ../nbs/50_run.ipynb #6755ab81
+PRIVATE_KEYS = ("started_in", "relative_paths", "started_from_adapter")  # in config.yaml: folders of this machine
+
+
+def public_settings(config: Mapping) -> dict:
+    "Return a run's configuration as others may read it: model and data by their public names, without the folders where it was started."
+    found, relative = {name: value for name, value in config.items() if name not in PRIVATE_KEYS}, config.get("relative_paths") or ()
+    for name in ("model", "data", "eval_data", "base_data"):
+        if isinstance(value := found.get(name), str):
+            found[name] = public_name(Path(config.get("started_in") or ".").absolute() / value if name in relative else value)
+    return found
+
+# %% ../nbs/50_run.ipynb #5a3e0011
+PATH_SETTINGS = ("model", "data", "eval_data", "base_data")  # settings that may be paths
+
+
+def record_relative_paths(values: Mapping) -> dict:
+    "Return `started_in` (this folder) and `relative_paths` (names) for `config.yaml`, where settings are relative paths of what exists; else {}."
+    def is_relative(value) -> bool:
+        return isinstance(value, str) and not Path(value).expanduser().is_absolute() and os.path.exists(value)
+
+    names = [name for name in PATH_SETTINGS if is_relative(values.get(name))]
+    return {"started_in": os.getcwd(), "relative_paths": names} if names else {}
+
+
+def locate_paths(config: dict, needed: bool = True) -> dict:
+    "Return a run's configuration with its relative paths as they are found from here. Raise `UserError` (but not for `needed=False`) naming both places."
+    found, place = dict(config), config.get("started_in") or ""
+    for name in config.get("relative_paths") or ():
+        value = config.get(name)
+        if not isinstance(value, str) or place == os.getcwd() and os.path.exists(value):
+            continue
+        if os.path.exists(there := os.path.join(place, value)):
+            found[name] = there
+        elif needed and not os.path.exists(value):
+            raise UserError(f"{name} is {value!r}, which is neither in {place}, where the run began, nor in {os.getcwd()}: put it back, or give the command where it is")
+    return found
+
+# %% ../nbs/50_run.ipynb #5a3e0014
+LOCK_NAME = ".lock"
+_HELD: dict[str, tuple] = {}  # by path: the descriptor (None where the file system has no locks) and the thread that holds it
+
+
+def _close_in_child() -> None:
+    "Let go, in a forked child, of the locks that its parent holds."
+    for descriptor, _ in _HELD.values():
+        if descriptor is not None:
+            os.close(descriptor)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+def describe_holder(file: Path) -> str:
+    "Return who holds a lock, for a sentence."
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return f"by process {found['pid']:d} on {found['host']:.60} ({found['what']:.60}), since {found['since']:.30}"
+    except (OSError, ValueError, TypeError, KeyError):  # not yet written, or gone
+        return "by another process"
+
+# %% ../nbs/50_run.ipynb #5a3e0021
+def _open_lock(file: Path) -> int | None:
+    "Return the descriptor of a lock's file; None where there is none and none can be made, so that whoever writes there will hear why."
+    for how in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):  # the second for one that another user left behind
+        with contextlib.suppress(OSError):
+            return os.open(file, how | os.O_NOFOLLOW, 0o644)
+    return None
+
+
+def _take_lock(file: Path, what: str) -> int | None:
+    "Lock a file and write into it who holds it. Return its descriptor; None where the file system has no locks, which is reported on stderr. Raise `UserError` where another one holds it."
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    while (descriptor := _open_lock(file)) is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError | PermissionError) or error.errno == errno.EBADF:
+                raise UserError(f"{file.parent} is being written {describe_holder(file)}: wait for it, or name another folder") from None
+            print(f"note: the file system of {file.parent} has no locks: see that no other process writes there", file=sys.stderr)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(file), os.fstat(descriptor)):  # else its last holder has removed it in between
+                text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "what": what, "since": time.strftime("%Y-%m-%d %H:%M")})
+                with contextlib.suppress(OSError):  # it locks as well without
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, text.encode())
+                return descriptor
+        os.close(descriptor)
+    return None
+
+# %% ../nbs/50_run.ipynb #5a3e0022
+@contextlib.contextmanager
+def hold_run_lock(file: Path, what: str) -> Iterator[bool]:
+    "A context that holds the lock `file`, and yields False where this thread holds it already. Raise `UserError` where another one does."
+    key = os.path.realpath(file)
+    if key in _HELD and _HELD[key][1] == threading.get_ident():
+        yield False
+        return
+    descriptor = _take_lock(file, what)
+    _HELD[key] = descriptor, threading.get_ident()
+    try:
+        yield True
+    finally:
+        if _HELD.pop(key, None):  # not in a forked child
+            with contextlib.suppress(OSError):
+                if descriptor is not None and os.path.samestat(os.stat(file), os.fstat(descriptor)):  # not another one's
+                    file.unlink()
+            if descriptor is not None:
+                os.close(descriptor)
+
+# %% ../nbs/50_run.ipynb #5a3e0017
+_LEFTOVER = re.compile(r"\.(.+)\.(\d{1,9})\.(part|old)")  # the names that `write_aside` gives
+
+
+def clear_leftovers(folder: Path) -> None:
+    "Remove what dead processes left half-written in a folder; put back what one was about to replace."
+    for path in folder.iterdir():
+        name, pid, kind = found.groups() if (found := _LEFTOVER.fullmatch(path.name)) else (None, 0, None)
+        if not name or int(pid) != os.getpid() and psutil.pid_exists(int(pid)):
+            continue
+        with contextlib.suppress(OSError):
+            if kind == "old" and not (folder / name).exists():
+                path.rename(folder / name)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+BEGUN_FILES = ("config.yaml", "preflight.json", "versions.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard")  # what a run has before its first step
 
 # %% ../nbs/50_run.ipynb #50a00035
 def checkpoint_step(checkpoint: Path) -> int:
     "Return the step after which a checkpoint was written."
     return int(checkpoint.name.rpartition("-")[2])
+
+# %% ../nbs/50_run.ipynb #50c00102
+RUN_PARTS = ("adapter", "config.yaml", "versions.json", "preflight.json", "metrics.jsonl", "samples.jsonl", "evaluation.jsonl", "heldout.jsonl")
 
 # %% ../nbs/50_run.ipynb #50a00031
 class RunFolder:
@@ -360,9 +515,7 @@ class RunFolder:
         path = cls(output).path
         if path.is_file():
             raise UserError(f"the output {path} is a file: name a folder that is new or empty")
-        if path.is_dir() and any(path.iterdir()):
-            what = "another run" if (path / "config.yaml").exists() else "other files"
-            raise UserError(f"the output folder {path} holds {what}: name one that is new or empty (--resume continues a run)")
+        cls(path).check_unbegun()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -382,7 +535,8 @@ class RunFolder:
         if not found.path.is_dir():
             raise UserError(f"there is no folder {found.path}: name the run folder that train printed")
         if not (found.path / "config.yaml").is_file():
-            raise UserError(f"{found.path} is not a run folder (it has no config.yaml): name the folder that train printed")
+            over = found.unbegun and "its run ended before it had recorded its settings, so give the first command again: its output folder is taken over"
+            raise UserError(f"{found.path} is not a run folder (it has no config.yaml): {over or 'name the folder that train printed'}")
         config = read_config(found.path / "config.yaml")
         if not {"format", *_FIELDS} & set(config):
             raise UserError(f"{found.path / 'config.yaml'} holds no settings of a run: it is damaged; restore it, "
@@ -414,10 +568,55 @@ class RunFolder:
             yield
         except BaseException:
             with contextlib.suppress(OSError):
+                if os.path.realpath(lock := self.path / LOCK_NAME) in _HELD:
+                    lock.unlink()
                 self.path.rmdir()
                 if self.path.parent.name == "runs":  # made by `create`, where no output was named
                     self.path.parent.rmdir()
             raise
+
+    @property
+    def unbegun(self) -> bool:
+        "True where there is nothing but what a run leaves that ended before its first step: another one may take the folder over."
+        names = {path.name for path in self.path.iterdir() if path.name != LOCK_NAME and not _LEFTOVER.fullmatch(path.name)}
+        if "config.yaml" not in names:
+            return names <= {"preflight.json"}
+        with contextlib.suppress(UserError):
+            return names <= {*BEGUN_FILES} and "fingerprints" in self.config and not self.metrics and not self.checkpoints
+        return False
+
+    def check_unbegun(self) -> None:
+        "Raise `UserError` where the folder holds anything but what a run leaves that took no step."
+        if self.path.is_dir() and not self.unbegun:
+            what = "another run" if (self.path / "config.yaml").exists() else "other files"
+            raise UserError(f"the output folder {self.path} holds {what}: name one that is new or empty (--resume continues a run)")
+
+    def take_over(self) -> None:
+        "Clear what a run that took no step has left, as far as the next one doesn't replace it. Raise `UserError` where there is anything else."
+        self.check_unbegun()
+        for name in ("samples.jsonl", "preflight.json"):
+            self.remove(name)
+
+    @contextlib.contextmanager
+    def lock(
+        self,
+        what: str,  # what is done, for the error of others
+    ) -> Iterator[None]:
+        "A context in which no other process writes this run; what a killed one left half-written is removed first. Raise `UserError` where another one writes it."
+        with hold_run_lock(self.path / LOCK_NAME, what) as first:
+            for folder in (self.path, *self.checkpoints) if first else ():
+                clear_leftovers(folder)
+            yield
+
+    @classmethod
+    def lock_around(
+        cls,
+        place: str | Path,  # a folder or a file
+        what: str,  # what is done
+    ) -> contextlib.AbstractContextManager:
+        "Return a context in which no other process writes the run that a place lies in; where it lies in none, one that does nothing."
+        run = cls.around(place)
+        return run.lock(what) if run else contextlib.nullcontext()
 
     @property
     def adapter(self) -> Path:
@@ -434,6 +633,11 @@ class RunFolder:
         "Its checkpoints, damaged ones included, the newest first."
         found = [p for p in self.checkpoint_folder.glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
         return sorted(found, key=checkpoint_step, reverse=True)
+
+    @property
+    def sealed_checkpoints(self) -> list[Path]:
+        "Those that were written to the end: the manifest is a checkpoint's last file."
+        return [checkpoint for checkpoint in self.checkpoints if (checkpoint / MANIFEST_FILE).exists()]
 
     def checkpoints_after(self, step: int) -> list[Path]:
         "Its checkpoints after a step, the newest first."
@@ -461,14 +665,16 @@ class RunFolder:
     @property
     def config(self) -> dict:
         "Its settings and records; the trainer's settings in their right types."
-        file = self.path / "config.yaml"
+        file = self.find_unchanged("config.yaml")
         config = complete_old_config(read_config(file))
         try:
             values = {name: check_setting(name, value) for name, value in config.items() if name in _FIELDS}
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
         config.update({name: values[name] for name in settings_of_part("trainer", "loop") if name in values})
-        check_fields(file, config, rows_read=dict, fingerprints=dict, plan=dict)
+        check_fields(file, config, rows_read=dict, fingerprints=dict, plan=dict, started_in=str, relative_paths=list, extended=list)
+        for entry in config.get("extended") or ():
+            check_fields(f"{file}, extended", entry if isinstance(entry, dict) else {}, ("from", "to", "planned"), **{"from": float, "to": float, "planned": dict})
         for name in ("rows", "left_out", "cut", "longest"):
             check_fields(f"{file}, rows_read", config.get("rows_read") or {}, **{name: float})
         return config
@@ -481,12 +687,13 @@ class RunFolder:
             raise UserError(f"{file} has no revision: create it again")
         kinds = {"model": str, "dtype": str, "load_in_4bit": bool, "max_seq_length": float}
         check_fields(file, config, tuple(kinds), **kinds, revision=str, system=str)
+        config = locate_paths(config, needed=False)
         return {name: config[name] for name in ("model", "revision", "dtype", "load_in_4bit", "max_seq_length")}
 
     @property
     def summary(self) -> dict | None:
         "The figures of a finished run; None where it isn't finished."
-        file = self.path / "summary.json"
+        file = self.find_unchanged("summary.json")
         if (found := read_json(file)) is None:
             return None
         times = dict.fromkeys(("seconds", "train_seconds", "eval_seconds", "loader_seconds", "device_bytes", "best_step", "best_eval_loss", "adapter_step"), float)
@@ -500,7 +707,7 @@ class RunFolder:
     @property
     def metrics(self) -> list[dict]:
         "One row a logged step."
-        rows = read_objects(file := self.path / "metrics.jsonl")
+        rows = read_objects(file := self.find_unchanged("metrics.jsonl"))
         names = ("step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_allocated", "eval_loss")
         for number, row in enumerate(rows, 1):
             check_fields(f"{file}, line {number}", row, ("step",), **dict.fromkeys(names, float))
@@ -509,7 +716,7 @@ class RunFolder:
     @property
     def replies(self) -> list[dict]:
         "The held-out problems with their replies, `stage` before and after."
-        rows = read_objects(file := self.path / "evaluation.jsonl")
+        rows = read_objects(file := self.find_unchanged("evaluation.jsonl"))
         for number, row in enumerate(rows, 1):
             check_fields(f"{file}, line {number}", row, ("stage", "stops"), stage=str, stops=bool, exact=bool, tokens=float)
         return rows
@@ -517,12 +724,12 @@ class RunFolder:
     @property
     def preflight(self) -> dict | None:
         "The findings and figures of the data check."
-        return read_json(self.path / "preflight.json")
+        return read_json(self.find_unchanged("preflight.json"))
 
     @property
     def versions(self) -> dict | None:
         "Libraries, Python, device."
-        return read_json(self.path / "versions.json")
+        return read_json(self.find_unchanged("versions.json"))
 
     @property
     def stopped(self) -> dict | None:
@@ -545,13 +752,43 @@ class RunFolder:
     def write(self, name: str, value) -> Path:
         "Write a file atomically, by its suffix: a value as JSON or YAML, rows as JSONL, text and bytes as they are. Return its path."
         file = self.path / name
-        writer = {".json": write_json, ".jsonl": write_jsonl, ".yaml": write_yaml}.get(file.suffix)
-        if writer:
-            writer(file, value)
-        else:
-            with write_aside(file) as part:
-                part.write_bytes(value if isinstance(value, bytes) else value.encode())
+        content = encode_value(value, file.suffix)
+        expect_content(self.path, name, content)
+        with write_aside(file) as part:
+            part.write_bytes(content)
         return file
+
+    def find_unchanged(self, name: str) -> Path:
+        "Return the path of one of its files. Raise `UserError` where the run is finished, and its manifest names other bytes."
+        if self.finished and (self.path / MANIFEST_FILE).exists() and (changes := check_manifest(self.path, [name])):
+            raise UserError(f"{self.path}/{changes[0]}: restore the file as the run left it")
+        return self.path / name
+
+    def check_adapter(self, adapter: Path | None = None) -> None:  # None: the one that the run ended with
+        "Raise `UserError` where an adapter of this run, or a checkpoint, is not what was written."
+        own = adapter is None or Path(adapter).absolute() == self.adapter
+        if own and not self.adapter.is_dir():
+            return  # whoever reads it says so
+        place = self.path if own else Path(adapter).absolute()
+        if not own and place.parent != self.checkpoint_folder and not place.name.startswith("adapter-step-"):
+            return  # the user's own, in the run's folder
+        if own and not self.finished and not (place / MANIFEST_FILE).exists():
+            raise UserError(f"the run {self.path} is not finished, and what is in {self.adapter} may be of an earlier step: {self.how_to_resume()}")
+        changes = check_manifest(place, ["adapter"] if own else ())
+        sha = (read_manifest(place) or {"files": {}})["files"].get("adapter/adapter_model.safetensors", {}).get("sha256") if own and not changes else None
+        if own and not changes and (wanted := (self.summary or {}).get("adapter_sha256", sha)) != sha:
+            changes = [f"adapter/adapter_model.safetensors has another sha256 than summary.json records ({str(sha)[:12]}…, not {str(wanted)[:12]}…)"]
+        if changes:
+            folder = self.adapter if own else place
+            way = "" if self.finished or not own else f"; {self.how_to_resume()}"
+            raise UserError(f"the adapter {folder} is not what the run wrote: {changes[0]}: restore it, or copy the folder out of the run and name that to use it as it is{way}")
+
+    def finish(self, summary: dict) -> None:
+        "Write the manifest of all that the run is made of, and then summary.json, with which it is finished."
+        content = encode_value(summary, ".json")
+        write_manifest(self.path, only=RUN_PARTS, coming={"summary.json": content})
+        with write_aside(self.path / "summary.json") as part:
+            part.write_bytes(content)
 
     def append_metrics(self, row: dict) -> None:
         "Add a row to metrics.jsonl, so that a run that is stopped keeps its metrics."
@@ -574,7 +811,7 @@ class RunFolder:
     @property
     def samples(self) -> list[dict]:
         "The replies to `sample_prompts`, `step` by step; 0 is before the training."
-        rows = read_objects(file := self.path / "samples.jsonl")
+        rows = read_objects(file := self.find_unchanged("samples.jsonl"))
         for number, row in enumerate(rows, 1):
             check_fields(f"{file}, line {number}", row, ("step", "prompt", "reply"), step=float, prompt=str, reply=str, stopped=bool, tokens=float)
         return rows
@@ -583,9 +820,54 @@ class RunFolder:
         "Delete a file, where there is one."
         (self.path / name).unlink(missing_ok=True)
 
+    def command(
+        self,
+        name: str,  # of the command
+        *more: str,  # what follows the folder
+    ) -> str:
+        "Return a command of `qlora_nb` for this run, to be typed as it is."
+        return shlex.join(["qlora_nb", *name.split(), str(self.path), *map(str, more)])
+
     def how_to_resume(self) -> str:
         "Return what to type to resume the run."
-        return f"resume it with qlora_nb train --resume {self.path} (in Python: train(…, resume={str(self.path)!r}))"
+        return f"resume it with {self.command('train --resume')} (in Python: train(…, resume={str(self.path)!r}))"
+
+# %% ../nbs/50_run.ipynb #50f1a502
+def name_gguf(folder: Path, quantization: str) -> Path:
+    "Return the GGUF of a folder in one format."
+    return folder / f"{folder.name}-{quantization.upper()}.gguf"
+
+
+def how_to_finish(folder: RunFolder) -> str:
+    "Return what a finished run lacks of what was asked for, and the commands that make it."
+    path, config = shlex.quote(str(folder.path)), read_config(folder.path / "config.yaml")
+    formats = [name for name in config.get("export") or () if isinstance(name, str)]
+    trained = folder.adapter / "adapter_model.safetensors"
+    newest = trained.stat().st_mtime if config.get("extended") and trained.exists() else 0
+    lacking = [name for name in formats if not (file := name_gguf(folder.path, name)).exists() or file.stat().st_mtime < newest]
+    held_out = config.get("model") == EMBEDDED_NAME or (read_json(folder.path / "summary.json") or {}).get("before")
+    rest = {
+        "report": None if (folder.path / "report.html").exists() else f"report {path}",
+        f"export ({', '.join(lacking)})": f"export {path} --quantization {','.join(lacking)}" if lacking else None,
+        "Modelfile": f"modelfile {path} {shlex.quote(str(name_gguf(folder.path, formats[0])))}" if formats and not folder.modelfile.exists() else None,
+        "certificate": f"certify {path}" if formats and held_out and (lacking or not folder.certificate_files) else None,
+    }
+    parts = [f"its {name}" for name, command in rest.items() if command]
+    commands = " && ".join(f"qlora_nb {command}" for command in rest.values() if command)
+    listed = " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
+    written = f", but {listed} {'is' if len(parts) == 1 else 'are'} not written: {commands}" if parts else ""
+    return f"the run {folder.path} is finished{written}"
+
+
+def describe_remains(folder: RunFolder | None) -> str:
+    "Return what a stop left of a run, and how to continue."
+    if folder is None or not (folder.path / "config.yaml").exists():
+        return "nothing was trained yet, so start again"
+    if folder.finished:
+        return how_to_finish(folder)
+    steps = [checkpoint_step(checkpoint) for checkpoint in folder.sealed_checkpoints]
+    whole = "the adapter is trained and saved" if (folder.path / MANIFEST_FILE).exists() else f"its newest checkpoint is of step {steps[0]}" if steps else "it has no checkpoint yet"
+    return f"{folder.how_to_resume()}; {whole}"
 
 # %% ../nbs/50_run.ipynb #1bca7955
 def copy_embedded_run(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 # %% ../nbs/74_schemas.ipynb #74000009
 from .core import UserError
-from .readers import find_data_kind, iterate_batches, parse_json, plain_value
+from .readers import find_data_kind, iterate_batches, list_names, parse_json, plain_value
 from qlora_nb.turns import (
     BAD_VERDICTS,
     FIELD_RULES,
@@ -129,11 +129,16 @@ _BETTER = ("chosen", "chosenresponse", "responsechosen", "chosenanswer", "answer
 _PROMPTS = {bare_name(s.prompt) for s in COMMON_SCHEMAS + RARER_SCHEMAS if s.prompt}
 
 # %% ../nbs/74_schemas.ipynb #7742c7f4-9
+MOST_COLUMNS = 10_000  # of a table; data to fine-tune on has a dozen
+
+
 def find_schema(columns: list[str], override: dict | None = None) -> Schema:
     """Return the schema of these columns. Raise `UserError` for none, or more than one that fits.
 
     `override` are names of the user's own, e.g. {"prompt": "frage", "response": "antwort"}."""
     columns = [*columns]
+    if len(columns) > MOST_COLUMNS:
+        raise UserError(f"the data has {len(columns):,} columns ({list_names(columns, 3)}); more than {MOST_COLUMNS:,} are not read: keep those of the conversation")
     if override:
         return _overridden_schema(columns, override)
     tables = (KNOWN_SCHEMAS[:1], KNOWN_SCHEMAS[1:], COMMON_SCHEMAS, RARER_SCHEMAS)

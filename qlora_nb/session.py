@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .chat_templates import stop_tokens
-from .core import UserError, read_objects, write_jsonl
+from .core import UserError, escape_controls, read_objects, write_jsonl
 from .generation import Reply, as_conversation, generation_mode, input_device, to_reply
 from .gguf_header import read_gguf_values
 from .llama import chat_server, stream_chat
 from .model import open_run
 from .run import RunFolder
+from .signals import answer_ctrl_c
 from .template import prompt_ids
 
 # %% ../nbs/23_session.ipynb #23a00013
@@ -80,7 +81,7 @@ class SpokenReply(Reply):
 
     def _ipython_display_(self) -> None:
         if not self.shown:
-            print(self.text)
+            print(escape_controls(self.text))
 
 # %% ../nbs/23_session.ipynb #23a00018
 class ModelSpeaker:
@@ -109,7 +110,8 @@ class ModelSpeaker:
             try:
                 self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, eos_token_id=stops, pad_token_id=pad,
                                     use_cache=True, streamer=stream, **sampling)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
+                answer_ctrl_c(stop)
                 interrupted = True
         stream.end()
         found = stream.reply()
@@ -148,7 +150,8 @@ class FileSpeaker:
                     stopped |= choice.get("finish_reason") == "stop"
                     written.update(text)
                 tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            answer_ctrl_c(stop)
             interrupted = True
         finally:
             events.close()
@@ -161,8 +164,8 @@ class FileSpeaker:
 
 # %% ../nbs/23_session.ipynb #23a00027
 def print_piece(piece: str) -> None:
-    "Print a piece of a reply at once, also into a pipe."
-    print(piece, end="", flush=True)
+    "Print a piece of a reply at once, also into a pipe; control characters, which a terminal would obey, are escaped."
+    print(escape_controls(piece), end="", flush=True)
 
 
 def count_questions(count: int) -> str:
@@ -338,9 +341,10 @@ def read_terminal(prompt: str = "> "):
             line = input(prompt)
         except EOFError:
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if stopped:
                 raise
+            answer_ctrl_c(stop)
             stopped = True
             print("\nto leave, type /exit, or press Ctrl-D, or Ctrl-C again", file=sys.stderr)
             continue

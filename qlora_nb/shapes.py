@@ -6,11 +6,10 @@
 __all__ = ['KNOWN_ARCHITECTURES', 'Shape', 'projection_shapes', 'count_decoder_parameters', 'model_shape']
 
 # %% ../nbs/51_shapes.ipynb #dcbe501b
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import UserError, locate_model
+from .core import UserError, locate_model, parse_json_file, refuse_devices
 from .gguf_header import GGUF_ARCHITECTURES, GGUFArchitecture, is_gguf
 
 # %% ../nbs/51_shapes.ipynb #8c7d66d4
@@ -84,6 +83,7 @@ def model_folder(name: str | Path) -> Path | None:
     if is_gguf(path):
         return gguf_folder(path, weights=False)
     if path.is_dir():
+        refuse_devices(path)
         if not (path / "config.json").exists():
             refuse_gguf_folder(path)
             raise UserError(f"the folder {path} holds no config.json: name a folder that save_pretrained wrote")
@@ -118,8 +118,8 @@ def config_dict(model, revision: str | None = None) -> dict:
     folder = model_folder(model)
     file = folder / "config.json" if folder else _hub_config(str(model), revision)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
+        found = parse_json_file(file)
+    except (ValueError, OSError) as error:
         raise UserError(f"{file} is not valid JSON ({error}): download the model again") from error
     if not isinstance(found, dict):
         raise UserError(f"{file} holds a JSON {type(found).__name__}, not a configuration: download the model again")
@@ -133,6 +133,18 @@ def _size(config: dict, name: str, default=None) -> int:
         family, found = config.get("model_type"), "no" if value is None else f"{value!r} as its"
         raise UserError(f"the {family} configuration has {found} {name}: give the model's own config.json")
     return value
+
+
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings")
+
+
+def check_sizes(config: dict) -> None:
+    "Raise `UserError` where a configuration has a size that is not a whole number of at least 1."
+    for name in _SIZES:
+        value = config.get(name)
+        for one in value if isinstance(value, list) and name == "intermediate_size" else [value]:  # Gemma 3n gives one for each layer
+            if one is not None:
+                _size({**config, name: one}, name)
 
 
 def decoder_sizes(model) -> dict[str, int]:

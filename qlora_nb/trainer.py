@@ -29,6 +29,8 @@ from .run import Settings, check_setting
 
 # %% ../nbs/75_trainer.ipynb #96a31b6b-6
 FOLLOWS_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules
+NEEDS_MORE = {  # schedules, and which of transformers' lr_scheduler_kwargs they can't do without
+    "cosine_with_min_lr": "min_lr", "cosine_warmup_with_min_lr": "min_lr", "warmup_stable_decay": "num_decay_steps"}
 
 
 def check_choices(settings: Settings) -> None:
@@ -44,6 +46,9 @@ def check_choices(settings: Settings) -> None:
         if value not in known:
             close = difflib.get_close_matches(value, known, 3, 0.3) or known[:5]
             raise UserError(f"{name} is {value!r}, which transformers doesn't know: choose for example {', '.join(close)}")
+    if needed := NEEDS_MORE.get(settings.lr_scheduler_type):
+        raise UserError(f"lr_scheduler_type is {settings.lr_scheduler_type!r}, which needs {needed} of transformers' lr_scheduler_kwargs, for which there is no setting here: "
+                        "choose cosine, linear or constant_with_warmup")
     if settings.lr_scheduler_type in FOLLOWS_EVALUATIONS and not settings.eval_steps:
         raise UserError(f"lr_scheduler_type is {settings.lr_scheduler_type!r}, which lowers the rate when the held-out loss no longer falls: "
                         "it needs eval_steps, or choose linear or cosine")
@@ -93,7 +98,7 @@ def reporting_callbacks(names: tuple | None, run: Path) -> list:
 NOT_THE_TRAINERS = (  # settings that `SFTConfig` doesn't have
     "max_seq_length", "truncation", "train_on", "drop_invalid", "drop_duplicates", "eval_rows", "max_new_tokens", "template", "template_kwargs",
     "early_stopping", "sample_prompts", "scorer", "base_data")
-DECIDED_HERE = (*NOT_THE_TRAINERS, "eval_steps", "load_best_model_at_end", "report_to")  # settings that the trainer gets in another way
+DECIDED_HERE = (*NOT_THE_TRAINERS, "eval_steps", "load_best_model_at_end", "report_to", "save_total_limit")  # settings that the trainer gets in another way, or a callback
 
 
 def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, checkpointing: bool, engine: Engine | None = None):
@@ -104,8 +109,6 @@ def trainer_arguments(settings: Settings, folder: Path, dtype: torch.dtype, chec
     given = {name: value for name, value in settings.of_part("trainer").items() if name not in DECIDED_HERE}
     if settings.lr_scheduler_type in FOLLOWS_EVALUATIONS:
         given["lr_scheduler_type"] = "linear"  # until `schedule_evaluations`
-    if settings.eval_steps:  # the best and the newest: with 1, transformers deletes the newest at the end, which a stopped run resumes from
-        given["save_total_limit"] = max(settings.save_total_limit, 2)
     return SFTConfig(**given | dict(
         output_dir=str(folder),
         max_steps=-1 if settings.num_train_epochs else settings.max_steps, num_train_epochs=settings.num_train_epochs or 1,

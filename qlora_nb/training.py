@@ -8,6 +8,8 @@ __all__ = []
 # %% ../nbs/15_training.ipynb #96a31b6b
 import contextlib
 import copy
+import shutil
+import signal
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -17,20 +19,23 @@ import torch
 
 from .adapter import model_info, save_adapter, set_model_info
 from .chat_templates import template_text
-from .core import UserError, disk_full, gpu_bytes, library_versions
+from .core import FullDisk, UserError, disk_full, explain_full_disk, gpu_bytes, library_versions
 from .engine.replay import release_after
 from .evaluation import Evaluation, evaluate
 from .loading import quiet_libraries
 from .loop import choose_loop
+from .manifest import MANIFEST_FILE, write_manifest
 from .model import count_parameters
-from .preparation import PreparedRun, prepare_run, record_plan
-from .run import DATA_FROM_PYTHON, RunFolder, Settings, pin_template_kwargs
-from .safeguards import explain_interrupts, gentle_interrupt, is_last_step, raise_if_interrupted
+from .preparation import PreparedRun, deciding_settings, prepare_run, record_plan
+from .run import DATA_FROM_PYTHON, RunFolder, Settings, describe_remains, pin_template_kwargs
+from .safeguards import find_damage, is_last_step, raise_if_interrupted
+from .signals import explain_interrupts, find_deadline, gentle_interrupt, stop_at
 from .trainer import Progress, make_metrics_row, reporting_callbacks
 
 # %% ../nbs/15_training.ipynb #96a31b6b-2
 from qlora_nb.safeguards import (
     Tripwire,
+    make_sealer,
     metrics_before,
     restore_callbacks,
     restore_ended_run,
@@ -55,8 +60,8 @@ from qlora_nb.forgetting import BaseRows, load_base_rows
 from qlora_nb.trainer import runs_in_notebook
 
 # %% ../nbs/15_training.ipynb #96a31b6b-13
-def make_watch(folder: RunFolder, progress: Progress, interrupted: list):
-    "Return a trainer callback that writes metrics.jsonl, shows the progress, obeys a signal and holds the tripwire."
+def make_watch(folder: RunFolder, progress: Progress):
+    "Return a trainer callback that writes metrics.jsonl, shows the progress, and holds the tripwire."
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
@@ -72,8 +77,6 @@ def make_watch(folder: RunFolder, progress: Progress, interrupted: list):
             self.clock = self.started = time.time()
 
         def on_step_end(self, args, state, control, **kwargs):
-            if interrupted:
-                control.should_save = control.should_training_stop = True
             self.reached = state.global_step
             control.should_log = control.should_log or state.global_step >= state.max_steps
 
@@ -97,6 +100,40 @@ def make_watch(folder: RunFolder, progress: Progress, interrupted: list):
             self.clock = time.time()
 
     return Watch()
+
+# %% ../nbs/15_training.ipynb #15c0de13
+def make_stop_watch(interrupted: list, deadline: float | None = None):  # seconds since 1970
+    "Return a trainer callback that has a checkpoint written and the training stopped where a signal has come, or where one more step and its checkpoint would be too late."
+    from transformers import TrainerCallback
+
+    class StopWatch(TrainerCallback):
+        step_began, step_ended, save_seconds = 0.0, 0.0, 0.0
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.save_seconds = sum(12 * p.numel() for p in model.parameters() if p.requires_grad) / 1e8  # until one is measured: 100 MB a second
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.step_began = time.time()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.step_ended = now = time.time()
+            another = now - self.step_began + self.save_seconds  # seconds that one more step and the checkpoint would take
+            if deadline and not interrupted and now + another > deadline and state.global_step < state.max_steps:
+                interrupted.append(signal.SIGALRM)
+            self.stop_where_interrupted(args, state, control)
+
+        def stop_where_interrupted(self, args, state, control, **kwargs):
+            "Have a checkpoint written and the training stopped where a signal has come: after a step, or an evaluation."
+            if interrupted:
+                control.should_save = control.should_training_stop = True
+
+        on_evaluate = stop_where_interrupted
+
+        def on_save(self, args, state, control, **kwargs):
+            self.save_seconds = time.time() - self.step_ended
+            control.should_training_stop = control.should_training_stop or bool(interrupted)
+
+    return StopWatch()
 
 # %% ../nbs/15_training.ipynb #5d1a9e13
 def make_run_clock(held_out: HeldOut | None = None):
@@ -138,11 +175,27 @@ def make_run_clock(held_out: HeldOut | None = None):
 
     return RunClock()
 
+# %% ../nbs/15_training.ipynb #15a00080
+def make_resume_watch(extended: int | None = None):  # the step from which the run was extended, if it was
+    "Return a trainer callback that has a resumed run follow its settings where its checkpoint holds older ones: how often it logs, saves and evaluates, and the rate of a new schedule."
+    from transformers import TrainerCallback
+
+    class ResumeWatch(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+            state.compute_steps(args, state.max_steps)
+            if state.global_step != extended or not hasattr(lr_scheduler, "lr_lambdas"):  # one that follows evaluations goes on as it is
+                return
+            lr_scheduler._last_lr = [base * share(extended) for base, share in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas)]
+            for group, rate in zip(optimizer.param_groups, lr_scheduler._last_lr):
+                group["lr"] = rate
+
+    return ResumeWatch()
+
 # %% ../nbs/15_training.ipynb #96a31b6b-23
 def run_trainer(trainer: object, watch: object, progress: Progress, folder: RunFolder, interrupted: list, resume_from: Path | None, early_stopping: int | None = None) -> None:
     "Train. Raise `TrainingInterrupted` after a signal, `UserError` on a full disk or GPU."
     watch.trainer = trainer
-    if resume_from and is_last_step(resume_from, early_stopping):
+    if resume_from and is_last_step(resume_from, early_stopping, trainer.args.max_steps):
         restore_ended_run(trainer, watch, folder, resume_from)
         raise_if_interrupted(interrupted, trainer.state.global_step, folder)
         return
@@ -158,8 +211,9 @@ def run_trainer(trainer: object, watch: object, progress: Progress, folder: RunF
         ) from error
     except Exception as error:
         if disk_full(error):
-            raise UserError(f"no space left in {folder.path} at step {trainer.state.global_step}: "
-                            f"free some and {folder.how_to_resume()}") from error
+            for torn in filter(find_damage, folder.checkpoints[:1]):
+                shutil.rmtree(torn, ignore_errors=True)  # it only takes space
+            raise FullDisk(f"no space left in {folder.path} at step {trainer.state.global_step}: free some and {describe_remains(folder)}") from error
         raise
     finally:
         progress.stop()
@@ -180,7 +234,7 @@ def _evaluate(model, tokenizer, eval_data, base_data, settings: Settings, base: 
 
 # %% ../nbs/15_training.ipynb #96a31b6b-28
 def write_results(folder: RunFolder, watch: object, before: Evaluation | None, after: Evaluation | None, summary: dict) -> None:
-    "Write evaluation.jsonl, heldout.jsonl and, last, summary.json: a run that has it is finished. Show the figures in a terminal."
+    "Write evaluation.jsonl, heldout.jsonl, the manifest and, last, summary.json: a run that has it is finished. Show the figures in a terminal."
     losses = [m["loss"] for m in watch.metrics]
     judged = {"before": before.summary() if before else None, "after": after.summary() if after else None}
     if before and after:
@@ -190,7 +244,7 @@ def write_results(folder: RunFolder, watch: object, before: Evaluation | None, a
         judged["change"] = {name: measure_change(before, after, name) for name in after.figures if name in before.figures}
         if not runs_in_notebook():  # there the run shows itself
             print(describe_changes(before, after), file=sys.stderr)
-    folder.write("summary.json", {
+    folder.finish({
         **judged, **summary, "vocab_size": getattr(getattr(watch.trainer.model, "config", None), "vocab_size", None),
         "steps": len(losses) and watch.metrics[-1]["step"], "mean_loss": sum(losses) / len(losses), "last_loss": losses[-1],
     })
@@ -215,8 +269,8 @@ def measure_peak_memory() -> dict | None:
     return {"allocated_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
 
 # %% ../nbs/15_training.ipynb #96a31b6b-32
-def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, callbacks: list = ()) -> None:
-    "Evaluate, train, save, evaluate, and write the results. `callbacks` are transformers'."
+def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, callbacks: list = (), deadline: float | None = None) -> None:
+    "Evaluate, train, save, evaluate, and write the results. `callbacks` are transformers'; `deadline` is in seconds since 1970."
     settings, folder, config, eval_data = prepared.settings, prepared.folder, prepared.config, prepared.eval_data
     how = (getattr(settings, "base_data", None), settings.template, settings.template_kwargs)
     base_data = load_base_rows(model, tokenizer, *how) if eval_data is not None else None  # the same rows before and after
@@ -227,19 +281,21 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, 
         folder.write("samples.jsonl", samples := held_out.answer(0))
         say_samples(progress, samples)
     with gentle_interrupt() as interrupted:
-        watch, clock = make_watch(folder, progress, interrupted), make_run_clock(held_out)
+        watch, clock = make_watch(folder, progress), make_run_clock(held_out)
         looks = [make_evaluation_watch(folder, watch, progress, held_out)] if held_out else []
         trainer = clock.trainer = choose_loop(settings)(
             model, tokenizer, prepared.rows.rows, settings, folder.checkpoint_folder,
-            [watch, clock, *looks, *reporting_callbacks(settings.report_to, folder.path), *callbacks], held_out and held_out.measure)
+            [watch, make_stop_watch(interrupted, deadline), clock, *looks, *reporting_callbacks(settings.report_to, folder.path), *callbacks], held_out and held_out.measure)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         run_trainer(trainer, watch, progress, folder, interrupted, prepared.checkpoint, settings.early_stopping)
+    raise_if_interrupted(interrupted, trainer.state.global_step, folder)
     found = take_best_adapter(model, folder, watch.metrics, settings, trainer.state.max_steps, trainer.state.global_step)
     plan = config.get("plan") and {"plan": {**config["plan"], "measured": measure_peak_memory()}}
     sha = save_adapter(model, tokenizer, folder.adapter)
+    write_manifest(folder.path, only=["adapter"])  # the run's own names all of its files
     set_model_info(model, adapter=str(folder.adapter))  # what a second training starts from
-    tidy_checkpoints(folder, config["model"])
+    tidy_checkpoints(folder)
     try:
         after = _evaluate(model, tokenizer, eval_data, base_data, settings, base=False)
     except Exception as error:  # hours may lie before it
@@ -247,7 +303,7 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, 
         raise UserError(f"the adapter is trained and saved in {folder.adapter}, but the held-out rows were not answered ({why}): {folder.how_to_resume()}") from error
     write_results(folder, watch, before, after, {
         "seconds": round(time.time() - started, 2), "adapter_sha256": sha, **found,
-        "backend": config["backend"], **{name: config[name] for name in ("started_from", "started_from_adapter") if name in config}, **count_parameters(model), **(plan or {}), **training_totals(trainer, clock, prepared.rows.count_left_out()),
+        "backend": config["backend"], **{name: config[name] for name in ("started_from", "started_from_adapter", "extended") if name in config}, **count_parameters(model), **(plan or {}), **training_totals(trainer, clock, prepared.rows.count_left_out()),
     })
 
 # %% ../nbs/15_training.ipynb #15a00071
@@ -267,6 +323,27 @@ def device_name() -> str:
     "Return the GPU's name, or `CPU` with its threads."
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
+# %% ../nbs/15_training.ipynb #15c00101
+def describe_checkpoints(config: Mapping) -> dict:  # what config.yaml holds
+    "Return what the manifest of each checkpoint records of the run: what decides its result, the data, the base, and the adapter that it continues."
+    settings = {name: value for name, value in deciding_settings(config).items() if name != "fingerprints"}
+    return {"settings": settings, "data": config.get("fingerprints"), "base": config.get("base_files"), "started_from": config.get("started_from")}
+
+
+def record_beginning(model, prepared: PreparedRun, callbacks: list) -> None:
+    "Write what is known of a run before its first step. config.yaml comes first: a run that is killed from here on can be resumed."
+    folder, config, rows = prepared.folder, prepared.config, prepared.rows
+    config["rows_read"] = {**rows.summary(), **config.get("rows_read", {})}
+    record_plan(model, prepared)
+    record_callbacks(callbacks, config)
+    for name in ("summary.json", "report.html", "report.md"):  # of a run that is extended, before its settings change: stopped between the two, it is as it was
+        folder.remove(name)
+    folder.remove(MANIFEST_FILE)  # of an earlier sitting: what it names is written anew
+    folder.write("config.yaml", config)
+    if rows.report:
+        folder.write("preflight.json", rows.report.to_dict())
+    folder.write("versions.json", {**library_versions(), "device": device_name(), "date": f"{datetime.now():%Y-%m-%d}"})
+
 # %% ../nbs/15_training.ipynb #96a31b6b-31
 def train_adapter(
     model,  # from `add_lora`
@@ -280,37 +357,31 @@ def train_adapter(
     check: bool = True,  # check the data first
     plan=None,  # "auto", a card, or a `Plan`
     resume: str | Path | None = None,  # a run to resume
+    extend: int | None = None,  # further steps of a finished run, which `resume` names
     source: dict | None = None,  # where the data came from, for config.yaml
     callbacks: list | None = None,  # transformers' callbacks, or their classes
-    started: float | None = None,  # when the clock of `seconds` began; None is now
+    started: float | None = None,  # when the clock of `seconds` and `max_minutes` began; None is now
+    max_minutes: float | None = None,  # after which to stop with a checkpoint
 ) -> tuple:  # (the run's folder, the tokenizer with the template that was trained, the held-out rows)
     "Train, evaluate before and after, and leave a finished run folder, but for its reports. Raise as `train` does."
     from transformers import set_seed
 
     started = started or time.time()
-    callbacks = make_callbacks(callbacks)
+    callbacks, deadline = make_callbacks(callbacks), find_deadline(max_minutes, started)
     prepared = None
-    with explain_interrupts(lambda: describe_remains(prepared.folder if prepared else RunFolder(resume) if resume else None)):
+
+    def remains() -> str:
+        return describe_remains(prepared.folder if prepared else RunFolder(getattr(resume, "path", resume)) if resume else None)
+
+    with contextlib.ExitStack() as held, explain_interrupts(remains), explain_full_disk(remains), stop_at(deadline):
         prepared = prepare_run(
-            model, tokenizer, data, eval_data, arguments, config, plan, resume, output, check, source or {"data": DATA_FROM_PYTHON})
-        folder, config, rows = prepared.folder, prepared.config, prepared.rows
-        if rows.report:
-            folder.write("preflight.json", rows.report.to_dict())
-        config["rows_read"] = {**rows.summary(), **config.get("rows_read", {})}
-        record_plan(model, prepared)
-        record_callbacks(callbacks, config)
-        folder.write("config.yaml", config)
-        folder.write("versions.json", {**library_versions(), "device": device_name(), "date": f"{datetime.now():%Y-%m-%d}"})
+            model, tokenizer, data, eval_data, arguments, config, plan, resume, output, check, source or {"data": DATA_FROM_PYTHON}, extend, held)
+        folder, config = prepared.folder, prepared.config
+        record_beginning(model, prepared, callbacks)
+        if prepared.checkpoint:
+            callbacks = [*callbacks, make_resume_watch(config["extended"][-1]["from"] if "extended" in config else None)]
         set_seed(prepared.settings.seed)
         tokenizer = with_template(tokenizer, prepared.settings.template, prepared.settings.template_kwargs)
-        train_and_evaluate(model, tokenizer, prepared, started, callbacks)
+        sealer = make_sealer(folder, describe_checkpoints(config), prepared.settings)
+        train_and_evaluate(model, tokenizer, prepared, started, [*callbacks, sealer], deadline)
         return folder, tokenizer, prepared.eval_data
-
-# %% ../nbs/15_training.ipynb #96a31b6b-3a
-def describe_remains(folder: RunFolder | None) -> str:
-    "Say what a stop left, and how to continue."
-    if folder is None or not (folder.path / "config.yaml").exists():
-        return "nothing was trained yet, so start again"
-    if folder.finished:
-        return f"the run {folder.path} is finished, but what follows it is not: qlora_nb report {folder.path}, qlora_nb export {folder.path}"
-    return folder.how_to_resume()

@@ -11,13 +11,15 @@ import functools
 import json
 import math
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .core import UserError
+from .core import UserError, locate_model, parse_json_file
+from .manifest import describe_base_change, describe_base_file
 
 # %% ../nbs/57_weights.ipynb #a11e0013
 def model_file(name: str, file: str, revision: str | None = None) -> Path | None:
@@ -39,12 +41,14 @@ def find_weight_files(folder: str | Path) -> list[Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            names = set(parse_json_file(index)["weight_map"].values())
+            if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+                raise ValueError(f"it names {odd[0]!r}, which is not a file beside it")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is damaged ({error}): copy the model again") from error
         files = [folder / name for name in sorted(names)]
         if missing := [file.name for file in files if not file.exists()]:
-            raise UserError(f"the folder {folder} lacks {', '.join(missing)}, which its index names: copy the model again")
+            raise UserError(f"the folder {folder} lacks {', '.join(missing[:5])}{f' and {len(missing) - 5:,} more' if missing[5:] else ''}, which its index names: copy the model again")
     elif single.exists():
         files = [single]
     else:
@@ -52,6 +56,65 @@ def find_weight_files(folder: str | Path) -> list[Path]:
     if not files:
         raise UserError(f"the folder {folder} holds no .safetensors weights: name a model's folder")
     return files
+
+# %% ../nbs/57_weights.ipynb #57a00102
+_BASE_PARTS = ("config.json", "generation_config.json", "*.safetensors.index.json", "*token*.json", "*.jinja", "chat_template.json", "vocab.*", "merges.txt", "*.model", "tekken.json")
+_TAKE_OVER = ("chat_template.json", "tokenizer.json")  # read in place of others where they are; more may be downloaded later and change nothing
+
+
+def find_base_files(info: dict) -> dict[str, Path]:  # `info`: `model` and `revision`, as in `model_info`
+    "Return the files that a base model is made of, by name; {} where its name leads to none on this machine."
+    config = model_file(str(locate_model(info["model"])), "config.json", info.get("revision"))
+    if config is None:
+        return {}
+    found = {file for part in _BASE_PARTS for file in config.parent.glob(part) if file.is_file() and not file.name.startswith(".")}
+    with contextlib.suppress(UserError):  # what loads the weights will say so
+        found.update(find_weight_files(config.parent))
+    return {file.name: file for file in sorted(found)}
+
+
+def describe_base(info: dict) -> dict[str, dict]:  # `info`: as in `model_info`
+    "Return what a run records of its base in `config.yaml`: size and SHA-256 (of files above 1 GiB, of a sample) of each file, by name."
+    if gguf := info.get("gguf"):
+        return {gguf["file"]: {"size": gguf["size"], "sha256": gguf["sha256"]}}
+    return {name: describe_base_file(file) for name, file in find_base_files(info).items()}
+
+# %% ../nbs/57_weights.ipynb #57a00105
+def compare_base(known: dict[str, dict], info: dict) -> list[str]:  # `known`: from `describe_base`
+    "Return in what a base differs from what was recorded, a clause for each file; [] where nothing does."
+    if info.get("gguf") or any(name.lower().endswith(".gguf") for name in known):
+        now = describe_base(info)
+        if list(now.values()) == list(known.values()):  # whatever the file is called
+            return []
+        (name, entry), other = next(iter(known.items())), next(iter(now.values()), {})
+        return [f"{name} was changed (sha256 {other.get('sha256', 'unknown')[:12]}…, and {entry.get('sha256', '')[:12]}… when it was recorded)"]
+    files, local = find_base_files(info), Path(locate_model(info["model"])).expanduser().is_dir()
+    weights = any(name.endswith(".safetensors") for name in files)
+
+    def is_lacking(name: str) -> bool:  # of the Hub's files, those that loading needs are downloaded, and not always all at once
+        return local or weights and name.endswith(".safetensors")
+
+    changed = [f"{name} {why}" for name, entry in known.items() if (why := describe_base_change(files[name], entry) if name in files else "is missing" if is_lacking(name) else None)]
+    return changed + [f"{name} was added" for name in files if name not in known and (name.endswith(".jinja") or name in _TAKE_OVER)]
+
+
+def check_same_base(
+    config: dict,  # a run's config.yaml
+    info: dict,  # of the base that is to be used: `model`, `revision` and `gguf`, as in `model_info`
+    where: str,  # the run, for the message
+    strict: bool = True,  # False: the base was named by the user; what differs is reported on stderr
+) -> None:
+    "Compare a base with the one that a run was trained on. Raise `UserError` where its bytes are others."
+    known, trained, name = config.get("base_files"), config.get("model"), info.get("model")
+    if not isinstance(known, dict) or not known or not name:  # nothing was recorded
+        return
+    if changes := compare_base(known, info):
+        what = f"the base {name} is not what {where} was trained on: {'; '.join(changes[:3])}"
+        if strict:
+            raise UserError(f"{what}: put the files of training back, or name the base where they are now: base= (--base), or to resume model= (--model)")
+        print(f"note: {what}", file=sys.stderr)
+    elif name != trained:
+        print(f"note: the base {name} has the bytes of {trained}, which {where} was trained on", file=sys.stderr)
 
 # %% ../nbs/57_weights.ipynb #bd01c831-9
 @contextlib.contextmanager

@@ -33,16 +33,32 @@ from .adapter import find_active_adapter, model_info
 from .certificate import certify
 from .certificate_checks import Certificate
 from .core import EMBEDDED_NAME, PROFILES, ShownObject, UserError, is_number, render_html_table, write_json
-from .gguf_export import GGUF_QUANTIZATIONS, check_quantizations, export_gguf, name_tensors, plan_tensors
+from qlora_nb.gguf_export import (
+    check_quantizations,
+    estimate_sizes,
+    export_gguf,
+    find_exact_format,
+    name_tensors,
+    plan_tensors,
+)
 from .gguf_tokens import read_vocabulary
 from .gguf_writer import ModelSource, check_disk, find_architecture, target_files
 from .llama import NO_LOGITS, ServedFile, import_extra
+from .model import count_parameters
 from .ollama_export import modelfile_for, modelfile_refusal, write_modelfile
-from .preparation import adapter_settings
+from .preparation import adapter_settings, count_run_bytes
 from .publishing import push_to_hub
 from .report import Report, choose_window, render_markdown, running_mean, show_report, write_reports
-from .run import RunFolder, Settings, call_of_setting, check_setting, read_own_config, settings_of_part
-from .safeguards import TrainingInterrupted, explain_interrupts
+from qlora_nb.run import (
+    RunFolder,
+    Settings,
+    call_of_setting,
+    check_setting,
+    how_to_finish,
+    read_own_config,
+    settings_of_part,
+)
+from .signals import TrainingInterrupted, explain_interrupts
 from .template import render
 from .training import train_adapter, with_template
 
@@ -55,12 +71,11 @@ if TYPE_CHECKING:  # for editors and type checkers
 # %% ../nbs/54_workflow.ipynb #54a00011
 def try_to_report(folder: RunFolder) -> None:
     "Write the reports of a finished run. Where that fails the run is complete all the same, and stderr says so."
-    path = folder.path
-    with explain_interrupts(lambda: f"the run {path} is finished, but its report is not written: qlora_nb report {path}"):
+    with explain_interrupts(lambda: how_to_finish(folder)):
         try:
             write_reports(folder)
         except Exception as error:
-            print(f"the report was not written ({error}): make it with qlora_nb report {path}", file=sys.stderr)
+            print(f"the report was not written ({error}): make it with {folder.command('report')}", file=sys.stderr)
 
 # %% ../nbs/54_workflow.ipynb #54a1f001
 def draw_loss_curve(
@@ -176,8 +191,9 @@ def load_run(
 def certify_run(run: "Run", **settings):  # -> Certificate
     "Compare a run's exported files with what was trained, on its own held-out rows, and write certificate.json."
     folder = RunFolder.open(run)
-    found = certify(folder.path, gguf=folder.gguf_files, **{"data": run.eval_data, "modelfile": folder.modelfile, **settings})
-    found.to_json()
+    with folder.lock("certify"):
+        found = certify(folder.path, gguf=folder.gguf_files, **{"data": run.eval_data, "modelfile": folder.modelfile, **settings})
+        found.to_json()
     return found
 
 # %% ../nbs/54_workflow.ipynb #54a00026
@@ -233,12 +249,15 @@ def train(
     check: bool = True,  # check the data first, and stop on errors
     plan: object = None,  # "auto" for this card; a card's name, bytes or `Card`; a `Plan`; settings, as a mapping or in a .yaml file
     resume: str | Path | None = None,  # the folder of a run that was stopped
+    extend: int | None = None,  # with `resume`, which names a finished run: go on for so many steps
     callbacks: list | None = None,  # transformers' TrainerCallback objects, or classes
+    max_minutes: float | None = None,  # stop in time for so many minutes from now, with a checkpoint
     **settings,  # the trainer's settings in `Settings`, by name
 ) -> Run:
     """Fine-tune the adapter, evaluate before and after, and leave a run folder with its reports.
 
-    Raise `UserError` for a mistake, `TrainingInterrupted` after Ctrl-C or a signal, `TrainingDiverged` where the loss is NaN.
+    Raise `UserError` for a mistake, `TrainingDiverged` where the loss is NaN, and `TrainingInterrupted` after Ctrl-C,
+    another signal or `max_minutes`.
     """
     check_trainer_settings(settings)
     config, plan = split_plan(plan, model)
@@ -246,9 +265,11 @@ def train(
         raise UserError("output and resume are both given: a resumed run stays in its folder")
     if resume and (plan or config):
         raise UserError("plan and resume are both given: a resumed run keeps its settings")
+    if extend is not None and not resume:
+        raise UserError("extend goes on with a finished run: name it with resume=")
     return train_and_report(
-        model, tokenizer, data, settings, config=config, eval_data=eval_data, output=output, check=check, plan=plan, resume=resume,
-        callbacks=callbacks)
+        model, tokenizer, data, settings, config=config, eval_data=eval_data, output=output, check=check, plan=plan, resume=resume, extend=extend,
+        callbacks=callbacks, max_minutes=max_minutes)
 
 # %% ../nbs/54_workflow.ipynb #54a1f004
 SETTING_GROUPS = {  # of the trainer's settings
@@ -337,15 +358,13 @@ def compare_prompts(stand_in: Path, tokenizer, conversations: list) -> str | Non
 
 # %% ../nbs/54_workflow.ipynb #e345ce83
 def check_tensors(model, names: list[str], place: Path) -> tuple[int, int]:  # how many numbers it has, how many tokens
-    "Raise `UserError` where a model's tensors can't be exported in these formats, or the disk of `place` has no room for them."
+    "Raise `UserError` where a model's tensors can't be exported in these formats, or the disk of `place` has no room for them and the run."
     source = ModelSource(model)
     find_architecture(source.config)
     plans = plan_tensors(source.config, source.shapes)
-    numbers = sum(math.prod(plan.shape) for plan in plans)
-    exact = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(source.dtype, "f32")
-    kinds = sorted({*names, *(exact for name in names if GGUF_QUANTIZATIONS[name].type is None)})
-    check_disk([place / "model.gguf"], numbers * sum(GGUF_QUANTIZATIONS[kind].bits for kind in kinds) / 8, f"the exported files ({', '.join(kinds)})")
-    return numbers, plans[0].shape[0]
+    run_bytes, _ = count_run_bytes(count_parameters(model)["trainable"], Settings())
+    check_disk([place / "model.gguf"], estimate_sizes(plans, names, find_exact_format(source.dtype)), run_bytes)
+    return sum(math.prod(plan.shape) for plan in plans), plans[0].shape[0]
 
 
 def try_texts(tokenizer, tokens: int, rows: list) -> list[str]:

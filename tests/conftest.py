@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,6 +19,10 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     QLORA_NB_PROFILE="tiny",
 )
+# What runs in the background, or under nohup, ignores these, and so does what it starts: the tests send them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 # Notebooks choose their own backend for figures.
 os.environ.pop("MPLBACKEND", None)
 

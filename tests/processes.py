@@ -25,9 +25,12 @@ spent = 0.0  # CPU seconds of all that ended; conftest counts them for the test 
 
 
 class Process:
-    "A forked process that runs `code`, with the part of subprocess.Popen that the tests use."
+    """A forked process that runs `code`, with the part of subprocess.Popen that the tests use.
 
-    def __init__(self, code, *arguments, cwd, env=None, without=(), input="", first=""):
+    With `preload`, a shared library, it is forked from a server of its own that has this library preloaded.
+    """
+
+    def __init__(self, code, *arguments, cwd, env=None, without=(), input="", first="", preload=""):
         self._place = Path(tempfile.mkdtemp(prefix="forked-"))
         (self._place / "in").write_text(input, encoding="utf-8")
         request = {
@@ -36,12 +39,13 @@ class Process:
             "env": {name: value for name, value in {**os.environ, **(env or {})}.items() if name not in without},
             "place": str(self._place),
         }
-        self.pid = _ask(start=request | {"arguments": [str(a) for a in arguments]})["pid"]
+        self._preload = str(preload)
+        self.pid = _ask(self._preload, start=request | {"arguments": [str(a) for a in arguments]})["pid"]
         self.args, self.returncode = [code, *arguments], None
 
     def poll(self):
         global spent
-        if self.returncode is None and (ended := _ask(poll=self.pid)):
+        if self.returncode is None and (ended := _ask(self._preload, poll=self.pid)):
             self.returncode = ended["code"]
             spent += ended["seconds"]
         return self.returncode
@@ -74,7 +78,15 @@ def qlora_nb(*arguments, cwd, **more):
     return run(COMMAND, *arguments, cwd=cwd, **more)
 
 
-_SERVER = []
+def wait_for(process, path, lines, meanwhile=lambda: time.sleep(0.01)):
+    "Until a file of a process's run has so many lines."
+    limit = time.time() + 240
+    while not (path.exists() and path.read_text().count("\n") >= lines):
+        assert process.poll() is None and time.time() < limit
+        meanwhile()
+
+
+_SERVERS = {}  # by what is preloaded
 
 
 def run_script(path, *arguments, **more):
@@ -83,18 +95,21 @@ def run_script(path, *arguments, **more):
                *arguments, **more)  # fmt: skip
 
 
-def _ask(**request):
+def _ask(preload, **request):
     "One question to the server, which starts with the first."
     global spent
-    if not _SERVER:
-        _SERVER.append(subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-        atexit.register(_SERVER[0].kill)
-        if not (first := _SERVER[0].stdout.readline()):
+    if preload not in _SERVERS:
+        server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  env={**os.environ, "LD_PRELOAD": preload} if preload else None)  # fmt: skip
+        _SERVERS[preload] = server
+        atexit.register(server.kill)
+        if not (first := server.stdout.readline()):
             raise RuntimeError(f"tests/processes.py did not start: {sys.executable} {__file__} says why")
         spent += json.loads(first)
-    _SERVER[0].stdin.write(json.dumps(request).encode() + b"\n")
-    _SERVER[0].stdin.flush()
-    return json.loads(_SERVER[0].stdout.readline())
+    server = _SERVERS[preload]
+    server.stdin.write(json.dumps(request).encode() + b"\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
 
 
 # --- the server -----------------------------------------------------------------------------------------------------

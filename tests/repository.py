@@ -170,3 +170,17 @@ def real_tokenizer(name, template=None):
     if template:
         tokenizer.chat_template = real_file(f"templates/{template}.jinja").read_text(encoding="utf-8")
     return tokenizer
+
+
+def accept_changes(run):
+    "After a test has changed a finished run's folder on purpose: its manifest describes it as it is now."
+    from qlora_nb.core import file_sha256, write_json
+    from qlora_nb.manifest import write_manifest
+    from qlora_nb.run import RUN_PARTS
+
+    run = Path(run)
+    summary = json.loads((run / "summary.json").read_text())
+    sha = file_sha256(run / "adapter/adapter_model.safetensors")
+    write_json(run / "summary.json", {**summary, "adapter_sha256": sha})
+    write_manifest(run, only=[*RUN_PARTS, "summary.json"])
+    return run

@@ -16,6 +16,7 @@ from qlora_nb.adapter_files import find_adapter
 from qlora_nb.cli import open_for_chat
 from qlora_nb.core import EMBEDDED_MODEL, UserError
 from qlora_nb.gguf_export import export_gguf
+from qlora_nb.manifest import write_manifest
 from qlora_nb.merging import merge_adapter, save_merged
 from qlora_nb.model import load_model, model_info, open_run
 
@@ -434,7 +435,7 @@ def test_llama_cpp_computes_what_peft_does(kind, bases, tmp_path):
         if key.startswith("qlora_nb.merge.")
     }
     assert said == {
-        "base": str(bases[base]),
+        "base": bases[base].name,
         "load_in_4bit": False,
         "evidence": "neither its run nor its files say that the base was in 4 bits",
     }
@@ -579,9 +580,10 @@ def test_a_nested_adapter_is_found_from_every_door(inside, bases, tmp_path, capf
 
 def test_checkpoints_of_a_run_know_their_run(bases, tmp_path):
     folder, _ = make(bases, tmp_path / "run/checkpoints/checkpoint-20")
-    (tmp_path / "run/config.yaml").write_text("format: 2\nload_in_4bit: true\n")
+    (tmp_path / "run/config.yaml").write_text("format: 3\nload_in_4bit: true\n")
     assert trained_in_4bit(tmp_path / "run/checkpoints") == (True, "config.yaml of its run says load_in_4bit: true")
     assert find_adapter(tmp_path / "run") is None
+    write_manifest(folder)
     with pytest.raises(UserError, match="is not finished: resume it .*or name its newest checkpoint, .*checkpoint-20"):
         open_run(tmp_path / "run")
 
@@ -607,7 +609,7 @@ def test_a_merged_folder_says_what_was_merged_into_what(bases, tmp_path):
     model, tokenizer = load_model(bases["tied"], adapter=folder, max_seq_length=64)
     save_merged(model, tokenizer, tmp_path / "merged")
     card = (tmp_path / "merged/README.md").read_text()
-    assert f"base_model: {bases['tied']}" in card and "merged_load_in_4bit: true" in card
+    assert "base_model: tied\n" in card and "merged_load_in_4bit: true" in card
     assert "merged into the base's dequantized 4-bit weights: its README.md says load_in_4bit: true" in card
 
 

@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 import pytest
 import torch
 from gguf_models import needed
+from repository import accept_changes
 from safetensors.torch import load_file, save_file
 
 from qlora_nb import certificate, certificate_checks, gguf_export, gguf_writer, llama, merging
@@ -62,7 +63,7 @@ def run(place):
     tensors = {name: t / 2 if "lora_B" in name else t for name, t in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
     config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 32'))
-    made = load_run(path)
+    made = load_run(accept_changes(path))
     made.model, made.tokenizer = open_run(path)
     assert next(iter(made.model.peft_config.values())).lora_alpha == 32
     return made
@@ -335,7 +336,7 @@ def test_the_reverse_fails_and_the_record_decides(run, place, files):
     config.write_text(config.read_text().replace("load_in_4bit: true", "load_in_4bit: false"))
     for card in path.glob("adapter/README.md"):
         card.unlink()
-    sixteen = open_subject(path)
+    sixteen = open_subject(accept_changes(path))
     fails(short(sixteen, files[0], rows=20), "F16: the mean KL")
     fails(short(sixteen, files[2], rows=20), "Q4_K_M: ")
     right = short(sixteen, export_gguf(path, None, place / "sixteen.gguf", "f16"), rows=20)
@@ -401,15 +402,20 @@ def test_another_template_in_the_file_fails(run, place, subject, modelfile):
 
 
 def test_a_template_with_the_date_fails(run, place, subject):
-    tokenizer = copy.deepcopy(run.tokenizer)
+    "Whatever the day: on some it has as many tokens as training's, and on others it hasn't."
+    tokenizer, real, told = copy.deepcopy(run.tokenizer), llama._post, set()
     tokenizer.chat_template = CHAT_TEMPLATES["llama-3.1"].replace("date_string", "datetime")  # llama.cpp gives both
     other = copy.copy(subject)
     other.tokenizer = tokenizer
-    fails(
-        short(other, export_gguf(run.model, tokenizer, place / "wrong.gguf", "f16")),
-        "on the path GGUF",
-        "training has",
-    )
+    file = export_gguf(run.model, tokenizer, place / "wrong.gguf", "f16")
+    for day in (None, "Nov 27 2026", "Dec 01 2026"):
+        kwargs = {"chat_template_kwargs": {"datetime": day}} if day else {}  # None: by the server's own clock
+        with mock.patch.object(
+            llama, "_post", lambda place, body, timeout=120, more=kwargs: real(place, {**body, **more}, timeout)
+        ):
+            found = fails(short(other, file, model_rows=1), "on the path GGUF, 16 of 16", "training has")
+        told.add(len(found.failures))
+    assert told == {1, 2}, "days of either kind were tried"
 
 
 def edited(modelfile, name, value):

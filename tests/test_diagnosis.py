@@ -149,7 +149,7 @@ def test_a_base_that_forgets(spoil):
 
 
 def test_a_loss_that_is_no_number(spoil):
-    found = spoil(learning_rate=1e25, warmup_steps=0, max_steps=12, fails=(UserError,))
+    found = spoil(learning_rate=4e9, warmup_steps=0, max_steps=12, fails=(UserError,))
     assert found.evidence.stopped, "train says why it stopped"
     assert found.codes == ["nan_loss"] and "lower the learning rate" in found.findings[0].fix
 
@@ -220,7 +220,10 @@ def test_a_run_that_was_stopped(healthy, tmp_path):
 
 
 def copied(found, folder):
-    return shutil.copytree(found.evidence.path, folder / "copy")
+    "A copy of a run, to be changed on purpose."
+    path = shutil.copytree(found.evidence.path, folder / "copy")
+    (path / "manifest.json").unlink()
+    return path
 
 
 @pytest.mark.parametrize(
@@ -507,7 +510,7 @@ def test_every_consequence_is_a_finding_of_a_rule():
 def test_what_is_no_run_folder(tmp_path):
     with pytest.raises(UserError, match="no config.yaml"):
         diagnose(tmp_path)
-    (tmp_path / "config.yaml").write_text("format: 2\nlearning_rate: 0.001\nmax_steps: 5\n")
+    (tmp_path / "config.yaml").write_text("format: 3\nlearning_rate: 0.001\nmax_steps: 5\n")
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         read_evidence(tmp_path)
@@ -572,7 +575,7 @@ def test_a_damaged_configuration_is_named(healthy, tmp_path, content):
     from qlora_nb.workflow import load_run
 
     path = copied(healthy, tmp_path)
-    (path / "config.yaml").write_text(f"format: 2\n{content}" if ": " in content else content)
+    (path / "config.yaml").write_text(f"format: 3\n{content}" if ": " in content else content)
     for read in (diagnose, load_run):
         with pytest.raises(UserError, match="config.yaml") as error:
             read(path)

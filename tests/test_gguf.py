@@ -774,6 +774,7 @@ def test_a_run_is_merged_into_what_it_was_trained_on(bits, judge, tmp_path):
     "config.yaml says whether the base was in 4 bits; the run's folder and its adapter's give the same file."
     from qlora_nb.adapter import save_adapter
     from qlora_nb.core import write_yaml
+    from qlora_nb.manifest import write_manifest
     from qlora_nb.model import add_lora, load_model
     from qlora_nb.run import RUN_FORMAT
 
@@ -787,6 +788,7 @@ def test_a_run_is_merged_into_what_it_was_trained_on(bits, judge, tmp_path):
     settings = {"format": RUN_FORMAT, "model": "qlora_nb:embedded", "revision": None, "max_seq_length": 512}
     settings |= {"load_in_4bit": bits == 4, "dtype": "float32"}
     write_yaml(tmp_path / "run" / "config.yaml", settings)
+    write_manifest(tmp_path / "run", only=["adapter"])
     files = [export_gguf(tmp_path / place, None, tmp_path / "m.gguf", "f32") for place in ("run", "run/adapter")]
     assert files[0] == files[1]
     ids = prompt(tokenizer)

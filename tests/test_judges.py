@@ -192,9 +192,10 @@ with torch.no_grad():  # an adapter that changes what the base prefers
         if "lora_B" in name:
             p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
 rows = [json.loads(line) for line in open(sys.argv[2])]
-task = {"task": "apples", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": sys.argv[2]}}, "test_split": "test",
-        "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
+task = {"task": "apples", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": sys.argv[2]}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "gold", "metric_list":
+        [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
 
 def ours():
     "The share of rows whose right choice has the highest log-likelihood, by one forward pass each."

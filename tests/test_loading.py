@@ -627,9 +627,9 @@ def adapter(folder, settings=None, change=None, base_name="qlora_nb:embedded", *
     "file, text, wanted, why",
     [
         (None, None, False, "neither its run nor its files"),
-        ("../config.yaml", "format: 2\nload_in_4bit: true\nr: 4\n", True, "config.yaml of its run"),
-        ("../config.yaml", "format: 2\nload_in_4bit: false\n", False, "config.yaml of its run"),
-        ("../config.yaml", "format: 2\nlearning_rate: 1e-4\n", False, "neither"),
+        ("../config.yaml", "format: 3\nload_in_4bit: true\nr: 4\n", True, "config.yaml of its run"),
+        ("../config.yaml", "format: 3\nload_in_4bit: false\n", False, "config.yaml of its run"),
+        ("../config.yaml", "format: 3\nlearning_rate: 1e-4\n", False, "neither"),
         ("README.md", "The following `bitsandbytes` config was used:\n- load_in_4bit: True\n", True, "README.md"),
         (
             "README.md",
@@ -888,7 +888,7 @@ def test_a_run_on_another_base(trained, tmp_path):
         (lambda run: shutil.rmtree(run / "adapter"), "there is no adapter folder"),
         (
             lambda run: (run / "config.yaml").write_text("model: x\nfingerprints: {}\n"),
-            "is a run of format 1, and this .* format 2",
+            "is a run of format 1, and this .* format 3",
         ),
     ],
     ids=["no folder", "no run", "unfinished", "no adapter", "another format"],

@@ -16,9 +16,10 @@ from qlora_nb.model import add_lora, load_model
 from qlora_nb.preflight import encode_dataset
 from qlora_nb.rows import load_sft_dataset
 from qlora_nb.run import RunFolder, read_config, resolve_settings
-from qlora_nb.safeguards import TrainingDiverged, TrainingInterrupted
+from qlora_nb.safeguards import TrainingDiverged, make_sealer
+from qlora_nb.signals import TrainingInterrupted
 from qlora_nb.trainer import make_trainer, trainable_parameters, trainer_arguments
-from qlora_nb.training import make_watch, run_trainer
+from qlora_nb.training import make_stop_watch, make_watch, run_trainer
 from qlora_nb.workflow import train
 
 heavy = pytest.mark.heavy
@@ -192,8 +193,15 @@ def test_a_signal_and_the_tripwire_end_the_loop_as_they_end_trls(rows, tmp_path)
         folder.path.mkdir()
         model = add_lora(load_model("qlora_nb:embedded", backend="transformers")[0], r=8)
         settings = resolve_settings({**UNEVEN, "save_steps": 50}, profile=TINY)
-        watch = make_watch(folder, Silent(), interrupted)
-        made = make_loop(model, rows[1], rows[0], settings, folder.checkpoint_folder, [Act(), watch])
+        watch = make_watch(folder, Silent())
+        made = make_loop(
+            model,
+            rows[1],
+            rows[0],
+            settings,
+            folder.checkpoint_folder,
+            [Act(), watch, make_stop_watch(interrupted), make_sealer(folder, {}, settings)],
+        )
         run_trainer(made, watch, Silent(), folder, interrupted, None)
 
     interrupted, act = [], lambda model: interrupted.append(signal.SIGINT)

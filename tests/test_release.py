@@ -237,7 +237,8 @@ def test_the_interface_on_one_page():
     for name, part in parts.items():
         assert re.search(r"\*\*Explained in\*\* \[.+\]\((\w+)\.html#\w+\)", part)[1] in addresses, name
         if name != "UserError":
-            rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.*?)(?: \*\(.*\)\*)? \|$", part, re.M)
+            own = re.split(r"^###|^\| attribute", part, flags=re.M)[0]
+            rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.*?)(?: \*\(.*\)\*)? \|$", own, re.M)
             wanted = [
                 n for n, p in inspect.signature(getattr(qlora_nb, name)).parameters.items() if p.kind != p.VAR_KEYWORD
             ]
@@ -248,6 +249,20 @@ def test_the_interface_on_one_page():
     )  # not the setting of that name
     assert "| `learning_rate` | the profile's | peak of the schedule *(float)* |" in parts["train"]
     assert "**Raises** `UserError`" in parts["load_model"] and "`count_layer_bytes`" in page
+
+
+def test_the_public_interface_has_the_methods_too():
+    "Those of the public classes, and of what the public functions return: its call, parameters and faults."
+    page = tool("site_pages")["api_page"]()
+    parts = dict(re.findall(r"^### ([\w.]+) \{#\1\}\n(.*?)(?=^##|\Z)", page, re.M | re.S))
+    wanted = {"Run.export", "Run.certify", "Run.report", "ChatSession.ask", "Plan.to_config", "Evaluation.interval"}
+    assert wanted <= set(parts) and not any("._" in name for name in parts)
+    assert "Run.export(quantization='q8_0')" in parts["Run.export"] and "list[Path]" in parts["Run.export"]
+    assert "| `path` | required | of a YAML file *(str or Path)* |" in parts["Plan.to_config"]
+    assert "**Raises** `UserError` where nothing fits" in parts["Plan.to_config"]
+    for name, text in parts.items():
+        assert f"```python\n{name}(" in text and not re.search(r"`(self|cls)`|->|kwargs", text), text
+    assert re.search(r"^\| `settings` \| Keyword arguments for .+\|$", page, re.M), "the properties of a plan"
 
 
 @pytest.mark.quick

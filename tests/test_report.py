@@ -101,6 +101,7 @@ def finding(code, severity, text):
 def full(hostile, place):
     "That run with every optional file, hostile too, and replies that were exchanged for the attacks."
     path = shutil.copytree(hostile, place / "full <script>window.hit=11</script>".replace("/", "_"))
+    (path / "manifest.json").unlink()  # it is changed on purpose
     everything = " ".join(ATTACKS)
     config = yaml.safe_load((path / "config.yaml").read_text())
     config |= {"model": everything, "system": everything, "target_modules": ATTACKS, ATTACKS[1]: ATTACKS[2]}
@@ -138,6 +139,7 @@ def full(hostile, place):
 def plain(hostile, place):
     "The run with a harmless name and the curves of a longer training."
     path = shutil.copytree(hostile, place / "plain")
+    (path / "manifest.json").unlink()  # it is changed on purpose, here and below
     rows = [
         {"step": i, "loss": 3 * math.exp(-i / 40) + 0.5 + 0.1 * math.sin(9 * i), "learning_rate": 2e-4 * (1 - i / 300),
          "grad_norm": None if i == 7 else 1 + 0.5 * math.sin(i), "tokens_per_second": 2900 + i, "peak_allocated": None,
@@ -649,11 +651,13 @@ def test_compare(plain, tmp_path):
     found = compare([plain, other])
     assert found.names == [f"{plain.parent.name}/plain", f"{other.parent.name}/plain"]
     assert found.settings["r"] == ["16", "32"] and set(found.settings) == {"r", "eval_data fingerprint"}
-    assert found.notes == ["the runs were not evaluated on the same rows, so their shares can't be compared"]
+    changed = [note for note in found.notes if "manifest.json is missing" in note]  # they were changed on purpose
+    assert len(changed) == 2
+    assert found.notes == [*changed, "the runs were not evaluated on the same rows, so their shares can't be compared"]
     lines = str(found).splitlines()
     assert lines[1].split() == ["r", "16", "32"] and lines[-1].startswith("note: ")
     (other / "summary.json").unlink()
-    assert compare([plain, other]).notes[0].endswith("is not finished")
+    assert any(note.endswith("is not finished") for note in compare([plain, other]).notes)
     assert compare([plain, plain]).names == [f"{i}: {plain.parent.name}/plain" for i in (1, 2)]
     with pytest.raises(UserError, match="is a folder: name a file"):
         found.write(tmp_path)

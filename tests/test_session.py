@@ -5,6 +5,7 @@ import re
 
 import pytest
 from processes import COMMAND, Process, qlora_nb
+from repository import accept_changes
 
 from qlora_nb.core import UserError
 from qlora_nb.run import Settings, copy_embedded_run
@@ -179,6 +180,7 @@ def test_a_base_that_only_this_machine_has_is_not_published_by_its_path(tmp_path
     (run / "config.yaml").write_text(
         yaml.safe_dump(config | {"model": str(tmp_path / "base"), "data": str(tmp_path / "acme/rows.jsonl")})
     )
+    accept_changes(run)
     with pytest.raises(UserError, match="only this machine has.*--base-model"):
         push_to_hub(run, "a/b", dry_run=True)
     with pytest.raises(UserError, match="the licence of some/base is not known"):

@@ -697,6 +697,67 @@ def test_scripts_wait_and_wide_outputs_take_the_focus():
     assert names["reach_by_key"](code) == code
 
 
+@pytest.mark.quick
+def test_a_wide_table_stands_upright_on_a_phone():
+    "Each cell knows its column; a table that fits, one of three columns and one with cells that span stay as they are."
+    stack = names_of("finish_docs")["stack_rows"]
+
+    def table(columns, width, cell="td"):
+        heads, row = (
+            "".join(f"<{tag}>{text}</{tag}>" for text in texts)
+            for tag, texts in (
+                ("th", [f'head {i} &amp; "more"' for i in range(columns)]),
+                (cell, ["w" * width] * columns),
+            )
+        )
+        return f"<table class='small'><thead><tr>{heads}</tr></thead><tbody><tr>{row}</tr></tbody></table>"
+
+    made = stack(f"<p>before</p>{table(5, 20)}")
+    assert made.startswith('<p>before</p><table class="small stack">') and made.count("data-head=") == 5
+    assert html.unescape(re.search(r"<td data-head=(['\"])(.*?)\1>", made)[2]) == 'head 0 & "more"'
+    short = table(4, 3).replace("head", "h").replace(' &amp; "more"', "")
+    for kept in (
+        short,
+        table(3, 60),
+        table(5, 20).replace("<td>", "<td colspan=2>", 1).replace("<td>" + "w" * 20 + "</td>", "", 1),
+    ):
+        assert stack(kept) == kept
+    assert "data-head" in (NBS / "styles.css").read_text(encoding="utf-8")
+
+
+@needs_browser
+def test_the_scheme_follows_the_system_until_the_reader_chooses(tmp_path):
+    "Quarto's switch keeps its choice in the browser, and looks there when a page is opened."
+    head = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["format"]["html"]["include-in-header"]
+    (tmp_path / "a.html").write_text(f"<!DOCTYPE html><title>A</title>{head['text']}<main></main>")
+    check = names_of("check_site")
+    kept = "() => localStorage.getItem('quarto-color-scheme')"
+    with check["browser"]() as opened, check["served"](tmp_path) as address:
+        page = opened.new_page(color_scheme="dark")
+        for scheme, wanted in (("dark", "alternate"), ("light", "default"), ("dark", "alternate")):
+            page.emulate_media(color_scheme=scheme)
+            page.goto(f"{address}/a.html")
+            assert page.evaluate(kept) == wanted
+        page.evaluate("() => localStorage.setItem('quarto-color-scheme', 'default')")  # what the switch does
+        page.goto(f"{address}/a.html")
+        assert page.evaluate(kept) == "default", "the reader's choice stays"
+
+
+@needs_browser
+def test_a_search_that_leads_elsewhere_is_seen(tmp_path):
+    "With a library in the place of Fuse's that looks at titles alone."
+    script = "const kFuseIndexOptions = {}; class Fuse { constructor(all) { this.all = all }"
+    script += " search(word) { return this.all.filter(one => one.title.includes(word)).map(item => ({item})) } }"
+    (tmp_path / "index.html").write_text(f"<!DOCTYPE html><title>A</title><script>{script}</script>")
+    (tmp_path / "search.json").write_text(json.dumps([{"title": "VRAM", "href": "memory.html#vram"}]))
+    hits = names_of("check_site")["check_hits"]
+    assert hits(tmp_path, {"VRAM": "memory.html"}) == []
+    assert hits(tmp_path, {"VRAM": "plan.html", "BOS": "template.html"}) == [
+        "search for 'VRAM': first memory.html, not plan.html",
+        "search for 'BOS': first nothing, not template.html",
+    ]
+
+
 @needs_browser
 def test_what_a_browser_hears_and_measures_is_seen(tmp_path):
     page = "<meta name=viewport content='width=device-width'><main>{}</main>"
@@ -785,15 +846,25 @@ def test_glossary_is_linked_from_the_pages(site):
     assert {f"glossary.html#{term}" for term in ("nf4", "lora", "absmax", "packing")} <= used
 
 
-def test_older_tutorial_is_right_about_trl():
-    import inspect
+def in_a_forked_process(code, folder):
+    "Run code that needs trl where it is imported already: the import takes longer than all that is asked of it."
+    done = processes.run(code, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
 
-    from trl import SFTConfig, SFTTrainer
 
-    trainer, config = (set(inspect.signature(thing).parameters) for thing in (SFTTrainer.__init__, SFTConfig.__init__))
-    assert "processing_class" in trainer and not trainer & {"tokenizer", "packing", "max_seq_length"}
-    assert "max_length" in config and not config & {"max_seq_length", "warmup_ratio"}
-    assert inspect.signature(SFTConfig.__init__).parameters["max_length"].default == 1024
+TRL_OF_TODAY = """
+import inspect
+from trl import SFTConfig, SFTTrainer
+
+trainer, config = (set(inspect.signature(thing).parameters) for thing in (SFTTrainer.__init__, SFTConfig.__init__))
+assert "processing_class" in trainer and not trainer & {"tokenizer", "packing", "max_seq_length"}
+assert "max_length" in config and not config & {"max_seq_length", "warmup_ratio"}
+assert inspect.signature(SFTConfig.__init__).parameters["max_length"].default == 1024
+"""
+
+
+def test_older_tutorial_is_right_about_trl(tmp_path):
+    in_a_forked_process(TRL_OF_TODAY, tmp_path)
 
 
 # --- the front page as README -----------------------------------------------------------------------------------------
@@ -827,6 +898,7 @@ def test_front_page_says_what_how_and_needs():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     order = [
         "> Fine-tune",
+        "You bring a model",
         "Colab",
         "pip install",
         "nbs/images/",
@@ -947,23 +1019,23 @@ def test_dtype_follows_the_capability(monkeypatch, name, capability, wanted):
     assert model.choose_dtype() is getattr(torch, wanted)
 
 
-def test_trainer_on_a_t4_is_told_fp16_and_never_bf16(monkeypatch, tmp_path):
-    "The compute dtype decides for the trainer too; bf16 stays off although torch claims to support it."
-    import torch
-    import trl  # before a GPU is made believe: importing it looks for one
+# The configuration itself asks the driver, which can't be faked: what it is given is what counts.
+ON_A_T4 = """
+from pathlib import Path
+import torch, trl
+from qlora_nb import model, trainer
 
-    from qlora_nb import model, trainer
-
-    assert trl.SFTConfig
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a, **k: (7, 5))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
+seen = {}
+trl.SFTConfig = lambda **arguments: seen.update(arguments)
+torch.cuda.is_available = lambda: True
+for capability, wanted in (((7, 5), (torch.float16, True, False)), ((8, 0), (torch.bfloat16, False, True))):
+    torch.cuda.get_device_capability = lambda *a, **k: capability
     dtype = model.choose_dtype()
-    seen = {}
-    # The configuration itself asks the driver, which can't be faked: what it is given is what counts.
-    monkeypatch.setattr("trl.SFTConfig", lambda **arguments: seen.update(arguments))
-    trainer.trainer_arguments(trainer.Settings(), tmp_path, dtype, checkpointing=True)
-    assert (dtype, seen["fp16"], seen["bf16"], seen["use_cpu"]) == (torch.float16, True, False, False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a, **k: (8, 0))
-    trainer.trainer_arguments(trainer.Settings(), tmp_path, model.choose_dtype(), checkpointing=True)
-    assert (seen["fp16"], seen["bf16"]) == (False, True)
+    trainer.trainer_arguments(trainer.Settings(), Path.cwd(), dtype, checkpointing=True)
+    assert (dtype, seen["fp16"], seen["bf16"], seen["use_cpu"]) == (*wanted, False), (dtype, seen)
+"""
+
+
+def test_trainer_on_a_t4_is_told_fp16_and_never_bf16(tmp_path):
+    "The compute dtype decides for the trainer too; bf16 stays off although torch claims to support it."
+    in_a_forked_process(ON_A_T4, tmp_path)

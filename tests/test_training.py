@@ -4,14 +4,11 @@ import contextlib
 import io
 import json
 import math
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from qlora_nb import preparation, trainer, training, watching, workflow
+from qlora_nb import preparation, trainer, watching
 from qlora_nb.adapter import load_adapter, model_info
 from qlora_nb.cards import Card
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError, file_sha256
@@ -41,21 +38,17 @@ from qlora_nb.preparation import (
 from qlora_nb.rows import load_sft_dataset
 from qlora_nb.run import RunFolder, read_config, resolve_settings
 from qlora_nb.safeguards import (
-    STOP_SIGNALS,
     TrainingDiverged,
-    TrainingInterrupted,
     Tripwire,
-    explain_interrupts,
     find_damage,
-    gentle_interrupt,
     last_checkpoint,
     likely_cause,
-    raise_stop_signal,
     tidy_checkpoints,
 )
 from qlora_nb.shapes import model_shape
+from qlora_nb.signals import TrainingInterrupted
 from qlora_nb.trainer import make_trainer
-from qlora_nb.training import make_watch, run_trainer
+from qlora_nb.training import make_stop_watch, make_watch, run_trainer
 from qlora_nb.watching import make_evaluation_watch, watch_held_out
 from qlora_nb.workflow import load_run, train
 
@@ -496,7 +489,7 @@ def test_batches_without_a_target_are_stopped_and_named(tmp_path):
     "The one label stands where nothing is predicted: at the first token. The mean over no tokens is NaN."
     model, tokenizer = fresh()
     watch, settings = (
-        make_watch(RunFolder(tmp_path), Silent(), []),
+        make_watch(RunFolder(tmp_path), Silent()),
         resolve_settings({**SHORT, "max_steps": 9}, profile=TINY),
     )
     rows = rows_with([10] + [-100] * 29)
@@ -606,7 +599,7 @@ class Seen:
         rows, interrupted = encode_dataset(data.select(range(8)), tokenizer, 256, None)[0], []
         self.path, self.written, self.weights, self.error = path, {}, {}, None
         path.mkdir(exist_ok=True)
-        self.watch = make_watch(RunFolder(path), Silent(), interrupted)
+        self.watch = make_watch(RunFolder(path), Silent())
 
         class Step(TrainerCallback):
             def on_step_end(_, args, state, control, **kwargs):
@@ -620,7 +613,13 @@ class Seen:
         held = watch_held_out(model, tokenizer, data.select(range(8, 11)), settings)
         looks = [make_evaluation_watch(RunFolder(path), self.watch, Silent(), held)] if held else []
         self.trainer = make_trainer(
-            model, tokenizer, rows, settings, path / "checkpoints", [Step(), self.watch, *looks], held and held.measure
+            model,
+            tokenizer,
+            rows,
+            settings,
+            path / "checkpoints",
+            [Step(), self.watch, make_stop_watch(interrupted), *looks],
+            held and held.measure,
         )
         try:
             run_trainer(self.trainer, self.watch, Silent(), RunFolder(path), interrupted, resume)
@@ -727,108 +726,6 @@ def test_a_copy_is_judged_by_losses_of_its_own_weights():
     assert watch.wrong(8, math.nan, 1.0, 9) and watch.put_back() == 6 and layer.weight.eq(6).all()
 
 
-# --- signals --------------------------------------------------------------------------------------------------------
-
-
-def send(number):
-    os.kill(os.getpid(), number)
-    time.sleep(0.02)
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
-def test_the_first_signal_waits_for_the_step_and_the_second_does_not(number, capsys):
-    before = signal.getsignal(number)
-    with gentle_interrupt() as seen:
-        send(number)
-        assert seen == [number]
-        time.sleep(0.3)  # a second SIGHUP at once is that of the same closed terminal
-        with pytest.raises(KeyboardInterrupt):
-            send(number)
-    said = capsys.readouterr().err.strip()
-    assert ("Ctrl-C" in said) == (number == signal.SIGINT) and (number.name in said) == (number != signal.SIGINT)
-    assert "stopping" in said and "after this step" in said and said.count("\n") == 0
-    assert signal.getsignal(number) == before
-
-
-@pytest.mark.quick
-def test_a_closed_terminal_hangs_up_once(capsys):
-    for first in (signal.SIGHUP, signal.SIGTERM):
-        with gentle_interrupt() as seen:
-            send(first)
-            send(signal.SIGHUP)
-            assert seen == [first]
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("how", [gentle_interrupt, lambda: explain_interrupts(str)])
-def test_signals_that_are_ignored_or_taken_stay_so(how):
-    "As `nohup` does, and as a script that saves its own things."
-    taken = []
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: taken.append(True))
-    try:
-        with how() as seen:
-            send(signal.SIGHUP)
-            send(signal.SIGTERM)
-        assert taken == [True] and not seen and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before[0])
-        signal.signal(signal.SIGTERM, before[1])
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("number, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_signal_outside_of_the_steps_is_one_sentence(number, code, capsys):
-    number = getattr(signal, number)
-    with pytest.raises(TrainingInterrupted) as stopped, explain_interrupts(lambda: "go on so"):
-        with contextlib.suppress(KeyboardInterrupt), gentle_interrupt():
-            send(number)
-            time.sleep(0.3)
-            send(number)
-        assert signal.getsignal(signal.SIGTERM) == raise_stop_signal, (
-            "the steps are over, and a signal stops at once again"
-        )
-        send(number)
-    name = "" if number == signal.SIGINT else f" by {number.name}"
-    assert str(stopped.value) == f"stopped{name}: go on so" and stopped.value.exit_code == code
-    assert isinstance(stopped.value, UserError) and TrainingInterrupted("x").exit_code == 130
-
-
-@pytest.mark.quick
-def test_a_thread_gets_no_handlers():
-    found = []
-
-    def inside():
-        with gentle_interrupt() as seen, explain_interrupts(str):
-            found.append((seen, signal.getsignal(signal.SIGTERM)))
-
-    thread = threading.Thread(target=inside)
-    thread.start()
-    thread.join()
-    assert found == [([], signal.SIG_DFL)]
-
-
-def test_a_signal_before_the_steps_and_after_them(data, tmp_path, monkeypatch):
-    "Nothing is begun; then in the evaluation; then when all but the report is done."
-    model, tokenizer = fresh()
-    settings = {"output": tmp_path / "run", "eval_rows": 2, "max_new_tokens": 4, "max_steps": 1, "warmup_steps": 0}
-
-    def stops_in(name, message, **more):
-        home = {"write_reports": workflow, "check_trainable": preparation}.get(name, training)
-        function = getattr(home, name)
-        with monkeypatch.context() as patch:
-            patch.setattr(home, name, lambda *a, **k: (send(signal.SIGTERM), function(*a, **k))[1])
-            with pytest.raises(TrainingInterrupted, match=message) as stopped:
-                train(model, tokenizer, data, **more)
-        assert stopped.value.exit_code == 143 and "Ctrl-C" not in str(stopped.value)
-
-    stops_in("check_trainable", "stopped by SIGTERM: nothing was trained yet", **settings)
-    stops_in("evaluate", "stopped by SIGTERM: resume it with qlora_nb train --resume", **settings)
-    stops_in("tidy_checkpoints", "stopped by SIGTERM: resume it with", resume=settings["output"])
-    stops_in("write_reports", "is finished, but its report is not written: qlora_nb report", resume=settings["output"])
-    assert (settings["output"] / "summary.json").exists()
-
-
 # --- checkpoints that are damaged -----------------------------------------------------------------------------------
 
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt",
@@ -871,7 +768,7 @@ def test_a_damaged_checkpoint_is_passed_over(stopped_run, tmp_path, capsys, name
     assert last_checkpoint(RunFolder(path)) is None  # the run begins again, and both are named
     said = capsys.readouterr().err.splitlines()
     assert [line.split(" is damaged")[0] for line in said] == [f"the checkpoint checkpoint-{step}" for step in (6, 4)]
-    tidy_checkpoints(RunFolder(path), "x")  # nothing in it trips
+    tidy_checkpoints(RunFolder(path))  # nothing in it trips
 
 
 def test_checkpoints_are_known_by_their_names(tmp_path):
@@ -913,10 +810,10 @@ def test_a_run_whose_steps_are_done_gets_its_metrics_back(stopped_run, data, tmp
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.pop("bias"), "has no bias"),
-        (lambda c: c.pop("fingerprints"), "has no fingerprints"),
+        (lambda c: c.pop("bias"), "bias is None in .*, but checkpoint-6 was trained with 'none'"),
+        (lambda c: c.pop("fingerprints"), "the fingerprint of data in .* is not that of checkpoint-6"),
         (lambda c: c.update(fingerprints=[1]), "fingerprints is a list"),
-        (lambda c: c.update(fingerprints={}), "data is not what the run"),
+        (lambda c: c.update(fingerprints={}), "the fingerprint of data in .* is not that of checkpoint-6"),
         (lambda c: c.update(learning_rate="high"), "learning_rate is 'high'"),
         (lambda c: c.update(r={"r": 8}), "config.yaml: r is"),
         (lambda c: c.clear(), "holds no settings of a run"),
@@ -951,7 +848,7 @@ def stop_after(number):
     class Stop(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == number - 1:
-                send(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
 
     return Stop
 

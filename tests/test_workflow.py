@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from gguf_models import needed
-from repository import PACKAGE
+from repository import PACKAGE, accept_changes
 
 from qlora_nb import cli, load_run, load_sft_dataset
 from qlora_nb.core import UserError, file_sha256
@@ -71,6 +71,7 @@ def gone_base(monkeypatch, run):
     path.write_text(path.read_text().replace("qlora_nb:embedded", "/gone/base"))
     config = run.path / "config.yaml"
     config.write_text(config.read_text().replace("qlora_nb:embedded", "/gone/base"))
+    accept_changes(run.path)
 
 
 def quantizer_fails(monkeypatch, run):
@@ -105,7 +106,7 @@ FAULTS = {  # name: (what breaks, formats, files that are there, what is said, w
         small_files,
         "q8_0,q4_k_m",
         Q8,
-        "not exported: q4_k_m (no space left",
+        "not exported: q4_k_m (the GGUF files (f32, q4_k_m) need a file of 9.76 MiB",
         "export {run} --quantization q4_k_m",
     ),
     "appear": (
@@ -248,7 +249,7 @@ def test_what_cannot_be_exported_is_said_before_the_training(fault, command, mon
         said = r"pip install 'qlora_nb\[serve\]'"
     else:
         monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1e6, total=1e9, used=1e9))
-        said = "the exported files .* need about"
+        said = "the run and its GGUF files .* need about"
     code, out, err = command("train", *SHORT, "--export", "q4_k_m" if fault == "kquant" else "q8_0")
     assert (code, out) == (2, "") and re.search(said, err.splitlines()[-1]), err
     assert not (tmp_path / "run").exists()

@@ -89,6 +89,39 @@ def check_texts(folder):
     return found
 
 
+# What people look for, and the page that they should find first.
+SEARCHES = {
+    "resume": "training.html",
+    "VRAM": "memory.html",
+    "CUDA out of memory": "troubleshooting.html",
+    "double BOS": "troubleshooting.html",
+    "never stops": "troubleshooting.html",
+    "garbage": "troubleshooting.html",
+    "several GPUs": "engine.html",
+    "learning rate": "recommend.html",
+    "overfitting": "recommend.html",
+    "certificate": "certificate.html",
+    "GGUF": "quickstart.html",
+    "NF4": "glossary.html",
+    "Modelfile": "glossary.html",
+    "chat template": "glossary.html",
+    "export_gguf": "api.html",
+}
+# As the page's own search does: by its library, with its options, over its index.
+FIRST_HITS = """async words => {
+  const fuse = new Fuse(await (await fetch("search.json")).json(), kFuseIndexOptions);
+  return words.map(one => (fuse.search(one, {limit: 1})[0]?.item.href ?? "nothing").split("#")[0]) }"""
+
+
+def check_hits(folder, searches=SEARCHES):
+    "List the searches whose first hit is on another page than the one that answers."
+    with browser() as opened, served(folder) as address:
+        page = opened.new_page()
+        page.goto(f"{address}/index.html")
+        hits = zip(searches.items(), page.evaluate(FIRST_HITS, list(searches)))
+    return [f"search for {word!r}: first {hit}, not {wanted}" for (word, wanted), hit in hits if hit != wanted]
+
+
 def check_search(folder):
     "List what is wrong with the search index."
     size = (Path(folder) / "search.json").stat().st_size
@@ -172,7 +205,7 @@ FAINT = """() => {
     if (ratio < 4.5) found[name] = (found[name] || 0) + 1;
   }
   return found }"""
-GO_DARK = "() => window.quartoToggleColorScheme && !document.body.matches('.quarto-dark') && quartoToggleColorScheme()"
+NOT_DARK = "() => Boolean(window.quartoToggleColorScheme && !document.body.matches('.quarto-dark'))"
 STYLED = "() => [...document.querySelectorAll('link[rel~=stylesheet]')].every(link => link.sheet)"
 RUN_AXE = """async only => (await axe.run(document, {runOnly: only, resultTypes: ["violations"]})).violations.map(
   v => `${v.id}: ${v.nodes.length} times, first ${v.nodes[0].html.slice(0, 160)}`)"""
@@ -194,7 +227,7 @@ def check_looks(folder, names=None):
             for name in names:
                 page.goto(f"{address}/{name}")
                 if scheme == "dark":
-                    page.evaluate(GO_DARK)
+                    said += ["light, although the system is dark"] * page.evaluate(NOT_DARK)
                     page.wait_for_function(STYLED)  # the dark sheets are loaded only now
                     page.evaluate("document.getAnimations().forEach(one => one.finish())")
                 width = page.evaluate("document.scrollingElement.scrollWidth")
@@ -294,7 +327,7 @@ def main(folder):
     if CHROMIUM:
         if not AXE.exists():
             print("axe-core is not there (make axe): accessibility was not checked but for contrast", file=sys.stderr)
-        found += check_looks(folder) + check_code(folder) + check_speed(folder)
+        found += check_hits(folder) + check_looks(folder) + check_code(folder) + check_speed(folder)
     else:
         print("Chromium is not installed: the pages were not looked at", file=sys.stderr)
     print(*found, sep="\n", end="\n" * bool(found), file=sys.stderr)

@@ -1,7 +1,7 @@
 """What Quarto leaves to do on the finished pages: python tools/finish_docs.py _docs
 
 The search finds prose, not code, in an index small enough for a phone; scripts don't hold up the first screen; wide
-outputs can be scrolled by the keyboard.
+outputs can be scrolled by the keyboard, and wide tables stand upright on a phone.
 """
 
 import html
@@ -17,6 +17,7 @@ from bs4 import BeautifulSoup
 INDEX_LIMIT = runpy.run_path(str(Path(__file__).with_name("check_site.py")))["INDEX_LIMIT"]  # bytes
 MACHINERY = 4  # a reference page gets a quarter of the words that a lesson gets
 WIDE = 80  # characters
+COLUMNS, NARROW = 4, 55  # three columns wrap well on a phone, and so many characters have room
 NOT_PROSE = (
     "pre, script, style, math, svg, figure, details, .cell-output:not(.cell-output-markdown), .anchorjs-link, nav"
 )
@@ -114,6 +115,25 @@ def reach_by_key(text):
     return re.sub(r"<(pre|table)\b(?! class=\"sourceCode).*?</\1>", focus, text, flags=re.S)
 
 
+def stack_rows(text):
+    "Name its column in each cell of a table too wide for a phone; there the sheet puts a row's cells below each other."
+
+    def stack(match):
+        table = BeautifulSoup(match[0], "html.parser").table
+        heads = [head.get_text(" ", strip=True) for head in table.select("thead tr:last-of-type > *")]
+        rows = [row.find_all(["td", "th"], recursive=False) for row in table.select("tbody > tr")]
+        texts = [heads, *([cell.get_text(" ", strip=True) for cell in row] for row in rows)]
+        longest = max(sum(len(text) + 3 for text in row) for row in texts)
+        if len(heads) < COLUMNS or longest <= NARROW or any(len(row) != len(heads) for row in texts):
+            return match[0]
+        table["class"] = [*table.get("class", []), "stack"]
+        for head, cell in (pair for row in rows for pair in zip(heads, row)):
+            cell["data-head"] = head
+        return str(table)
+
+    return re.sub(r"<table\b.*?</table>", stack, text, flags=re.S)
+
+
 def used_icons(folder):
     "Of the two thousand icons of the theme, the rules of those that the site shows."
     sheet = folder / "site_libs/bootstrap/bootstrap-icons.css"
@@ -166,7 +186,7 @@ def main(folder):
     thin_sheets(folder)
     find_words(folder)
     for page in folder.glob("*.html"):
-        page.write_text(reach_by_key(show_first(page.read_text(encoding="utf-8"))), encoding="utf-8")
+        page.write_text(reach_by_key(stack_rows(show_first(page.read_text(encoding="utf-8")))), encoding="utf-8")
     index = folder / "search.json"
     index.write_bytes(search_index(folder, json.loads(index.read_text(encoding="utf-8"))))
     print(f"search index: {index.stat().st_size:,} bytes")

@@ -51,6 +51,7 @@ LESSONS = {
     "23_session": "ask",
     "24_answers": "answer_prompts",
     "25_publish": "push_to_hub",
+    "27_manifest": "open_run",
     "30_quickstart": "load_run",
     "53_loop": "make_loop",
     "60_forwards": "replace_forward",

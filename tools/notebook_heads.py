@@ -4,7 +4,8 @@
 
 - The first text cell holds the title and the one-line claim alone: nbdev makes the page's title of that cell, and drops
   whatever else stands in it.
-- The next one begins with the badge that opens the notebook in Colab; without an owner, with what to upload there.
+- The next one begins with the badge that opens the notebook in Colab; without an owner, with what to upload there. On
+  the front page it ends with it: what the package does comes first.
 - One install cell, the same everywhere: from PyPI if this version is there, else from the owner's repository, else from
   a wheel beside the notebook. On the front page the lines that install, and how to cite.
 - A GPU in the metadata where cells need one.
@@ -178,7 +179,8 @@ def set_head(cells, stem, cfg):
     else:
         after = new_cell("markdown", "", stem, "head")
         cells.insert(at + 1, after)
-    put(after, f"{way_in(stem, cfg)}\n\n{WAY_IN.sub('', rest).strip()}")
+    parts = [way_in(stem, cfg), WAY_IN.sub("", rest).strip()]
+    put(after, "\n\n".join(reversed(parts) if stem == "index" else parts))
     return at + 1
 
 

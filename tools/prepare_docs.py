@@ -29,10 +29,10 @@ SECTIONS = {
     "Start": "index quickstart real_model takeaways troubleshooting",
     "Learn": "lora nf4 qlora memory recommend exam",
     "Workflow": "plan model data template preflight training loop generate evaluation scorers forgetting diagnose"
-    " merge gguf ollama certificate session answers publish model_card",
+    " merge gguf ollama certificate session answers publish model_card manifest",
     "Engine room": "engine kernels line layers passes loss checkpointing forwards replay decoding",
-    "Evidence": "full_lora_qlora measure_memory why_it_is_fast tiny_base limits",
-    "Reference": "api glossary older_tutorial doctor cli changelog figures javascript exam_key",
+    "Evidence": "full_lora_qlora measure_memory why_it_is_fast tiny_base promises limits",
+    "Reference": "api glossary older_tutorial doctor cli changelog figures javascript signals template_limits exam_key",
 }
 # Where a page that is not named belongs, by its number; one without a number is Reference.
 ROOMS = ((1, "Reference"), (6, "Learn"), (8, "Engine room"), (30, "Workflow"), (50, "Evidence"), (60, "Reference"))

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import re
+import types
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -25,6 +26,7 @@ COMMON = {
     "path": "the folder",
     "run": "a `Run`, or its folder",
 }
+METHODS = (types.FunctionType, classmethod, staticmethod)
 
 
 def notebook_titles():
@@ -66,7 +68,8 @@ def parameters(thing, settings):
     for name, found in inspect.signature(thing).parameters.items():
         if name in ("self", "cls") or found.kind == found.VAR_KEYWORD:
             continue
-        meaning = said.get(name) or re.sub(r" \[[^\]]*\]$", "", settings.get(name, "")) or COMMON.get(name, "")
+        said[name] = "" if (said.get(name) or "").startswith("->") else said.get(name)  # what a one-line head returns
+        meaning = said[name] or re.sub(r" \[[^\]]*\]$", "", settings.get(name, "")) or COMMON.get(name, "")
         kind = type_name(found.annotation)
         yield name, default_value(found.default), f"{meaning} *({kind})*" if kind else meaning
 
@@ -84,6 +87,11 @@ def call(name, thing):
     "How a thing is called: what it needs, and the first of what it takes besides."
     words, more = [], False
     for found in inspect.signature(thing).parameters.values():
+        if found.name in ("self", "cls"):
+            continue
+        if found.kind == found.VAR_KEYWORD:
+            more = True
+            continue
         if found.kind == found.KEYWORD_ONLY and "*" not in words:
             words.append("*")
         if found.default is found.empty:
@@ -96,36 +104,57 @@ def call(name, thing):
     return f"{name}({', '.join(words)})"
 
 
-def entry(name, thing, place, title, settings):
-    "The part of the page on one public name."
-    is_class = inspect.isclass(thing)
+def described(heading, name, thing, settings):
+    "What a function, a class or a method does: its call, its parameters as a table, what it returns and raises."
     does, raised = split_docstring(thing)
-    lines = [f"## {name} {{#{name}}}", "", does, ""]
-    if not (is_class and issubclass(thing, Exception)):
-        lines += [
-            "```python",
-            call(name, thing),
-            "```",
-            "",
-            "| parameter | default | meaning |",
-            "|-----|---|--------|",
-        ]
+    lines = [heading, "", does, ""]
+    if not (inspect.isclass(thing) and issubclass(thing, Exception)):
+        lines += ["```python", call(name, thing), "```", ""]
         rows = list(parameters(thing, settings))
-        lines += ["| " + " | ".join([f"`{row[0]}`", *map(cell, row[1:])]) + " |" for row in rows] + [""]
-    if is_class:
-        methods = [(key, method) for key, method in vars(thing).items() if key[0] != "_" and inspect.isfunction(method)]
-        rows = [f"| `{key}` | {cell(split_docstring(method)[0])} |" for key, method in methods if method.__doc__]
-        lines += ["| method | what it does |", "|---|--------|", *rows, ""] if rows else []
-    elif returned := type_name(inspect.signature(thing).return_annotation):
+        lines += ["| parameter | default | meaning |", "|-----|---|--------|"] if rows else []
+        lines += ["| " + " | ".join([f"`{row[0]}`", *map(cell, row[1:])]) + " |" for row in rows] + [""] * bool(rows)
+    if not inspect.isclass(thing) and (returned := type_name(inspect.signature(thing).return_annotation)):
         # fastcore takes the comment on **settings for the one on what is returned.
-        said = (
-            docments(thing, full=True)["return"]["docment"]
-            if not thing.__code__.co_flags & inspect.CO_VARKEYWORDS
-            else None
-        )
+        has_settings = thing.__code__.co_flags & inspect.CO_VARKEYWORDS
+        said = None if has_settings else docments(thing, full=True)["return"]["docment"]
         lines += [f"**Returns** {returned}{f': {said}' if said else ''}", ""]
-    lines += [f"**Raises** {' '.join(raised)}", ""] if raised else []
-    return [*lines, f"**Explained in** [{title}]({place})", ""]
+    return lines + ([f"**Raises** {' '.join(raised)}", ""] if raised else [])
+
+
+def returned_class(thing):
+    "The package's own class that a function returns, where it is no public name itself."
+    if inspect.isclass(thing):
+        return None
+    name = inspect.signature(thing).return_annotation
+    found = inspect.unwrap(thing).__globals__.get(name) if isinstance(name, str) else name
+    own = inspect.isclass(found) and found.__module__.startswith("qlora_nb.")
+    return found if own and found.__name__ not in importlib.import_module("qlora_nb").__all__ else None
+
+
+def members(thing):
+    "A class's own public properties and methods that have a docstring: two mappings by name."
+    own = {name: (found, getattr(thing, name)) for name, found in vars(thing).items() if name[0] != "_"}
+    kinds = ((property,), METHODS)
+    return [{name: it for name, (found, it) in own.items() if isinstance(found, kind) and it.__doc__} for kind in kinds]
+
+
+def described_class(thing, settings):
+    "What the objects of a class hold, and each of its methods."
+    name, (properties, methods) = thing.__name__, members(thing)
+    rows = [f"| `{key}` | {cell(inspect.getdoc(found))} |" for key, found in properties.items()]
+    lines = [f"| attribute of `{name}` | what it is |", "|---|--------|", *rows, ""] if rows else []
+    for key, method in methods.items():
+        whole = f"{name}.{key}"
+        lines += described(f"### {whole} {{#{whole}}}", whole, method, settings)
+    return lines
+
+
+def entry(name, thing, place, title, settings):
+    "The part of the page on one public name: with a class's methods, or those of what a function returns."
+    lines = described(f"## {name} {{#{name}}}", name, thing, settings)
+    lines += [f"**Explained in** [{title}]({place})", ""]
+    found = thing if inspect.isclass(thing) else returned_class(thing)
+    return lines + (described_class(found, settings) if found else [])
 
 
 def api_page():
