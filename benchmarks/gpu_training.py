@@ -106,8 +106,8 @@ def engine_trainer(model, tok, s, clock):
     from qlora_nb.engine import line
     from qlora_nb.engine.install import Engine, engine_of, install_engine
     from qlora_nb.engine.line import attention_kernel
+    from qlora_nb.loop import make_loop
     from qlora_nb.run import resolve_settings
-    from qlora_nb.trainer import make_trainer
 
     known = vars(line).setdefault("ALL_KERNELS", line.ATTENTION_KERNELS)
     line.ATTENTION_KERNELS = {s["attention"]: known[s["attention"]]} if s["attention"] else known
@@ -120,8 +120,8 @@ def engine_trainer(model, tok, s, clock):
         "packing": s["packing"] and engine_of(model).attention, "max_steps": s["steps"], "save_steps": 10_000,
         "max_seq_length": ROWS[s["rows"]][1], "optim": "adamw_8bit",
     }, profile=PROFILES["large"])  # fmt: skip
-    trainer = make_trainer(model, tok, made_rows(s["rows"], s["masked"]), settings, Path(tempfile.mkdtemp()), [clock])
-    return trainer, f"{engine_of(model)}; attention by {attention_kernel(model)}"
+    loop = make_loop(model, tok, made_rows(s["rows"], s["masked"]), settings, Path(tempfile.mkdtemp()), [clock])
+    return loop, f"{engine_of(model)}; attention by {attention_kernel(model)}"
 
 
 def hand_model(s):
@@ -169,7 +169,7 @@ def hand_trainer(model, tok, s, clock):
 
 
 def counting(count):
-    "TRL's trainer adds up, on the device, what it trains on."
+    "TRL's trainer adds up, on the device, what it trains on, as the engine's loop does by itself."
     import trl
 
     step = trl.SFTTrainer.training_step
@@ -201,9 +201,11 @@ def measure(settings):
             moment = torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()
             if cuda:
                 moment.record()
-            seen.append((moment, *(torch.as_tensor(count[name]).clone() for name in ("tokens", "labelled"))))
+            counted = (trainer.tokens, trainer.targets) if by_us else (count["tokens"], count["labelled"])
+            seen.append((moment, *(torch.as_tensor(number).clone() for number in counted)))
 
-    counting(count)
+    if not by_us:
+        counting(count)
     model, tok = (engine_model if by_us else hand_model)(settings[0])
     for s in settings:
         seen.clear()
@@ -216,13 +218,14 @@ def measure(settings):
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             trainer.train()
-            found = {**s, "engine": said, **figures(seen, s)}
+            losses = [round(row["loss"], 6) for row in trainer.state.log_history if "loss" in row]
+            found = {**s, "engine": said, **figures(seen, s), "losses": losses}
         except Exception as error:  # noqa: BLE001  what can't run is a result, too
             found = {**s, "failed": f"{type(error).__name__}: {error}"[:300]}
         if trainer is not None:
             trainer.model = trainer.model_wrapped = trainer.optimizer = None
         unprepared(model)
-        del trainer
+        trainer = None
         print("RESULT", json.dumps(found), flush=True)
 
 

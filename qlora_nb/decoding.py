@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from .core import unwrap_base
+from .engine.forwards import name_attention, restore_attributes
 from .shapes import list_architectures
 
 # %% ../nbs/37_decoding.ipynb #37b00007
@@ -135,15 +136,11 @@ def attention_over_cache(base: torch.nn.Module) -> Iterator[None]:
 
     AttentionInterface.register("qlora_nb_decoding", cached_attention)
     AttentionMaskInterface.register("qlora_nb_decoding", sdpa_mask)
-    configs = [getattr(module, "config", None) for module in base.modules()]
-    saved = [(config, config._attn_implementation) for config in {id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values()]
+    saved = name_attention(base, "qlora_nb_decoding")
     try:
-        for config, _ in saved:
-            config._attn_implementation = "qlora_nb_decoding"
         yield
     finally:
-        for config, was in saved:
-            config._attn_implementation = was
+        restore_attributes(saved)
 
 # %% ../nbs/37_decoding.ipynb #37a00037
 class DecodingBatch:

@@ -20,26 +20,13 @@ import torch
 
 from .adapter import model_info
 from .core import UserError
+from .engine.forwards import temporary_attributes, without_waiting
 from .engine.install import engine_of
 from .engine.layers import FlatAdapters, cache_parameters
 from .engine.line import join_rows, pack_rows
 from .run import Settings
 from .safeguards import load_checkpoint_adapter
-from qlora_nb.trainer import (
-    ELEMENTWISE_OPTIMIZERS,
-    FOLLOWS_EVALUATIONS,
-    LATE_LOGGING_DEVICES,
-    SMALLEST_8BIT,
-    copy_to_host,
-    make_trainer,
-    record_time,
-    schedule_evaluations,
-    seconds_between,
-    temporary_attributes,
-    trainable_parameters,
-    trainer_arguments,
-    without_waiting,
-)
+from .trainer import FOLLOWS_EVALUATIONS, make_trainer, schedule_evaluations, trainable_parameters, trainer_arguments
 
 # %% ../nbs/53_loop.ipynb #53a00011
 def pad_rows(rows: list[dict], pad: int) -> dict:  # `pad`: the id that fills short rows
@@ -55,6 +42,8 @@ def count_learned(batch: dict) -> torch.Tensor:  # ()
     return (batch["labels"][..., 1:] != -100).sum()
 
 # %% ../nbs/53_loop.ipynb #53a00018
+ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "sgd")  # each weight by itself, or by blocks of 256
+SMALLEST_8BIT = 4096  # numbers in a weight; from there on bitsandbytes keeps 8-bit states
 OTHER_LOOPS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")  # optimizers that need more of a loop than `step`
 
 
@@ -75,6 +64,31 @@ def make_optimizer(model, arguments, in_one_tensor: bool = False) -> tuple:  # (
         optimizer.register_step_pre_hook(flat.gather)
         optimizer.register_step_post_hook(flat.drop)
     return optimizer, flat
+
+# %% ../nbs/53_loop.ipynb #7d15a002
+LATE_LOGGING_DEVICES = ("cuda",)  # devices; elsewhere a step's numbers are there at once
+
+
+def copy_to_host(number):
+    "Return a copy of a tensor in main memory, complete once its device has come that far; a plain number as it is."
+    return number.detach().to("cpu", non_blocking=True, copy=True) if torch.is_tensor(number) else number
+
+
+def record_time(device: torch.device):
+    "Record a point in a device's work: an event on CUDA, elsewhere the time."
+    if device.type != "cuda":
+        return time.time()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first, second) -> float:
+    "Return the seconds from one record of `record_time` to a later one; wait for that."
+    if isinstance(second, float):
+        return second - first
+    second.synchronize()
+    return first.elapsed_time(second) / 1000
 
 # %% ../nbs/53_loop.ipynb #53a00021
 class StepLog:
@@ -364,9 +378,15 @@ def make_loop(model, tokenizer, rows, settings: Settings, folder: Path, callback
     return loop
 
 
-def choose_loop(settings: Settings) -> Callable:
-    "Return the function that makes a run's trainer: `make_loop` if the setting `loop` is `own`, else `make_trainer`."
-    return make_loop if settings.loop == "own" else make_trainer
+def find_loop(settings: Settings, model) -> str:
+    "Return the loop that trains a model: what the setting `loop` says, else `own` where the engine is installed and the optimizer suits it, and `trl` everywhere else."
+    suits = engine_of(model) and not settings.optim.startswith(OTHER_LOOPS)
+    return settings.loop or ("own" if suits else "trl")
+
+
+def choose_loop(settings: Settings, model) -> Callable:
+    "Return the function that makes a run's trainer: `make_loop` or `make_trainer`."
+    return make_loop if find_loop(settings, model) == "own" else make_trainer
 
 
 def check_loop(settings: Settings, backend: str) -> None:

@@ -23,7 +23,7 @@ from .backends import choose_backend
 from .cards import KNOWN_CARDS, Card, choose_length, find_card, measure_row_lengths
 from .core import EMBEDDED_NAME, UserError, check_space, fingerprint
 from .engine.install import engine_of, install_engine
-from .loop import check_loop
+from .loop import check_loop, find_loop
 from .manifest import read_manifest
 from .memory import MemoryEstimate
 from .model import count_parameters
@@ -529,7 +529,7 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
         "target_modules": lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules), **other_lora_settings(lora),
         "use_gradient_checkpointing": info.get("use_gradient_checkpointing", False),
         "random_state": info.get("random_state", 3407), "system": find_common_system(data),
-        **{name: record_setting(name, getattr(settings, name)) for name in settings_of_part("trainer", "loop")},
+        **{name: record_setting(name, getattr(settings, name)) for name in settings_of_part("trainer")}, "loop": find_loop(settings, model),
         **({"gguf": {name: info["gguf"][name] for name in ("file", "quantization")}} if info.get("gguf") else {}), "base_files": describe_base(info),
         **record_relative_paths({**source, "model": info["model"], "base_data": settings.base_data}),
         "fingerprints": {

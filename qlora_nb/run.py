@@ -88,7 +88,7 @@ class Settings:
     lr_scheduler_type: str = settings_field("linear", "linear, cosine, …")
     max_grad_norm: float = settings_field(1.0, "longer gradients are clipped to this", positive=True)
     packing: bool = settings_field(False, "several rows in one sequence")
-    loop: str = settings_field("trl", "trl: train by TRL's SFTTrainer; own: by this package's own loop, which one can read", part="loop", choices=("own", "trl"))
+    loop: str | None = settings_field(None, "trl: train by TRL's SFTTrainer; own: by this package's own loop, which one can read; default: own where the engine trains, else trl", part="loop", choices=("own", "trl"))
     logging_steps: int = settings_field(1, "steps between two lines of metrics", positive=True)
     save_steps: int = settings_field(50, "steps between two checkpoints", positive=True)
     save_total_limit: int = settings_field(2, "checkpoints to keep, the newest; the best by held-out loss is never deleted", positive=True)

@@ -185,8 +185,9 @@ def make_resume_watch(extended: int | None = None):  # the step from which the r
             state.compute_steps(args, state.max_steps)
             if state.global_step != extended or not hasattr(lr_scheduler, "lr_lambdas"):  # one that follows evaluations goes on as it is
                 return
-            lr_scheduler._last_lr = [base * share(extended) for base, share in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas)]
-            for group, rate in zip(optimizer.param_groups, lr_scheduler._last_lr):
+            rates = [base * share(extended) for base, share in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas)]
+            lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "_last_lr": rates})
+            for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate
 
     return ResumeWatch()
@@ -283,7 +284,7 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, 
     with gentle_interrupt() as interrupted:
         watch, clock = make_watch(folder, progress), make_run_clock(held_out)
         looks = [make_evaluation_watch(folder, watch, progress, held_out)] if held_out else []
-        trainer = clock.trainer = choose_loop(settings)(
+        trainer = clock.trainer = choose_loop(settings, model)(
             model, tokenizer, prepared.rows.rows, settings, folder.checkpoint_folder,
             [watch, make_stop_watch(interrupted, deadline), clock, *looks, *reporting_callbacks(settings.report_to, folder.path), *callbacks], held_out and held_out.measure)
         if torch.cuda.is_available():

@@ -1307,13 +1307,13 @@ def test_looked_up_once():
 
 
 def small_run(folder, engine, optim="adamw_torch", steps=3, prepare=None, resume=None):
-    "A trainer that has trained the embedded model on a few rows."
+    "A loop that has trained the embedded model on a few rows."
     from datasets import Dataset
 
     from qlora_nb.core import PROFILES
+    from qlora_nb.loop import make_loop
     from qlora_nb.model import add_lora, load_model
     from qlora_nb.run import resolve_settings
-    from qlora_nb.trainer import make_trainer
 
     model, tokenizer = load_model(backend="transformers")
     model = add_lora(model)
@@ -1321,10 +1321,10 @@ def small_run(folder, engine, optim="adamw_torch", steps=3, prepare=None, resume
     (prepare or (lambda model: None))(model)
     settings = {"max_steps": 4, "max_seq_length": 128, "save_steps": 2, "optim": optim, "weight_decay": 0.5}
     rows = Dataset.from_list(some_rows((9, 30, 64, 17) * 8))
-    trainer = make_trainer(model, tokenizer, rows, resolve_settings(settings, profile=PROFILES["tiny"]), folder, [])
-    trainer.args.max_steps = steps
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer, [p.detach() for p in trained_of(model)]
+    loop = make_loop(model, tokenizer, rows, resolve_settings(settings, profile=PROFILES["tiny"]), folder, [])
+    loop.args.max_steps = steps
+    loop.train(resume_from_checkpoint=resume)
+    return loop, [p.detach() for p in trained_of(model)]
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adafactor"])
@@ -1340,23 +1340,23 @@ def test_nobody_waits_for_bitsandbytes(tmp_path, monkeypatch):
     "While adapters are trained in one tensor, its optimizer asks us whether to wait; then, and elsewhere, itself."
     from bitsandbytes.optim import optimizer
 
-    from qlora_nb import trainer as trainer_module
+    from qlora_nb.engine import forwards
 
     before, asked = optimizer.sync_gpu, []
 
     def note_call(tensor):
-        asked.append((id(tensor), trainer_module._here.unpaged))
+        asked.append((id(tensor), forwards._here.unpaged))
 
-    monkeypatch.setattr(trainer_module, "wait_unless_queued", note_call)
+    monkeypatch.setattr(forwards, "wait_unless_queued", note_call)
     trainer, _ = small_run(tmp_path / "run", Engine(), "adamw_8bit")
     tensors = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(asked) == 3 * len(tensors) and set(asked) == {(id(p), True) for p in tensors}
-    with pytest.raises(ZeroDivisionError), trainer_module.without_waiting():
-        assert optimizer.sync_gpu is trainer_module.wait_unless_queued
+    with pytest.raises(ZeroDivisionError), forwards.without_waiting():
+        assert optimizer.sync_gpu is forwards.wait_unless_queued
         raise ZeroDivisionError
-    assert optimizer.sync_gpu is before and not trainer_module._here.unpaged
+    assert optimizer.sync_gpu is before and not forwards._here.unpaged
     monkeypatch.delattr(optimizer, "sync_gpu")  # as in a version that doesn't wait
-    with trainer_module.without_waiting():
+    with forwards.without_waiting():
         assert not hasattr(optimizer, "sync_gpu")
     monkeypatch.setattr(optimizer, "sync_gpu", before, raising=False)
     asked.clear()
@@ -1372,19 +1372,19 @@ def test_work_in_another_stream_or_thread_is_waited_for(monkeypatch, stream, her
 
     from bitsandbytes import utils
 
-    from qlora_nb import trainer as trainer_module
+    from qlora_nb.engine import forwards
 
     asked = []
     monkeypatch.setattr(utils, "sync_gpu", asked.append)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
-    with trainer_module.without_waiting() if here else contextlib.nullcontext():
-        trainer_module.wait_unless_queued(SimpleNamespace(is_cuda=True, device="cuda:0"))
-        trainer_module.wait_unless_queued(torch.zeros(1))  # of another kind of device: as bitsandbytes does
+    with forwards.without_waiting() if here else contextlib.nullcontext():
+        forwards.wait_unless_queued(SimpleNamespace(is_cuda=True, device="cuda:0"))
+        forwards.wait_unless_queued(torch.zeros(1))  # of another kind of device: as bitsandbytes does
     assert len(asked) == 1 + waits
 
 
-def test_the_trainer_casts_adapters_together(tmp_path, monkeypatch):
+def test_the_loop_casts_adapters_together(tmp_path, monkeypatch):
     "Once a batch; what the functions find there is what they compute with."
     from qlora_nb.engine import layers
 
@@ -1413,7 +1413,7 @@ def test_a_stopped_run_goes_on_as_it_began(tmp_path, before):
     _, whole = small_run(tmp_path / "whole", Engine(), steps=4)
     small_run(tmp_path / "stopped", Engine(flat=before), steps=2)
     trainer, ours = small_run(tmp_path / "stopped", Engine(), steps=4, resume=str(tmp_path / "stopped/checkpoint-2"))
-    assert trainer.one_by_one is not before and all(map(torch.equal, ours, whole))
+    assert (trainer.flat is not None) is before and all(map(torch.equal, ours, whole))
 
 
 def test_what_does_not_decay_alone_does_not_decay_in_one_tensor(tmp_path):

@@ -83,12 +83,13 @@ def assert_same(ours, theirs):
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_losses_norms_and_weights_are_trls(rows, tmp_path, settings):
-    "Step by step; then each is resumed by the other, in the middle of an epoch and at its end."
+    "Step by step; then each is resumed by the other, in the middle of an epoch and at its end; but TRL's has no tensor that holds all adapters."
     theirs = train_by(make_trainer, rows, tmp_path / "trl", **settings)
     ours = train_by(make_loop, rows, tmp_path / "own", **settings)
     assert_same(ours, theirs)
+    assert bool(ours.flat) == ("engine" in settings)
     steps = 1 if settings["optim"] == "adamw_torch" else 2
-    for make, begun in ((make_loop, "trl"), (make_trainer, "own")):
+    for make, begun in ((make_loop, "trl"), *([] if ours.flat else [(make_trainer, "own")])):
         again = train_by(make, rows, tmp_path / "again", tmp_path / begun / f"checkpoint-{steps}", **settings)
         assert all(torch.equal(again.weights[name], weight) for name, weight in theirs.weights.items())
         rows_of = [[row for row in made.history if "loss" in row] for made in (again, theirs)]

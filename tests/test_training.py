@@ -17,12 +17,13 @@ import pytest
 import torch
 import yaml
 
-from qlora_nb import preparation, trainer, watching
+from qlora_nb import loop, preparation, trainer, watching
 from qlora_nb.adapter import load_adapter, model_info
 from qlora_nb.cards import Card
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError, file_sha256
 from qlora_nb.engine.install import engine_of, install_engine
 from qlora_nb.evidence import find_held_out, read_held_out
+from qlora_nb.loop import make_loop
 from qlora_nb.memory import CUDA_CONTEXT, estimate_memory
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.plan import plan_training
@@ -591,7 +592,7 @@ class Seen:
     def __init__(self, data, path, monkeypatch, late, act=lambda *_: None, resume=None, **settings):
         from transformers import TrainerCallback
 
-        monkeypatch.setattr(trainer, "LATE_LOGGING_DEVICES", ("cpu",) if late else ())
+        monkeypatch.setattr(loop, "LATE_LOGGING_DEVICES", ("cpu",) if late else ())
         model, tokenizer = load_model(TINY.model, max_seq_length=256, engine=True)
         settings = resolve_settings(
             {**SHORT, "max_steps": 7, "per_device_train_batch_size": 2, **settings}, profile=TINY
@@ -612,7 +613,7 @@ class Seen:
         model = add_lora(model, r=8)
         held = watch_held_out(model, tokenizer, data.select(range(8, 11)), settings)
         looks = [make_evaluation_watch(RunFolder(path), self.watch, Silent(), held)] if held else []
-        self.trainer = make_trainer(
+        self.trainer = make_loop(
             model,
             tokenizer,
             rows,

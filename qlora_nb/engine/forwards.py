@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/60_forwards.ipynb #60a00004
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -46,14 +47,30 @@ def replace_forward(base: torch.nn.Module, module: torch.nn.Module, function) ->
     module.forward = types.MethodType(forward, module)
 
 
-def restore_replaced(base: torch.nn.Module) -> None:
-    "Restore what was replaced and noted on `base`, the last change first."
-    for owner, name, was in reversed(find_notes(base).undo or []):
+def restore_attributes(replaced: list[tuple]) -> None:
+    "Restore attributes of objects, or of modules by name, the last change first: (owner, name, value), where None deletes it."
+    for owner, name, was in reversed(replaced):
         owner = sys.modules[owner] if isinstance(owner, str) else owner
         if was is None:
             vars(owner).pop(name, None)
         else:
             setattr(owner, name, was)
+
+
+def restore_replaced(base: torch.nn.Module) -> None:
+    "Restore what was replaced and noted on `base`."
+    restore_attributes(find_notes(base).undo or [])
+
+# %% ../../nbs/60_forwards.ipynb #7d15a004
+@contextlib.contextmanager
+def temporary_attributes(thing: object, **values):
+    "A context in which these attributes have these values."
+    before = {name: getattr(thing, name) for name in values}
+    vars(thing).update(values)
+    try:
+        yield
+    finally:
+        vars(thing).update(before)
 
 # %% ../../nbs/60_forwards.ipynb #60a00017
 def has_hooks(module: torch.nn.Module) -> bool:
@@ -98,3 +115,53 @@ def install_liger(base: torch.nn.Module) -> None:
             setattr(code, name, was)
         elif vars(code)[name] is not was:
             undo.append((code.__name__, name, was))
+
+# %% ../../nbs/60_forwards.ipynb #193afb45
+def name_attention(base: torch.nn.Module, name: str) -> list[tuple]:  # what `restore_attributes` takes
+    "Name an attention in every configuration that a layer of this transformers model reads, and return the old names."
+    configs = {id(config): config for module in base.modules() if hasattr(config := getattr(module, "config", None), "_attn_implementation")}
+    replaced = [(config, "_attn_implementation", config._attn_implementation) for config in configs.values()]
+    for config in configs.values():
+        config._attn_implementation = name
+    return replaced
+
+
+def name_checkpointing(layer: torch.nn.Module, function) -> tuple:  # what `restore_attributes` takes, in a list
+    "Let a decoder layer that is checkpointed call this function instead of torch's checkpoint, and return what it called before."
+    name = "_gradient_checkpointing_func"
+    replaced = (layer, name, vars(layer).get(name))
+    vars(layer)[name] = function
+    return replaced
+
+
+def forget_preparation(model: torch.nn.Module) -> None:
+    "Remove accelerate's mark from a model, so that the next trainer prepares it again."
+    vars(model).pop("_is_accelerate_prepared", None)
+
+# %% ../../nbs/60_forwards.ipynb #96a31b6d-9a
+class _Here(threading.local):
+    "A thread's own mark: it trains tensors that bitsandbytes needn't wait for."
+
+    unpaged = False
+
+
+_here = _Here()
+
+
+def wait_unless_queued(tensor: torch.Tensor) -> None:
+    "Wait for the GPU as bitsandbytes does, but within `without_waiting` not where the tensor's work is queued in the default stream, as bitsandbytes' own is."
+    from bitsandbytes.utils import sync_gpu
+
+    in_turn = tensor.is_cuda and torch.cuda.current_stream(tensor.device) == torch.cuda.default_stream(tensor.device)
+    if not (_here.unpaged and in_turn):
+        sync_gpu(tensor)
+
+
+@contextlib.contextmanager
+def without_waiting():
+    "A context in which bitsandbytes asks `wait_unless_queued` (a later version may not ask). This thread's optimizer states must not be paged."
+    from bitsandbytes.optim import optimizer
+
+    asks = {"sync_gpu": wait_unless_queued} if hasattr(optimizer, "sync_gpu") else {}
+    with temporary_attributes(optimizer, **asks), temporary_attributes(_here, unpaged=True):
+        yield

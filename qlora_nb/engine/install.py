@@ -13,7 +13,7 @@ import torch
 
 from ..core import ModuleNotes, UserError, annotate_module, unwrap_base
 from .checkpointing import find_checkpointed_layers, run_checkpointed
-from .forwards import find_notes, has_liger, install_liger, replace_forward, restore_replaced
+from .forwards import find_notes, has_liger, install_liger, name_attention, name_checkpointing, replace_forward, restore_replaced
 from .layers import LayerGroup, adapter_trains, find_groups, fused_forward
 from .line import ATTENTION_KERNELS, attention_kernel, bounded_forward, packed_attention
 from .loss import labelled_forward
@@ -149,10 +149,7 @@ def _replace_attention(base: torch.nn.Module) -> None:
 
     AttentionInterface.register("qlora_nb", packed_attention)
     AttentionMaskInterface.register("qlora_nb", sdpa_mask)
-    configs = [getattr(module, "config", None) for module in base.modules()]
-    for config in {id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values():
-        base.qlora_nb.undo.append((config, "_attn_implementation", config._attn_implementation))
-        config._attn_implementation = "qlora_nb"
+    base.qlora_nb.undo += name_attention(base, "qlora_nb")
 
 # %% ../../nbs/06_engine.ipynb #0f1a7f05
 REPLAY_DEVICES = ("cuda",)  # devices; elsewhere a recording is the function itself, and saves nothing
@@ -174,9 +171,7 @@ def _replace_checkpoints(base: torch.nn.Module, engine: Engine) -> None:
     layers = find_checkpointed_layers(base)
     replay = Replay(layers) if engine.graphs else None
     for layer in layers:
-        name = "_gradient_checkpointing_func"
-        base.qlora_nb.undo.append((layer, name, vars(layer).get(name)))
-        vars(layer)[name] = run_checkpointed
+        base.qlora_nb.undo.append(name_checkpointing(layer, run_checkpointed))
         notes = annotate_module(layer)
         notes.replay, notes.offload = replay, engine.offload
     if replay:
