@@ -56,6 +56,8 @@ from .gguf_writer import ModelSource, check_disk, find_architecture, target_file
 from .llama import NO_LOGITS, ServedFile, import_extra
 from .model import count_parameters
 from .ollama_export import modelfile_for, modelfile_refusal, write_modelfile
+
+# %% ../nbs/54_workflow.ipynb #54a0000b
 from .preparation import adapter_settings, count_run_bytes
 from .publishing import push_to_hub
 from .report import Report, choose_window, render_markdown, running_mean, show_report, write_reports
