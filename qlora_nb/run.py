@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args, get_origin
@@ -838,19 +838,26 @@ def name_gguf(folder: Path, quantization: str) -> Path:
     return folder / f"{folder.name}-{quantization.upper()}.gguf"
 
 
-def how_to_finish(folder: RunFolder) -> str:
+def how_to_finish(
+    folder: RunFolder,
+    formats: Iterable[str] | None = None,  # of its exports; None: those that its configuration records
+) -> str:
     "Return what a finished run lacks of what was asked for, and the commands that make it."
     path, config = shlex.quote(str(folder.path)), read_config(folder.path / "config.yaml")
-    formats = [name for name in config.get("export") or () if isinstance(name, str)]
+    formats = [name for name in formats or config.get("export") or () if isinstance(name, str)]
     trained = folder.adapter / "adapter_model.safetensors"
     newest = trained.stat().st_mtime if config.get("extended") and trained.exists() else 0
-    lacking = [name for name in formats if not (file := name_gguf(folder.path, name)).exists() or file.stat().st_mtime < newest]
+
+    def made(file: Path) -> bool:
+        return file.exists() and file.stat().st_mtime >= newest
+
+    lacking = [name for name in formats if not made(name_gguf(folder.path, name))]
     held_out = config.get("model") == EMBEDDED_NAME or (read_json(folder.path / "summary.json") or {}).get("before")
     rest = {
         "report": None if (folder.path / "report.html").exists() else f"report {path}",
         f"export ({', '.join(lacking)})": f"export {path} --quantization {','.join(lacking)}" if lacking else None,
         "Modelfile": f"modelfile {path} {shlex.quote(str(name_gguf(folder.path, formats[0])))}" if formats and not folder.modelfile.exists() else None,
-        "certificate": f"certify {path}" if formats and held_out and (lacking or not folder.certificate_files) else None,
+        "certificate": f"certify {path}" if formats and held_out and (lacking or not any(map(made, folder.certificate_files))) else None,
     }
     parts = [f"its {name}" for name, command in rest.items() if command]
     commands = " && ".join(f"qlora_nb {command}" for command in rest.values() if command)

@@ -167,6 +167,9 @@ def make_trainer_class(plain_loss: bool):
         def floating_point_ops(self, inputs):
             return 0  # the sum isn't used, and each step would walk through all modules
 
+        def create_model_card(self, *args, **kwargs):
+            pass  # TRL's, beside the checkpoints, names neither base nor data; the adapter has one that does
+
         if plain_loss:
             def compute_loss(self, *args, **kwargs):
                 return transformers.Trainer.compute_loss(self, *args, **kwargs)

@@ -32,7 +32,17 @@ from .activations import checkpointing_kind
 from .adapter import find_active_adapter, model_info
 from .certificate import certify
 from .certificate_checks import Certificate
-from .core import EMBEDDED_NAME, PROFILES, ShownObject, UserError, is_number, render_html_table, write_json
+from qlora_nb.core import (
+    EMBEDDED_NAME,
+    PROFILES,
+    FullDisk,
+    ShownObject,
+    UserError,
+    disk_full,
+    is_number,
+    render_html_table,
+    write_json,
+)
 from qlora_nb.gguf_export import (
     check_quantizations,
     estimate_sizes,
@@ -46,6 +56,8 @@ from .gguf_writer import ModelSource, check_disk, find_architecture, target_file
 from .llama import NO_LOGITS, ServedFile, import_extra
 from .model import count_parameters
 from .ollama_export import modelfile_for, modelfile_refusal, write_modelfile
+
+# %% ../nbs/54_workflow.ipynb #54a0000b
 from .preparation import adapter_settings, count_run_bytes
 from .publishing import push_to_hub
 from .report import Report, choose_window, render_markdown, running_mean, show_report, write_reports
@@ -420,14 +432,14 @@ def explain_failure(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def keep_going(failures: list[str], what: str, again: str) -> Iterator[None]:
-    "A context in which an error ends this step alone: `failures` gets a sentence with the command that repeats it. A signal ends everything."
+def keep_going(failures: dict[str, bool], what: str, again: str) -> Iterator[None]:
+    "A context in which an error ends this step alone: `failures` gets a sentence with the command that repeats it, and whether the disk is full. A signal ends everything."
     try:
         yield
     except TrainingInterrupted:
         raise
     except Exception as error:
-        failures.append(f"{what} ({explain_failure(error)}): repeat it with {again}")
+        failures[f"{what} ({explain_failure(error)}): repeat it with {again}"] = disk_full(error)
 
 # %% ../nbs/54_workflow.ipynb #4220a7b5
 def find_stamp(file: Path) -> tuple | None:
@@ -435,7 +447,7 @@ def find_stamp(file: Path) -> tuple | None:
     return (found.st_ino, found.st_mtime_ns) if file.exists() and (found := file.stat()) else None
 
 
-def export_formats(path: Path, names: list[str], failures: list[str]) -> list[Path]:  # the files that were made
+def export_formats(path: Path, names: list[str], failures: dict[str, bool]) -> list[Path]:  # the files that were made
     "Export a run's folder in these formats, in one pass; where that fails, those that are missing one by one."
     files = target_files(path, names)
     before = {name: find_stamp(file) for name, file in files.items()}
@@ -443,17 +455,17 @@ def export_formats(path: Path, names: list[str], failures: list[str]) -> list[Pa
     def missing() -> list[str]:
         return [name for name, file in files.items() if find_stamp(file) in (None, before[name])]
 
-    def export(wanted: list[str], found: list[str]) -> None:
+    def export(wanted: list[str], found: dict[str, bool]) -> None:
         with keep_going(found, f"not exported: {', '.join(wanted)}", f"qlora_nb export {shlex.quote(str(path))} --quantization {','.join(wanted)}"):
             export_gguf(path, None, path, wanted)
 
-    found: list[str] = []
+    found: dict[str, bool] = {}
     export(names, found)
     if len(names) > 1 and found:
         found.clear()
         for name in missing():
             export([name], found)
-    failures += found
+    failures |= found
     return [file for name, file in files.items() if name not in missing()]
 
 
@@ -468,7 +480,10 @@ def certify_finished(run: Run, folder: RunFolder, started: float, model_rows: in
     found = certify_run(run, model_rows=model_rows, modelfile=folder.modelfile if folder.modelfile.is_file() else None)
     print(found, file=sys.stderr)
     run.summary = {**run.summary, "seconds": round(time.time() - started, 2), "certified": found.passed}
-    folder.write("summary.json", run.summary)
+    try:
+        folder.write("summary.json", run.summary)
+    except UserError as error:
+        print(f"note: certificate.json is complete, but summary.json does not mention it ({error})", file=sys.stderr)
     try_to_report(folder)
     return found.passed
 
@@ -479,13 +494,13 @@ def export_and_certify(
     started: float,  # when the clock of `seconds` began
     model_rows: int = 40,  # conversations that go through the models
 ) -> bool:  # whether all was made, and what is served is what was trained
-    "Export a run and certify it; `seconds` of its summary then cover that too. What fails is told on stderr, with what is there and how to repeat just that."
-    folder, path, failures, passed = RunFolder.open(run), run.path, [], True
-    named = shlex.quote(str(path))
+    "Export a run and certify it; `seconds` of its summary then cover that too. What fails is told on stderr, with what is there and what makes the rest. Raise `FullDisk`."
+    folder, path, failures, passed = RunFolder.open(run), run.path, {}, True
+    named, quantizations = shlex.quote(str(path)), list(quantizations)
     run.model = run.tokenizer = None  # the export loads the base anew, layer by layer
     gc.collect()
     torch.cuda.empty_cache()
-    made = export_formats(path, list(quantizations), failures)
+    made = export_formats(path, quantizations, failures)
     if made:
         with keep_going(failures, "the Modelfile was not written", f"qlora_nb modelfile {named} {shlex.quote(str(made[0]))}"):
             modelfile_for(path, made[0])
@@ -496,6 +511,9 @@ def export_and_certify(
         with keep_going(failures, "not certified", f"qlora_nb certify {named}"):
             passed = certify_finished(run, folder, started, model_rows)
     if failures:
-        print("The run is finished, but not everything that was asked for was made.", *(f"- {failure}" for failure in failures),
-              f"Complete in {path}: {list_whole_files(folder)}", sep="\n", file=sys.stderr)
+        rest = how_to_finish(folder, quantizations)
+        print("Not everything that was asked for was made.", *(f"- {failure}" for failure in failures), f"Complete in {path}: {list_whole_files(folder)}", sep="\n", file=sys.stderr)
+        if any(failures.values()):
+            raise FullDisk(f"no space left in {path}: free some; {rest}")
+        print(rest, file=sys.stderr)
     return bool(passed) and not failures

@@ -138,6 +138,8 @@ def become(request):
     write = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     for number, (name, mode) in enumerate((("in", os.O_RDONLY), ("out", write), ("err", write))):
         os.dup2(os.open(f"{request['place']}/{name}", mode, 0o600), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, and under nohup, both are ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.stdin = open(0, encoding="utf-8")
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     os.chdir(request["cwd"])

@@ -16,7 +16,7 @@ from gguf_models import needed
 from repository import PACKAGE, accept_changes
 
 from qlora_nb import cli, load_run, load_sft_dataset
-from qlora_nb.core import UserError, file_sha256
+from qlora_nb.core import FullDisk, UserError, file_sha256
 from qlora_nb.gguf_export import export_gguf
 from qlora_nb.run import copy_embedded_run
 from qlora_nb.workflow import export_and_certify
@@ -134,7 +134,7 @@ FAULTS = {  # name: (what breaks, formats, files that are there, what is said, w
     "server": (server_refuses, "q8_0", Q8, "can't open", "certify {run}"),
     "rows": (long_rows, "q8_0", Q8, "can be rendered within", "certify {run}"),
     "certificate": (full_disk("certificate.json"), "q8_0", Q8, "not certified (no space left", "certify {run}"),
-    "summary": (full_disk("summary.json"), "q8_0", Q8, "not certified (no space left", "certify {run}"),
+    "summary": (full_disk("summary.json"), "q8_0", Q8, "certificate.json is complete, but summary.json does not", None),
 }
 
 
@@ -145,19 +145,31 @@ def test_what_was_made_is_whole_and_named(fault, run, whole, monkeypatch, capsys
         needed("llama_cpp")
     before = {path.name: file_sha256(path) for path in (run.path / "adapter").iterdir()}
     breaks(monkeypatch, run)
+    ended = None
     try:
-        assert export_and_certify(run, formats.split(","), time.time(), model_rows=1) is False
+        passed = export_and_certify(run, formats.split(","), time.time(), model_rows=1)
+    except FullDisk as error:
+        passed, ended = False, str(error)
     finally:
         getattr(run, "restore", lambda: None)()
         monkeypatch.undo()
     told = capsys.readouterr().err
-    assert "Traceback" not in told and said in told and f"qlora_nb {again.format(run=run.path)}" in told, told
+    assert "Traceback" not in told and said in told, told
+    assert (ended is not None) == ("no space left" in said), (ended, told)
     names = {path.name for path in run.path.iterdir()}
     assert {name for name in names if name.endswith(".gguf")} == files
     assert not [name for name in names if name.endswith((".part", ".old"))]
     assert {name: file_sha256(run.path / name) for name in files} == {name: whole[name] for name in files}
-    listed = told.splitlines()[-1].partition(": ")[2].split(", ")
-    assert {"adapter", *files} <= set(listed) <= names
+    if fault == "summary":  # all that was asked for is there
+        assert passed and json.loads((run.path / "certificate.json").read_text())["passed"]
+        return
+    assert not passed and f"qlora_nb {again.format(run=run.path)}" in told
+    *_, complete, way = [*told.splitlines(), *([ended] if ended else ())]  # the last line, in a terminal
+    assert f"the run {run.path} is finished, but its" in way and f"qlora_nb {again.format(run=run.path)}" in way, way
+    listed = complete.partition(": ")[2].split(", ")
+    assert complete.startswith("Complete in ") and {"adapter", *files} <= set(listed) <= names
+    if "export" in again:  # what is exported later is certified, too
+        assert way.endswith(f" && qlora_nb certify {run.path}")
     json.loads((run.path / "summary.json").read_text())
     if fault != "merge":
         assert {path.name: file_sha256(path) for path in (run.path / "adapter").iterdir()} == before
@@ -165,8 +177,6 @@ def test_what_was_made_is_whole_and_named(fault, run, whole, monkeypatch, capsys
         assert "Modelfile" in listed and "certificate.json" not in names
     if fault == "modelfile":  # the files are certified without it
         assert "not certified" not in told and json.loads((run.path / "certificate.json").read_text())["passed"]
-    if fault == "summary":
-        assert json.loads((run.path / "certificate.json").read_text())["passed"]
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

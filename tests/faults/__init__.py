@@ -59,9 +59,12 @@ UNSEEN = re.compile(r"(^|/)\.tmp\w{6}$")
 def read_events(log: Path, place: Path) -> list[Event]:
     "What was logged, with paths relative to `place`; a file of safetensors has the name that an adapter gets."
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    short, found = str(place.resolve()) + "/", []
+    here, found = str(place.resolve()), []
     for _, kind, size, *paths in (line.split("\t") for line in lines):
-        paths = [UNSEEN.sub(r"\1adapter_model.safetensors", path.removeprefix(short)) for path in paths]
+        paths = [
+            "." if path == here else path.removeprefix(f"{here}/") for path in paths
+        ]  # a file without a name is in "."
+        paths = [UNSEEN.sub(r"\1adapter_model.safetensors", path) for path in paths]
         found.append(Event(kind, int(size), *paths))
     return found
 

@@ -243,7 +243,10 @@ def go_on(place: Path, like: Path, first: list[list[str]]) -> tuple[str, str]:
             return bad[0], f"{shlex.join(command)}: {bad[1]}"
         said += f"{shlex.join(command)} → {done.returncode} {sentence(done.stderr)[:400]}\n"
         queue = commands_in(done.stderr) + queue
-        if done.returncode == 0 and is_complete(place / "run", like / "run"):
+        through = done.returncode == 0 or "is finished" in sentence(
+            done.stderr
+        )  # to go on with it is the user's choice
+        if through and is_complete(place / "run", like / "run"):
             break
     if not is_complete(place / "run", like / "run"):
         missing = sorted(names_of(like / "run") - names_of(place / "run"))
@@ -282,7 +285,8 @@ def play_fault(before: tuple, command: tuple, fault: Fault) -> tuple[str, str]:
             return "not reached", said
         if fault.mode == "full" and not (wrong := starved(done, fault)):
             return "unnamed", said
-        if fault.mode == "signal" and (wrong := unheard(done, fault.number)):
+        whole = is_complete(place / "run", like / "run")
+        if fault.mode == "signal" and (wrong := unheard(done, fault.number, whole)):
             return wrong, said
         outcome, more = go_on(place, like, commands_in(done.stderr) + ways_on(list(command)))
         return outcome, said + more
@@ -294,11 +298,15 @@ def starved(done, fault) -> bool:
     return bool(words) and (done.returncode == 2 or done.returncode == 0 and bool(commands_in(done.stderr)))
 
 
-def unheard(done, number) -> str | None:
-    "What is wrong with how a command ended that got a signal: it is to say how to go on, and be it by starting again."
+def unheard(done, number, whole: bool) -> str | None:
+    """What is wrong with how a command ended that got a signal.
+
+    It is to say how to go on, and be it by starting again; or, where nothing is left to do, that.
+    """
     if done.returncode == 0:
         return None  # it was through
     way = commands_in(done.stderr) or re.search(r"start again|same command|repeat", done.stderr)
+    way = way or whole and re.search(r"is finished$|(is|are) complete$", sentence(done.stderr))
     return None if done.returncode == 128 + number and way else "unnamed"
 
 
@@ -323,7 +331,8 @@ def play_moment(before: tuple, command: tuple, part: float, number: int) -> tupl
             return different or ("not reached", said)
         if done.returncode == -number and names_of(place) == names_of(made_by(*before)):
             return "not reached", said  # it had not begun
-        if number != signal.SIGKILL and (wrong := unheard(done, number)):
+        whole = is_complete(place / "run", like / "run")
+        if number != signal.SIGKILL and (wrong := unheard(done, number, whole)):
             return wrong, said
         outcome, more = go_on(place, like, commands_in(err) + ways_on(list(command)))
         return outcome, said + more
