@@ -26,7 +26,13 @@ from .engine.layers import FlatAdapters, cache_parameters
 from .engine.line import join_rows, pack_rows
 from .run import Settings
 from .safeguards import load_checkpoint_adapter
-from .trainer import FOLLOWS_EVALUATIONS, make_trainer, schedule_evaluations, trainable_parameters, trainer_arguments
+from qlora_nb.trainer import (
+    FOLLOWS_EVALUATIONS,
+    make_trainer,
+    schedule_evaluations,
+    trainable_parameters,
+    trainer_arguments,
+)
 
 # %% ../nbs/53_loop.ipynb #53a00011
 def pad_rows(rows: list[dict], pad: int) -> dict:  # `pad`: the id that fills short rows
@@ -145,6 +151,11 @@ def read_part(checkpoint: Path, name: str):
 
     with safe_globals():  # NumPy's arrays, in the random states
         return torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+
+
+def count_optimized(state: dict) -> int:
+    "Return the number of tensors that an optimizer's state is for."
+    return sum(len(group["params"]) for group in state["param_groups"])
 
 # %% ../nbs/53_loop.ipynb #53a00027
 class ReportingLoop:
@@ -336,7 +347,7 @@ class TrainingLoop(ReportingLoop):
         if checkpoint:
             load_checkpoint_adapter(self.model, checkpoint)
             saved = {file.name: read_part(checkpoint, file.name) for file in checkpoint.glob("*.pt")}
-        one_by_one = saved and sum(len(group["params"]) for group in saved["optimizer.pt"]["param_groups"]) == len(trainable_parameters(self.model))
+        one_by_one = saved and count_optimized(saved["optimizer.pt"]) == len(trainable_parameters(self.model))
         optimizer, self.flat = make_optimizer(self.model, args, self.in_one_tensor and not one_by_one)  # a run goes on as it began
         self.optimizer = self.accelerator.prepare(optimizer)
         self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.get_warmup_steps(self.state.max_steps), self.state.max_steps)
@@ -397,3 +408,10 @@ def check_loop(settings: Settings, backend: str) -> None:
         raise UserError(f"loop is 'own', but the model was loaded by {backend}, whose kernels need TRL's trainer: leave loop out, or load it with backend='transformers'")
     if settings.optim.startswith(OTHER_LOOPS):
         raise UserError(f"optim is {settings.optim!r}, which needs more of a training loop than loop='own' provides: choose another optimizer, or leave loop out")
+
+
+def check_checkpoint(model, loop: str, checkpoint: Path) -> None:
+    "Raise `UserError` if TRL's trainer is to go on from a checkpoint in which all adapters are one tensor, as an earlier version of this package wrote it."
+    if loop == "trl" and engine_of(model) and count_optimized(read_part(checkpoint, "optimizer.pt")) != len(trainable_parameters(model)):
+        raise UserError(f"{checkpoint} holds all adapters in one tensor, which only this package's own loop trains, but the run was trained with loop='trl' by an earlier version: "
+                        "it can't be resumed; start a new run")

@@ -23,7 +23,7 @@ from .backends import choose_backend
 from .cards import KNOWN_CARDS, Card, choose_length, find_card, measure_row_lengths
 from .core import EMBEDDED_NAME, UserError, check_space, fingerprint
 from .engine.install import engine_of, install_engine
-from .loop import check_loop, find_loop
+from .loop import check_checkpoint, check_loop, find_loop
 from .manifest import read_manifest
 from .memory import MemoryEstimate
 from .model import count_parameters
@@ -692,6 +692,7 @@ def continue_run(model, folder: RunFolder, began: dict, config: dict, new: dict)
     check_same_run(folder, began, new)
     if checkpoint := last_checkpoint(folder):
         check_recorded_settings(folder, began, [checkpoint])
+        check_checkpoint(model, new["loop"], checkpoint)
     elif began.get("extended"):
         raise UserError(f"the run {folder.path} was extended at step {began['extended'][-1]['from']}, and has no whole checkpoint to go on from: "
                         f"restore one, or start a new run with --config {shlex.quote(str(folder.path / 'config.yaml'))}")

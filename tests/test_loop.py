@@ -12,6 +12,7 @@ from transformers import TrainerCallback, set_seed
 from qlora_nb import loop
 from qlora_nb.core import PROFILES, UserError
 from qlora_nb.loop import OTHER_LOOPS, make_loop, make_optimizer
+from qlora_nb.manifest import read_manifest, write_manifest
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.preflight import encode_dataset
 from qlora_nb.rows import load_sft_dataset
@@ -83,7 +84,7 @@ def assert_same(ours, theirs):
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_losses_norms_and_weights_are_trls(rows, tmp_path, settings):
-    "Step by step; then each is resumed by the other, in the middle of an epoch and at its end; but TRL's has no tensor that holds all adapters."
+    "Step by step; then each is resumed by the other, in the middle of an epoch and at its end (TRL's not from one tensor)."
     theirs = train_by(make_trainer, rows, tmp_path / "trl", **settings)
     ours = train_by(make_loop, rows, tmp_path / "own", **settings)
     assert_same(ours, theirs)
@@ -300,6 +301,31 @@ def test_what_the_loop_lacks_is_refused_before_the_run(tmp_path):
     unlabelled = encode_dataset(data, tokenizer)[0].map(lambda row: {"labels": [-100] * len(row["labels"])})
     with pytest.raises(UserError, match="no row has a token with a label"):
         make_loop(model, tokenizer, unlabelled, resolve_settings({}, profile=TINY), tmp_path, [])
+
+
+def test_a_checkpoint_with_adapters_in_one_tensor_is_not_for_trls_trainer(tmp_path):
+    "Versions before this loop wrote such ones with loop: trl in their configuration; and nobody may change it by hand."
+    model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", engine=True)
+    how = {"max_steps": 3, "warmup_steps": 1, "eval_rows": 0, "save_steps": 2}
+    data = load_sft_dataset(limit=40)
+    run = train(add_lora(model, r=8), tokenizer, data, output=tmp_path / "run", **how)
+    folder = RunFolder(run.path)
+    assert folder.config["loop"] == "own"
+    for older in (False, True):
+        for checkpoint in folder.checkpoints if older else ():  # as an earlier version left it
+            found = read_manifest(checkpoint)
+            extra = {name: value for name, value in found.items() if name not in ("files", "checksum")}
+            write_manifest(checkpoint, {**extra, "settings": {**found["settings"], "loop": "trl"}})
+        (folder.path / "summary.json").unlink(missing_ok=True)
+        folder.write("config.yaml", {**folder.config, "loop": "trl"})
+        model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", engine=True)
+        why = (
+            "holds all adapters in one tensor"
+            if older
+            else "loop is 'trl' in .*, but checkpoint-3 was trained with 'own'"
+        )
+        with pytest.raises(UserError, match=why):
+            train(add_lora(model, r=8), tokenizer, data, resume=run.path)
 
 
 def test_every_other_optimizer_is_one_that_only_steps():

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "nbs/results/gpu_tests.json"
 # What runs on a GPU in a step of training.
-ENGINE = ("engine/*.py", "kernels.py", "qlora.py", "lora.py", "nf4.py", "trainer.py")
+ENGINE = ("engine/*.py", "kernels.py", "qlora.py", "lora.py", "nf4.py", "loop.py", "trainer.py")
 
 
 def engine_files():
