@@ -16,6 +16,7 @@ from test_engine import FAMILIES, apart, base_of, gradients, peft_of, rectangle,
 
 from qlora_nb.engine.install import Engine, engine_of, install_engine, remove_engine
 from qlora_nb.engine.line import join_rows
+from qlora_nb.run import RunFolder
 
 pytestmark = pytest.mark.cuda
 
@@ -173,6 +174,34 @@ def test_a_resumed_run_is_the_whole_one(tmp_path, engine):
     shutil.rmtree(whole.path / "adapter")
     resume(whole.path, engine)
     assert path.read_bytes() == wanted
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_looking_on_the_way_changes_nothing(tmp_path, engine):
+    "Evaluations, replies to a prompt and the best adapter's file, late log and all: the same losses, the same bytes."
+    whole = trained(tmp_path / "whole", engine)
+    looks = {"eval_steps": 3, "early_stopping": 9, "load_best_model_at_end": False, "sample_prompts": 1}
+    looked = trained(tmp_path / "looked", engine, **looks)
+    assert RunFolder(looked.path).config["loop"] == ("own" if engine else "trl")
+    held = {row["step"]: row["eval_loss"] for row in looked.metrics if row.get("eval_loss") is not None}
+    assert list(held) == [3, 6, 9, 12] and held[12] < held[3]
+    assert losses(looked) == losses(whole)
+    assert looked.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
+    assert [row["step"] for row in looked.metrics] == list(range(1, 13))
+
+
+def test_a_run_that_no_longer_improves_is_stopped_and_takes_its_best(tmp_path):
+    run = trained(tmp_path / "run", True, eval_steps=1, early_stopping=1, learning_rate=0.5, warmup_steps=0)
+    held = [row["eval_loss"] for row in run.metrics if row.get("eval_loss") is not None]
+    assert len(run.metrics) < 12 and run.summary["best_eval_loss"] == min(held)
+    assert run.summary["adapter_step"] == 1 + held.index(min(held))
+
+
+def test_trls_trainer_learns_the_same_with_the_engine(tmp_path):
+    "By its public methods alone: adapters one by one, logged at once."
+    ours, theirs = (trained(tmp_path / loop, True, eval_rows=0, loop=loop) for loop in ("own", "trl"))
+    assert losses(theirs)[:8] == pytest.approx(losses(ours)[:8], rel=0.02)
+    assert losses(theirs) == pytest.approx(losses(ours), rel=0.05)
 
 
 def test_the_run_of_the_package_answers_as_on_a_cpu(tmp_path):

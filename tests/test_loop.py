@@ -84,7 +84,7 @@ def assert_same(ours, theirs):
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_losses_norms_and_weights_are_trls(rows, tmp_path, settings):
-    "Step by step; then each is resumed by the other, in the middle of an epoch and at its end (TRL's not from one tensor)."
+    "Step by step; then each is resumed by the other, within an epoch and at its end (TRL's not from one tensor)."
     theirs = train_by(make_trainer, rows, tmp_path / "trl", **settings)
     ours = train_by(make_loop, rows, tmp_path / "own", **settings)
     assert_same(ours, theirs)
