@@ -26,7 +26,13 @@ from .engine.layers import FlatAdapters, cache_parameters
 from .engine.line import join_rows, pack_rows
 from .run import Settings
 from .safeguards import load_checkpoint_adapter
-from .trainer import FOLLOWS_EVALUATIONS, make_trainer, schedule_evaluations, trainable_parameters, trainer_arguments
+from qlora_nb.trainer import (
+    FOLLOWS_EVALUATIONS,
+    make_trainer,
+    schedule_evaluations,
+    trainable_parameters,
+    trainer_arguments,
+)
 
 # %% ../nbs/53_loop.ipynb #53a00011
 def pad_rows(rows: list[dict], pad: int) -> dict:  # `pad`: the id that fills short rows
@@ -320,7 +326,7 @@ class TrainingLoop(ReportingLoop):
     def cast_adapters(self):
         "Return a context in which the engine finds all adapters already cast to the model's dtype, in one call."
         engine = engine_of(self.model)
-        cast = self.flat and engine.adapters and not engine.graphs  # a recording has casts of its own
+        cast = self.flat and engine.adapters and not engine.replayed  # a recording has casts of its own
         return self.flat.cast_together(self.model.get_base_model().dtype) if cast else contextlib.nullcontext()
 
     def start(self, checkpoint: Path | None) -> None:

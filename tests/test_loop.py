@@ -83,7 +83,10 @@ def assert_same(ours, theirs):
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_losses_norms_and_weights_are_trls(rows, tmp_path, settings):
-    "Step by step; then each is resumed by the other, in the middle of an epoch and at its end; but TRL's has no tensor that holds all adapters."
+    """Step by step; then each is resumed by the other, in the middle of an epoch and at its end.
+
+    TRL's has no tensor that holds all adapters, so it doesn't resume a run that had one.
+    """
     theirs = train_by(make_trainer, rows, tmp_path / "trl", **settings)
     ours = train_by(make_loop, rows, tmp_path / "own", **settings)
     assert_same(ours, theirs)
