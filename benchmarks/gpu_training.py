@@ -45,7 +45,8 @@ DEFAULTS = {
     "checkpointing": False, "off": [], "on": [], "attention": None, "steps": 12, "skip": 4, "turn": 1,
 }  # fmt: skip
 OWN = {"batch": 2, "accumulation": 4, "packing": False, "checkpointing": True}  # the workflow's settings
-PARTS = ("attention", "flat", "loss", "adapters", "grouped", "mlp", "compiled", "norms", "kernels")
+# Stored runs switched `grouped` and `norms` off, too, which now belong to `adapters` and `compiled`.
+PARTS = ("attention", "flat", "loss", "adapters", "mlp", "compiled", "kernels")
 AGAIN = ("checkpoint", "graphs", "offload")  # of layers that run again
 BEST = {"on": ["dense"]}  # what the engine takes where memory is no matter
 
@@ -101,10 +102,19 @@ def engine_model(s):
     return add_lora(model, use_gradient_checkpointing=s["checkpointing"]), tok
 
 
+def switched(s):
+    "The engine of a setting. `graphs` is no switch of the engine's: without it no device may make a recording."
+    from qlora_nb.engine import install
+
+    known = vars(install).setdefault("ALL_DEVICES", install.REPLAY_DEVICES)
+    install.REPLAY_DEVICES = () if "graphs" in s["off"] else known
+    return install.Engine(**{name: False for name in s["off"] if name != "graphs"}, **dict.fromkeys(s["on"], True))
+
+
 def engine_trainer(model, tok, s, clock):
     from qlora_nb.core import PROFILES
     from qlora_nb.engine import line
-    from qlora_nb.engine.install import Engine, engine_of, install_engine
+    from qlora_nb.engine.install import engine_of, install_engine
     from qlora_nb.engine.line import attention_kernel
     from qlora_nb.loop import make_loop
     from qlora_nb.run import resolve_settings
@@ -112,7 +122,7 @@ def engine_trainer(model, tok, s, clock):
     known = vars(line).setdefault("ALL_KERNELS", line.ATTENTION_KERNELS)
     line.ATTENTION_KERNELS = {s["attention"]: known[s["attention"]]} if s["attention"] else known
     line._kernel.cache_clear()
-    install_engine(model, Engine(**dict.fromkeys(s["off"], False), **dict.fromkeys(s["on"], True)))
+    install_engine(model, switched(s))
     if s["attention"] and attention_kernel(model) != s["attention"]:
         raise RuntimeError(f"{s['attention']} is not there; attention is by {attention_kernel(model)}")
     settings = resolve_settings({

@@ -331,7 +331,7 @@ class TrainingLoop(ReportingLoop):
     def cast_adapters(self):
         "Return a context in which the engine finds all adapters already cast to the model's dtype, in one call."
         engine = engine_of(self.model)
-        cast = self.flat and engine.adapters and not engine.graphs  # a recording has casts of its own
+        cast = self.flat and engine.adapters and not engine.replayed  # a recording has casts of its own
         return self.flat.cast_together(self.model.get_base_model().dtype) if cast else contextlib.nullcontext()
 
     def start(self, checkpoint: Path | None) -> None:

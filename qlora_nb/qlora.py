@@ -201,14 +201,17 @@ class QLoRALinear(LoRALayer):
         super().__init__(columns, rows, r, lora_alpha, lora_dropout, use_rslora, weight.dtype, device)
         self.blocksize, self.weight_dtype, self.compute_dtype = weight.blocksize, weight.dtype, compute_dtype
         for part in NF4_PARTS:
-            self.register_buffer(part, getattr(weight, part))
+            value = getattr(weight, part)
+            bits = value is not None and value.is_floating_point()
+            self.register_buffer(part, value.view(torch.int32) if bits else value)  # a cast of the module casts floats alone
         self.register_buffer("bias", bias)
 
     @property
     def weight(self) -> NF4Weight:
         "The frozen weight, made of the module's buffers."
         shape = torch.Size((self.out_features, self.in_features))
-        return NF4Weight(*(getattr(self, part) for part in NF4_PARTS), self.blocksize, shape, self.weight_dtype)
+        parts = [value.view(torch.float32) if value is not None and value.dtype == torch.int32 else value for value in (getattr(self, part) for part in NF4_PARTS)]
+        return NF4Weight(*parts, self.blocksize, shape, self.weight_dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, in) → (…, out), in x's dtype
         "Compute both paths in one function; while dropout is active, the adapter's is autograd's."
@@ -218,13 +221,3 @@ class QLoRALinear(LoRALayer):
         else:
             y = qlora_matmul(inner, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
         return y.to(x.dtype)
-
-    def _apply(self, fn, recurse=True):
-        "Move the scales and never cast them."
-        before = {part: getattr(self, part) for part in NF4_PARTS}
-        super()._apply(fn, recurse)
-        for part, old in before.items():
-            new = getattr(self, part)
-            if old is not None and new.dtype != old.dtype:
-                setattr(self, part, old.to(new.device))
-        return self

@@ -181,14 +181,12 @@ def make_resume_watch(extended: int | None = None):  # the step from which the r
     from transformers import TrainerCallback
 
     class ResumeWatch(TrainerCallback):
-        def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
             state.compute_steps(args, state.max_steps)
             if state.global_step != extended or not hasattr(lr_scheduler, "lr_lambdas"):  # one that follows evaluations goes on as it is
                 return
-            rates = [base * share(extended) for base, share in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas)]
-            lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "_last_lr": rates})
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate
+            lr_scheduler.last_epoch = extended - 1
+            lr_scheduler.step()  # to the rate that the new schedule has here: the optimizer's, and the one that is logged
 
     return ResumeWatch()
 

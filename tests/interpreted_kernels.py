@@ -29,13 +29,13 @@ def interpreted(monkeypatch):
 def test_gradients_are_those_of_plain_peft(interpreted, family):
     model = peft_of(family)
     same(model, within=2e-5)
-    assert engine_of(model).norms and engine_of(model).compiled
+    assert engine_of(model).compiled
 
 
 @pytest.mark.parametrize(
     "on",
-    [Engine(selective=True), Engine(mlp=False), Engine(loss=False), Engine(norms=False), Engine(compiled=False),
-     Engine(adapters=False), Engine(attention=False)],
+    [Engine(selective=True), Engine(mlp=False), Engine(loss=False), Engine(mlp=False, loss=False),
+     Engine(compiled=False), Engine(adapters=False), Engine(attention=False)],
 )  # fmt: skip
 def test_parts_with_and_without_them(interpreted, on):
     same(peft_of(), on, within=2e-5)
@@ -59,7 +59,7 @@ def test_layers_that_run_again(interpreted, monkeypatch):
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         same(model, within=2e-5)
         on = engine_of(model)
-        assert on.checkpoint and on.norms and on.compiled and on.graphs == bool(devices)
+        assert on.checkpoint and on.compiled and on.replayed == bool(devices)
 
 
 def test_in_16_bits_and_under_autocast(interpreted):
@@ -69,7 +69,7 @@ def test_in_16_bits_and_under_autocast(interpreted):
         return max(((found[name] - g).norm() / g.norm()).item() for name, g in wanted.items())
 
     errors = []
-    for parts in ({}, {"norms": False, "compiled": False}):
+    for parts in ({}, {"compiled": False}):
         model = peft_of(dtype=torch.bfloat16)
         install_engine(model, Engine(**parts))
         errors.append(apart(gradients(model, join_rows(some_rows()))[1]))
@@ -112,5 +112,5 @@ def test_wrong_kernels_are_not_taken(interpreted, capsys, monkeypatch):
     monkeypatch.setattr(interpreted, "fused_swiglu", lambda gate, *rest: gate)
     model = peft_of()
     same(model)
-    assert not engine_of(model).norms and not engine_of(model).compiled
+    assert not engine_of(model).compiled
     assert "passes over memory aren't fused on cpu for rank 16: their results are wrong" in capsys.readouterr().err

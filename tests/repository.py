@@ -1,8 +1,10 @@
 """What the tests know of the repository: its notebooks, modules and tools."""
 
 import ast
+import builtins
 import copy
 import functools
+import itertools
 import json
 import os
 import re
@@ -95,6 +97,142 @@ def top_level_imports(tree):
             yield from top_level_imports(ast.Module(node.orelse, []))
         elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             yield from top_level_imports(node)
+
+
+# --- private names of other libraries -------------------------------------------------------------------------------
+
+LIBRARIES = {"torch", "transformers", "trl", "accelerate", "bitsandbytes", "peft", "unsloth", "unsloth_zoo"}
+# Functions and methods that change attributes or entries which they are given by name ...
+BY_NAME = set("setattr delattr __setattr__ __delattr__ __setitem__ __delitem__ __setstate__ load_state_dict".split())
+BY_NAME |= set("pop setdefault update temporary_attributes restore_attributes object dict type".split())  # patch.object
+# ... and methods that change a container.
+CHANGE = set("append extend insert remove clear pop popitem setdefault update add discard".split())
+
+
+def is_private(name):
+    return isinstance(name, str) and name.strip("_").isidentifier() and name[0] == "_" and not name.endswith("__")
+
+
+def literals(node):
+    "A constant or a name; of a tuple, a list, a set or a dict's keys each of them."
+    for part in getattr(node, "elts", getattr(node, "keys", ())):
+        yield from literals(part.value if isinstance(part, ast.Starred) else part)
+    if isinstance(node, (ast.Constant, ast.Name)):
+        yield node
+
+
+def bound_names(nodes):
+    "Pairs of a name and the expression that it is bound to, or takes its values from in a loop."
+    for node in nodes:
+        value = getattr(node, "value", None) or getattr(node, "iter", None)
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        for target in targets if value is not None else ():
+            yield from ((name.id, value) for name in getattr(target, "elts", [target]) if isinstance(name, ast.Name))
+
+
+class Overrides(ast.NodeVisitor):
+    """Finds where a module changes a private name of an object or a class that is not its own: (line, name).
+
+    Its own are `self`, `cls` and the classes of the package, which `classes` maps to their bases, unless they derive
+    from a library's. A base that leads to nothing known counts as a library's.
+    """
+
+    def __init__(self, tree, classes):
+        self.classes, self.found, self.roots, self.derived = classes, set(), {}, [False]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                self.roots |= {a.asname or a.name.split(".")[0]: a.name.split(".")[0] for a in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                self.roots |= {a.asname or a.name: "" if node.level else node.module.split(".")[0] for a in node.names}
+        self.scopes = [list(bound_names(tree.body))]
+        self.visit(tree)
+
+    def note(self, node, *names):
+        self.found |= {(node.lineno, name) for name in names if is_private(name)}
+
+    def is_own(self, node):
+        name = getattr(node, "id", None)
+        if name in ("self", "cls"):
+            return not self.derived[-1]
+        return name in self.classes and not any(map(self.is_library, self.classes[name]))
+
+    def is_library(self, base):
+        "Whether a base class is a library's, or derives from one."
+        while isinstance(base, (ast.Attribute, ast.Subscript)):
+            base = base.value
+        name = getattr(base, "id", None)
+        if self.roots.get(name):
+            return self.roots[name] in LIBRARIES
+        if name in self.classes:
+            return any(map(self.is_library, self.classes[name]))
+        return name is None or not hasattr(builtins, name)
+
+    def texts(self, node):
+        "The strings that an argument can be or hold: literals, and the literals that a name stands for."
+        names = {one.id for one in literals(node) if isinstance(one, ast.Name)}
+        values = [value for scope in self.scopes for name, value in scope if name in names]
+        return {one.value for part in (node, *values) for one in literals(part) if isinstance(one, ast.Constant)}
+
+    def visit_FunctionDef(self, node):
+        self.scopes.append(list(bound_names(ast.walk(node))))
+        self.generic_visit(node)
+        self.scopes.pop()
+
+    def visit_ClassDef(self, node):
+        self.derived.append(any(map(self.is_library, node.bases)))
+        if self.derived[-1]:
+            for one in node.body:
+                self.note(one, getattr(one, "name", None), *(name for name, _ in bound_names([one])))
+        self.generic_visit(node)
+        self.derived.pop()
+
+    def visit_Attribute(self, node):
+        if not isinstance(node.ctx, ast.Load) and not self.is_own(node.value):
+            self.note(node, node.attr)
+        self.generic_visit(node)
+
+    def visit_Subscript(self, node):
+        if not isinstance(node.ctx, ast.Load):
+            self.note_container(node, node.value)
+            if ast.unparse(node.value).startswith("vars(") or getattr(node.value, "attr", "") == "__dict__":
+                self.note(node, *self.texts(node.slice))
+        self.generic_visit(node)
+
+    def note_container(self, node, container):
+        "One of a library's private containers is changed: `module._buffers[name] = …`."
+        if isinstance(container, ast.Attribute) and not self.is_own(container.value):
+            self.note(node, container.attr)
+
+    def visit_Call(self, node):
+        called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if called in CHANGE and isinstance(node.func, ast.Attribute):
+            self.note_container(node, node.func.value)
+        given = {getattr(one, "id", None) for one in node.args}  # partial(setattr, …)
+        if (called in BY_NAME or given & BY_NAME) and not any(map(self.is_own, node.args[:1])):
+            values = [keyword.value for keyword in node.keywords if keyword.arg is None]  # **{…}
+            self.note(node, *(keyword.arg for keyword in node.keywords))
+            self.note(node, *set().union(*map(self.texts, [*node.args, *values])))
+        self.generic_visit(node)
+
+
+def bases_of(*trees):
+    "The bases of each class, by its name; of all that have the same name."
+    found = {}
+    for node in itertools.chain(*map(ast.walk, trees)):
+        if isinstance(node, ast.ClassDef):
+            found.setdefault(node.name, []).extend(node.bases)
+    return found
+
+
+@functools.cache
+def package_classes():
+    return bases_of(*(ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))))
+
+
+def private_overrides(source, classes=None):
+    "The private names of other libraries that a source changes: sorted pairs of line and name."
+    tree = ast.parse(source)
+    return sorted(Overrides(tree, {**(classes or {}), **bases_of(tree)}).found)
 
 
 # --- what `make judges` fetches -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -15,6 +16,7 @@ from unittest.mock import patch
 import processes
 import pytest
 import torch
+from repository import PACKAGE, package_classes, private_overrides
 
 from qlora_nb.core import UserError
 from qlora_nb.engine.install import Engine, engine_of, engine_refusal, install_engine, remove_engine
@@ -126,7 +128,7 @@ def test_tied_embeddings():
     same(peft_of(tie_word_embeddings=True))
 
 
-SWITCHES = ("adapters", "grouped", "mlp", "selective", "attention", "loss", "dense")
+SWITCHES = ("adapters", "mlp", "selective", "attention", "loss", "dense")
 PAIRS = [(), *itertools.combinations(SWITCHES, 1), *itertools.combinations(SWITCHES, 2)]
 
 
@@ -405,17 +407,22 @@ def calls_of(model, batch):
     return tuple(found.get(name, 0) for name in names)
 
 
-def test_layers_of_one_input_are_one_call():
-    "Two layers with seven projections: q, k, v in one, o, and the MLP in one; or gate and up in one, down."
+def test_layers_of_one_input_are_one_call(monkeypatch):
+    "Two layers with seven projections: q, k, v in one, o, and the MLP in one; or gate and up in one, down; or alone."
+    from qlora_nb.engine import install
+
     model, batch = peft_of(), join_rows(some_rows())
     install_engine(model)
     assert calls_of(model, batch) == (0, 4, 2)
     install_engine(model, Engine(mlp=False))
     assert calls_of(model, batch) == (0, 8, 0)
-    install_engine(model, Engine(mlp=False, grouped=False))
-    assert calls_of(model, batch) == (14, 0, 0)
+    _, together = gradients(model, batch)
+    monkeypatch.setattr(install, "find_groups", lambda base: ())
+    install_engine(model, Engine(mlp=False))
+    assert calls_of(model, batch) == (0, 14, 0)
+    assert apart(gradients(model, batch)[1], together) < 1e-5
     on = install_engine(model, Engine(adapters=False, selective=True, dense=True))
-    assert not (on.grouped or on.mlp or on.selective or on.dense)
+    assert not (on.mlp or on.selective or on.dense) and calls_of(model, batch) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("targets, calls", [
@@ -494,7 +501,7 @@ def test_an_adapter_after_a_merge():
     again(ids, labels=ids).loss.backward()
 
 
-@pytest.mark.parametrize("engine", [Engine(), Engine(grouped=False, mlp=False)])
+@pytest.mark.parametrize("engine", [Engine(), Engine(mlp=False)])
 def test_whatever_else_is_trained_gets_its_gradient(engine):
     "Biases and base weights that somebody unfreezes, and an adapter with biases that came later."
     from peft import LoraConfig
@@ -596,7 +603,7 @@ def test_it_goes_in_and_out():
     before = places(model)
     engine = install_engine(model)
     # for CUDA, or a model that runs its layers again:
-    off = dict.fromkeys(("kernels", "norms", "compiled", "checkpoint", "graphs", "offload"), False)
+    off = dict.fromkeys(("kernels", "compiled", "checkpoint", "offload"), False)
     assert engine_of(model) == engine == Engine(**off)
     install_engine(model, Engine(loss=False))  # another one takes its place
     assert engine_of(model) == Engine(loss=False, **off)
@@ -615,7 +622,7 @@ def test_one_attribute_is_added_to_the_modules_of_other_libraries(on_a_cpu):
 
     model = add_lora(load_model("qlora_nb:embedded", engine=True)[0], use_gradient_checkpointing=True)
     on = engine_of(model)
-    assert on.mlp and on.attention and on.loss and on.checkpoint and on.graphs
+    assert on.mlp and on.attention and on.loss and on.checkpoint and on.replayed
     plain = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, quantization_config=nf4_config(torch.float32))
     plain.gradient_checkpointing_enable()
     plain = get_peft_model(plain, model.peft_config["default"])
@@ -931,7 +938,7 @@ def test_a_run_learns_the_same(runs):
     place, said = runs
     plain, ours = losses(place / "plain"), losses(place / "engine")
     assert ours == pytest.approx(plain, rel=1e-3) and sum(ours) == pytest.approx(sum(plain), rel=1e-3)
-    on = ("engine: base and adapter in one function, layers of the same input together, the MLP in one function, "
+    on = ("engine: base and adapter in one function, the MLP in one function, "
           "rows end to end, adapters in one tensor, logits of learned tokens; "
           "attention by one call a row\n")  # fmt: skip
     assert on in said["engine"].stderr and "engine:" not in said["plain"].stderr
@@ -984,7 +991,7 @@ def test_the_benchmark_measures_it(tmp_path):
     done = processes.run_script(ROOT / "benchmarks/gpu_training.py", "--one", json.dumps([setting]), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.split("RESULT ", 1)[1])
-    assert found["engine"].startswith("base and adapter in one function, layers of the same input") and found["packing"]
+    assert found["engine"].startswith("base and adapter in one function, the MLP") and found["packing"]
     assert 0.7 < found["labelled_per_second"] / found["tokens_per_second"] < 0.76
     assert found["tokens_per_second"] * found["seconds_per_step"] > 0.9 * 2048  # lines are full
 
@@ -1050,13 +1057,11 @@ def on_a_cpu(monkeypatch):
 def replayed(engine=WHOLE):
     model = peft_of()
     model.get_base_model().gradient_checkpointing_enable()
-    assert install_engine(model, engine).graphs
+    assert install_engine(model, engine).replayed
     return model.train(), model.get_base_model().get_decoder().layers[0].qlora_nb.replay
 
 
-@pytest.mark.parametrize(
-    "engine", [Engine(), Engine(mlp=False), Engine(grouped=False), Engine(selective=True), Engine(loss=False)]
-)
+@pytest.mark.parametrize("engine", [Engine(), Engine(mlp=False), Engine(selective=True), Engine(loss=False)])
 def test_replayed_layers(on_a_cpu, engine):
     "One batch after the other, longer and shorter, gradients added up: as without checkpointing."
     plain, (model, replay) = peft_of(), replayed(engine)
@@ -1131,7 +1136,7 @@ def test_constants_of_a_layer_are_not_anothers(on_a_cpu, what):
         layer.self_attn.scaling = 1.0
     else:
         layer.mlp.up_proj.get_base_layer().weight.quant_state.quant_type = "fp4"
-    assert not install_engine(model).graphs
+    assert not install_engine(model).replayed
 
 
 def test_hidden_states_are_not_filled_up(on_a_cpu):
@@ -1156,11 +1161,11 @@ def test_parts_that_were_switched_off_stay_off(on_a_cpu):
 
     model, _ = replayed()
     set_model_info(model, backend="transformers", engine=True)
-    install_engine(model, Engine(graphs=False, offload=False))
+    install_engine(model, Engine(loss=False, offload=False))
     set_checkpointing(model, False)
     assert not engine_of(model).checkpoint and engine_of(model, wanted=True).checkpoint
     set_checkpointing(model, True)
-    assert engine_of(model).checkpoint and not engine_of(model).graphs
+    assert engine_of(model).checkpoint and engine_of(model).replayed and not engine_of(model).loss
 
 
 def test_what_cannot_be_recorded_runs_as_before(on_a_cpu, capsys, monkeypatch):
@@ -1178,10 +1183,10 @@ def test_layers_unlike_each_other_are_not_replayed(on_a_cpu):
     model = peft_of(lora={"layers_to_transform": [0]})
     model.get_base_model().gradient_checkpointing_enable()
     engine = install_engine(model)
-    assert engine.checkpoint and not engine.graphs
+    assert engine.checkpoint and not engine.replayed
     other, _ = replayed()
-    assert not install_engine(other, Engine(dense=True)).graphs  # its copies would be copied
-    assert not install_engine(other, Engine(attention=False)).graphs
+    assert not install_engine(other, Engine(dense=True)).replayed  # its copies would be copied
+    assert not install_engine(other, Engine(attention=False)).replayed
 
 
 def test_a_copy_of_a_replayed_model(on_a_cpu):
@@ -1478,3 +1483,128 @@ assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 """
     done = processes.run(program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# --- private names of other libraries -------------------------------------------------------------------------------
+
+# Outside of engine/forwards.py no private name of another library is changed but this.
+EXCEPTIONS = {
+    ("preparation.py", "_unsloth_gradient_checkpointing"): "Unsloth's own trainer asks for it, and has no other place",
+}
+
+
+def test_private_names_of_other_libraries_are_replaced_in_one_file():
+    classes, found = package_classes(), {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found[path.relative_to(PACKAGE).as_posix()] = private_overrides(path.read_text(encoding="utf-8"), classes)
+    in_forwards = {name for _, name in found.pop("engine/forwards.py")}
+    assert in_forwards == {name for name in LOOKED_UP if name.startswith("_")}
+    assert {(file, name) for file, lines in found.items() for _, name in lines} == set(EXCEPTIONS), (
+        "move what changes a private name to nbs/60_forwards.ipynb, tell it there, and look it up below"
+    )
+
+
+@pytest.mark.parametrize("name, source", [
+    ("_a", "model._a = 1"), ("_a", "del model.config._a"), ("_a", "model._a += 1"), ("_a", "for model._a in x: pass"),
+    ("_a", "with open(x) as model._a: pass"), ("_a", "import torch\ntorch.nn._a = 1"), ("__a", "model.__a = 1"),
+    ("_a", "setattr(model, '_a', 1)"), ("_a", "delattr(model, '_a')"), ("_a", "object.__setattr__(model, '_a', 1)"),
+    ("_a", "stack.callback(setattr, model, '_a', 1)"), ("_a", "def f(x):\n name = '_a'\n setattr(x, name, 1)"),
+    ("_a", "for name in ('b', '_a'):\n setattr(model, name, 1)"), ("_a", "vars(model)['_a'] = 1"),
+    ("_a", "def f(x):\n name = '_a'\n del vars(x)[name]"), ("_a", "model.__dict__['_a'] = 1"),
+    ("_a", "vars(model).pop('_a', None)"), ("_a", "vars(model).update(_a=1)"), ("_a", "vars(model).update({'_a': 1})"),
+    ("_a", "with temporary_attributes(model, b=2, _a=1): pass"), ("_a", "temporary_attributes(model, **{'_a': 1})"),
+    ("_a", "restore_attributes([(model, '_a', None)])"), ("_a", "with patch.object(model, '_a', 1): pass"),
+    ("_a", "plan.load_state_dict({**plan.state_dict(), '_a': 1})"), ("_a", "model._a['weight'] = 1"),
+    ("_a", "model._a.clear()"), ("_a", "from torch import nn\nclass A(nn.Module):\n def _a(self): pass"),
+    ("_a", "def f():\n import trl as t\n class A(t.SFTTrainer):\n  def _a(self): pass"),
+    ("_a", "from torch.nn import Module\nclass A(Module):\n _a = 1"),
+    ("_a", "class A(found()):\n async def _a(self): pass"),
+    ("_a", "import torch\nclass A(torch.nn.Module): pass\nclass B(A):\n def _a(self): pass"),
+    ("_a", "def f(Base):\n class A(Base):\n  def _a(self): pass"),
+    ("_a", "import torch\nclass A(torch.nn.Module):\n def f(self): self._a = 1"),
+    ("_a", "import torch\nclass A(torch.nn.Module): pass\nA._a = 1"),
+    ("_a", "import peft\nclass A(peft.PeftModel):\n def f(self): setattr(self, '_a', 1)"),
+    ("_a", "import torch\nA = type('A', (torch.nn.Module,), {'_a': f})"),
+])  # fmt: skip
+def test_a_change_of_a_private_name_is_seen(name, source):
+    assert [found for _, found in private_overrides(source)] == [name]
+
+
+@pytest.mark.parametrize("source", [
+    "model.a = 1", "x = model._a", "f(model._a(1))", "getattr(model, '_a')", "vars(model).get('_a')",
+    "rows._replace(a=1)", "model.__dict__ = {}", "setattr(model, 'a', '_a b')", "_a = 1",
+    "vars(model)['a'] = model._a", "_here.a = 1",
+    "class A:\n def f(self): self._a = 1", "class A:\n _a = 1\nA._a = 2", "class A:\n def _a(self): pass",
+    "import io\nclass A(io.RawIOBase):\n def _a(self): pass", "class A(dict):\n def _a(self): self._a.clear()",
+    "import torch\nclass A(torch.nn.Module):\n def __init__(self): self.a = 1",
+    "import jinja2\nclass A(jinja2.ext.Extension):\n def _a(self): pass",
+    "def f():\n name = '_a'\ndef g(x, name): setattr(x, name, 1)",
+])  # fmt: skip
+def test_what_changes_no_private_name_is_not(source):
+    assert private_overrides(source) == []
+
+
+# A name that engine/forwards.py replaces → its library, the versions in which it was looked up, and what was looked at.
+LOOKED_UP = {
+    "_attn_implementation": ("transformers", ["5.17.0"], "the forward of an attention, and masking_utils"),
+    "_gradient_checkpointing_func": ("transformers", ["5.17.0"], "modeling_layers.GradientCheckpointingLayer"),
+    "_is_accelerate_prepared": ("accelerate", ["1.15.0"], "Accelerator.prepare_model"),
+    "sync_gpu": ("bitsandbytes", ["0.50.2"], "the steps of optim.optimizer, and utils.sync_gpu"),
+}
+
+
+def lines_with(name, *functions):
+    "The lines of these functions' code that hold a name, without what surrounds it."
+    found = [line.strip() for function in functions for line in inspect.getsource(function).splitlines()]
+    return [line for line in found if name in line]
+
+
+def code_that_reads(name):
+    "Where the library asks for it, as nbs/60_forwards.ipynb says: (functions that must all do so, how)."
+    import accelerate
+    import transformers
+    from bitsandbytes.optim import optimizer
+    from transformers import masking_utils, modeling_layers
+
+    modules = [importlib.import_module(f"transformers.models.{family}.modeling_{family}") for family in FAMILIES]
+    attentions = [getattr(module, f"{f.title()}Attention") for module, f in zip(modules, FAMILIES, strict=True)]
+    return {
+        "_attn_implementation": [
+            (f"self.config.{name}", *(attention.forward for attention in attentions)),
+            (f"config.{name}", masking_utils.create_causal_mask),
+            ("inspect.getsource", transformers.PreTrainedModel._can_set_attn_implementation),  # why not the public one
+        ],
+        "_gradient_checkpointing_func": [
+            (f"return self.{name}(", modeling_layers.GradientCheckpointingLayer.__call__),
+            (f'setattr(module, "{name}"', transformers.PreTrainedModel._set_gradient_checkpointing),
+        ],
+        "_is_accelerate_prepared": [(f'getattr(model, "{name}", False)', accelerate.Accelerator.prepare_model)],
+        "sync_gpu": [(f"{name}(p)", optimizer.Optimizer8bit.step)],
+    }[name]
+
+
+@pytest.mark.parametrize("name", LOOKED_UP)
+def test_private_names_are_where_they_were_looked_up(name):
+    library, versions, places = LOOKED_UP[name]
+    version = importlib.metadata.version(library)
+    for words, *functions in code_that_reads(name):
+        for function in functions:
+            assert lines_with(words, function), f"{function.__qualname__} of {library} {version} has no `{words}`"
+    assert version in versions, (
+        f"{name} was looked up in {library} {', '.join(versions)}, and this is {version}: look at {places}, whether it "
+        "is still read there as nbs/60_forwards.ipynb says, and add the version here"
+    )
+
+
+def test_names_that_are_replaced_have_the_values_that_the_libraries_put_there():
+    "A model of each family, as transformers and peft leave it."
+    from bitsandbytes import utils
+    from bitsandbytes.optim import optimizer
+
+    for family in FAMILIES:
+        base = peft_of(family).get_base_model()
+        base.gradient_checkpointing_enable()
+        layers = base.get_decoder().layers
+        assert base.config._attn_implementation == layers[0].self_attn.config._attn_implementation == "sdpa"
+        assert all(callable(layer._gradient_checkpointing_func) for layer in layers)
+    assert optimizer.sync_gpu is utils.sync_gpu

@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_engine import FAMILIES, apart, base_of, gradients, peft_of, rectangle, some_rows
 
+from qlora_nb.engine import install
 from qlora_nb.engine.install import Engine, engine_of, install_engine, remove_engine
 from qlora_nb.engine.line import join_rows
 from qlora_nb.run import RunFolder
@@ -58,8 +59,8 @@ def of_16_bits(model, dtype):
 def test_gradients_are_those_of_plain_peft(both, family, four_bit):
     plain, ours = both(family, four_bit)
     on = engine_of(ours)
-    assert on.norms and on.compiled and on.checkpoint, "the kernels are in use"
-    assert not on.graphs, "in fp32 attention is one call a row, which can't be recorded"
+    assert on.compiled and on.checkpoint, "the kernels are in use"
+    assert not on.replayed, "in fp32 attention is one call a row, which can't be recorded"
     for rows in (some_rows()[:2], some_rows(), some_rows()[1:]):
         loss, wanted = gradients(plain, on_gpu(rectangle(rows)))
         found, grads = gradients(ours, on_gpu(join_rows(rows)))
@@ -67,9 +68,9 @@ def test_gradients_are_those_of_plain_peft(both, family, four_bit):
 
 
 PARTS = [
-    (Engine(norms=False), True), (Engine(compiled=False), True), (Engine(selective=True), True),
-    (Engine(mlp=False), True), (Engine(grouped=False), True), (Engine(loss=False), True),
-    (Engine(adapters=False), True), (Engine(attention=False), True), (Engine(kernels=False), True),
+    (Engine(compiled=False), True), (Engine(selective=True), True), (Engine(mlp=False), True),
+    (Engine(loss=False), True), (Engine(mlp=False, loss=False), True), (Engine(adapters=False), True),
+    (Engine(attention=False), True), (Engine(kernels=False), True), (Engine(checkpoint=False), True),
     (Engine(), False), (Engine(dense=True), False),
 ]  # fmt: skip
 
@@ -85,28 +86,31 @@ def test_parts_with_and_without_them(both, engine, checkpointing):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("graphs", [True, False])
-def test_16_bits_are_within_the_spread_of_the_plain_path(both, dtype, graphs):
+@pytest.mark.parametrize("replayed", [True, False])
+def test_16_bits_are_within_the_spread_of_the_plain_path(both, monkeypatch, dtype, replayed):
     "Both against fp32 of the same (rounded) weights; layers that run again are recordings, or run as they are."
     rows = some_rows((40, 90, 60, 70))
     wanted = gradients(of_16_bits(peft_of(four_bit=False), dtype).cuda(), on_gpu(rectangle(rows)))[1]
-    plain, ours = both(four_bit=False, dtype=dtype, engine=Engine(graphs=graphs))
-    assert engine_of(ours).graphs == graphs
+    monkeypatch.setattr(install, "REPLAY_DEVICES", ("cuda",) if replayed else ())
+    plain, ours = both(four_bit=False, dtype=dtype)
+    assert engine_of(ours).checkpoint and engine_of(ours).replayed == replayed
     usual = apart(gradients(plain, on_gpu(rectangle(rows)))[1], wanted)
     assert apart(gradients(ours, on_gpu(join_rows(rows)))[1], wanted) < 2 * usual
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replayed_layers_add_up_over_many_batches(both, family):
+def test_replayed_layers_add_up_over_many_batches(both, monkeypatch, family):
     "Longer and shorter lines in turn, gradients added up: as from the same engine without recordings."
     _, ours = both(family, dtype=torch.bfloat16)
-    _, again = both(family, dtype=torch.bfloat16, engine=Engine(graphs=False))
+    monkeypatch.setattr(install, "REPLAY_DEVICES", ())
+    _, again = both(family, dtype=torch.bfloat16)
+    assert engine_of(again).checkpoint and not engine_of(again).replayed
     batches = [some_rows((30, 9, 47, 17, 60))[i % 3 : 3 + i % 3] for i in range(12)]
     for rows in batches:
         for model in (ours, again):
             model(**on_gpu(join_rows(rows)), use_cache=False).loss.backward()
     replay = ours.get_base_model().get_decoder().layers[0].qlora_nb.replay
-    assert engine_of(ours).graphs and replay.copied and not replay.broken
+    assert engine_of(ours).replayed and replay.copied and not replay.broken
     wanted, found = ({n: p.grad for n, p in m.named_parameters() if p.requires_grad} for m in (again, ours))
     assert apart(found, wanted) < 1e-2
 

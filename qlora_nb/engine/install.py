@@ -7,13 +7,21 @@ __all__ = ['Engine', 'remove_engine', 'install_engine']
 
 # %% ../../nbs/06_engine.ipynb #0092e4c0
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..core import ModuleNotes, UserError, annotate_module, unwrap_base
 from .checkpointing import find_checkpointed_layers, run_checkpointed
-from .forwards import find_notes, has_liger, install_liger, name_attention, name_checkpointing, replace_forward, restore_replaced
+from qlora_nb.engine.forwards import (
+    find_notes,
+    has_liger,
+    install_liger,
+    name_attention,
+    name_checkpointing,
+    replace_forward,
+    restore_replaced,
+)
 from .layers import LayerGroup, adapter_trains, find_groups, fused_forward
 from .line import ATTENTION_KERNELS, attention_kernel, bounded_forward, packed_attention
 from .loss import labelled_forward
@@ -27,27 +35,25 @@ from ..shapes import list_architectures
 class Engine:
     "The savings that are on. Each can be switched off by itself."
 
-    adapters: bool = True  # base and adapter in one function
-    grouped: bool = True  # layers of the same input in one function; a part of `adapters`
+    adapters: bool = True  # base and adapter in one function, and layers of the same input together
     mlp: bool = True  # the MLP in one function, which keeps less; a part of `adapters`
     attention: bool = True  # rows end to end, kept apart; no padding
     flat: bool = True  # all adapters in one tensor: one optimizer call a step, and no lookups between steps
-    checkpoint: bool = True  # layers that gradient checkpointing runs again do so without hooks on each tensor
-    graphs: bool = True  # and are replayed from a recording: on CUDA; a part of `checkpoint`
+    checkpoint: bool = True  # layers that gradient checkpointing runs again do so without hooks on each tensor, and from a recording where one can be made
     offload: bool = True  # and their inputs wait in main memory: on CUDA; a part of `checkpoint`
     loss: bool = True  # logits only of learned tokens, a chunk at a time
     kernels: bool = True  # Liger's rotary positions, norms, SwiGLU: on CUDA, where it is installed
-    norms: bool = True  # a layer's norms with what is added beside them, a kernel each of our own: on CUDA
-    compiled: bool = True  # the middle of `mlp`, adapters' shares and all, and the softmax of `loss`: a kernel each of our own, on CUDA
+    compiled: bool = True  # passes over memory in kernels of our own, on CUDA: the middle of `mlp`, the softmax of `loss`, norms with what is added beside them
     selective: bool = False  # keep still less of the MLP, and recompute it in the backward; a part of `mlp`
     dense: bool = False  # keep the 4-bit weights in 16 bits, too, instead of dequantizing twice a step; a part of `adapters`
+    replayed: bool = field(default=False, init=False)  # no switch: whether layers that run again are replayed from a recording, as `install_engine` found
 
     def __str__(self) -> str:
-        words = {"adapters": "base and adapter in one function", "grouped": "layers of the same input together",
+        words = {"adapters": "base and adapter in one function",
                  "mlp": "the MLP in one function", "compiled": "passes over memory in one kernel", "selective": "its wide tensors recomputed",
                  "attention": "rows end to end", "flat": "adapters in one tensor",
-                 "checkpoint": "layers run again without hooks", "graphs": "replayed from a recording",
-                 "offload": "their inputs in main memory", "loss": "logits of learned tokens", "kernels": "Liger's kernels", "norms": "norms with what is added",
+                 "checkpoint": "layers run again without hooks", "replayed": "replayed from a recording",
+                 "offload": "their inputs in main memory", "loss": "logits of learned tokens", "kernels": "Liger's kernels",
                  "dense": "dequantized weights kept"}  # fmt: skip
         return ", ".join(text for name, text in words.items() if getattr(self, name)) or "nothing is on"
 
@@ -130,11 +136,11 @@ def _replace_adapters(base: torch.nn.Module, engine: Engine, mlps: list) -> None
     "Give every LoRA layer our `forward`, its group, and its dense weight where that is to be kept; and these MLPs theirs."
     from peft.tuners.lora import LoraLayer
 
-    groups = {id(layer): group for group in find_groups(base) for layer in group.layers} if engine.grouped else {}
+    groups = {id(layer): group for group in find_groups(base) for layer in group.layers}
     for layer in [m for m in base.modules() if isinstance(m, LoraLayer)]:
         replace_forward(base, layer, fused_forward)
         notes, weight = layer.qlora_nb, layer.get_base_layer().weight
-        notes.group = groups.get(id(layer)) or (LayerGroup([layer]) if engine.grouped and adapter_trains(layer) else None)
+        notes.group = groups.get(id(layer)) or (LayerGroup([layer]) if adapter_trains(layer) else None)
         state = getattr(weight, "quant_state", None)
         notes.dense = (weight, make_dequantizer(weight)(state.dtype)) if engine.dense and state else None
     for mlp in mlps if engine.mlp else ():
@@ -157,7 +163,7 @@ REPLAY_DEVICES = ("cuda",)  # devices; elsewhere a recording is the function its
 
 def _replayed(engine: Engine, base: torch.nn.Module) -> bool:
     "Return whether the layers that run again are alike, and of the kind that recordings are for."
-    layers = find_checkpointed_layers(base) if engine.graphs and engine.checkpoint and engine.attention and not engine.dense else []
+    layers = find_checkpointed_layers(base) if engine.checkpoint and engine.attention and not engine.dense else []
     layers = [layer for layer in layers if next(layer.parameters()).device.type in REPLAY_DEVICES]
     if len(layers) < 2:
         return False
@@ -169,7 +175,7 @@ def _replayed(engine: Engine, base: torch.nn.Module) -> bool:
 def _replace_checkpoints(base: torch.nn.Module, engine: Engine) -> None:
     "Let the layers that are checkpointed run again by `run_checkpointed`."
     layers = find_checkpointed_layers(base)
-    replay = Replay(layers) if engine.graphs else None
+    replay = Replay(layers) if engine.replayed else None
     for layer in layers:
         base.qlora_nb.undo.append(name_checkpointing(layer, run_checkpointed))
         notes = annotate_module(layer)
@@ -179,15 +185,15 @@ def _replace_checkpoints(base: torch.nn.Module, engine: Engine) -> None:
 
 
 def _possible(engine: Engine, base: torch.nn.Module) -> Engine:
-    "Return the parts that can be on: some are parts of others, and kernels need a GPU."
+    "Return the parts that can be on, and whether layers are replayed: some are parts of others, and kernels need a GPU."
     again = bool(find_checkpointed_layers(base))
     engine = replace(engine, kernels=engine.kernels and has_liger(base), checkpoint=engine.checkpoint and engine.adapters and again)
     if not engine.adapters:
-        engine = replace(engine, grouped=False, mlp=False, dense=False)
+        engine = replace(engine, mlp=False, dense=False)
     cuda, fused = next(base.parameters()).is_cuda, choose_passes(base.device, base.dtype) is not PLAIN_PASSES
-    engine = replace(engine, graphs=_replayed(engine, base), offload=engine.offload and engine.checkpoint and cuda)
-    engine = replace(engine, norms=engine.norms and fused, compiled=engine.compiled and (engine.mlp or engine.loss) and fused)
-    return replace(engine, selective=engine.selective and engine.mlp)
+    engine = replace(engine, offload=engine.offload and engine.checkpoint and cuda, compiled=engine.compiled and fused, selective=engine.selective and engine.mlp)
+    object.__setattr__(engine, "replayed", _replayed(engine, base))  # a finding, which no caller can give
+    return engine
 
 # %% ../../nbs/06_engine.ipynb #8d0f2509
 def engine_of(model: torch.nn.Module, wanted: bool = False) -> Engine | None:
@@ -226,7 +232,7 @@ def install_engine(
         install_liger(base)
     if engine.adapters:
         _replace_adapters(base, engine, mlps)
-    for layer in layers if engine.norms else ():
+    for layer in layers if engine.compiled else ():
         replace_forward(base, layer, layer_forward)
     if engine.attention:
         _replace_attention(base)
