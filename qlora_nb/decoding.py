@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from .core import unwrap_base
-from .engine.forwards import name_attention, restore_attributes
+from .engine.forwards import replace_attention, restore_attributes
 from .shapes import list_architectures
 
 # %% ../nbs/37_decoding.ipynb #37b00007
@@ -136,7 +136,7 @@ def attention_over_cache(base: torch.nn.Module) -> Iterator[None]:
 
     AttentionInterface.register("qlora_nb_decoding", cached_attention)
     AttentionMaskInterface.register("qlora_nb_decoding", sdpa_mask)
-    saved = name_attention(base, "qlora_nb_decoding")
+    saved = replace_attention(base, "qlora_nb_decoding")
     try:
         yield
     finally:

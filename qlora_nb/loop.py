@@ -59,24 +59,35 @@ def make_optimizer(model, arguments, in_one_tensor: bool = False) -> tuple:  # (
 
     make, given = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     decayed, trained = set(Trainer.get_decay_parameter_names(None, model)), trainable_parameters(model)
-    pulled, free = ([p for name, p in trained.items() if (name in decayed) == wanted] for wanted in (True, False))
-    large = [p for p in pulled if p.numel() >= SMALLEST_8BIT] if in_one_tensor else []
+    decayed_ones, undecayed = ([p for name, p in trained.items() if (name in decayed) == wanted] for wanted in (True, False))
+    large = [p for p in decayed_ones if p.numel() >= SMALLEST_8BIT] if in_one_tensor else []
     flat = FlatAdapters(large) if large else None
     if flat:
-        pulled = [flat.flat, *(p for p in pulled if p.numel() < SMALLEST_8BIT)]
-    groups = [{"params": pulled, "weight_decay": arguments.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    optimizer = make(groups[:1] if flat and not free else groups, **given)
+        decayed_ones = [flat.flat, *(p for p in decayed_ones if p.numel() < SMALLEST_8BIT)]
+    groups = [{"params": decayed_ones, "weight_decay": arguments.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    optimizer = make(groups[:1] if flat and not undecayed else groups, **given)
+    if given.get("optim_bits") == 8:
+        from bitsandbytes.optim import GlobalOptimManager
+
+        for embedding in [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]:  # trained ones keep 32-bit states, as in transformers
+            GlobalOptimManager.get_instance().register_module_override(embedding, "weight", {"optim_bits": 32})
     if flat:
         optimizer.register_step_pre_hook(flat.gather)
         optimizer.register_step_post_hook(flat.drop)
     return optimizer, flat
+
+
+def trains_in_one_tensor(model, optim: str) -> bool:
+    "Return whether the loop trains a model's adapters in one tensor: with the engine's part `flat`, and an optimizer that takes each number by itself. Loss scaling needs each gradient where it is."
+    engine, scaled = engine_of(model), torch.cuda.is_available() and model_info(model)["dtype"] == "float16"
+    return bool(engine and engine.flat) and optim in ELEMENTWISE_OPTIMIZERS and not scaled
 
 # %% ../nbs/53_loop.ipynb #7d15a002
 LATE_LOGGING_DEVICES = ("cuda",)  # devices; elsewhere a step's numbers are there at once
 
 
 def copy_to_host(number):
-    "Return a copy of a tensor in main memory, complete once its device has come that far; a plain number as it is."
+    "Return a copy of a tensor in main memory, valid once the device has reached this point; a plain number as it is."
     return number.detach().to("cpu", non_blocking=True, copy=True) if torch.is_tensor(number) else number
 
 
@@ -90,7 +101,7 @@ def record_time(device: torch.device):
 
 
 def seconds_between(first, second) -> float:
-    "Return the seconds from one record of `record_time` to a later one; wait for that."
+    "Return the seconds from one record of `record_time` to a later one, and wait for the later one."
     if isinstance(second, float):
         return second - first
     second.synchronize()
@@ -98,7 +109,7 @@ def seconds_between(first, second) -> float:
 
 # %% ../nbs/53_loop.ipynb #53a00021
 class StepLog:
-    "A loop's log of steps: numbers are copied when a step ends, and written when the copy has arrived (on `LATE_LOGGING_DEVICES`, a step later)."
+    "A loop's log of steps: numbers are copied when a step ends, and written at once or, on `LATE_LOGGING_DEVICES`, a step later."
 
     def __init__(self, loop, device: torch.device):
         self.loop, self.device, self.late = loop, device, device.type in LATE_LOGGING_DEVICES
@@ -183,13 +194,15 @@ class ReportingLoop:
         self.fire("log", logs)
 
     def follow_control(self) -> None:
-        "Log, evaluate and save, as far as the callbacks asked for it."
+        "Log, evaluate and save, if the callbacks asked for it."
         if self.control.should_log and self.state.global_step > self.step_log.last:
             self.step_log.add(self.loss, self.norm, self.rate)
             self.loss.zero_()
             self.control.should_log = False
-        at_once = self.control.should_save or self.control.should_evaluate or self.control.should_training_stop or not self.step_log.late
-        self.step_log.write(math.inf if at_once else self.state.global_step)
+        if self.step_log.late:
+            self.step_log.write(before=self.state.global_step)  # a callback may ask for more when it hears of these
+        if not self.step_log.late or self.control.should_save or self.control.should_evaluate or self.control.should_training_stop:
+            self.step_log.write()
         if self.control.should_evaluate:
             self.evaluate()
             self.step_log.restart_clock()
@@ -199,12 +212,14 @@ class ReportingLoop:
 
     def evaluate(self) -> None:
         "Measure the held-out loss, tell the callbacks, remember the best step, and move a schedule that follows it."
+        if self.held_out is None:
+            raise UserError("a callback asks for an evaluation, but no rows are held out for one while it trains: give eval_steps=, or leave the callback out")
         found, best = self.held_out(), self.state.best_metric
         self.log(found)
         self.fire("evaluate", found)
         if self.args.lr_scheduler_type.value in FOLLOWS_EVALUATIONS:
             self.scheduler.step(found["eval_loss"])
-        if best is None or found["eval_loss"] < best:
+        if found["eval_loss"] < (math.inf if best is None else best):  # NaN is never the best
             self.state.best_metric, self.state.best_global_step = found["eval_loss"], self.state.global_step
 
     def save(self) -> None:
@@ -228,7 +243,8 @@ class ReportingLoop:
 class TrainingLoop(ReportingLoop):
     "A trainer for one process: it takes the steps that an `SFTConfig` describes, over rows of `input_ids` and `labels`."
 
-    tokens, targets, positions, begun = 0, 0, 0, ()  # trained on so far: without padding, with a label, with padding
+    tokens, targets, positions = 0, 0, 0  # trained on so far: without padding, with a label, with padding
+    under_way = ()  # the points in the GPU's work at which the last two batches began
 
     def __init__(self, model, tokenizer, rows, arguments, callbacks=(), held_out=None, collate: Callable | None = None, in_one_tensor: bool = False):
         from accelerate import Accelerator
@@ -239,6 +255,8 @@ class TrainingLoop(ReportingLoop):
         super().__init__(model, tokenizer, arguments, callbacks, held_out)
         loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.data_seed, non_blocking=arguments.accelerator_config.non_blocking)
         self.accelerator = Accelerator(mixed_precision=arguments.mixed_precision, dataloader_config=loading)
+        if self.accelerator.num_processes > 1:
+            raise UserError(f"several processes are not supported yet, and {self.accelerator.num_processes} were started: start one, without torchrun or accelerate launch")
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.loader = self.accelerator.prepare(torch.utils.data.DataLoader(
             rows, arguments.per_device_train_batch_size, shuffle=True, collate_fn=collate or partial(pad_rows, pad=pad),
@@ -252,6 +270,7 @@ class TrainingLoop(ReportingLoop):
         state = self.state
         first, done = divmod(state.global_step, self.steps_in_epoch)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(temporary_attributes(self.model.config, use_cache=False))  # of keys and values, which only generating needs
             for context in (cache_parameters(self.model), without_waiting()) if self.flat else ():
                 stack.enter_context(context)
             self.fire("train_begin")
@@ -274,8 +293,16 @@ class TrainingLoop(ReportingLoop):
                         break
             finally:
                 self.step_log.write()
-        self.log({"train_runtime": time.time() - self.step_log.begun, "train_loss": (self.step_log.total + float(self.loss)) / max(1, state.global_step)})
+        self.log_totals()
         self.fire("train_end")
+
+    def log_totals(self) -> None:
+        "Log what transformers does at the end: seconds, rows and steps a second, and the mean loss."
+        from transformers.trainer_utils import speed_metrics
+
+        rows = self.state.max_steps * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        mean = (self.step_log.total + float(self.loss)) / max(1, self.state.global_step)
+        self.log({**speed_metrics("train", self.step_log.begun, rows, self.state.max_steps), "train_loss": mean})
 
     def effective_batches(self, epoch: int, done: int = 0) -> Iterator[list[dict]]:  # `done`: steps of this epoch that were taken before the run was interrupted
         "Yield the list of micro-batches of each step of an epoch."
@@ -295,9 +322,10 @@ class TrainingLoop(ReportingLoop):
     def take_step(self, batches: list[dict]) -> None:
         "Run each micro-batch forward and backward, then take one step of the optimizer and of the schedule."
         self.model.train()
-        learned = sum(count_learned(batch) for batch in batches)
-        for number, batch in enumerate(batches, 1):
-            self.count(batch)
+        counts = [count_learned(batch) for batch in batches]
+        learned = sum(counts)
+        for number, (batch, count) in enumerate(zip(batches, counts), 1):
+            self.count(batch, count)
             with self.cast_adapters():
                 with self.accelerator.autocast():
                     loss = self.model(**batch, num_items_in_batch=learned).loss
@@ -314,14 +342,14 @@ class TrainingLoop(ReportingLoop):
             self.scheduler.step()
         self.model.zero_grad()
 
-    def count(self, batch: dict) -> None:
+    def count(self, batch: dict, learned: torch.Tensor) -> None:
         "Count a batch's tokens, on its device; wait until the GPU has begun the last batch but one."
         if batch["input_ids"].is_cuda:
-            if len(self.begun) == 2:
-                self.begun[0].synchronize()
-            self.begun = (*self.begun[-1:], record_time(self.accelerator.device))
+            if len(self.under_way) == 2:
+                self.under_way[0].synchronize()
+            self.under_way = (*self.under_way[-1:], record_time(self.accelerator.device))
         self.tokens += batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
-        self.targets += count_learned(batch)
+        self.targets += learned
         self.positions += batch["input_ids"].numel()
 
     def counted(self) -> tuple:
@@ -348,6 +376,7 @@ class TrainingLoop(ReportingLoop):
             load_checkpoint_adapter(self.model, checkpoint)
             saved = {file.name: read_part(checkpoint, file.name) for file in checkpoint.glob("*.pt")}
         one_by_one = saved and count_optimized(saved["optimizer.pt"]) == len(trainable_parameters(self.model))
+        self.accelerator.free_memory()  # of the optimizer of an earlier `train`
         optimizer, self.flat = make_optimizer(self.model, args, self.in_one_tensor and not one_by_one)  # a run goes on as it began
         self.optimizer = self.accelerator.prepare(optimizer)
         self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.get_warmup_steps(self.state.max_steps), self.state.max_steps)
@@ -370,6 +399,8 @@ class TrainingLoop(ReportingLoop):
 # %% ../nbs/53_loop.ipynb #53a00032
 def make_loop(model, tokenizer, rows, settings: Settings, folder: Path, callbacks: list, held_out: Callable[[], dict] | None = None) -> TrainingLoop:
     "Return a `TrainingLoop` over rows of `input_ids` and `labels`; takes the arguments of `make_trainer`. Raise `UserError` if no row has a label."
+    from transformers.trainer_utils import align_special_tokens
+
     info, engine = model_info(model), engine_of(model)
     checkpointing = bool(getattr(model, "is_gradient_checkpointing", False)) and not (engine and engine.checkpoint)
     arguments = trainer_arguments(settings, folder, getattr(torch, info["dtype"]), checkpointing, engine)
@@ -383,21 +414,22 @@ def make_loop(model, tokenizer, rows, settings: Settings, folder: Path, callback
         raise UserError("no row has a token with a label, so there is nothing to learn: check the data with check_dataset")
     for weight in trainable_parameters(model).values():
         weight.data = (weight.data.bfloat16() if getattr(model, "is_loaded_in_4bit", False) else weight.data).float()
-    flat = bool(engine and engine.flat) and settings.optim in ELEMENTWISE_OPTIMIZERS and not arguments.fp16
-    loop = TrainingLoop(model, tokenizer, rows.with_format("numpy") if joined else rows, arguments, callbacks, held_out, join_rows if joined else None, flat)
+    flat, collate = trains_in_one_tensor(model, settings.optim), join_rows if joined else None
+    align_special_tokens(model, tokenizer)
+    loop = TrainingLoop(model, tokenizer, rows.with_format("numpy") if joined else rows, arguments, callbacks, held_out, collate, flat)
     schedule_evaluations(loop.args, settings)
     return loop
 
 
 def find_loop(settings: Settings, model) -> str:
     "Return the loop that trains a model: what the setting `loop` says, else `own` where the engine is installed and the optimizer suits it, and `trl` everywhere else."
-    suits = engine_of(model) and not settings.optim.startswith(OTHER_LOOPS)
+    suits = engine_of(model) and model_info(model)["backend"] == "transformers" and not settings.optim.startswith(OTHER_LOOPS)
     return settings.loop or ("own" if suits else "trl")
 
 
-def choose_loop(settings: Settings, model) -> Callable:
-    "Return the function that makes a run's trainer: `make_loop` or `make_trainer`."
-    return make_loop if find_loop(settings, model) == "own" else make_trainer
+def choose_loop(loop: str) -> Callable:
+    "Return the function that makes a run's trainer: `make_loop` for `own`, `make_trainer` for `trl`."
+    return {"own": make_loop, "trl": make_trainer}[loop]
 
 
 def check_loop(settings: Settings, backend: str) -> None:
@@ -407,11 +439,11 @@ def check_loop(settings: Settings, backend: str) -> None:
     if backend != "transformers":
         raise UserError(f"loop is 'own', but the model was loaded by {backend}, whose kernels need TRL's trainer: leave loop out, or load it with backend='transformers'")
     if settings.optim.startswith(OTHER_LOOPS):
-        raise UserError(f"optim is {settings.optim!r}, which needs more of a training loop than loop='own' provides: choose another optimizer, or leave loop out")
+        raise UserError(f"optim is {settings.optim!r}, which needs a training loop of its own kind, and loop='own' is none: choose another optimizer, or leave loop out")
 
 
-def check_checkpoint(model, loop: str, checkpoint: Path) -> None:
-    "Raise `UserError` if TRL's trainer is to go on from a checkpoint in which all adapters are one tensor, as an earlier version of this package wrote it."
-    if loop == "trl" and engine_of(model) and count_optimized(read_part(checkpoint, "optimizer.pt")) != len(trainable_parameters(model)):
-        raise UserError(f"{checkpoint} holds all adapters in one tensor, which only this package's own loop trains, but the run was trained with loop='trl' by an earlier version: "
-                        "it can't be resumed; start a new run")
+def check_checkpoint(model, loop: str, optim: str, checkpoint: Path, way_on: str) -> None:
+    "Raise `UserError` if a checkpoint holds all adapters in one tensor, and what would go on from it trains them one by one."
+    one_by_one = loop == "trl" or not trains_in_one_tensor(model, optim)
+    if engine_of(model) and one_by_one and count_optimized(read_part(checkpoint, "optimizer.pt")) != len(trainable_parameters(model)):
+        raise UserError(f"{checkpoint} holds all adapters in one tensor, but now each would be trained by itself ({loop=}, {optim=}): {way_on}")

@@ -54,6 +54,7 @@ from qlora_nb.run import (
     Settings,
     check_setting,
     checkpoint_step,
+    forget_old_loop,
     how_to_finish,
     locate_paths,
     profile_for,
@@ -529,7 +530,7 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
         "target_modules": lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules), **other_lora_settings(lora),
         "use_gradient_checkpointing": info.get("use_gradient_checkpointing", False),
         "random_state": info.get("random_state", 3407), "system": find_common_system(data),
-        **{name: record_setting(name, getattr(settings, name)) for name in settings_of_part("trainer")}, "loop": find_loop(settings, model),
+        **{name: record_setting(name, getattr(settings, name)) for name in settings_of_part("trainer", "loop")}, "trained_by": find_loop(settings, model),
         **({"gguf": {name: info["gguf"][name] for name in ("file", "quantization")}} if info.get("gguf") else {}), "base_files": describe_base(info),
         **record_relative_paths({**source, "model": info["model"], "base_data": settings.base_data}),
         "fingerprints": {
@@ -547,7 +548,7 @@ def is_deciding(name: str, config: Mapping) -> bool:
     "Return whether a setting decides what a run with this configuration results in: an evaluation on the way does where something follows it."
     if name == "eval_steps":
         return bool(config.get("early_stopping") or config.get("load_best_model_at_end") or config.get("lr_scheduler_type") in FOLLOWS_EVALUATIONS)
-    return name in (*SAME_IN_A_RUN, "peft_settings", "fingerprints") or name in settings_of_part("trainer", "loop") and name not in MAY_CHANGE
+    return name in (*SAME_IN_A_RUN, "peft_settings", "fingerprints", "trained_by") or name in settings_of_part("trainer", "loop") and name not in MAY_CHANGE
 
 
 def deciding_settings(config: Mapping) -> dict:
@@ -604,7 +605,7 @@ def read_trained_settings(checkpoint: Path) -> dict | None:
     with contextlib.suppress(UserError):  # damaged, which is found where the checkpoint is chosen
         found = read_manifest(checkpoint) or {}
         settings, prints = found.get("settings"), found.get("data")
-        return {**settings, **({"fingerprints": prints} if isinstance(prints, dict) else {})} if isinstance(settings, dict) else None
+        return {**forget_old_loop(settings), **({"fingerprints": prints} if isinstance(prints, dict) else {})} if isinstance(settings, dict) else None
     return None
 
 # %% ../nbs/77_preparation.ipynb #96a31b6b-25
@@ -620,9 +621,10 @@ def read_run_to_resume(run: str | Path, arguments: Mapping, extend: int | None =
         raise UserError(f"the run {folder.path} is not finished, so it can't be extended yet: {folder.how_to_resume()}")
     check_recorded_settings(folder, config, folder.checkpoints)
     located = locate_paths(config)
+    recorded = {**config, "loop": config.get("trained_by") or config.get("loop")}
     for name, value in arguments.items():
-        if name in config and is_deciding(name, config) and not is_same_value(name, value, config[name], located[name]):
-            raise UserError(f"{name} is {value!r}, but the run was started with {config[name]!r}: leave it out to resume")
+        if name in config and is_deciding(name, config) and not is_same_value(name, value, recorded[name], located[name]):
+            raise UserError(f"{name} is {value!r}, but the run was started with {recorded[name]!r}: leave it out to resume")
     return folder, located
 
 
@@ -675,7 +677,7 @@ def extend_run(folder: RunFolder, config: dict, steps: int) -> dict:
     return {**config, "max_steps": done + steps, "num_train_epochs": None, "extended": [*(config.get("extended") or ()), entry]}
 
 # %% ../nbs/77_preparation.ipynb #77a00109
-RECORDED_ONCE = ("data", "data_name", "columns", "limit", "add_system", "eval_data", "base_data", "plan", "callbacks", "started_in", "relative_paths")
+RECORDED_ONCE = ("trained_by", "data", "data_name", "columns", "limit", "add_system", "eval_data", "base_data", "plan", "callbacks", "started_in", "relative_paths")
 
 
 def keep_beginning(new: dict, began: dict, config: dict) -> dict:
@@ -688,14 +690,16 @@ def keep_beginning(new: dict, began: dict, config: dict) -> dict:
 
 def continue_run(model, folder: RunFolder, began: dict, config: dict, new: dict) -> tuple[dict, Path | None]:
     "Return what `config.yaml` is to hold of a resumed run, and its checkpoint, None for none. Raise `UserError` where the run is not what it was, or an extended one has no checkpoint."
+    new_run = f"start a new run with --config {shlex.quote(str(folder.path / 'config.yaml'))}"
     check_same_base(config, model_info(model), f"the run {folder.path}")
     check_same_run(folder, began, new)
+    new = {**new, "trained_by": began.get("trained_by", new["trained_by"])}
     if checkpoint := last_checkpoint(folder):
         check_recorded_settings(folder, began, [checkpoint])
-        check_checkpoint(model, new["loop"], checkpoint)
+        check_checkpoint(model, new["trained_by"], new["optim"], checkpoint, new_run)
     elif began.get("extended"):
         raise UserError(f"the run {folder.path} was extended at step {began['extended'][-1]['from']}, and has no whole checkpoint to go on from: "
-                        f"restore one, or start a new run with --config {shlex.quote(str(folder.path / 'config.yaml'))}")
+                        f"restore one, or {new_run}")
     return keep_beginning(new, began, config), checkpoint
 
 # %% ../nbs/77_preparation.ipynb #21b00001

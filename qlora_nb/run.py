@@ -304,7 +304,7 @@ def resolve_settings(
 RUN_FORMAT = 3  # of the run folders that this version reads and writes; folders without a number have format 1
 RECORDED_KEYS = (  # in config.yaml, beside the settings
     "format", "fingerprints", "base_files", "rows_read", "system", "plan", "started_from", "started_from_adapter", "peft_settings", "gguf", "callbacks",
-    "export", "started_in", "relative_paths", "extended")
+    "export", "started_in", "relative_paths", "extended", "trained_by")
 
 
 def read_config(path: str | Path) -> dict:
@@ -329,9 +329,15 @@ def check_format(config: dict, path: Path) -> None:
                         "use the version that wrote it (the run's versions.json names it), copy its adapter's folder out of the run and name that, or train again")
 
 
+def forget_old_loop(config: dict) -> dict:
+    "Return what a run recorded, without a `loop: trl` from before runs recorded `trained_by`: it was the default, whatever trained."
+    return {name: value for name, value in config.items() if name != "loop"} if "trained_by" not in config and config.get("loop") == "trl" else config
+
+
 def complete_old_config(config: dict) -> dict:
     "Return a configuration with what older runs did before a setting existed: without `train_on`, they learned the last reply of each row."
     by_run = {"fingerprints", "format"} & set(config)
+    config = forget_old_loop(config) if by_run else config
     return {**config, "train_on": "last"} if by_run and "train_on" not in config else config
 
 

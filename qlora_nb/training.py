@@ -282,7 +282,7 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, 
     with gentle_interrupt() as interrupted:
         watch, clock = make_watch(folder, progress), make_run_clock(held_out)
         looks = [make_evaluation_watch(folder, watch, progress, held_out)] if held_out else []
-        trainer = clock.trainer = choose_loop(settings, model)(
+        trainer = clock.trainer = choose_loop(config["trained_by"])(
             model, tokenizer, prepared.rows.rows, settings, folder.checkpoint_folder,
             [watch, make_stop_watch(interrupted, deadline), clock, *looks, *reporting_callbacks(settings.report_to, folder.path), *callbacks], held_out and held_out.measure)
         if torch.cuda.is_available():

@@ -186,7 +186,7 @@ def test_looking_on_the_way_changes_nothing(tmp_path, engine):
     whole = trained(tmp_path / "whole", engine)
     looks = {"eval_steps": 3, "early_stopping": 9, "load_best_model_at_end": False, "sample_prompts": 1}
     looked = trained(tmp_path / "looked", engine, **looks)
-    assert RunFolder(looked.path).config["loop"] == ("own" if engine else "trl")
+    assert RunFolder(looked.path).config["trained_by"] == ("own" if engine else "trl")
     held = {row["step"]: row["eval_loss"] for row in looked.metrics if row.get("eval_loss") is not None}
     assert list(held) == [3, 6, 9, 12] and held[12] < held[3]
     assert losses(looked) == losses(whole)

@@ -1,6 +1,8 @@
 """The loop against TRL's trainer, bit for bit: fresh and resumed, packed and not, and what callbacks hear of either."""
 
+import copy
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,8 +12,9 @@ from repository import real_file
 from transformers import TrainerCallback, set_seed
 
 from qlora_nb import loop
+from qlora_nb.adapter import set_model_info
 from qlora_nb.core import PROFILES, UserError
-from qlora_nb.loop import OTHER_LOOPS, make_loop, make_optimizer
+from qlora_nb.loop import OTHER_LOOPS, check_checkpoint, find_loop, make_loop, make_optimizer
 from qlora_nb.manifest import read_manifest, write_manifest
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.preflight import encode_dataset
@@ -249,7 +252,7 @@ def test_a_run_by_the_loop_is_the_run_by_trl(tmp_path):
         assert own.summary[name] == trl.summary[name], name
     measured = ("tokens_per_second", "peak_allocated")
     bare = [[{k: v for k, v in row.items() if k not in measured} for row in run.metrics] for run in (trl, own)]
-    assert bare[0] == bare[1] and read_config(own.path / "config.yaml")["loop"] == "own"
+    assert bare[0] == bare[1] and read_config(own.path / "config.yaml")["trained_by"] == "own"
     files = [{str(file.relative_to(run.path)) for file in run.path.rglob("*")} for run in (trl, own)]
     assert files[0] == files[1]
 
@@ -291,9 +294,7 @@ def test_a_stopped_run_of_the_loop_goes_on(tmp_path):
 def test_what_the_loop_lacks_is_refused_before_the_run(tmp_path):
     model, tokenizer = load_model("qlora_nb:embedded", backend="transformers")
     model, data = add_lora(model, r=8), load_sft_dataset(limit=20)
-    with pytest.raises(
-        UserError, match="optim is 'galore_adamw', which needs more of a training loop than loop='own' provides"
-    ):
+    with pytest.raises(UserError, match="optim is 'galore_adamw', which needs a training loop of its own kind"):
         train(model, tokenizer, data, output=tmp_path / "run", loop="own", optim="galore_adamw")
     with pytest.raises(UserError, match="loop is 'mine': choose own or trl"):
         train(model, tokenizer, data, output=tmp_path / "run", loop="mine")
@@ -303,29 +304,133 @@ def test_what_the_loop_lacks_is_refused_before_the_run(tmp_path):
         make_loop(model, tokenizer, unlabelled, resolve_settings({}, profile=TINY), tmp_path, [])
 
 
-def test_a_checkpoint_with_adapters_in_one_tensor_is_not_for_trls_trainer(tmp_path):
-    "Versions before this loop wrote such ones with loop: trl in their configuration; and nobody may change it by hand."
-    model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", engine=True)
-    how = {"max_steps": 3, "warmup_steps": 1, "eval_rows": 0, "save_steps": 2}
-    data = load_sft_dataset(limit=40)
-    run = train(add_lora(model, r=8), tokenizer, data, output=tmp_path / "run", **how)
-    folder = RunFolder(run.path)
-    assert folder.config["loop"] == "own"
-    for older in (False, True):
-        for checkpoint in folder.checkpoints if older else ():  # as an earlier version left it
-            found = read_manifest(checkpoint)
-            extra = {name: value for name, value in found.items() if name not in ("files", "checksum")}
-            write_manifest(checkpoint, {**extra, "settings": {**found["settings"], "loop": "trl"}})
-        (folder.path / "summary.json").unlink(missing_ok=True)
-        folder.write("config.yaml", {**folder.config, "loop": "trl"})
+@pytest.fixture(scope="module")
+def engine_run(tmp_path_factory):
+    "A finished run of three steps with the engine, and how to go on with one."
+    path = tmp_path_factory.mktemp("engine") / "run"
+
+    def go(resume=None, **more):
         model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", engine=True)
-        why = (
-            "holds all adapters in one tensor"
-            if older
-            else "loop is 'trl' in .*, but checkpoint-3 was trained with 'own'"
-        )
-        with pytest.raises(UserError, match=why):
-            train(add_lora(model, r=8), tokenizer, data, resume=run.path)
+        how = {"resume": resume} if resume else {"output": path, "max_steps": 3, "warmup_steps": 1, "eval_rows": 0}
+        data = load_sft_dataset(limit=40)
+        return train(add_lora(model, r=8), tokenizer, data, **({} if resume else {"save_steps": 2}), **how, **more)
+
+    return go(), go
+
+
+def stopped_copy(run, place):
+    "As a run that was killed before its last checkpoint."
+    folder = RunFolder(shutil.copytree(run.path, place / "copy"))
+    (folder.path / "summary.json").unlink()
+    (folder.path / "manifest.json").unlink()
+    shutil.rmtree(folder.checkpoints[0])
+    return folder
+
+
+def test_a_run_with_the_engine_says_what_trained_it_and_a_run_of_before_goes_on(engine_run, tmp_path):
+    "Runs recorded loop: trl, the default, before the engine had this loop; their adapters were one tensor, too."
+    run, go = engine_run
+    folder = stopped_copy(run, tmp_path)
+    config = dict(folder.config)
+    assert (config["loop"], config["trained_by"]) == (None, "own")
+    del config["trained_by"]
+    folder.write("config.yaml", {**config, "loop": "trl"})
+    checkpoint = folder.checkpoints[0]
+    found = read_manifest(checkpoint)
+    settings = {name: value for name, value in found["settings"].items() if name != "trained_by"}
+    extra = {name: value for name, value in found.items() if name not in ("files", "checksum")}
+    write_manifest(checkpoint, {**extra, "settings": {**settings, "loop": "trl"}})
+    again = go(folder.path)
+    assert again.summary["adapter_sha256"] == run.summary["adapter_sha256"]
+    assert RunFolder(again.path).config["trained_by"] == "own"
+
+
+def test_what_trained_a_run_goes_on_with_it(engine_run, tmp_path):
+    run, go = engine_run
+    folder = stopped_copy(run, tmp_path)
+    with pytest.raises(UserError, match="loop is 'trl', but the run was started with 'own'"):
+        go(folder.path, loop="trl")
+    config = dict(folder.config)
+    for name, old in (("trained_by", "own"), ("loop", None)):
+        folder.write("config.yaml", {**config, name: "trl"})
+        with pytest.raises(UserError, match=f"{name} is 'trl' in .*, but checkpoint-2 was trained with {old!r}"):
+            go(folder.path)
+    model, _ = load_model("qlora_nb:embedded", backend="transformers", engine=True)
+    model = add_lora(model, r=8)
+    for loop_, optim in (("trl", "sgd"), ("own", "adafactor")):
+        with pytest.raises(UserError, match="holds all adapters in one tensor, but now .* by itself .*: start anew"):
+            check_checkpoint(model, loop_, optim, folder.checkpoints[0], "start anew")
+    check_checkpoint(model, "own", "sgd", folder.checkpoints[0], "start anew")
+    set_model_info(model, backend="unsloth")
+    assert find_loop(resolve_settings({}), model) == "trl"
+
+
+def test_nothing_is_cached_while_it_trains(rows, tmp_path):
+    "Keys and values are for generating; and the setting is as before afterwards."
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            layer = model.get_base_model().model.layers[0].self_attn
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(kwargs.get("past_key_values")), with_kwargs=True
+            )
+
+    made = train_by(make_loop, rows, tmp_path / "run", callbacks=[Look()], **ENGINE)
+    assert seen and set(seen) == {None} and made.model.config.use_cache
+
+
+def test_an_evaluation_that_is_nan_is_never_the_best(rows, tmp_path):
+    best = []
+    for make in (make_trainer, make_loop):
+        losses = iter([float("nan"), 2.0, 1.0, 3.0])
+        held_out = lambda losses=losses: {"eval_loss": next(losses)}  # noqa: E731
+        made = train_by(make, rows, tmp_path / make.__name__, held_out=held_out, eval_steps=1)
+        best.append((made.state.best_metric, made.state.best_global_step))
+    assert best == [(1.0, 3)] * 2
+
+
+def test_what_a_callback_asks_for_when_it_hears_of_a_late_row(rows, tmp_path, monkeypatch):
+    "The checkpoint has the rows of its own steps, too."
+    monkeypatch.setattr(loop, "LATE_LOGGING_DEVICES", ("cpu",))
+
+    def ask(event, state, control):
+        if (event, state.global_step) == ("on_log", 1):
+            control.should_save = True
+
+    train_by(make_loop, rows, tmp_path / "run", callbacks=[Events(ask)], save_steps=50)
+    state = json.loads((tmp_path / "run/checkpoint-2/trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"]] == [1, 2]
+
+
+def test_a_callback_that_asks_for_an_evaluation_without_rows(rows, tmp_path):
+    def ask(event, state, control):
+        control.should_evaluate |= event == "on_step_end"
+
+    with pytest.raises(UserError, match="no rows are held out for one while it trains: give eval_steps="):
+        train_by(make_loop, rows, tmp_path / "run", callbacks=[Events(ask)])
+
+
+def test_the_last_row_and_the_special_tokens_are_trls(rows, tmp_path):
+    last, ends = [], []
+    for make in (make_trainer, make_loop):
+        tokenizer = copy.deepcopy(rows[1])
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(200)
+        made = train_by(make, (rows[0], tokenizer), tmp_path / make.__name__, max_steps=1)
+        last.append(set(made.state.log_history[-1]) - {"total_flos"})
+        ends.append((made.model.config.eos_token_id, made.model.generation_config.eos_token_id))
+    assert (
+        last[0] == last[1]
+        and ends[0] == ends[1]
+        and 200 in (ends[0][1] if isinstance(ends[0][1], list) else [ends[0][1]])
+    )
+
+
+def test_a_loop_that_trains_twice(rows, tmp_path):
+    "The second time from where the first ended, with one optimizer."
+    made = train_by(make_loop, rows, tmp_path / "run", max_steps=2)
+    made.train()
+    assert len(made.accelerator._optimizers) == 1 and made.state.global_step == 2
 
 
 def test_every_other_optimizer_is_one_that_only_steps():

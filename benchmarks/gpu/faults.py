@@ -95,8 +95,10 @@ def outcome_of(run):
 def at_step(number, step, twice=False):
     "A signal after a step, or two of them."
 
-    def end(command, run, usual):
+    def end(command, run):
         command.wait_until(lambda: len(lines_of(run / "metrics.jsonl")) >= step)
+        if number == signal.SIGKILL:
+            time.sleep(random.random() / 20)  # anywhere in a step, or two
         command.send(number)
         if twice:
             time.sleep(0.01)
@@ -109,7 +111,7 @@ def at_step(number, step, twice=False):
 def in_checkpoint(step):
     "SIGKILL as soon as the optimizer's file of a checkpoint is there: its manifest comes last."
 
-    def end(command, run, usual):
+    def end(command, run):
         checkpoint = run / f"checkpoints/checkpoint-{step}"
         command.wait_until((checkpoint / "optimizer.pt").exists)
         command.send(signal.SIGKILL)
@@ -120,23 +122,10 @@ def in_checkpoint(step):
     return end
 
 
-def at_moment(part):
-    "SIGKILL after a part of the time from the first step to the end."
-
-    def end(command, run, usual):
-        command.wait_until(lambda: lines_of(run / "metrics.jsonl"))
-        moment = time.time() + part * usual
-        command.wait_until(lambda: time.time() > moment)
-        command.send(signal.SIGKILL)
-        return f"at {part:.0%} of the time from the first step to the end"
-
-    return end
-
-
 def when_full(step, most=1000):
     "No file may become larger, from a step on: what the run appends and its next checkpoint meet a full disk."
 
-    def end(command, run, usual):
+    def end(command, run):
         command.wait_until(lambda: len(lines_of(run / "metrics.jsonl")) >= step)
         if command.process.poll() is None:
             resource.prlimit(command.process.pid, resource.RLIMIT_FSIZE, (most, most))
@@ -145,7 +134,7 @@ def when_full(step, most=1000):
     return end
 
 
-def by_itself(command, run, usual):
+def by_itself(command, run):
     return "by itself"
 
 
@@ -158,12 +147,12 @@ def train_words(args, more=()):
     return words if args.cpu else [*words, "--engine"]
 
 
-def play(name, end, codes, args, env, whole, usual, more=()):
+def play(name, end, codes, args, env, whole, more=()):
     "Start a run, end it, go on until it is finished: a row of the result."
     with tempfile.TemporaryDirectory(prefix="faults-") as place:
         run, place = pathlib.Path(place) / "run", pathlib.Path(place)
         command = Command(*train_words(args, more), place=place, env=env)
-        ended = end(command, run, usual)
+        ended = end(command, run)
         code, said, seconds = command.end()
         saved = sorted(int(path.parent.name[11:]) for path in run.glob("checkpoints/checkpoint-*/manifest.json"))
         row = {"case": name, "ended": ended, "exit": code, "expected": code in codes, "said": said, "seconds": seconds}
@@ -179,6 +168,16 @@ def play(name, end, codes, args, env, whole, usual, more=()):
         if (run / "summary.json").exists():
             row |= compare(outcome_of(run), whole or outcome_of(run))
         return row
+
+
+def play_minutes(seconds, args, env, whole):
+    "A run that --max-minutes ends in the middle: it starts faster than the one whose time was taken, or slower."
+    for _ in range(4):
+        row = play("--max-minutes", by_itself, (124,), args, env, whole, ("--max-minutes", f"{seconds / 60:.4f}"))
+        if 0 < row["steps_done"] < args.steps:
+            return row
+        seconds += 4 if row["steps_done"] == 0 else -2
+    return row
 
 
 def compare(found, whole):
@@ -201,7 +200,7 @@ def cases(args):
         ("SIGINT twice", at_step(signal.SIGINT, 2 * quarter + 2, twice=True), (130,)),
         ("SIGKILL in a checkpoint", in_checkpoint(quarter), (-9,)),
         ("SIGKILL in a checkpoint", in_checkpoint(3 * quarter), (-9,)),
-        *(("SIGKILL", at_moment(dice.random()), (-9, 0)) for _ in range(3)),  # 0: it was through
+        *(("SIGKILL", at_step(signal.SIGKILL, dice.randrange(2, 3 * quarter)), (-9,)) for _ in range(3)),
         ("full disk", when_full(quarter + 1), (2,)),
     ]
 
@@ -231,24 +230,24 @@ def main():
     with tempfile.TemporaryDirectory(prefix="faults-") as place:  # the run that the others are compared with
         place, times = pathlib.Path(place), {}
         command = Command(*train_words(args), place=place, env=env)
-        metrics, warm = place / "run/metrics.jsonl", args.steps // 2
-        for name, lines in (("first", 1), ("half", warm), ("last", args.steps)):
+        metrics = place / "run/metrics.jsonl"
+        for name, lines in (("half", args.steps // 2), ("last", args.steps)):
             command.wait_until(lambda n=lines: len(lines_of(metrics)) >= n)
             times[name] = time.time() - command.started
         code, said, seconds = command.end()
         if code:
             sys.exit(f"the undisturbed run failed: {code}, {said}")
-        whole, usual = outcome_of(place / "run"), seconds - times["first"]
+        whole = outcome_of(place / "run")
         config = (place / "run/config.yaml").read_text(encoding="utf-8")
-    recorded = ("backend", "engine", "load_in_4bit", "optim", "dtype")
+    recorded = ("backend", "engine", "load_in_4bit", "optim", "dtype", "trained_by")
     way = {name: re.search(rf"^{name}: (.*)$", config, re.M)[1] for name in recorded}
     way |= {"steps": args.steps, "whole": {"seconds": seconds, "adapter_sha256": whole[0]}}
-    minutes = ("--max-minutes", f"{times['half'] / 60:.4f}")  # alone on the card, as the run was that took this long
-    if not args.only or args.only in "--max-minutes":
-        add(play("--max-minutes", by_itself, (124,), args, env, whole, usual, minutes))
     chosen = [case for case in cases(args) if not args.only or args.only in case[0]]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for case, future in [(case, pool.submit(play, *case, args, env, whole, usual)) for case in chosen]:
+        futures = [(case, pool.submit(play, *case, args, env, whole)) for case in chosen]
+        if args.only in "--max-minutes":
+            futures.append((("--max-minutes",), pool.submit(play_minutes, times["half"], args, env, whole)))
+        for case, future in futures:
             try:
                 add(future.result())
             except Exception as error:  # the others count all the same

@@ -117,7 +117,7 @@ def install_liger(base: torch.nn.Module) -> None:
             undo.append((code.__name__, name, was))
 
 # %% ../../nbs/60_forwards.ipynb #193afb45
-def name_attention(base: torch.nn.Module, name: str) -> list[tuple]:  # what `restore_attributes` takes
+def replace_attention(base: torch.nn.Module, name: str) -> list[tuple]:  # what `restore_attributes` takes
     "Name an attention in every configuration that a layer of this transformers model reads, and return the old names."
     configs = {id(config): config for module in base.modules() if hasattr(config := getattr(module, "config", None), "_attn_implementation")}
     replaced = [(config, "_attn_implementation", config._attn_implementation) for config in configs.values()]
@@ -126,7 +126,7 @@ def name_attention(base: torch.nn.Module, name: str) -> list[tuple]:  # what `re
     return replaced
 
 
-def name_checkpointing(layer: torch.nn.Module, function) -> tuple:  # what `restore_attributes` takes, in a list
+def replace_checkpointing(layer: torch.nn.Module, function) -> tuple:  # what `restore_attributes` takes, in a list
     "Let a decoder layer that is checkpointed call this function instead of torch's checkpoint, and return what it called before."
     name = "_gradient_checkpointing_func"
     replaced = (layer, name, vars(layer).get(name))
@@ -145,7 +145,7 @@ class _Here(threading.local):
     unpaged = False
 
 
-_here = _Here()
+_here, _lock, _replaced = _Here(), threading.Lock(), []  # `_replaced`: bitsandbytes' own function, once for each context that is open
 
 
 def wait_unless_queued(tensor: torch.Tensor) -> None:
@@ -162,6 +162,15 @@ def without_waiting():
     "A context in which bitsandbytes asks `wait_unless_queued` (a later version may not ask). This thread's optimizer states must not be paged."
     from bitsandbytes.optim import optimizer
 
-    asks = {"sync_gpu": wait_unless_queued} if hasattr(optimizer, "sync_gpu") else {}
-    with temporary_attributes(optimizer, **asks), temporary_attributes(_here, unpaged=True):
-        yield
+    with _lock:  # contexts of several threads may overlap
+        _replaced.append(_replaced[0] if _replaced else vars(optimizer).get("sync_gpu"))
+        if _replaced[0]:
+            optimizer.sync_gpu = wait_unless_queued
+    try:
+        with temporary_attributes(_here, unpaged=True):
+            yield
+    finally:
+        with _lock:
+            usual = _replaced.pop()
+            if usual and not _replaced:
+                optimizer.sync_gpu = usual

@@ -17,8 +17,8 @@ from qlora_nb.engine.forwards import (
     find_notes,
     has_liger,
     install_liger,
-    name_attention,
-    name_checkpointing,
+    replace_attention,
+    replace_checkpointing,
     replace_forward,
     restore_replaced,
 )
@@ -155,7 +155,7 @@ def _replace_attention(base: torch.nn.Module) -> None:
 
     AttentionInterface.register("qlora_nb", packed_attention)
     AttentionMaskInterface.register("qlora_nb", sdpa_mask)
-    base.qlora_nb.undo += name_attention(base, "qlora_nb")
+    base.qlora_nb.undo += replace_attention(base, "qlora_nb")
 
 # %% ../../nbs/06_engine.ipynb #0f1a7f05
 REPLAY_DEVICES = ("cuda",)  # devices; elsewhere a recording is the function itself, and saves nothing
@@ -177,7 +177,7 @@ def _replace_checkpoints(base: torch.nn.Module, engine: Engine) -> None:
     layers = find_checkpointed_layers(base)
     replay = Replay(layers) if engine.replayed else None
     for layer in layers:
-        base.qlora_nb.undo.append(name_checkpointing(layer, run_checkpointed))
+        base.qlora_nb.undo.append(replace_checkpointing(layer, run_checkpointed))
         notes = annotate_module(layer)
         notes.replay, notes.offload = replay, engine.offload
     if replay:
