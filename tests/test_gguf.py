@@ -660,7 +660,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("turns", [3, pytest.param(12, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("turns", [3, pytest.param(6, marks=pytest.mark.heavy)])
 def test_killed_at_any_moment(turns, tmp_path):
     "Old files or new ones, whole; what a killed process leaves beside them goes with the next export."
     target, draw = tmp_path / "m", random.Random(0)
