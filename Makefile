@@ -67,10 +67,13 @@ $(DEMO): settings.ini setup.py constraints.txt Makefile
 	@$(INSTALL) -e '.[serve]' >&2
 	@touch $@
 
-$(STAMP): $(DEMO) tools/check_install.py
+# Of llama.cpp its library alone: what reads pictures (LLAVA), and what its programs share, is 104 of its 178 files.
+LLAMA_ALONE := SKBUILD_CMAKE_DEFINE="LLAVA_BUILD=OFF;CMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/tools/llama.cmake"
+
+$(STAMP): $(DEMO) tools/check_install.py tools/llama.cmake
 	@command -v c++ >/dev/null || { echo "No C++ compiler (c++) found; llama.cpp is built with it: install g++ (make demo needs none)" >&2; exit 1; }
 	@echo "[1/2] the rest of llama.cpp, built from source (some minutes), and what develops and tests" >&2
-	@$(INSTALL) -e '.[dev,gguf]' >&2
+	@$(LLAMA_ALONE) $(INSTALL) -e '.[dev,gguf]' >&2
 	@if [ "$$(uname)" = Linux ]; then \
 		echo "[2/2] Unsloth" >&2 && \
 		$(INSTALL) $(UNSLOTH_NEEDS) >&2 && \

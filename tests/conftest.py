@@ -28,6 +28,7 @@ os.environ.pop("MPLBACKEND", None)
 
 # CPU seconds of each test file in `make test`: what it may cost, not what a test fails for (machines differ).
 BUDGETS = Path(__file__).with_name("budgets.txt")
+LIMIT = 24  # CPU minutes of all of `make test`: twelve on two cores
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,9 @@ def pytest_terminal_summary(terminalreporter, config):
         budget = budgets.get(Path(name).stem, 10 if budgets else 0)
         over = f"   over its budget of {budget:.0f}" if budget and seconds > budget else ""
         terminalreporter.write_line(f"{seconds:8.1f}  {name}{over}")
-    terminalreporter.write_line(f"{sum(spent.values()) / 60:8.1f}  CPU minutes in all")
+    minutes = sum(spent.values()) / 60
+    over = f"   over the {LIMIT} of make test" if budgets and minutes > LIMIT else ""
+    terminalreporter.write_line(f"{minutes:8.1f}  CPU minutes in all{over}")
     if ends:
         waited = ", ".join(f"{worker} {max(ends.values()) - end:.0f} s" for worker, end in sorted(ends.items()))
         terminalreporter.write_line(f"          workers that had nothing left to do, before the end: {waited}")

@@ -179,7 +179,8 @@ def leave(error):
         code = 1
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush(), sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # none where the terminal was closed
+        stream.flush()
     if isinstance(error, KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,8 +1,9 @@
-"""Both backends, each in processes of its own: the same bytes twice, the same losses, the labels that we made."""
+"""Both backends, each in processes of its own: the same bytes twice, the same losses and replies, our labels."""
 
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ BACKENDS = ["transformers", pytest.param("unsloth", marks=pytest.mark.skipif(
 
 def python(code, cwd, **env):
     env = {**os.environ, "QLORA_NB_PROFILE": "tiny", **env}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -75,17 +76,102 @@ try:
 except SystemExit as end:
     assert not end.code, end.code
 """
-# What a new interpreter with Unsloth costs is paid once: it also takes a step whose labels are looked at.
-LABELS_TOO = f"""
-import sys, traceback
-sys.stdout = open("labels.txt", "w")
-try:
-    exec({CAPTURE.format(backend="unsloth") + PATCHED!r}, {{"__name__": "labels"}})
-except BaseException:
-    traceback.print_exc(file=sys.stdout)
-sys.stdout.close()
-sys.stdout = sys.__stdout__
+GENERATE = """
+import json, sys
+import torch
+from qlora_nb.model import add_lora, load_model
+model, tokenizer = load_model("qlora_nb:embedded", backend="unsloth", max_seq_length=512)
+from qlora_nb.evaluation import evaluate
+from qlora_nb.generation import generate_replies
+from qlora_nb.adapter import save_adapter
+questions = json.loads(sys.argv[1])
+plain = [r.text for r in generate_replies(model, tokenizer, questions, max_new_tokens=8)]
+model = add_lora(model, r=8)
+torch.manual_seed(0)
+for name, parameter in model.named_parameters():
+    if "lora_B" in name:
+        torch.nn.init.normal_(parameter, std=0.05)
+together = generate_replies(model, tokenizer, questions, max_new_tokens=8)
+def modes():
+    return [(n, m.training, str(getattr(m, "gradient_checkpointing", None))) for n, m in model.named_modules()]
+model.train()
+before = modes()
+reply = {"role": "assistant", "content": "The answer is 7."}
+rows = [{"messages": [{"role": "user", "content": q}, reply]} for q in questions]
+found = evaluate(model, tokenizer, rows, max_new_tokens=8, base_data=rows)
+kept = modes() == before
+ids = tokenizer("Ann has 3 apples.", return_tensors="pt")["input_ids"]
+model(input_ids=ids, labels=ids).loss.backward()
+moved = sum(float(p.grad.abs().max()) > 0 for p in model.parameters() if p.requires_grad)
+sha = save_adapter(model, tokenizer, sys.argv[2])
+print("RESULT", json.dumps({
+    "plain": plain, "kept": kept, "moved": moved, "sha": sha,
+    "adapted": [r.text for r in together], "again": [row["reply"] for row in found.rows], "base": found.base_perplexity,
+}))
 """
+QUESTIONS = [
+    "What is 3 + 4?",
+    "Ben has 23 pens. He loses 10. He gives 11 to Lina. How many pens does Ben have now?",
+    "Work out 12 + 30.",
+    "Hi",
+]
+# A model that brings code along is asked; then the same question again, when its weights are a pickle.
+ASKED_TWICE = """
+import io, sys
+from pathlib import Path
+from qlora_nb.cli import main
+sys.stdin, sys.stderr = io.StringIO("y\\n"), sys.stdout
+for question in (1, 2):
+    try:
+        main()
+    except SystemExit as stop:
+        print(f"exit {stop.code}", flush=True)
+    if question == 1:
+        Path("odd/model.safetensors").rename("odd/pytorch_model.bin")
+"""
+CODE = """
+print('a model brought this along')
+from transformers import LlamaConfig
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+"""
+
+
+def odd_model(place):
+    "A model that brings code along, and what asks it."
+    from qlora_nb.core import EMBEDDED_MODEL
+
+    shutil.copytree(EMBEDDED_MODEL, place / "odd")
+    config = json.loads((place / "odd/config.json").read_text())
+    config.update(model_type="odd", auto_map={"AutoConfig": "configuration_odd.OddConfig"})
+    (place / "odd/config.json").write_text(json.dumps(config))
+    (place / "odd/configuration_odd.py").write_text(CODE)
+    return ["chat", "--model", "odd", "--message", "x", "--backend"]
+
+
+# What a new interpreter with Unsloth costs is paid once: all that is asked of it comes after its training.
+IN_TURN = """
+import sys, traceback
+stdout, stderr, stdin = sys.stdout, sys.stderr, sys.stdin
+for name, code, arguments in {steps!r}:
+    sys.argv[1:], sys.stdout = arguments, open(name + ".txt", "w")
+    try:
+        exec(code, {{"__name__": name}})
+    except BaseException:
+        traceback.print_exc(file=sys.stdout)
+    sys.stdout.close()
+    sys.stdout, sys.stderr, sys.stdin = stdout, stderr, stdin
+"""
+
+
+def asked_of_unsloth(place):
+    "What the interpreter with Unsloth does after its training: each step's stdout goes to a file of its name."
+    steps = [
+        ("labels", CAPTURE.format(backend="unsloth") + PATCHED, []),
+        ("replies", GENERATE, [json.dumps(QUESTIONS), str(place / "adapter")]),
+        ("odd", ASKED_TWICE, [*odd_model(place), "unsloth"]),
+    ]
+    return IN_TURN.format(steps=steps)
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +184,26 @@ def runs(tmp_path_factory):
             arguments = ["train", "--backend", backend, "--max-steps", "6", "--limit", "400"]
             arguments += ["--eval-rows", "2", "--max-new-tokens", "16"]
             program = TRAIN.format(arguments=[*arguments, "--output", f"{backend}{number}"])
-            # In another interpreter sets have another order.
-            new = backend == "unsloth" or number == 1
-            done = (python if new else forked)(program + (LABELS_TOO if backend == "unsloth" else ""), place)
-            made[backend, number] = place / f"{backend}{number}", done
+            if backend == "unsloth" and number == 1:
+                program += asked_of_unsloth(place)
+            # In another interpreter sets have another order; test_merging.py tries that on each push.
+            new = backend == "unsloth" or number == "new"
+            made[backend, number] = place / f"{backend}{number}", (python if new else forked)(program, place)
         return made[backend, number]
 
     return run
 
 
-@pytest.mark.parametrize("backend", ["transformers", pytest.param("unsloth", marks=pytest.mark.heavy)])
-def test_the_same_command_gives_the_same_bytes(backend, runs):
-    first, second = runs(backend, 1)[0], runs(backend, 2)[0]
+@pytest.mark.parametrize(
+    "backend, other",
+    [
+        ("transformers", 2),
+        pytest.param("transformers", "new", marks=pytest.mark.heavy),
+        pytest.param("unsloth", 2, marks=pytest.mark.heavy),
+    ],
+)
+def test_the_same_command_gives_the_same_bytes(backend, other, runs):
+    first, second = runs(backend, 1)[0], runs(backend, other)[0]
     files = sorted(path.name for path in (first / "adapter").iterdir())
     assert "adapter_model.safetensors" in files
     for name in files:
@@ -157,6 +251,43 @@ def test_the_labels_that_we_made_reach_the_model(backend, runs, tmp_path):
     else:
         said = forked(CAPTURE.format(backend=backend), tmp_path).stdout
     assert "checked 8 {'torch.float32'}" in said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed")
+def test_replies_of_unsloth(runs):
+    "The same replies, training goes on, and its adapter is read by the other backend."
+    from qlora_nb.adapter import load_adapter
+    from qlora_nb.evaluation import measure_perplexity
+    from qlora_nb.generation import generate_replies
+    from qlora_nb.model import load_model
+
+    place = runs("unsloth", 1)[0].parent
+    said = (place / "replies.txt").read_text()
+    assert "RESULT " in said, said
+    found = json.loads(said.split("RESULT ")[1])
+    assert found["kept"], "a layer's mode was changed"
+    assert found["moved"] == 4 * 7 * 2, "gradients are missing after an evaluation"
+    assert found["adapted"] == found["again"]
+    model, tokenizer = load_model("qlora_nb:embedded", backend="transformers")
+    assert [r.text for r in generate_replies(model, tokenizer, QUESTIONS, max_new_tokens=8)] == found["plain"]
+    model = load_adapter(model, place / "adapter")
+    assert [r.text for r in generate_replies(model, tokenizer, QUESTIONS, max_new_tokens=8)] == found["adapted"]
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "The answer is 7."}]}
+        for q in QUESTIONS
+    ]
+    assert measure_perplexity(model, tokenizer, rows) == pytest.approx(found["base"], rel=0.02)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_code_and_pickles_that_come_with_a_model_are_not_run(backend, runs, tmp_path):
+    if backend == "unsloth":
+        said = (runs(backend, 1)[0].parent / "odd.txt").read_text()
+    else:
+        said = processes.run(ASKED_TWICE, *odd_model(tmp_path), backend, cwd=tmp_path).stdout
+    code, pickles = said.split("exit 2\n")[:2]
+    assert "a model brought this along" not in said and "Traceback" not in code, said[-2000:]
+    assert code.strip() and "holds no .safetensors weights" in pickles, said[-2000:]
 
 
 @pytest.mark.heavy

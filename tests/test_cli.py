@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import processes
 import pytest
 import yaml
 from processes import COMMAND, Process, qlora_nb, wait_for
@@ -36,12 +35,12 @@ def sha(run):
 def demo(request, tmp_path_factory):
     """What `make demo` does: train with no argument, then export and certify.
 
-    On a push it is a tenth as long; there the quick start's notebook trains all 300 steps."""
+    On a push it is a fifteenth as long; there the quick start's notebook trains all 300 steps."""
     place = tmp_path_factory.mktemp("demo")
-    less = ["--max-steps", "30", "--eval-rows", "8"] if request.param == "short" else []
+    less = ["--max-steps", "20", "--eval-rows", "4"] if request.param == "short" else []
     done = fresh_qlora_nb("train", "--export", "q8_0", *less, cwd=place)
     assert done.returncode == 0, done.stderr[-4000:]
-    return Path(done.stdout.splitlines()[-1]), done, (30, 8) if less else (300, 200)
+    return Path(done.stdout.splitlines()[-1]), done, (20, 4) if less else (300, 200)
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +194,20 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "how, code", [(signal.SIGINT, 130), pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.heavy)]
+    "how, code, fresh",
+    [
+        (signal.SIGINT, 130, False),
+        pytest.param(signal.SIGINT, 130, True, marks=pytest.mark.heavy),
+        pytest.param(signal.SIGKILL, -signal.SIGKILL, True, marks=pytest.mark.heavy),
+    ],
 )
-def test_a_stopped_run_goes_on_to_the_same_bytes(how, code, whole, tmp_path):
-    process = subprocess.Popen([*FRESH, "train", *SHORT, "--output", "run"], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+def test_a_stopped_run_goes_on_to_the_same_bytes(how, code, fresh, whole, tmp_path):
+    command = ["train", *SHORT, "--output", "run"]
+    if fresh:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([*FRESH, *command], cwd=tmp_path, **pipes)
+    else:
+        process = Process(COMMAND, *command, cwd=tmp_path)
     wait_for(process, tmp_path / "run/metrics.jsonl", 6)
     process.send_signal(how)
     out, err = process.communicate(timeout=240)
@@ -410,55 +418,6 @@ def test_a_file_that_the_system_will_not_hold_is_named_before_training(tmp_path)
     last = done.stderr.strip().splitlines()[-1]
     assert "need a file of 2 MiB, and this process may write 0.381 MiB at most (ulimit -f)" in last
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
-
-
-CODE = """
-print('a model brought this along')
-from transformers import LlamaConfig
-class OddConfig(LlamaConfig):
-    model_type = "odd"
-"""
-
-
-# The same question again, when the weights are a pickle: one interpreter, since Unsloth's start is most of the time.
-ASKED_TWICE = """
-import sys
-from pathlib import Path
-from qlora_nb.cli import main
-for question in (1, 2):
-    try:
-        main()
-    except SystemExit as stop:
-        print(f"exit {stop.code}", file=sys.stderr, flush=True)
-    if question == 1:
-        Path("odd/model.safetensors").rename("odd/pytorch_model.bin")
-"""
-
-
-@pytest.mark.parametrize("backend", ["transformers", "unsloth"])
-def test_code_and_pickles_that_come_with_a_model_are_not_run(backend, tmp_path):
-    import shutil
-
-    from qlora_nb.core import EMBEDDED_MODEL
-
-    shutil.copytree(EMBEDDED_MODEL, tmp_path / "odd")
-    config = json.loads((tmp_path / "odd/config.json").read_text())
-    config.update(model_type="odd", auto_map={"AutoConfig": "configuration_odd.OddConfig"})
-    (tmp_path / "odd/config.json").write_text(json.dumps(config))
-    (tmp_path / "odd/configuration_odd.py").write_text(CODE)
-    ask = ["chat", "--model", "odd", "--message", "x", "--backend", backend]
-    if backend == "unsloth":
-        command = [sys.executable, "-c", ASKED_TWICE, *ask]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, input="y\n")
-    else:
-        done = processes.run(ASKED_TWICE, *ask, cwd=tmp_path, input="y\n")
-    code, pickles = done.stderr.split("exit 2\n")[:2]
-    assert "a model brought this along" not in done.stdout + done.stderr and "Traceback" not in code, done.stderr[
-        -2000:
-    ]
-    assert code.strip() and "holds no .safetensors weights" in pickles and done.stdout.strip() == "", done.stderr[
-        -2000:
-    ]
 
 
 def test_a_run_that_diverges_says_so(tmp_path):

@@ -283,6 +283,7 @@ def read_user(text):
     return read_problem(text)[0]
 
 
+@pytest.mark.heavy
 def test_the_corpus_holds_no_problem_of_the_data_set(corpus, rows):
     documents, _ = corpus
     digest = hashlib.sha256()
@@ -301,6 +302,7 @@ def test_the_corpus_holds_no_problem_of_the_data_set(corpus, rows):
     assert not any(re.search(r"\?|How many|Work out|Please compute", text) for text in others)
 
 
+@pytest.mark.heavy
 def test_the_tokenizer_is_what_the_recipe_makes(recipe, corpus, tmp_path):
     documents, state = corpus
     rng = random.Random()

@@ -923,7 +923,7 @@ def losses(folder):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
-    common = ("--max-steps", 8, "--eval-rows", 2, "--max-new-tokens", 16, "--limit", 400)
+    common = ("--max-steps", 6, "--eval-rows", 2, "--max-new-tokens", 8, "--limit", 200)
     said = {
         "plain": cli("train", "--backend", "transformers", *common, "--output", "plain", cwd=place),
         "engine": cli("train", "--engine", *common, "--output", "engine", cwd=place),
@@ -964,7 +964,7 @@ def test_a_packed_run_has_fuller_lines(runs):
 
 def test_a_run_goes_on_with_its_engine(runs):
     place, _ = runs
-    cli("train", "--config", "engine/config.yaml", "--save-steps", 4, "--output", "again", cwd=place)
+    cli("train", "--config", "engine/config.yaml", "--save-steps", 3, "--output", "again", cwd=place)
     assert losses(place / "again") == losses(place / "engine")
     (place / "again" / "summary.json").unlink()
     newest = max((place / "again" / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-")[-1]))

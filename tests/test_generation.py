@@ -1,10 +1,6 @@
 """Talking to models: prompts, batches, sampling, inference mode, both backends."""
 
-import importlib.util
-import json
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -298,66 +294,6 @@ def test_training_goes_on_after_a_chat(adapted):
     after = gradients()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert all(float(g.abs().max()) > 0 for g in before.values())
-
-
-UNSLOTH = """
-import json, sys, warnings
-import torch
-from qlora_nb.model import add_lora, load_model
-model, tokenizer = load_model("qlora_nb:embedded", backend="unsloth", max_seq_length=512)
-from qlora_nb.evaluation import evaluate
-from qlora_nb.generation import chat, generate_replies
-from qlora_nb.adapter import load_adapter, save_adapter
-questions = json.loads(sys.argv[1])
-plain = [r.text for r in generate_replies(model, tokenizer, questions, max_new_tokens=8)]
-model = add_lora(model, r=8)
-torch.manual_seed(0)
-for name, parameter in model.named_parameters():
-    if "lora_B" in name:
-        torch.nn.init.normal_(parameter, std=0.05)
-together = generate_replies(model, tokenizer, questions, max_new_tokens=8)
-def modes():
-    return [(n, m.training, str(getattr(m, "gradient_checkpointing", None))) for n, m in model.named_modules()]
-model.train()
-before = modes()
-reply = {"role": "assistant", "content": "The answer is 7."}
-rows = [{"messages": [{"role": "user", "content": q}, reply]} for q in questions]
-found = evaluate(model, tokenizer, rows, max_new_tokens=8, base_data=rows)
-kept = modes() == before
-ids = tokenizer("Ann has 3 apples.", return_tensors="pt")["input_ids"]
-model(input_ids=ids, labels=ids).loss.backward()
-moved = sum(float(p.grad.abs().max()) > 0 for p in model.parameters() if p.requires_grad)
-sha = save_adapter(model, tokenizer, sys.argv[2])
-print("RESULT", json.dumps({
-    "plain": plain, "kept": kept, "moved": moved, "sha": sha,
-    "adapted": [r.text for r in together], "again": [row["reply"] for row in found.rows], "base": found.base_perplexity,
-}))
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed")
-def test_unsloth(tmp_path):
-    "A model from Unsloth: the same replies, training goes on, and its adapter is read by the other backend."
-    from qlora_nb.adapter import load_adapter
-    from qlora_nb.evaluation import measure_perplexity
-
-    questions = QUESTIONS[:4]
-    command = [sys.executable, "-c", UNSLOTH, json.dumps(questions), str(tmp_path / "adapter")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.split("RESULT ")[1])
-    assert found["kept"], "a layer's mode was changed"
-    assert found["moved"] == 4 * 7 * 2, "gradients are missing after an evaluation"
-    assert found["adapted"] == found["again"]
-    model, tokenizer = load()
-    assert [r.text for r in generate_replies(model, tokenizer, questions, max_new_tokens=8)] == found["plain"]
-    model = load_adapter(model, tmp_path / "adapter")
-    assert [r.text for r in generate_replies(model, tokenizer, questions, max_new_tokens=8)] == found["adapted"]
-    rows = [
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "The answer is 7."}]}
-        for q in questions
-    ]
-    assert measure_perplexity(model, tokenizer, rows) == pytest.approx(found["base"], rel=0.02)
 
 
 @pytest.mark.quick

@@ -660,13 +660,14 @@ while True:
 """
 
 
-def test_killed_at_any_moment(tmp_path):
+@pytest.mark.parametrize("turns", [3, pytest.param(6, marks=pytest.mark.heavy)])
+def test_killed_at_any_moment(turns, tmp_path):
     "Old files or new ones, whole; what a killed process leaves beside them goes with the next export."
     target, draw = tmp_path / "m", random.Random(0)
     files = export_gguf(EMBEDDED_MODEL, None, target, ["q8_0", "q4_0"])
     before = {file.name: file_sha256(file) for file in files}
     left = 0
-    for turn in range(6):
+    for turn in range(turns):
         ready = tmp_path / f"ready{turn}"
         process = processes.Process(AGAIN, target, ready, cwd=tmp_path)
         while not ready.exists():

@@ -69,7 +69,7 @@ def test_every_test_file_is_in_one_part_of_test_all():
 def test_every_budget_is_of_a_file():
     budgets = dict(map(str.split, (ROOT / "tests/budgets.txt").read_text(encoding="utf-8").splitlines()))
     assert set(budgets) <= {path.stem for path in (ROOT / "tests").glob("test_*.py")}
-    assert sum(map(float, budgets.values())) < 26 * 60
+    assert sum(map(float, budgets.values())) <= 22 * 60  # those without a line are cheap
 
 
 def test_only_code_counts_in_the_engines_hash():

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from processes import COMMAND, qlora_nb, wait_for
+from processes import COMMAND, Process, qlora_nb, wait_for
 
 from qlora_nb.core import FullDisk, UserError, check_space, explain_full_disk
 from qlora_nb.signals import (
@@ -332,20 +332,32 @@ def test_other_commands_stop_with_a_sentence(words, where, name, sentence, tmp_p
     check_stop((done.returncode, done.stderr), signal.SIGTERM, re.escape(f"{sentence} qlora_nb {words}"))
 
 
+ON_A_TERMINAL = """
+import fcntl, os, termios
+os.setsid()
+terminal = os.open({!r}, os.O_RDWR)
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+for number in (0, 1, 2):
+    os.dup2(terminal, number)
+os.close(terminal)
+assert all(map(os.isatty, (0, 1, 2)))
+open("on a terminal", "w").write("yes\\n")
+"""
+
+
 def test_a_terminal_that_is_closed_saves_a_checkpoint(tmp_path):
     "A real one, whose closing sends SIGHUP: the progress bar then writes to what is no longer there."
     outer, inner = pty.openpty()
-    start = (
-        f"import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); sys.argv[1:] = {['train', *SHORT]!r}; "
-        "sys.argv += ['--output', 'run']; from qlora_nb.cli import main; main()"
+    process = Process(
+        COMMAND, "train", *SHORT, "--output", "run", cwd=tmp_path, first=ON_A_TERMINAL.format(os.ttyname(inner))
     )
-    process = subprocess.Popen([sys.executable, "-c", start], cwd=tmp_path, stdin=inner, stdout=inner,
-                               stderr=inner, start_new_session=True)  # fmt: skip
+    wait_for(process, tmp_path / "on a terminal", 1)
     os.close(inner)
     wait_for(process, tmp_path / "run/metrics.jsonl", 1,
              lambda: select.select([outer], [], [], 0.05)[0] and os.read(outer, 1 << 16))  # fmt: skip
     os.close(outer)
-    assert process.wait(timeout=240) == 129
+    process.communicate(timeout=240)
+    assert process.returncode == 129
     newest = max(int(path.name.split("-")[1]) for path in (tmp_path / "run/checkpoints").glob("checkpoint-*"))
     assert (tmp_path / f"run/checkpoints/checkpoint-{newest}/trainer_state.json").exists()
     assert (tmp_path / "run/metrics.jsonl").read_text().count("\n") == newest

@@ -5,14 +5,13 @@ import sys
 import zipfile
 from pathlib import Path
 
-from common import clean_env, clone, run
+from common import clean_env, run
 
 
-def test_wheel(tmp_path):
-    env, source = clean_env(tmp_path), clone(tmp_path)
-    run([sys.executable, "-m", "build", "--outdir", str(tmp_path / "dist"), str(source)], tmp_path, env, 300)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+def test_wheel(built, tmp_path):
+    env, (source, dist) = clean_env(tmp_path), built
+    (wheel,) = dist.glob("*.whl")
+    (sdist,) = dist.glob("*.tar.gz")
     assert sdist.stat().st_size < 30e6
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("qlora_nb/embedded/") and name.endswith(".safetensors") for name in names)
