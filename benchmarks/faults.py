@@ -72,7 +72,7 @@ def write_results(rows):
         kinds[row["outcome"]] = kinds.get(row["outcome"], 0) + 1
     found = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python benchmarks/faults.py",
+        "command": " ".join(["python benchmarks/faults.py", *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), "system": platform.system()} | versions,
         "kept": sweeps.KEPT,
         "broken": sweeps.BROKEN,

@@ -8,7 +8,6 @@ __all__ = ['EMBEDDED_FOLDER', 'EMBEDDED_MODEL', 'EMBEDDED_DATA', 'RESULTS_FOLDER
 
 # %% ../nbs/00_core.ipynb #8278cb14
 import contextlib
-import ctypes
 import errno
 import functools
 import hashlib
@@ -325,6 +324,8 @@ def disk_full(error: BaseException) -> bool:
 # %% ../nbs/00_core.ipynb #5a3e0001
 def exchange_paths(first: str | Path, second: str | Path) -> bool:
     "Exchange two files or folders in one step, which a crash can't divide. Return whether the system did it: Linux does, on most of its file systems."
+    import ctypes
+
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         rename = ctypes.CDLL(None).renameat2

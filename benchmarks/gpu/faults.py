@@ -121,14 +121,14 @@ def in_checkpoint(step):
 
 
 def at_moment(part):
-    "SIGKILL after a part of the time from the first step to the end."
+    "SIGKILL after a part of the time from the first step to the last."
 
     def end(command, run, usual):
         command.wait_until(lambda: lines_of(run / "metrics.jsonl"))
         moment = time.time() + part * usual
         command.wait_until(lambda: time.time() > moment)
         command.send(signal.SIGKILL)
-        return f"at {part:.0%} of the time from the first step to the end"
+        return f"at {part:.0%} of the time from the first step to the last"
 
     return end
 
@@ -170,7 +170,7 @@ def play(name, end, codes, args, env, whole, usual, more=()):
         row |= {"steps_done": len(lines_of(run / "metrics.jsonl")), "checkpoints": saved, "commands": []}
         following = command_in(said) or ["train", "--resume", "run"]  # SIGKILL leaves no sentence
         row["named"] = bool(command_in(said)) or code in (0, -signal.SIGKILL)
-        while code and len(row["commands"]) < 3:
+        while code and len(row["commands"]) < 3 and "is finished" not in said:
             command = Command(*following, place=place, env=env)
             code, said, seconds = command.end()
             words = shlex.join(command.words).replace(f"{place}/", "")
@@ -210,7 +210,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out")
     parser.add_argument("--cpu", action="store_true", help="a dry run, without the engine")
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=480)
     parser.add_argument("--jobs", type=int, default=8, help="runs at a time")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     args = parser.parse_args()
@@ -238,12 +238,12 @@ def main():
         code, said, seconds = command.end()
         if code:
             sys.exit(f"the undisturbed run failed: {code}, {said}")
-        whole, usual = outcome_of(place / "run"), seconds - times["first"]
+        whole, usual = outcome_of(place / "run"), times["last"] - times["first"]
         config = (place / "run/config.yaml").read_text(encoding="utf-8")
     recorded = ("backend", "engine", "load_in_4bit", "optim", "dtype")
     way = {name: re.search(rf"^{name}: (.*)$", config, re.M)[1] for name in recorded}
     way |= {"steps": args.steps, "whole": {"seconds": seconds, "adapter_sha256": whole[0]}}
-    minutes = ("--max-minutes", f"{times['half'] / 60:.4f}")  # alone on the card, as the run was that took this long
+    minutes = ("--max-minutes", f"{times['half'] / 60:.4f}")  # alone on the card, as the run that this was measured of
     if not args.only or args.only in "--max-minutes":
         add(play("--max-minutes", by_itself, (124,), args, env, whole, usual, minutes))
     chosen = [case for case in cases(args) if not args.only or args.only in case[0]]
