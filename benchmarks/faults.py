@@ -48,9 +48,10 @@ def code_sha256():
     return digest.hexdigest()
 
 
-def read_tried():
+def read_tried(any_code=False):
+    "What was tried with this code, or with any: the newest row of each case."
     rows = [json.loads(line) for line in TRIED.read_text().splitlines()] if TRIED.exists() else []
-    return {(row["part"], row["name"]): row for row in rows if row["code"] == code_sha256()}
+    return {(row["part"], row["name"]): row for row in rows if any_code or row["code"] == code_sha256()}
 
 
 def table(rows):
@@ -72,7 +73,7 @@ def write_results(rows):
         kinds[row["outcome"]] = kinds.get(row["outcome"], 0) + 1
     found = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python benchmarks/faults.py",
+        "command": " ".join(["python benchmarks/faults.py", *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), "system": platform.system()} | versions,
         "kept": sweeps.KEPT,
         "broken": sweeps.BROKEN,
@@ -92,11 +93,12 @@ def main():
     parser.add_argument("--minutes", type=float, help="stop after so many")
     parser.add_argument("--list", action="store_true", help="name the cases")
     parser.add_argument("--write", action="store_true", help="write the results, whatever was tried")
+    parser.add_argument("--any-code", action="store_true", help="count what was tried before the code changed, too")
     args = parser.parse_args()
     if not faults.library():
         sys.exit("there is no C compiler (cc) here, or this isn't Linux")
     sweeps.KEEP = ROOT / "build" / "faults" / code_sha256()[:12]
-    tried, began, rows = read_tried(), time.time(), []
+    tried, began, rows = read_tried(args.any_code), time.time(), []
     TRIED.parent.mkdir(exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for part in args.part or sweeps.PARTS:
@@ -127,7 +129,7 @@ def main():
         print(table(rows))
     if args.write or not (args.part or args.limit or args.only or args.list or args.minutes):
         order = list(sweeps.PARTS)
-        write_results(sorted(read_tried().values(), key=lambda row: order.index(row["part"])))
+        write_results(sorted(read_tried(args.any_code).values(), key=lambda row: order.index(row["part"])))
     sys.exit(any(row["outcome"] in sweeps.BROKEN for row in rows))
 
 

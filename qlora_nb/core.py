@@ -8,9 +8,9 @@ __all__ = ['EMBEDDED_FOLDER', 'EMBEDDED_MODEL', 'EMBEDDED_DATA', 'RESULTS_FOLDER
 
 # %% ../nbs/00_core.ipynb #8278cb14
 import contextlib
-import ctypes
 import errno
 import functools
+import glob
 import hashlib
 import html
 import importlib.metadata
@@ -325,6 +325,8 @@ def disk_full(error: BaseException) -> bool:
 # %% ../nbs/00_core.ipynb #5a3e0001
 def exchange_paths(first: str | Path, second: str | Path) -> bool:
     "Exchange two files or folders in one step, which a crash can't divide. Return whether the system did it: Linux does, on most of its file systems."
+    import ctypes
+
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         rename = ctypes.CDLL(None).renameat2
@@ -365,6 +367,16 @@ def sync_folder(path: str | Path) -> None:
     sync_file(path)
 
 # %% ../nbs/00_core.ipynb #8278cb14-9
+def remove_dead_parts(path: Path) -> None:
+    "Remove what processes that no longer run have left of earlier attempts to write a file or folder."
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        import psutil  # seldom needed, and slow to load
+
+        if (pid := part.name.split(".")[-2]).isdecimal() and int(pid) < 2**31 and not psutil.pid_exists(int(pid)):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+
+
 @contextlib.contextmanager
 def write_aside(
     path: str | Path,  # the file or folder that is to appear
@@ -378,6 +390,7 @@ def write_aside(
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead_parts(path)
         if folder:
             aside.mkdir()
         yield aside

@@ -24,8 +24,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args, get_origin
 
-import psutil
-
 # %% ../nbs/50_run.ipynb #50a00005
 from qlora_nb.core import (
     EMBEDDED_FOLDER,
@@ -476,6 +474,8 @@ _LEFTOVER = re.compile(r"\.(.+)\.(\d{1,9})\.(part|old)")  # the names that `writ
 
 def clear_leftovers(folder: Path) -> None:
     "Remove what dead processes left half-written in a folder; put back what one was about to replace."
+    import psutil
+
     for path in folder.iterdir():
         name, pid, kind = found.groups() if (found := _LEFTOVER.fullmatch(path.name)) else (None, 0, None)
         if not name or int(pid) != os.getpid() and psutil.pid_exists(int(pid)):

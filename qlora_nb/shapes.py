@@ -206,9 +206,11 @@ def model_shape(
         return model
     whole = config_dict(model)
     config = {**whole, **(whole.get("text_config") or {})}
-    family = str(config.get("model_type"))
-    if family not in (known := list_architectures("memory")):
-        raise UserError(f"the architecture {family!r} is not among those whose memory can be estimated: {', '.join(known)}")
+    known = ", ".join(list_architectures("memory"))
+    if config.get("model_type") is None:
+        raise UserError(f"the configuration (config.json) has no model_type, so it isn't one of a model whose memory can be estimated: {known}")
+    if (family := str(config["model_type"])) not in list_architectures("memory"):
+        raise UserError(f"the architecture {family!r} is not among those whose memory can be estimated: {known}")
     own = {name: value for name, value in KNOWN_ARCHITECTURES[family].memory.items() if name != "head_dim"}
     own["tied"] = bool(config.get("tie_word_embeddings", own.get("tied", False)))
     own["qkv_bias"] = bool(own.get("qkv_bias") or config.get("attention_bias"))

@@ -3,6 +3,7 @@
 `python benchmarks/faults.py` tries all of them.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -219,3 +220,14 @@ def test_the_sweep_can_be_stopped_and_goes_on(tmp_path):
     script = [sys.executable, ROOT / "benchmarks/faults.py", "--part", "kills", "--only", "report: "]
     done = subprocess.run([*script, "--limit", "1"], capture_output=True, text=True, env={**os.environ})
     assert "kills 1/1" in done.stdout, done.stderr
+
+
+@pytest.mark.heavy
+def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path):
+    script = [sys.executable, ROOT / "benchmarks/gpu/faults.py", tmp_path / "found.json"]
+    options = ["--cpu", "--steps", "8", "--jobs", "1", "--only", "full disk"]
+    done = subprocess.run([*script, *options], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [row] = json.loads((tmp_path / "found.json").read_text())["runs"]
+    assert row["exit"] == 2 and "no space left" in row["said"] and row["commands"][0]["command"] == "train --resume run"
+    assert row["same_bytes"] and row["same_steps"] and row["same_held_out_figures"]

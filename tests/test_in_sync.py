@@ -59,6 +59,13 @@ def test_readme_leaves_out_what_only_quarto_reads():
     assert text == expected
 
 
+def test_help_loads_only_what_it_prints():
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "qlora_nb", "--help"],
+                          cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "qlora_nb.cli" in loaded and not loaded & {"torch", "transformers", "numpy", "psutil", "ctypes"}
+
+
 def test_import_is_light():
     script = """
 import sys, time

@@ -2,7 +2,7 @@
 
 The embedded model in NF4, trained by the command line with the engine. One run goes through undisturbed, a second one
 shows whether this card repeats its bytes at all. The others end by a signal, by SIGKILL in the middle of a checkpoint
-and at random moments, by a disk that takes no more, and by --max-minutes. What each comes to is compared with the
+and in random steps, and by a disk that takes no more. What each comes to is compared with the
 undisturbed run: the adapter's sha256, the loss of each step, the held-out figures.
 
     python benchmarks/gpu/faults.py nbs/results/faults_gpu.json
@@ -141,17 +141,17 @@ def by_itself(command, run):
 # --- a case ---------------------------------------------------------------------------------------------------------
 
 
-def train_words(args, more=()):
+def train_words(args):
     words = ["train", "--model", "qlora_nb:embedded", "--load-in-4bit", "--max-steps", args.steps, "--eval-rows", 4]
-    words += ["--save-steps", args.steps // 4, "--max-new-tokens", 8, "--limit", 400, "--output", "run", *more]
+    words += ["--save-steps", args.steps // 4, "--max-new-tokens", 8, "--limit", 400, "--output", "run"]
     return words if args.cpu else [*words, "--engine"]
 
 
-def play(name, end, codes, args, env, whole, more=()):
+def play(name, end, codes, args, env, whole):
     "Start a run, end it, go on until it is finished: a row of the result."
     with tempfile.TemporaryDirectory(prefix="faults-") as place:
         run, place = pathlib.Path(place) / "run", pathlib.Path(place)
-        command = Command(*train_words(args, more), place=place, env=env)
+        command = Command(*train_words(args), place=place, env=env)
         ended = end(command, run)
         code, said, seconds = command.end()
         saved = sorted(int(path.parent.name[11:]) for path in run.glob("checkpoints/checkpoint-*/manifest.json"))
@@ -168,16 +168,6 @@ def play(name, end, codes, args, env, whole, more=()):
         if (run / "summary.json").exists():
             row |= compare(outcome_of(run), whole or outcome_of(run))
         return row
-
-
-def play_minutes(seconds, args, env, whole):
-    "A run that --max-minutes ends in the middle: it starts faster than the one whose time was taken, or slower."
-    for _ in range(4):
-        row = play("--max-minutes", by_itself, (124,), args, env, whole, ("--max-minutes", f"{seconds / 60:.4f}"))
-        if 0 < row["steps_done"] < args.steps:
-            return row
-        seconds += 4 if row["steps_done"] == 0 else -2
-    return row
 
 
 def compare(found, whole):
@@ -215,7 +205,7 @@ def main():
     args = parser.parse_args()
     signal.signal(
         signal.SIGINT, signal.default_int_handler
-    )  # a script in the background ignores it, and its runs would
+    )  # a script in the background ignores it, and so would its runs
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "2"}
     env |= {"CUDA_VISIBLE_DEVICES": ""} if args.cpu else {}
@@ -228,12 +218,8 @@ def main():
         write(args.out, device, rows, seconds=round(time.time() - began, 1), way=way)
 
     with tempfile.TemporaryDirectory(prefix="faults-") as place:  # the run that the others are compared with
-        place, times = pathlib.Path(place), {}
+        place = pathlib.Path(place)
         command = Command(*train_words(args), place=place, env=env)
-        metrics = place / "run/metrics.jsonl"
-        for name, lines in (("half", args.steps // 2), ("last", args.steps)):
-            command.wait_until(lambda n=lines: len(lines_of(metrics)) >= n)
-            times[name] = time.time() - command.started
         code, said, seconds = command.end()
         if code:
             sys.exit(f"the undisturbed run failed: {code}, {said}")
@@ -245,8 +231,6 @@ def main():
     chosen = [case for case in cases(args) if not args.only or args.only in case[0]]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         futures = [(case, pool.submit(play, *case, args, env, whole)) for case in chosen]
-        if args.only in "--max-minutes":
-            futures.append((("--max-minutes",), pool.submit(play_minutes, times["half"], args, env, whole)))
         for case, future in futures:
             try:
                 add(future.result())

@@ -313,11 +313,11 @@ def unheard(done, number, whole: bool) -> str | None:
 @guarded
 def play_moment(before: tuple, command: tuple, part: float, number: int) -> tuple[str, str]:
     "A signal after a part of the time that the command takes."
-    like = made_by(*before, command)
+    like, moment = made_by(*before, command), part * usual_seconds(before, command)
     with Copy(made_by(*before)) as place:
         started = time.time()
         process = faults.start(*command, cwd=place)
-        while process.poll() is None and time.time() - started < part * usual_seconds(before, command):
+        while process.poll() is None and time.time() - started < moment:
             time.sleep(0.01)
         if process.poll() is None:
             process.send_signal(number)
@@ -329,8 +329,9 @@ def play_moment(before: tuple, command: tuple, part: float, number: int) -> tupl
         if done.returncode == 0:
             different = differences(place / "run", like / "run")
             return different or ("not reached", said)
-        if done.returncode == -number and names_of(place) == names_of(made_by(*before)):
-            return "not reached", said  # it had not begun
+        begun = names_of(place) != names_of(made_by(*before))
+        if done.returncode == -number != -signal.SIGKILL and not begun:
+            return "not reached", said  # before the command answered signals
         whole = is_complete(place / "run", like / "run")
         if number != signal.SIGKILL and (wrong := unheard(done, number, whole)):
             return wrong, said
