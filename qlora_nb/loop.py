@@ -420,7 +420,7 @@ def make_loop(model, tokenizer, rows, settings: Settings, folder: Path, callback
     schedule_evaluations(loop.args, settings)
     return loop
 
-
+# %% ../nbs/53_loop.ipynb #aabf570e
 def find_loop(settings: Settings, model) -> str:
     "Return the loop that trains a model: what the setting `loop` says, else `own` where the engine is installed and the optimizer suits it, and `trl` everywhere else."
     suits = engine_of(model) and model_info(model)["backend"] == "transformers" and not settings.optim.startswith(OTHER_LOOPS)

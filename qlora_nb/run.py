@@ -298,6 +298,11 @@ def resolve_settings(
         values["num_train_epochs"] = None
     return Settings(**values)
 
+# %% ../nbs/50_run.ipynb #8f2ef921
+def forget_old_loop(config: dict) -> dict:
+    "Return what a run recorded, without a `loop: trl` from before runs recorded `trained_by`: it was the default, whatever trained."
+    return {name: value for name, value in config.items() if name != "loop"} if "trained_by" not in config and config.get("loop") == "trl" else config
+
 # %% ../nbs/50_run.ipynb #50a00021
 RUN_FORMAT = 3  # of the run folders that this version reads and writes; folders without a number have format 1
 RECORDED_KEYS = (  # in config.yaml, beside the settings
@@ -325,11 +330,6 @@ def check_format(config: dict, path: Path) -> None:
         what = "is a run" if path.is_dir() else "was written by a run"
         raise UserError(f"{path} {what} of format {found}, and this version of qlora_nb reads format {RUN_FORMAT}: "
                         "use the version that wrote it (the run's versions.json names it), copy its adapter's folder out of the run and name that, or train again")
-
-
-def forget_old_loop(config: dict) -> dict:
-    "Return what a run recorded, without a `loop: trl` from before runs recorded `trained_by`: it was the default, whatever trained."
-    return {name: value for name, value in config.items() if name != "loop"} if "trained_by" not in config and config.get("loop") == "trl" else config
 
 
 def complete_old_config(config: dict) -> dict:

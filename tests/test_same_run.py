@@ -84,7 +84,7 @@ OTHERS = {
     "target_modules": ["q_proj"], "random_state": 1, "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2, "warmup_steps": 2, "max_steps": 9, "num_train_epochs": 1.0,
     "learning_rate": 0.01, "optim": "sgd", "weight_decay": 0.5, "lr_scheduler_type": "cosine", "max_grad_norm": 0.1,
-    "packing": True, "loop": "own", "early_stopping": 2, "load_best_model_at_end": True, "seed": 1,
+    "packing": True, "loop": "own", "trained_by": "own", "early_stopping": 2, "load_best_model_at_end": True, "seed": 1,
     "max_seq_length": 128, "truncation": "cut_prompt", "train_on": "last", "drop_invalid": True,
     "drop_duplicates": True, "eval_rows": 4, "max_new_tokens": 3, "scorer": "rouge", "base_data": "rows.jsonl",
     "template": "chatml", "template_kwargs": {"enable_thinking": False},
