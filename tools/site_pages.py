@@ -110,7 +110,7 @@ def described(heading, name, thing, settings):
     if not (inspect.isclass(thing) and issubclass(thing, Exception)):
         lines += ["```python", call(name, thing), "```", ""]
         rows = list(parameters(thing, settings))
-        lines += ["| parameter | default | meaning |", "|-----|---|--------|"] if rows else []
+        lines += ["| parameter | default | meaning |", "|-----|---|-----------|"] if rows else []
         lines += ["| " + " | ".join([f"`{row[0]}`", *map(cell, row[1:])]) + " |" for row in rows] + [""] * bool(rows)
     if not inspect.isclass(thing) and (returned := type_name(inspect.signature(thing).return_annotation)):
         # fastcore takes the comment on **settings for the one on what is returned.
