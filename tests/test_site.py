@@ -762,6 +762,8 @@ def test_a_wide_table_stands_upright_on_a_phone():
     names = {n: f"{head}<td><code>{'n' * n}</code></td><td>{'word ' * 20}</td></tr></tbody></table>" for n in (3, 30)}
     assert stack(names[3]) == names[3], "the second column has room"
     assert 'data-head="meaning"' in stack(names[30]), "a name is not broken, and leaves none"
+    words = names[30].replace("n" * 30, "nnnn " * 6)
+    assert stack(words) == words, "it breaks at its blanks"
     frame = f"""<iframe srcdoc="{table(5, 20).replace('"', "&quot;")}" title="a page in a page"></iframe>"""
     assert stack(frame + table(5, 20)).startswith(frame), "a quote would end the frame's page"
     assert "data-head" in (NBS / "styles.css").read_text(encoding="utf-8")

@@ -185,8 +185,9 @@ def is_squeezed(rows):
     "Whether the names in the first of two columns, which are not broken, leave the second one too little."
     if not rows or len(rows[0]) != 2:
         return False
-    names = max((len(name.get_text()) for row in rows for name in row[0].find_all(["code", "a"])), default=0)
-    return max(len(row[1].get_text(" ", strip=True)) for row in rows) > SQUEEZED * (PHONE - names)
+    names = [word for row in rows for name in row[0].find_all(["code", "a"]) for word in name.get_text().split()]
+    room = PHONE - max(map(len, names), default=0)
+    return max(len(row[1].get_text(" ", strip=True)) for row in rows) > SQUEEZED * room
 
 
 TALL = re.compile(r"<(mfrac|munder|mover|munderover|msqrt|mroot|mtable)\b")
