@@ -406,7 +406,7 @@ class Certificate(ShownObject):
 
     @property
     def failures(self) -> list[str]:
-        "Return a sentence for each finding that is wrong."
+        "A sentence for each finding that is wrong."
         known = ((check, check.failures(self.thresholds.get(check.quantization))) for check in self.checks)
         return [*self.notes, *(self._said(check, failure) for check, found in known for failure in found)]
 
@@ -421,11 +421,12 @@ class Certificate(ShownObject):
 
     @property
     def passed(self) -> bool:
+        "True where there is no failure."
         return not self.failures
 
     @property
     def hidden(self) -> list[str]:
-        "Return a sentence for each format whose noise is larger than what was trained; that is no failure."
+        "A sentence for each format whose noise is larger than what was trained; that is no failure."
         return [self._said(check, said) for check in self.checks if (said := check.hides())]
 
     @property
@@ -482,8 +483,11 @@ class Certificate(ShownObject):
         failures = f"<ul>{wrapped('li', self.failures)}</ul>" if self.failures else ""
         return f"<p>{title}</p>{wrapped('p', self._lines())}{render_html_table(_HEADS, self._table, left=True)}{failures}"
 
-    def to_json(self, path: str | Path | None = None) -> Path:
-        "Write the certificate as JSON, to a file or in a folder; None: beside the first GGUF. Raise `UserError` where it can't be written."
+    def to_json(
+        self,
+        path: str | Path | None = None,  # a file, or a folder for it; None: beside the first GGUF
+    ) -> Path:
+        "Write the certificate as JSON. Raise `UserError` where it can't be written."
         path = Path(path).expanduser() if path else self.directory
         path = path / "certificate.json" if path.is_dir() else path
         checks = json.dumps([check.to_dict() for check in self.checks])

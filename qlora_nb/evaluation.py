@@ -142,7 +142,10 @@ class Evaluation:
         intervals = {name: list(ends) for name in self.figures if (ends := self.interval(name))}
         return {**found, "rows": len(self.rows), "scorer": self.scorer, "base_text": self.base_text, "intervals": intervals}
 
-    def pairs(self, name: str) -> list[tuple[float, float]]:
+    def pairs(
+        self,
+        name: str,  # a key of `figures`
+    ) -> list[tuple[float, float]]:
         "Value and weight of each row that has one; their sums' ratio is the figure (of a perplexity, its logarithm)."
         if name == "base_perplexity":
             return self.base_losses
@@ -150,7 +153,11 @@ class Evaluation:
             return [(row["loss"] * row["tokens"], row["tokens"]) for row in self.rows if row.get("loss") is not None]
         return [(float(row[name]), 1) for row in self.rows if row.get(name) is not None]
 
-    def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float] | None:
+    def interval(
+        self,
+        name: str,  # a key of `figures`
+        confidence: float = 0.95,  # how often such intervals hold the true value
+    ) -> tuple[float, float] | None:
         "Wilson's interval of a share, else the bootstrap's over rows; None where the figure is None."
         pairs = self.pairs(name)
         if not pairs:

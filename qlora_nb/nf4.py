@@ -221,8 +221,11 @@ class NF4Weight:
         "Bits a weight, from the real buffers: 4.5, or 4.127 with double quantization, for large weights and blocks of 64."
         return 8 * self.nbytes / self.shape.numel()
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the weight in its original shape and in `dtype`: fp32, fp16 or bf16; None is its own.
+    def dequantize(
+        self,
+        dtype: torch.dtype | None = None,  # fp32, fp16 or bf16; None is the weight's own
+    ) -> torch.Tensor:
+        """Return the weight in its original shape.
 
         Products are made in fp32 and rounded once. Raise `UserError` for another dtype.
         """
@@ -235,7 +238,10 @@ class NF4Weight:
         flat = _dequantize_blocks(self.packed.view(-1), absmax, self.shape.numel(), self.blocksize, dtype)
         return flat.view(self.shape)
 
-    def to(self, device: torch.device | str) -> "NF4Weight":
+    def to(
+        self,
+        device: torch.device | str,  # "cpu", "cuda:1", …
+    ) -> "NF4Weight":
         "Return the same weight on another device."
         parts = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **parts)

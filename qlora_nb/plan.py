@@ -199,10 +199,10 @@ def write_settings_file(
 class Plan(ShownObject):
     "The result of `plan_training`; as text, the choice, three alternatives that are too large and three that are slower."
 
-    card: Card
+    card: Card  # the GPU
     budget: float  # bytes that the choice may take: the card's, less the margin
-    choice: Choice | None  # None where nothing fits
-    rejected: tuple[Choice, ...]  # with the reason
+    choice: Choice | None  # what was chosen; None where nothing fits
+    rejected: tuple[Choice, ...]  # the others, each with the reason
     advice: tuple[str, ...]  # what to change where nothing fits
     rows: Rows
     merge_ram_bytes: float  # main memory for merging
@@ -213,6 +213,7 @@ class Plan(ShownObject):
 
     @property
     def fits(self) -> bool:
+        "True where there is a choice."
         return self.choice is not None
 
     @property

@@ -51,7 +51,13 @@ class DatasetReport(Findings):
     duplicate_rows = property(lambda self: [*self.sets["duplicate_rows"]])
     long_rows = property(lambda self: [*self.sets["long_rows"]])
 
-    def chosen_sets(self, invalid: bool = True, duplicates: bool = False, leaks: bool = True, too_long: bool = True) -> list[RowSet]:
+    def chosen_sets(
+        self,
+        invalid: bool = True,  # rows with an error of their own
+        duplicates: bool = False,  # rows that repeat an earlier one
+        leaks: bool = True,  # rows whose question is also held out
+        too_long: bool = True,  # rows longer than `max_seq_length`
+    ) -> list[RowSet]:
         "Return the rows that are left out, as sets."
         return [self.sets[name] for name, wanted in zip(self.lists, (invalid, leaks, duplicates, too_long)) if wanted]
 

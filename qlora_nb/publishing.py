@@ -114,7 +114,7 @@ class Publication(ShownObject):
     card: str  # the text of README.md
     private: bool = False
     folder: Path | None = None  # where it was built; None where nothing was kept
-    url: str | None = None  # None: nothing was uploaded
+    url: str | None = None  # its address; None: nothing was uploaded
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:

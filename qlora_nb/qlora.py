@@ -213,7 +213,10 @@ class QLoRALinear(LoRALayer):
         parts = [value.view(torch.float32) if value is not None and value.dtype == torch.int32 else value for value in (getattr(self, part) for part in NF4_PARTS)]
         return NF4Weight(*parts, self.blocksize, shape, self.weight_dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, in) → (…, out), in x's dtype
+    def forward(
+        self,
+        x: torch.Tensor,  # (…, in)
+    ) -> torch.Tensor:  # (…, out), in x's dtype
         "Compute both paths in one function; while dropout is active, the adapter's is autograd's."
         inner = x.to(self.compute_dtype or x.dtype)
         if self.training and isinstance(self.lora_dropout, nn.Dropout):

@@ -207,7 +207,10 @@ class Recommendation(ShownObject):
         "Return the value of a setting. Raise `UserError` for one without advice."
         return self._find(name).value
 
-    def why(self, name: str) -> str:
+    def why(
+        self,
+        name: str,  # of the setting
+    ) -> str:
         "Return reason and source of one setting. Raise `UserError` for one without advice."
         return str(self._find(name))
 

@@ -108,8 +108,11 @@ class Settings:
     template: str | None = settings_field(None, "a named chat template; default: the model's own")
     template_kwargs: dict | None = settings_field(None, "the template's switches: enable_thinking=false,key=value, or JSON")
 
-    def of_part(self, part: str) -> dict:
-        "Return the settings of `model`, `data`, `adapter`, `trainer` or `loop`, by name."
+    def of_part(
+        self,
+        part: str,  # model, data, adapter, trainer or loop
+    ) -> dict:
+        "Return the settings of one part, by name."
         return {name: getattr(self, name) for name in settings_of_part(part)}
 
 # %% ../nbs/50_run.ipynb #50a00019

@@ -246,7 +246,7 @@ class ChatSession:
 
     def ask(
         self,
-        message: str,
+        message: str,  # what the user says
         show: bool | Callable[[str], None] = True,  # True prints it; or what each piece is handed to
     ) -> SpokenReply:
         "Return the reply, after showing it as it is written. Ctrl-C ends it early. Raise `UserError` for a message that can't be answered."

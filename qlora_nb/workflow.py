@@ -59,7 +59,7 @@ from .ollama_export import modelfile_for, modelfile_refusal, write_modelfile
 
 # %% ../nbs/54_workflow.ipynb #54a0000b
 from .preparation import adapter_settings, count_run_bytes
-from .publishing import push_to_hub
+from .publishing import Publication, push_to_hub
 from .report import Report, choose_window, render_markdown, running_mean, show_report, write_reports
 from qlora_nb.run import (
     RunFolder,
@@ -184,8 +184,12 @@ class Run(ShownObject):
         try_to_report(RunFolder.open(self))
         return found
 
-    def push_to_hub(self, repo: str, **how):  # -> Publication
-        "Publish the run on the Hub as `repo` (USER/NAME), with a card; arguments as in `push_to_hub`."
+    def push_to_hub(
+        self,
+        repo: str,  # USER/NAME
+        **how,
+    ) -> Publication:
+        "Publish the run on the Hub, with a card; arguments as in `push_to_hub`."
         return push_to_hub(self, repo, **how)
 
 # %% ../nbs/54_workflow.ipynb #54a00022

@@ -261,8 +261,14 @@ def test_the_public_interface_has_the_methods_too():
     assert "| `path` | required | of a YAML file *(str or Path)* |" in parts["Plan.to_config"]
     assert "**Raises** `UserError` where nothing fits" in parts["Plan.to_config"]
     for name, text in parts.items():
-        assert f"```python\n{name}(" in text and not re.search(r"`(self|cls)`|->|kwargs", text), text
+        does, _, rest = text.strip().partition(f"\n\n```python\n{name}(")
+        assert does and rest and not re.search(r"`(self|cls)`|->|kwargs", text), text
+        meanings = re.findall(r"^\| `\w+` \| .+? \| (.*?)(?:\*\(.*\)\*)? *\|$", rest, re.M)
+        assert all(meaning.strip() for meaning in meanings), text
+    assert "hardware" not in parts["NF4Weight.dequantize"], "the meaning of a run's setting"
+    assert parts["DatasetReport.raise_for_errors"].lstrip().startswith("Raise `UserError`")
     assert re.search(r"^\| `settings` \| Keyword arguments for .+\|$", page, re.M), "the properties of a plan"
+    assert "| `exact` | right answers" in page and "**`Evaluation`**: " in page, "the fields of what is returned"
 
 
 @pytest.mark.quick

@@ -642,6 +642,11 @@ def test_a_fault_of_the_finished_site_is_seen(tmp_path):
     (tmp_path / "a.html").write_text(bad)
     found = check(tmp_path)
     assert len(found) == 4 and all(line.startswith("a.html: ") for line in found), found
+    frame = "<iframe srcdoc='&lt;html&gt;&lt;p class=\"x\"&gt;{}'></iframe>"
+    (tmp_path / "a.html").write_text(frame.format("&lt;/html&gt;"))
+    assert check(tmp_path) == []
+    (tmp_path / "a.html").write_text(frame.format("' cut by a quote"))
+    assert check(tmp_path) == ["a.html: the page in a frame is cut off"]
     (tmp_path / "site").mkdir()
     (tmp_path / "site/a.html").write_text('<a href="../b.html">there, but not published</a>')
     assert check(tmp_path / "site") == ["a.html: ../b.html: no such file"]
@@ -673,10 +678,14 @@ def test_the_search_index_holds_prose_within_its_limit(tmp_path):
 def test_the_search_finds_words_that_stand_apart(tmp_path):
     names, script = names_of("finish_docs"), tmp_path / "site_libs/quarto-search/quarto-search.js"
     script.parent.mkdir(parents=True)
-    script.write_text("const options = {\n  ignoreLocation: true,\n};")
+    quarto = "const options = {\n  ignoreLocation: true,\n};\nawait index.search(query, fuseOptions);\n"
+    script.write_text(quarto + "if (now - then > kFuseMaxWait && more) {}")
     for _ in range(2):  # a second time changes nothing
         names["find_words"](tmp_path)
-        assert script.read_text().count("useExtendedSearch: true") == 1
+        assert (
+            script.read_text().count("useExtendedSearch: true") == script.read_text().count("function findWords") == 1
+        )
+        assert "await findWords(index, query, fuseOptions)" in script.read_text()
     script.write_text("another Quarto's")
     with pytest.raises(SystemExit, match="adapt find_words"):
         names["find_words"](tmp_path)
@@ -698,8 +707,34 @@ def test_scripts_wait_and_wide_outputs_take_the_focus():
 
 
 @pytest.mark.quick
+def test_outputs_of_sentences_wrap_and_those_with_columns_scroll():
+    wrap = names_of("finish_docs")["wrap_sentences"]
+    told, table, short = (
+        f"<pre><code>{text}</code></pre>"
+        for text in ("a sentence of &lt;words&gt; " * 5, f"name  value\n{'x' * 60}", "short\nlines  with columns")
+    )
+    assert wrap(told + table + short) == told.replace("<pre>", "<pre class=wrap>") + table + short
+    code = f'<pre class="sourceCode python"><code>{"long " * 40}</code></pre>'
+    assert wrap(code) == code
+    assert names_of("finish_docs")["reach_by_key"](wrap(told)) == wrap(told), "what wraps needs no scrolling"
+    assert "pre.wrap code" in (NBS / "styles.css").read_text(encoding="utf-8")
+
+
+@pytest.mark.quick
+def test_brackets_around_one_line_keep_their_size():
+    "Those around a fraction grow with it, and so do those around these."
+    flatten = names_of("finish_docs")["flatten_brackets"]
+    left, right = ('<mo stretchy="true" form="{}fix">{}</mo>'.format(*pair) for pair in (("pre", "("), ("post", ")")))
+    low, tall = f"{left}<mi>x</mi>{right}", f"{left}<mfrac><mn>1</mn><mn>2</mn></mfrac>{right}"
+    still = low.replace("true", "false")
+    assert flatten(low) == still and flatten(tall) == tall
+    assert flatten(f"{left}{low}{right}") == f"{left}{low}{right}".replace("true", "false")
+    assert flatten(f"{left}{low}{tall}{right}") == f"{left}{still}{tall}{right}"
+
+
+@pytest.mark.quick
 def test_a_wide_table_stands_upright_on_a_phone():
-    "Each cell knows its column; a table that fits, one of three columns and one with cells that span stay as they are."
+    "Each cell knows its column; a table that fits, one of two columns and one with cells that span stay as they are."
     stack = names_of("finish_docs")["stack_rows"]
 
     def table(columns, width, cell="td"):
@@ -716,12 +751,21 @@ def test_a_wide_table_stands_upright_on_a_phone():
     assert made.startswith('<p>before</p><table class="small stack">') and made.count("data-head=") == 5
     assert html.unescape(re.search(r"<td data-head=(['\"])(.*?)\1>", made)[2]) == 'head 0 & "more"'
     short = table(4, 3).replace("head", "h").replace(' &amp; "more"', "")
+    assert 'class="small stack"' in stack(table(3, 60))
     for kept in (
         short,
-        table(3, 60),
+        table(2, 60),
         table(5, 20).replace("<td>", "<td colspan=2>", 1).replace("<td>" + "w" * 20 + "</td>", "", 1),
     ):
         assert stack(kept) == kept
+    head = "<table><thead><tr><th>name</th><th>meaning</th></tr></thead><tbody><tr>"
+    names = {n: f"{head}<td><code>{'n' * n}</code></td><td>{'word ' * 20}</td></tr></tbody></table>" for n in (3, 30)}
+    assert stack(names[3]) == names[3], "the second column has room"
+    assert 'data-head="meaning"' in stack(names[30]), "a name is not broken, and leaves none"
+    words = names[30].replace("n" * 30, "nnnn " * 6)
+    assert stack(words) == words, "it breaks at its blanks"
+    frame = f"""<iframe srcdoc="{table(5, 20).replace('"', "&quot;")}" title="a page in a page"></iframe>"""
+    assert stack(frame + table(5, 20)).startswith(frame), "a quote would end the frame's page"
     assert "data-head" in (NBS / "styles.css").read_text(encoding="utf-8")
 
 
@@ -744,10 +788,30 @@ def test_the_scheme_follows_the_system_until_the_reader_chooses(tmp_path):
 
 
 @needs_browser
+def test_the_search_asks_for_less_until_it_finds_something():
+    "Words that tell nothing are left out; then all words in any field are asked for, then any of them."
+    script = names_of("finish_docs")["FIND_WORDS"]
+    ask = """query => {
+      const asked = [], index = { search(way) { asked.push(way); return asked.length < LAST ? [] : [1] } };
+      return [findWords(index, query, {}).length, asked, findWords.narrow] }"""
+    with names_of("check_site")["browser"]() as browser:
+        page = browser.new_page()
+        page.add_script_tag(content=script)
+        assert page.evaluate(ask.replace("LAST", "1"), " what is LoRA? ") == [1, ["LoRA"], False]
+        assert page.evaluate(ask.replace("LAST", "1"), "double BOS") == [1, ["double BOS"], True]
+        assert page.evaluate(ask.replace("LAST", "1"), "what is it") == [1, ["what is it"], True]
+        found, asked, narrow = page.evaluate(ask.replace("LAST", "3"), "export failed")
+        fields = [{"$or": [{key: word} for key in ("title", "section", "text")]} for word in ("export", "failed")]
+        assert (found, asked, narrow) == (1, ["export failed", {"$and": fields}, "export | failed"], False)
+        assert page.evaluate(ask.replace("LAST", "9"), "export failed")[0] == 0
+
+
+@needs_browser
 def test_a_search_that_leads_elsewhere_is_seen(tmp_path):
     "With a library in the place of Fuse's that looks at titles alone."
     script = "const kFuseIndexOptions = {}; class Fuse { constructor(all) { this.all = all }"
-    script += " search(word) { return this.all.filter(one => one.title.includes(word)).map(item => ({item})) } }"
+    script += " search(word) { return this.all.filter(one => one.title.includes(word)).map(item => ({item})) } }\n"
+    script += "const findWords = (index, ...query) => index.search(...query)"
     (tmp_path / "index.html").write_text(f"<!DOCTYPE html><title>A</title><script>{script}</script>")
     (tmp_path / "search.json").write_text(json.dumps([{"title": "VRAM", "href": "memory.html#vram"}]))
     hits = names_of("check_site")["check_hits"]

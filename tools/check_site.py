@@ -35,17 +35,18 @@ RAW = re.compile(r"\[`?[\w.()]+`?\]\((?:https?://|[\w./-]+\.(?:html|ipynb|md))|^
 
 
 class Page(HTMLParser):
-    "The ids, the links, the pictures and the text of a page."
+    "The ids, the links, the pictures, the text and the frames of a page."
 
     def __init__(self, text):
         super().__init__()
-        self.ids, self.links, self.text, self.hidden = set(), [], [], 0
+        self.ids, self.links, self.text, self.frames, self.hidden = set(), [], [], [], 0
         self.feed(text)
 
     def handle_starttag(self, tag, pairs):
         found = dict(pairs)
         self.ids |= {found[name] for name in ("id", "name") if found.get(name)}
         self.links += [found[name] for name in ("href", "src") if tag in ("a", "img") and found.get(name)]
+        self.frames += [found["srcdoc"]] if "srcdoc" in found else []
         self.hidden += tag in ("script", "style")
 
     def handle_endtag(self, tag):
@@ -76,6 +77,7 @@ def check_texts(folder):
     pages = {path.name: Page(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.html"))}
     for name, page in pages.items():
         found += [f"{name}: raw Markdown: {match.group()}" for match in RAW.finditer("".join(page.text))]
+        found += [f"{name}: the page in a frame is cut off" for text in page.frames if "</html>" not in text[-20:]]
         for link in page.links:
             within = link.removeprefix(own).removeprefix(own_path()).removeprefix("/")
             if re.match(r"[a-z][a-z+.-]*:", within) or link.startswith("//"):
@@ -106,11 +108,16 @@ SEARCHES = {
     "Modelfile": "glossary.html",
     "chat template": "glossary.html",
     "export_gguf": "api.html",
+    "what is LoRA?": "glossary.html",
+    "my runtime disconnected": "troubleshooting.html",
+    "an export failed": "troubleshooting.html",
+    "is it faster than Unsloth": "engine.html",
+    "reproduce": "index.html",
 }
-# As the page's own search does: by its library, with its options, over its index.
+# As the page's own search does: by its library and its function, with its options, over its index.
 FIRST_HITS = """async words => {
   const fuse = new Fuse(await (await fetch("search.json")).json(), kFuseIndexOptions);
-  return words.map(one => (fuse.search(one, {limit: 1})[0]?.item.href ?? "nothing").split("#")[0]) }"""
+  return words.map(one => (findWords(fuse, one, {limit: 1})[0]?.item.href ?? "nothing").split("#")[0]) }"""
 
 
 def check_hits(folder, searches=SEARCHES):

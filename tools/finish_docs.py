@@ -1,7 +1,7 @@
 """What Quarto leaves to do on the finished pages: python tools/finish_docs.py _docs
 
-The search finds prose, not code, in an index small enough for a phone; scripts don't hold up the first screen; wide
-outputs can be scrolled by the keyboard, and wide tables stand upright on a phone.
+The search finds prose, not code, in an index small enough for a phone; scripts don't hold up the first screen; outputs
+of sentences wrap, wide ones can be scrolled by the keyboard, and wide tables stand upright on a phone.
 """
 
 import html
@@ -17,7 +17,8 @@ from bs4 import BeautifulSoup
 INDEX_LIMIT = runpy.run_path(str(Path(__file__).with_name("check_site.py")))["INDEX_LIMIT"]  # bytes
 MACHINERY = 4  # a reference page gets a quarter of the words that a lesson gets
 WIDE = 80  # characters
-COLUMNS, NARROW = 4, 55  # three columns wrap well on a phone, and so many characters have room
+COLUMNS, NARROW = 3, 55  # two columns wrap well on a phone, and so many characters of a row have room
+PHONE, SQUEEZED = 38, 4  # characters in a line of a table on a phone; lines that a cell may take
 NOT_PROSE = (
     "pre, script, style, math, svg, figure, details, .cell-output:not(.cell-output-markdown), .anchorjs-link, nav"
 )
@@ -77,17 +78,44 @@ def pack(entries, limit):
     return json.dumps(cut, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-SEARCH = ("ignoreLocation: true,", "ignoreLocation: true, useExtendedSearch: true,")
+# What Quarto 1.6's script says, and what it is to say.
+SEARCH = {
+    "ignoreLocation: true,": "ignoreLocation: true, useExtendedSearch: true,",
+    "await index.search(query, fuseOptions)": "await findWords(index, query, fuseOptions)",
+    "now - then > kFuseMaxWait &&": "findWords.narrow && now - then > kFuseMaxWait &&",
+}
+# What is found by the first of the ways holds what a longer search of this way finds: Quarto then looks there alone.
+FIND_WORDS = r"""
+function findWords(index, query, options) {
+  const small = /^(a|an|and|are|can|do|does|for|from|how|i|in|is|it|my|of|on|or|the|to|what|why|with|)$/i;
+  const words = query.trim().split(/\s+/).map(word => word.replace(/[?.,!]+$/, ""));
+  const telling = words.filter(word => !small.test(word)), asked = telling.length ? telling : words;
+  const anywhere = word => ({ $or: ["title", "section", "text"].map(key => ({ [key]: word })) });
+  const ways = [asked.join(" "), { $and: asked.map(anywhere) }, asked.join(" | ")];
+  for (const way of ways) {
+    const found = index.search(way, options);
+    findWords.narrow = way === ways[0] && asked.length === words.length;
+    if (found.length) return found;
+  }
+  return [];
+}
+"""
 
 
 def find_words(folder):
-    "Let the search find entries that have all of its words: Quarto's looks for them as one phrase."
+    """Let the search find entries that have all of its words that tell something, then those that have some of them.
+
+    Quarto's looks for the words as one phrase.
+    """
     script = folder / "site_libs/quarto-search/quarto-search.js"
     text = script.read_text(encoding="utf-8")
-    if SEARCH[1] not in text:
-        if text.count(SEARCH[0]) != 1:
-            raise SystemExit(f"{script}: the search's options are not where Quarto 1.6 has them: adapt find_words")
-        script.write_text(text.replace(*SEARCH), encoding="utf-8")
+    if FIND_WORDS in text:
+        return
+    for old, new in SEARCH.items():
+        if text.count(old) != 1:
+            raise SystemExit(f"{script}: {old!r} is not where Quarto 1.6 has it: adapt find_words")
+        text = text.replace(old, new)
+    script.write_text(text + FIND_WORDS, encoding="utf-8")
 
 
 SHEET = re.compile(r'<link [^>]*rel="stylesheet"[^>]*>\n?')
@@ -103,6 +131,19 @@ def show_first(text):
     return head + end + rest.replace('<img src="', '<img loading="lazy" src="')
 
 
+def wrap_sentences(text):
+    "Outputs of sentences wrap; those with columns, which two blanks in a line part, keep their lines and scroll."
+
+    def wrap(match):
+        lines = html.unescape(re.sub(r"<[^>]*>", "", match[1])).splitlines()
+        long = [line for line in lines if len(line) > PHONE]
+        columns = any(re.search(r"\S {2,}\S|[│┃|]", line) for line in lines)
+        # No quotes: the text may stand in a frame's attribute.
+        return f"<pre class=wrap><code>{match[1]}" if long and not columns else match[0]
+
+    return re.sub(r"<pre><code>(.*?)(?=</code></pre>)", wrap, text, flags=re.S)
+
+
 def reach_by_key(text):
     "Outputs and tables with lines too long for the page scroll: a keyboard must get to them."
 
@@ -112,26 +153,61 @@ def reach_by_key(text):
         # No quotes: the text may stand in a frame's attribute.
         return match[0].replace(match[1], f"{match[1]} tabindex=0", 1) if longest > WIDE else match[0]
 
-    return re.sub(r"<(pre|table)\b(?! class=\"sourceCode).*?</\1>", focus, text, flags=re.S)
+    return re.sub(r"<(pre|table)\b(?! class=(?:\"sourceCode|wrap)).*?</\1>", focus, text, flags=re.S)
 
 
 def stack_rows(text):
     "Name its column in each cell of a table too wide for a phone; there the sheet puts a row's cells below each other."
 
     def stack(match):
+        if not match["table"]:
+            return match[0]
         table = BeautifulSoup(match[0], "html.parser").table
         heads = [head.get_text(" ", strip=True) for head in table.select("thead tr:last-of-type > *")]
         rows = [row.find_all(["td", "th"], recursive=False) for row in table.select("tbody > tr")]
         texts = [heads, *([cell.get_text(" ", strip=True) for cell in row] for row in rows)]
-        longest = max(sum(len(text) + 3 for text in row) for row in texts)
-        if len(heads) < COLUMNS or longest <= NARROW or any(len(row) != len(heads) for row in texts):
+        if any(len(row) != len(heads) for row in texts) or not (is_wide(texts) or is_squeezed(rows)):
             return match[0]
         table["class"] = [*table.get("class", []), "stack"]
         for head, cell in (pair for row in rows for pair in zip(heads, row)):
             cell["data-head"] = head
         return str(table)
 
-    return re.sub(r"<table\b.*?</table>", stack, text, flags=re.S)
+    # A page in a frame stands in an attribute, whose quotes a changed table would close.
+    return re.sub(r"srcdoc=(['\"]).*?\1|(?P<table><table\b.*?</table>)", stack, text, flags=re.S)
+
+
+def is_wide(texts):
+    return len(texts[0]) >= COLUMNS and max(sum(len(text) + 3 for text in row) for row in texts) > NARROW
+
+
+def is_squeezed(rows):
+    "Whether the names in the first of two columns, which are not broken, leave the second one too little."
+    if not rows or len(rows[0]) != 2:
+        return False
+    names = [word for row in rows for name in row[0].find_all(["code", "a"]) for word in name.get_text().split()]
+    room = PHONE - max(map(len, names), default=0)
+    return max(len(row[1].get_text(" ", strip=True)) for row in rows) > SQUEEZED * room
+
+
+TALL = re.compile(r"<(mfrac|munder|mover|munderover|msqrt|mroot|mtable)\b")
+BRACKETS = re.compile(
+    r'<mo stretchy="true" form="prefix">([(\[])</mo>((?:(?!<mo stretchy="true").)*?)'
+    r'<mo stretchy="true" form="postfix">([)\]])</mo>',
+    re.S,
+)
+
+
+def flatten_brackets(text):
+    "Brackets around what is no taller than a line keep their size: without a font for formulas they would be huge."
+
+    def flatten(match):
+        return match[0] if TALL.search(match[2]) else match[0].replace('stretchy="true"', 'stretchy="false"')
+
+    before = None
+    while before != text:  # the inner ones first
+        before, text = text, BRACKETS.sub(flatten, text)
+    return text
 
 
 def used_icons(folder):
@@ -180,13 +256,19 @@ def thin_sheets(folder):
         sheet.write_text(used_rules(rules, words), encoding="utf-8")
 
 
+STEPS = (show_first, flatten_brackets, wrap_sentences, stack_rows, reach_by_key)
+
+
 def main(folder):
     folder = Path(folder)
     used_icons(folder)
     thin_sheets(folder)
     find_words(folder)
     for page in folder.glob("*.html"):
-        page.write_text(reach_by_key(stack_rows(show_first(page.read_text(encoding="utf-8")))), encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
+        for change in STEPS:
+            text = change(text)
+        page.write_text(text, encoding="utf-8")
     index = folder / "search.json"
     index.write_bytes(search_index(folder, json.loads(index.read_text(encoding="utf-8"))))
     print(f"search index: {index.stat().st_size:,} bytes")

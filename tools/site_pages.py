@@ -23,8 +23,8 @@ COMMON = {
     "model": "from `load_model`, `add_lora` or `open_run`",
     "tokenizer": "the model's",
     "data": "from `load_sft_dataset`",
-    "path": "the folder",
     "run": "a `Run`, or its folder",
+    "ax": "what is drawn on; None makes one",
 }
 METHODS = (types.FunctionType, classmethod, staticmethod)
 
@@ -78,9 +78,8 @@ def split_docstring(thing):
     "What a thing does, and what it raises."
     text = (inspect.getdoc(thing) or "").partition("\nSettings, with their defaults")[0].strip()
     raised = re.findall(r"\bRaise (.+?\.)(?=\s|$)", text, re.S)
-    return re.sub(r"\s*\bRaise .+?\.(?=\s|$)", "", text, flags=re.S).strip(), [
-        " ".join(part.split()) for part in raised
-    ]
+    does = re.sub(r"\s*\bRaise .+?\.(?=\s|$)", "", text, flags=re.S).strip()
+    return (does, [" ".join(part.split()) for part in raised]) if does else (text, [])
 
 
 def call(name, thing):
@@ -111,7 +110,7 @@ def described(heading, name, thing, settings):
     if not (inspect.isclass(thing) and issubclass(thing, Exception)):
         lines += ["```python", call(name, thing), "```", ""]
         rows = list(parameters(thing, settings))
-        lines += ["| parameter | default | meaning |", "|-----|---|--------|"] if rows else []
+        lines += ["| parameter | default | meaning |", "|-----|---|-----------|"] if rows else []
         lines += ["| " + " | ".join([f"`{row[0]}`", *map(cell, row[1:])]) + " |" for row in rows] + [""] * bool(rows)
     if not inspect.isclass(thing) and (returned := type_name(inspect.signature(thing).return_annotation)):
         # fastcore takes the comment on **settings for the one on what is returned.
@@ -138,14 +137,24 @@ def members(thing):
     return [{name: it for name, (found, it) in own.items() if isinstance(found, kind) and it.__doc__} for kind in kinds]
 
 
-def described_class(thing, settings):
-    "What the objects of a class hold, and each of its methods."
+def fields(thing):
+    "What is said of each field of a dataclass: a mapping by name."
+    found = docments(thing, full=True) if dataclasses.is_dataclass(thing) else {}
+    names = [field.name for field in dataclasses.fields(thing)] if found else ()
+    return {name: found[name]["docment"] for name in names if name[0] != "_" and found[name]["docment"]}
+
+
+def described_class(thing, public):
+    "What the objects of a class hold, and each of its methods; what a public one is, and takes, stands above."
     name, (properties, methods) = thing.__name__, members(thing)
-    rows = [f"| `{key}` | {cell(inspect.getdoc(found))} |" for key, found in properties.items()]
-    lines = [f"| attribute of `{name}` | what it is |", "|---|--------|", *rows, ""] if rows else []
+    held = {} if public else fields(thing)
+    held |= {key: inspect.getdoc(found) for key, found in properties.items()}
+    rows = [f"| `{key}` | {cell(text)} |" for key, text in held.items()]
+    lines = [] if public else [f"**`{name}`**: {inspect.getdoc(thing)}", ""]
+    lines += [f"| attribute of `{name}` | what it is |", "|---|--------|", *rows, ""] if rows else []
     for key, method in methods.items():
         whole = f"{name}.{key}"
-        lines += described(f"### {whole} {{#{whole}}}", whole, method, settings)
+        lines += described(f"### {whole} {{#{whole}}}", whole, method, {})  # `dtype` is no setting here
     return lines
 
 
@@ -154,7 +163,7 @@ def entry(name, thing, place, title, settings):
     lines = described(f"## {name} {{#{name}}}", name, thing, settings)
     lines += [f"**Explained in** [{title}]({place})", ""]
     found = thing if inspect.isclass(thing) else returned_class(thing)
-    return lines + (described_class(found, settings) if found else [])
+    return lines + (described_class(found, found is thing) if found else [])
 
 
 def api_page():
