@@ -530,8 +530,11 @@ def play_damaged_run(file: str, how: str, reader: str, whole: tuple = WHOLE) -> 
         pages = "".join(found.get(name, "") for name in ("report.md", "report.html"))
         if is_named(file, done.stderr + done.stdout) or is_named(file, pages):
             return "named", said
-        if done.returncode == 2:
+        if done.returncode == 2 and not commands_in(done.stderr):
             return "unnamed", said
+        if done.returncode == 2:  # to be judged by where the way on leads
+            outcome, more = go_on(place, made_by(*whole), commands_in(done.stderr))
+            return outcome, said + more
         if Path(file).name in damaged:  # nobody's to mend, and compared above where it is read
             wanted = wanted | {Path(file).name: damaged[Path(file).name]}
             found.setdefault(Path(file).name, damaged[Path(file).name])
