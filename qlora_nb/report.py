@@ -494,7 +494,7 @@ def list_notes(run: RunFacts) -> list[str]:
         step = format_value(run.stopped.get("step"))
         notes.append(f"The run was stopped at step {step}: {format_value(run.stopped.get('cause'))}.")
     elif not run.finished:
-        notes.append(f"This run is not finished. Resume it with: qlora_nb train --resume {shlex.quote(run.name)}")
+        notes.append(f"This run is not finished (it has no summary.json). Resume it with: qlora_nb train --resume {shlex.quote(run.name)}")
     notes += [f"Extended from step {format_value(entry['from'])} to {format_value(entry['to'])}: from there on the learning rate is that of a run of "
               f"{format_value(entry['to'])} steps." for entry in run.config.get("extended") or ()]
     return notes + [f"{problem}." for problem in run.problems]

@@ -770,7 +770,7 @@ class RunFolder:
     def find_unchanged(self, name: str) -> Path:
         "Return the path of one of its files. Raise `UserError` where the run is finished, and its manifest names other bytes."
         if self.finished and (self.path / MANIFEST_FILE).exists() and (changes := check_manifest(self.path, [name])):
-            raise UserError(f"{self.path}/{changes[0]}: restore the file as the run left it")
+            raise UserError(f"{self.path}/{changes[0]}: restore the file as the run left it, or {MANIFEST_FILE} where that was changed")
         return self.path / name
 
     def check_adapter(self, adapter: Path | None = None) -> None:  # None: the one that the run ended with
@@ -790,7 +790,7 @@ class RunFolder:
         if changes:
             folder = self.adapter if own else place
             way = "" if self.finished or not own else f"; {self.how_to_resume()}"
-            raise UserError(f"the adapter {folder} is not what the run wrote: {changes[0]}: restore it, or copy the folder out of the run and name that to use it as it is{way}")
+            raise UserError(f"the adapter {folder} is not what the run wrote: {changes[0]}: restore it, or {MANIFEST_FILE} where that was changed, or copy the folder out of the run and name that to use it as it is{way}")
 
     def finish(self, summary: dict) -> None:
         "Write the manifest of all that the run is made of, and then summary.json, with which it is finished."

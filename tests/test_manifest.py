@@ -243,7 +243,9 @@ def test_another_adapter_is_refused_wherever_one_is_used(noise, use):
         UserError, match=r"run/adapter is not what the run wrote: adapter/adapter_model.safetensors was changed"
     ) as refused:
         use(noise)
-    assert "restore it, or copy the folder out of the run and name that to use it as it is" in str(refused.value)
+    assert "restore it, or manifest.json where that was changed, or copy the folder out of the run" in str(
+        refused.value
+    )
     assert not list(noise.glob("*.gguf")) and not (noise / "Modelfile").exists()
 
 

@@ -565,7 +565,10 @@ def test_markdown_of_the_same_facts(full, plain):
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("summary.json", "This run is not finished. Resume it with: qlora_nb train --resume copy"),
+        (
+            "summary.json",
+            "This run is not finished (it has no summary.json). Resume it with: qlora_nb train --resume copy",
+        ),
         ("metrics.jsonl", "No step was logged yet"),
         ("evaluation.jsonl", "There are no replies to show"),
         ("versions.json", "Run it again"),

@@ -4,6 +4,7 @@ A case starts from a folder that some commands have made (`Stage`), makes one fa
 command again, then whatever command the message names), and compares what is there with a run that had no fault.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -18,6 +19,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import processes
+import psutil
 
 import faults
 from faults import Fault
@@ -312,13 +316,12 @@ def unheard(done, number, whole: bool) -> str | None:
 
 @guarded
 def play_moment(before: tuple, command: tuple, part: float, number: int) -> tuple[str, str]:
-    "A signal after a part of the time that the command takes."
+    "A signal after a part of the CPU time that the command takes."
     like, moment = made_by(*before, command), part * usual_seconds(before, command)
     with Copy(made_by(*before)) as place:
-        started = time.time()
         process = faults.start(*command, cwd=place)
-        while process.poll() is None and time.time() - started < moment:
-            time.sleep(0.01)
+        while process.poll() is None and cpu_seconds(process.pid) < moment:
+            time.sleep(0.005)
         if process.poll() is None:
             process.send_signal(number)
         out, err = process.communicate(LIMIT)
@@ -341,10 +344,18 @@ def play_moment(before: tuple, command: tuple, part: float, number: int) -> tupl
 
 @functools.cache
 def usual_seconds(before, command) -> float:
+    "Of CPU: other things that the machine does don't count."
     with Copy(made_by(*before)) as place:
-        started = time.time()
+        started = processes.spent
         faults.run(*command, cwd=place, timeout=LIMIT)
-        return time.time() - started
+        return processes.spent - started
+
+
+def cpu_seconds(pid) -> float:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        times = psutil.Process(pid).cpu_times()
+        return times.user + times.system
+    return float("inf")
 
 
 # --- the power goes ---------------------------------------------------------------------------------------------------
@@ -530,8 +541,11 @@ def play_damaged_run(file: str, how: str, reader: str, whole: tuple = WHOLE) -> 
         pages = "".join(found.get(name, "") for name in ("report.md", "report.html"))
         if is_named(file, done.stderr + done.stdout) or is_named(file, pages):
             return "named", said
-        if done.returncode == 2:
+        if done.returncode == 2 and not commands_in(done.stderr):
             return "unnamed", said
+        if done.returncode == 2:  # to be judged by where the way on leads
+            outcome, more = go_on(place, made_by(*whole), commands_in(done.stderr))
+            return outcome, said + more
         if Path(file).name in damaged:  # nobody's to mend, and compared above where it is read
             wanted = wanted | {Path(file).name: damaged[Path(file).name]}
             found.setdefault(Path(file).name, damaged[Path(file).name])
