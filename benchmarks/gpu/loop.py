@@ -33,8 +33,10 @@ from qlora_nb.loop import make_loop  # noqa: E402
 from qlora_nb.run import resolve_settings  # noqa: E402
 
 CHECKED = {"checkpointing": True}
-KINDS = {
-    "usual": {}, "dense": {"on": ["dense"]}, "checkpointing": CHECKED,
+KINDS = {  # the settings of `gpu_training.py --part main` in which the engine trains
+    "usual": {}, "dense": {"on": ["dense"]}, "dense, a quarter of the tokens masked": {"on": ["dense"], "masked": 0.25},
+    "selective": {"on": ["selective"]}, "checkpointing": CHECKED,
+    "checkpointing, 4 rows twice": {**CHECKED, "batch": 4, "accumulation": 2},
     "the workflow's settings": {**training.OWN, **CHECKED},
 }  # fmt: skip
 
