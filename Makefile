@@ -148,7 +148,7 @@ wheel: $(DEMO)
 	$(PIP) wheel -q --no-deps --wheel-dir dist .
 
 test-install: $(STAMP)
-	$(BIN)/pytest tests_install -rP
+	$(BIN)/pytest tests_install -rP -n 2 --dist loadfile
 
 study: $(STAMP)
 	@mkdir -p build; rm -f build/study.json
