@@ -169,7 +169,7 @@ def find_role_problem(messages: list[dict]) -> str | None:
     roles = [m["role"] for m in messages]
     turns = roles[1:] if roles[0] in ("system", "developer") else roles
     if unknown := next((r for r in roles if r not in _ROLES), None):
-        return f"the role {unknown!r} is not known"
+        return f"the role {unknown[:60]!r} is not known"
     if "assistant" not in turns:
         return "there is no assistant turn"
     if turns[0] != "user":

@@ -252,6 +252,8 @@ def check_setting(name: str, value):
     if name == "template_kwargs":
         check_template_kwargs(found)
     least = _FIELDS[name].metadata["positive"]
+    if type(found) is int and found.bit_length() > 1000:  # more than a float holds
+        raise UserError(f"{name} is a number of {found.bit_length() * math.log10(2):.0f} digits: give a number up to {MOST_NUMBER:,}")
     if type(found) in (int, float) and (not math.isfinite(found) or found < 0 or (found == 0 and least)):
         raise UserError(f"{name} is {value!r}: give a number {'above 0' if least else 'of at least 0'}")
     if type(found) in (int, float) and found > MOST_NUMBER:
