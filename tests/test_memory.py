@@ -48,7 +48,7 @@ def test_a_configuration_object_takes_under_50_ms_and_loads_nothing(family):
     "change, message",
     [
         ({"model_type": "mamba"}, "architecture 'mamba' is not among those"),
-        ({"model_type": None}, "architecture 'None'"),
+        ({"model_type": None}, "has no model_type"),
         ({"hidden_size": None}, "llama configuration has no hidden_size"),
         ({"vocab_size": "many"}, "'many' as its vocab_size"),
         ({"num_hidden_layers": 0}, "0 as its num_hidden_layers"),
