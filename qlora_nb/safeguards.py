@@ -166,18 +166,21 @@ def clear_stop(folder: RunFolder, checkpoint: Path | None) -> None:
 
 # %% ../nbs/76_safeguards.ipynb #5c1e7b09
 def metrics_before(folder: RunFolder, step: int, history: list[dict]) -> list[dict]:
-    "Return the rows of metrics.jsonl up to a step. Damaged and missing ones come from a checkpoint's history, which is reported on stderr."
+    "Return the rows of metrics.jsonl up to a step. Damaged, missing and foreign ones come from a checkpoint's history, which is reported on stderr."
     try:
         rows = folder.metrics
     except UserError as error:
         print_to_stderr(str(error))
         rows = []
     kept = {row["step"]: row for row in rows if row["step"] <= step}
-    lost = {row["step"]: row for row in history if "loss" in row and row["step"] <= step and row["step"] not in kept}
-    if lost:
-        print_to_stderr(f"metrics.jsonl lacks {len(lost)} of the rows up to step {step}: taken from the checkpoint, without their speed and memory")
     unknown = {"tokens_per_second": None, "peak_allocated": None}
-    kept |= {number: {**make_metrics_row(number, row, 0.0), **unknown} for number, row in lost.items()}
+    wanted = {row["step"]: {**make_metrics_row(row["step"], row, 0.0), **unknown} for row in history if "loss" in row and row["step"] <= step}
+    lost = wanted.keys() - kept.keys()
+    other = {number for number in wanted.keys() & kept.keys() if any(kept[number].get(name) != wanted[number][name] for name in ("loss", "learning_rate", "grad_norm"))}
+    for numbers, what in ((lost, "lacks"), (other, "has other figures than the checkpoint in")):
+        if numbers:
+            print_to_stderr(f"metrics.jsonl {what} {len(numbers)} of the rows up to step {step}: taken from the checkpoint, without their speed and memory")
+    kept |= {number: wanted[number] for number in lost | other}
     for row in history:
         if "eval_loss" in row and row["step"] in kept:
             kept[row["step"]].setdefault("eval_loss", row["eval_loss"])

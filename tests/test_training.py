@@ -799,13 +799,20 @@ def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bytes(stopped_run,
     assert not list((path / "checkpoints").glob("damaged-*"))
 
 
-def test_a_run_whose_steps_are_done_gets_its_metrics_back(stopped_run, data, tmp_path, capsys):
+@pytest.mark.parametrize("how", ["gone", "another run's"])
+def test_a_run_whose_steps_are_done_gets_its_metrics_back(stopped_run, data, tmp_path, capsys, how):
     path = Path(shutil.copytree(stopped_run.path, tmp_path / "run"))
-    (path / "metrics.jsonl").unlink()
+    rows = [{**row, "loss": row["loss"] + (row["step"] < 4)} for row in RunFolder(path).metrics]
+    if how == "gone":
+        (path / "metrics.jsonl").unlink()
+    else:
+        RunFolder(path).write("metrics.jsonl", rows)
     run = train(*fresh(), data, resume=path)
-    assert "metrics.jsonl lacks 6 of the rows up to step 6" in capsys.readouterr().err
+    why = "lacks 6" if how == "gone" else "has other figures than the checkpoint in 3"
+    assert f"metrics.jsonl {why} of the rows up to step 6" in capsys.readouterr().err
     assert run.summary["adapter_sha256"] == stopped_run.summary["adapter_sha256"]
     assert run.summary["mean_loss"] == stopped_run.summary["mean_loss"]
+    assert [row["loss"] for row in run.metrics] == [row["loss"] for row in stopped_run.metrics]
 
 
 @pytest.mark.parametrize(
