@@ -40,7 +40,7 @@ from qlora_nb.row_statistics import (
     row_identity,
 )
 from .rows import data_fingerprint, load_sft_dataset
-from .safeguards import clear_stop, is_last_step, last_checkpoint, no_longer_improves
+from .safeguards import clear_stop, find_damage, is_last_step, last_checkpoint, no_longer_improves
 from .shapes import list_architectures, model_folder, model_shape
 from .template import template_fingerprint
 from .trainer import FOLLOWS_EVALUATIONS, check_choices, check_packing, check_reporting, print_to_stderr
@@ -619,7 +619,7 @@ def read_run_to_resume(run: str | Path, arguments: Mapping, extend: int | None =
         raise UserError(f"{rest};{export} go on with it by extend=100 (the steps), or start a new one with --config {shlex.quote(str(folder.path / 'config.yaml'))}")
     if extend is not None and not finished:
         raise UserError(f"the run {folder.path} is not finished, so it can't be extended yet: {folder.how_to_resume()}")
-    check_recorded_settings(folder, config, folder.checkpoints)
+    check_recorded_settings(folder, config, (checkpoint for checkpoint in folder.checkpoints if not find_damage(checkpoint)))
     located = locate_paths(config)
     recorded = {**config, "loop": config.get("trained_by") or config.get("loop")}
     for name, value in arguments.items():
