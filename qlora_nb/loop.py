@@ -439,7 +439,7 @@ def check_loop(settings: Settings, backend: str) -> None:
     if backend != "transformers":
         raise UserError(f"loop is 'own', but the model was loaded by {backend}, whose kernels need TRL's trainer: leave loop out, or load it with backend='transformers'")
     if settings.optim.startswith(OTHER_LOOPS):
-        raise UserError(f"optim is {settings.optim!r}, which needs a training loop of its own kind, and loop='own' is none: choose another optimizer, or leave loop out")
+        raise UserError(f"optim is {settings.optim!r}, which loop='own' can't train with, because it needs more than one call a step: choose another optimizer, or leave loop out")
 
 
 def check_checkpoint(model, loop: str, optim: str, checkpoint: Path, way_on: str) -> None:
