@@ -6,6 +6,7 @@
 __all__ = ['app', 'main']
 
 # %% ../nbs/72_cli.ipynb #826fda92
+import atexit
 import contextlib
 import errno
 import inspect
@@ -1054,6 +1055,8 @@ def refuse_long_names():
 def main(arguments: list[str] | None = None) -> None:
     "Run the command `qlora_nb`. Exit codes: 0; 1 for bad news (`check`, `plan`, `certify`, `doctor`, `diagnose`, `answer`, `train --export`); 2 for a user's mistake; 124 for the end of `--max-minutes`; 128 + its number for a signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."
     _command_line[:] = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        atexit.register(ignore_signals)  # the first that is registered runs last: what follows takes the modules apart
     try:
         refuse_several_processes()
         with refuse_long_names():

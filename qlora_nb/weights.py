@@ -127,6 +127,10 @@ def _opened(file: Path):
             yield tensors
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} can't be read ({error}): it is damaged or incomplete, copy it again") from error
+    except ValueError as error:
+        if "UntypedStorage" in str(error):  # what torch makes of a Ctrl-C that comes while it looks into a storage
+            raise KeyboardInterrupt from error
+        raise
 
 
 def read_header(

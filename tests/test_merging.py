@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -520,3 +521,22 @@ def test_a_model_without_adapter_and_a_damaged_folder_are_refused(plain, tmp_pat
     (tmp_path / "cut" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
     with pytest.raises(UserError, match="lacks model-2.safetensors, which its index names"):
         TensorFolder(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_ctrl_c_while_a_tensor_is_read(call, monkeypatch):
+    "In torch's own code, which makes a ValueError of it in the second of its two calls."
+    item, calls = torch.UntypedStorage.__getitem__, []
+
+    def interrupted(storage, where):
+        calls.append(where)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return item(storage, where)
+
+    folder = TensorFolder(EMBEDDED_MODEL)
+    name = next(name for name, entry in folder.entries.items() if entry.shape)
+    monkeypatch.setattr(torch.UntypedStorage, "__getitem__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        folder.read(name)
+    assert len(calls) == call
