@@ -76,11 +76,140 @@ def make_optimizer(model, arguments, in_one_tensor: bool = False) -> tuple:  # (
         optimizer.register_step_post_hook(flat.drop)
     return optimizer, flat
 
-
+# %% ../nbs/53_loop.ipynb #53b00008
 def trains_in_one_tensor(model, optim: str) -> bool:
     "Return whether the loop trains a model's adapters in one tensor: with the engine's part `flat`, and an optimizer that takes each number by itself. Loss scaling needs each gradient where it is."
     engine, scaled = engine_of(model), torch.cuda.is_available() and model_info(model)["dtype"] == "float16"
     return bool(engine and engine.flat) and optim in ELEMENTWISE_OPTIMIZERS and not scaled
+
+# %% ../nbs/53_loop.ipynb #53a00027
+class ReportingLoop:
+    "The part of a loop that callbacks see: it fires their events, logs, and evaluates."
+
+    def __init__(self, model, tokenizer, arguments, callbacks, held_out: Callable[[], dict] | None = None):  # `held_out` measures `eval_loss`
+        from transformers import TrainerControl, TrainerState
+        from transformers.integrations import get_reporting_integration_callbacks
+        from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+        self.model, self.processing_class, self.args, self.held_out = model, tokenizer, arguments, held_out
+        self.state, self.control = TrainerState(), TrainerControl()
+        callbacks = [DefaultFlowCallback, *get_reporting_integration_callbacks(arguments.report_to), *callbacks]
+        self.callback_handler = CallbackHandler(callbacks, model, tokenizer, None, None)
+        self.fire("init_end")
+
+    def fire(self, event: str, *more) -> None:
+        "Tell all callbacks of an event, and keep the control that they return."
+        self.control = getattr(self.callback_handler, f"on_{event}")(self.args, self.state, self.control, *more)
+
+    def log(self, logs: dict) -> None:
+        "Add a row to the log history, and tell the callbacks."
+        logs = {**logs, "epoch": self.state.epoch}
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.fire("log", logs)
+
+    def evaluate(self) -> None:
+        "Measure the held-out loss, tell the callbacks, remember the best step, and move a schedule that follows it."
+        if self.held_out is None:
+            raise UserError("a callback asks for an evaluation, but no rows are held out for one while it trains: give eval_steps=, or leave the callback out")
+        found, best = self.held_out(), self.state.best_metric
+        self.log(found)
+        self.fire("evaluate", found)
+        if self.args.lr_scheduler_type.value in FOLLOWS_EVALUATIONS:
+            self.scheduler.step(found["eval_loss"])
+        if found["eval_loss"] < (math.inf if best is None else best):  # NaN is never the best
+            self.state.best_metric, self.state.best_global_step = found["eval_loss"], self.state.global_step
+
+# %% ../nbs/53_loop.ipynb #53b0000c
+class BatchingLoop(ReportingLoop):
+    "The part of a loop that holds the device and the rows: it yields the micro-batches of each step."
+
+    def __init__(self, model, tokenizer, rows, arguments, callbacks=(), held_out=None, collate: Callable | None = None, in_one_tensor: bool = False):
+        from accelerate import Accelerator
+        from accelerate.utils import DataLoaderConfiguration
+        from transformers import set_seed
+
+        set_seed(arguments.seed)  # for dropout: whatever was drawn before, such as an evaluation's replies
+        super().__init__(model, tokenizer, arguments, callbacks, held_out)
+        loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.data_seed, non_blocking=arguments.accelerator_config.non_blocking)
+        self.accelerator = Accelerator(mixed_precision=arguments.mixed_precision, dataloader_config=loading)
+        if self.accelerator.num_processes > 1:
+            raise UserError(f"several processes are not supported yet, and {self.accelerator.num_processes} were started: start one, without torchrun or accelerate launch")
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.loader = self.accelerator.prepare(torch.utils.data.DataLoader(
+            rows, arguments.per_device_train_batch_size, shuffle=True, collate_fn=collate or partial(pad_rows, pad=pad),
+            pin_memory=arguments.dataloader_pin_memory))
+        self.steps_in_epoch = math.ceil(len(self.loader) / arguments.gradient_accumulation_steps)
+        self.in_one_tensor, self.checkpoint = in_one_tensor, None
+
+    def effective_batches(self, epoch: int, done: int = 0) -> Iterator[list[dict]]:  # `done`: steps of this epoch that were taken before the run was interrupted
+        "Yield the list of micro-batches of each step of an epoch."
+        from accelerate import skip_first_batches
+
+        if self.checkpoint and not done:  # at the end of an epoch: the next one's loader draws as it would have
+            self.restore_random_states()
+        size = self.args.gradient_accumulation_steps
+        loader = skip_first_batches(self.loader, done * size) if done else self.loader
+        loader.set_epoch(epoch)
+        batches = iter(loader)
+        while some := list(itertools.islice(batches, size)):
+            if self.checkpoint:  # in an epoch: its loader has drawn already
+                self.restore_random_states()
+            yield some
+
+# %% ../nbs/53_loop.ipynb #53b00010
+def record_time(device: torch.device):
+    "Record a point in a device's work: an event on CUDA, elsewhere the time."
+    if device.type != "cuda":
+        return time.time()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+class SteppingLoop(BatchingLoop):
+    "The part of a loop that takes a step: forwards, backwards, optimizer, schedule."
+
+    tokens, targets, positions = 0, 0, 0  # trained on so far: without padding, with a label, with padding
+    under_way = ()  # the points in the GPU's work at which the last two batches began
+
+    def take_step(self, batches: list[dict]) -> None:
+        "Run each micro-batch forward and backward, then take one step of the optimizer and of the schedule."
+        self.model.train()
+        counts = [count_learned(batch) for batch in batches]
+        learned = sum(counts)
+        for number, (batch, count) in enumerate(zip(batches, counts), 1):
+            self.count(batch, count)
+            with self.cast_adapters():
+                with self.accelerator.autocast():
+                    loss = self.model(**batch, num_items_in_batch=learned).loss
+                self.accelerator.backward(loss)
+            self.loss += loss.detach()
+            if number < len(batches):
+                self.fire("substep_end")
+        self.norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.fire("pre_optimizer_step")
+        self.optimizer.step()
+        self.fire("optimizer_step")
+        self.rate = self.optimizer.param_groups[0]["lr"]
+        if self.args.lr_scheduler_type.value not in FOLLOWS_EVALUATIONS and not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.model.zero_grad()
+
+    def count(self, batch: dict, learned: torch.Tensor) -> None:
+        "Count a batch's tokens, on its device; wait until the GPU has begun the last batch but one."
+        if batch["input_ids"].is_cuda:
+            if len(self.under_way) == 2:
+                self.under_way[0].synchronize()
+            self.under_way = (*self.under_way[-1:], record_time(self.accelerator.device))
+        self.tokens += batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+        self.targets += learned
+        self.positions += batch["input_ids"].numel()
+
+    def cast_adapters(self):
+        "Return a context in which the engine finds all adapters already cast to the model's dtype, in one call."
+        engine = engine_of(self.model)
+        cast = self.flat and engine.adapters and not engine.replayed  # a recording has casts of its own
+        return self.flat.cast_together(self.model.get_base_model().dtype) if cast else contextlib.nullcontext()
 
 # %% ../nbs/53_loop.ipynb #7d15a002
 LATE_LOGGING_DEVICES = ("cuda",)  # devices; elsewhere a step's numbers are there at once
@@ -89,15 +218,6 @@ LATE_LOGGING_DEVICES = ("cuda",)  # devices; elsewhere a step's numbers are ther
 def copy_to_host(number):
     "Return a copy of a tensor in main memory, valid once the device has reached this point; a plain number as it is."
     return number.detach().to("cpu", non_blocking=True, copy=True) if torch.is_tensor(number) else number
-
-
-def record_time(device: torch.device):
-    "Record a point in a device's work: an event on CUDA, elsewhere the time."
-    if device.type != "cuda":
-        return time.time()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 def seconds_between(first, second) -> float:
@@ -140,6 +260,39 @@ class StepLog:
                 self.loop.log({"loss": float(loss) / steps, "grad_norm": float(norm), "learning_rate": float(rate)})
         self.queue = queue
 
+# %% ../nbs/53_loop.ipynb #53b00017
+class LoggingLoop(SteppingLoop):
+    "The part of a loop that does what callbacks asked for at the end of a step, and writes its rows in time."
+
+    def follow_control(self) -> None:
+        "Log, evaluate and save, if the callbacks asked for it."
+        if self.control.should_log and self.state.global_step > self.step_log.last:
+            self.step_log.add(self.loss, self.norm, self.rate)
+            self.loss.zero_()
+            self.control.should_log = False
+        if self.step_log.late:
+            self.step_log.write(before=self.state.global_step)  # a callback may ask for more when it hears of these
+        if not self.step_log.late or self.control.should_save or self.control.should_evaluate or self.control.should_training_stop:
+            self.step_log.write()
+        if self.control.should_evaluate:
+            self.evaluate()
+            self.step_log.restart_clock()
+        if self.control.should_save:
+            self.save()
+            self.fire("save")
+
+    def counted(self) -> tuple:
+        "Return tokens, learned tokens and time for the row that is being logged."
+        return self.step_log.row
+
+    def log_totals(self) -> None:
+        "Log what transformers does at the end: seconds, rows and steps a second, and the mean loss."
+        from transformers.trainer_utils import speed_metrics
+
+        rows = self.state.max_steps * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        mean = (self.step_log.total + float(self.loss)) / max(1, self.state.global_step)
+        self.log({**speed_metrics("train", self.step_log.begun, rows, self.state.max_steps), "train_loss": mean})
+
 # %% ../nbs/53_loop.ipynb #53a00024
 def get_random_states() -> dict:
     "Return the states of Python's, NumPy's and torch's random number generators, in the form that transformers stores in `rng_state.pth`."
@@ -168,59 +321,38 @@ def count_optimized(state: dict) -> int:
     "Return the number of tensors that an optimizer's state is for."
     return sum(len(group["params"]) for group in state["param_groups"])
 
-# %% ../nbs/53_loop.ipynb #53a00027
-class ReportingLoop:
-    "The half of a loop that callbacks see: it fires their events, and logs, evaluates and saves when they ask for it."
+# %% ../nbs/53_loop.ipynb #53b0001a
+class ResumableLoop(LoggingLoop):
+    "The part of a loop that writes checkpoints and starts from them."
 
-    def __init__(self, model, tokenizer, arguments, callbacks, held_out: Callable[[], dict] | None = None):  # `held_out` measures `eval_loss`
-        from transformers import TrainerControl, TrainerState
-        from transformers.integrations import get_reporting_integration_callbacks
-        from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+    def start(self, checkpoint: Path | None) -> None:
+        "Make the optimizer and the schedule, and set the run to its beginning, or to where a checkpoint left off."
+        from transformers import TrainerState, get_scheduler
 
-        self.model, self.processing_class, self.args, self.held_out = model, tokenizer, arguments, held_out
-        self.state, self.control = TrainerState(), TrainerControl()
-        callbacks = [DefaultFlowCallback, *get_reporting_integration_callbacks(arguments.report_to), *callbacks]
-        self.callback_handler = CallbackHandler(callbacks, model, tokenizer, None, None)
-        self.fire("init_end")
-
-    def fire(self, event: str, *more) -> None:
-        "Tell all callbacks of an event, and keep the control that they return."
-        self.control = getattr(self.callback_handler, f"on_{event}")(self.args, self.state, self.control, *more)
-
-    def log(self, logs: dict) -> None:
-        "Add a row to the log history, and tell the callbacks."
-        logs = {**logs, "epoch": self.state.epoch}
-        self.state.log_history.append({**logs, "step": self.state.global_step})
-        self.fire("log", logs)
-
-    def follow_control(self) -> None:
-        "Log, evaluate and save, if the callbacks asked for it."
-        if self.control.should_log and self.state.global_step > self.step_log.last:
-            self.step_log.add(self.loss, self.norm, self.rate)
-            self.loss.zero_()
-            self.control.should_log = False
-        if self.step_log.late:
-            self.step_log.write(before=self.state.global_step)  # a callback may ask for more when it hears of these
-        if not self.step_log.late or self.control.should_save or self.control.should_evaluate or self.control.should_training_stop:
-            self.step_log.write()
-        if self.control.should_evaluate:
-            self.evaluate()
-            self.step_log.restart_clock()
-        if self.control.should_save:
-            self.save()
-            self.fire("save")
-
-    def evaluate(self) -> None:
-        "Measure the held-out loss, tell the callbacks, remember the best step, and move a schedule that follows it."
-        if self.held_out is None:
-            raise UserError("a callback asks for an evaluation, but no rows are held out for one while it trains: give eval_steps=, or leave the callback out")
-        found, best = self.held_out(), self.state.best_metric
-        self.log(found)
-        self.fire("evaluate", found)
-        if self.args.lr_scheduler_type.value in FOLLOWS_EVALUATIONS:
-            self.scheduler.step(found["eval_loss"])
-        if found["eval_loss"] < (math.inf if best is None else best):  # NaN is never the best
-            self.state.best_metric, self.state.best_global_step = found["eval_loss"], self.state.global_step
+        args, self.checkpoint, saved = self.args, checkpoint, {}
+        self.state = TrainerState.load_from_json(checkpoint / "trainer_state.json") if checkpoint else TrainerState()
+        self.state.train_batch_size = args.per_device_train_batch_size
+        self.state.max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_in_epoch)
+        self.state.num_train_epochs = math.ceil(self.state.max_steps / self.steps_in_epoch)
+        self.state.compute_steps(args, self.state.max_steps)
+        if checkpoint:
+            load_checkpoint_adapter(self.model, checkpoint)
+            saved = {file.name: read_part(checkpoint, file.name) for file in checkpoint.glob("*.pt")}
+        one_by_one = saved and count_optimized(saved["optimizer.pt"]) == len(trainable_parameters(self.model))
+        self.accelerator.free_memory()  # of the optimizer of an earlier `train`
+        optimizer, self.flat = make_optimizer(self.model, args, self.in_one_tensor and not one_by_one)  # a run goes on as it began
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.get_warmup_steps(self.state.max_steps), self.state.max_steps)
+        self.parts = {"optimizer.pt": self.optimizer, "scheduler.pt": self.scheduler}
+        if self.accelerator.scaler:
+            self.parts["scaler.pt"] = self.accelerator.scaler
+        for name in self.parts.keys() & saved.keys():
+            self.parts[name].load_state_dict(saved[name])
+        handler = self.callback_handler
+        handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.scheduler, self.loader
+        self.accelerator.sync_gradients = True  # shared by the whole process, and an interrupted trainer may have left it False
+        self.model.zero_grad()
+        self.loss, self.step_log = torch.zeros((), device=self.accelerator.device), StepLog(self, self.accelerator.device)
 
     def save(self) -> None:
         "Write a checkpoint as transformers does; deleting older ones is a callback's work."
@@ -239,30 +371,14 @@ class ReportingLoop:
         state.stateful_callbacks |= TrainerState(stateful_callbacks=exported).stateful_callbacks
         state.save_to_json(folder / "trainer_state.json")
 
+    def restore_random_states(self) -> None:
+        "Restore the random states of the checkpoint, once."
+        set_random_states(read_part(self.checkpoint, "rng_state.pth"))
+        self.checkpoint = None
+
 # %% ../nbs/53_loop.ipynb #53a00030
-class TrainingLoop(ReportingLoop):
+class TrainingLoop(ResumableLoop):
     "A trainer for one process: it takes the steps that an `SFTConfig` describes, over rows of `input_ids` and `labels`."
-
-    tokens, targets, positions = 0, 0, 0  # trained on so far: without padding, with a label, with padding
-    under_way = ()  # the points in the GPU's work at which the last two batches began
-
-    def __init__(self, model, tokenizer, rows, arguments, callbacks=(), held_out=None, collate: Callable | None = None, in_one_tensor: bool = False):
-        from accelerate import Accelerator
-        from accelerate.utils import DataLoaderConfiguration
-        from transformers import set_seed
-
-        set_seed(arguments.seed)  # for dropout: whatever was drawn before, such as an evaluation's replies
-        super().__init__(model, tokenizer, arguments, callbacks, held_out)
-        loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.data_seed, non_blocking=arguments.accelerator_config.non_blocking)
-        self.accelerator = Accelerator(mixed_precision=arguments.mixed_precision, dataloader_config=loading)
-        if self.accelerator.num_processes > 1:
-            raise UserError(f"several processes are not supported yet, and {self.accelerator.num_processes} were started: start one, without torchrun or accelerate launch")
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.loader = self.accelerator.prepare(torch.utils.data.DataLoader(
-            rows, arguments.per_device_train_batch_size, shuffle=True, collate_fn=collate or partial(pad_rows, pad=pad),
-            pin_memory=arguments.dataloader_pin_memory))
-        self.steps_in_epoch = math.ceil(len(self.loader) / arguments.gradient_accumulation_steps)
-        self.in_one_tensor, self.checkpoint = in_one_tensor, None
 
     def train(self, resume_from_checkpoint: str | Path | None = None) -> None:
         "Train to the last step, or until a callback stops the run; continue from a checkpoint if one is given."
@@ -295,106 +411,6 @@ class TrainingLoop(ReportingLoop):
                 self.step_log.write()
         self.log_totals()
         self.fire("train_end")
-
-    def log_totals(self) -> None:
-        "Log what transformers does at the end: seconds, rows and steps a second, and the mean loss."
-        from transformers.trainer_utils import speed_metrics
-
-        rows = self.state.max_steps * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        mean = (self.step_log.total + float(self.loss)) / max(1, self.state.global_step)
-        self.log({**speed_metrics("train", self.step_log.begun, rows, self.state.max_steps), "train_loss": mean})
-
-    def effective_batches(self, epoch: int, done: int = 0) -> Iterator[list[dict]]:  # `done`: steps of this epoch that were taken before the run was interrupted
-        "Yield the list of micro-batches of each step of an epoch."
-        from accelerate import skip_first_batches
-
-        if self.checkpoint and not done:  # at the end of an epoch: the next one's loader draws as it would have
-            self.restore_random_states()
-        size = self.args.gradient_accumulation_steps
-        loader = skip_first_batches(self.loader, done * size) if done else self.loader
-        loader.set_epoch(epoch)
-        batches = iter(loader)
-        while some := list(itertools.islice(batches, size)):
-            if self.checkpoint:  # in an epoch: its loader has drawn already
-                self.restore_random_states()
-            yield some
-
-    def take_step(self, batches: list[dict]) -> None:
-        "Run each micro-batch forward and backward, then take one step of the optimizer and of the schedule."
-        self.model.train()
-        counts = [count_learned(batch) for batch in batches]
-        learned = sum(counts)
-        for number, (batch, count) in enumerate(zip(batches, counts), 1):
-            self.count(batch, count)
-            with self.cast_adapters():
-                with self.accelerator.autocast():
-                    loss = self.model(**batch, num_items_in_batch=learned).loss
-                self.accelerator.backward(loss)
-            self.loss += loss.detach()
-            if number < len(batches):
-                self.fire("substep_end")
-        self.norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-        self.fire("pre_optimizer_step")
-        self.optimizer.step()
-        self.fire("optimizer_step")
-        self.rate = self.optimizer.param_groups[0]["lr"]
-        if self.args.lr_scheduler_type.value not in FOLLOWS_EVALUATIONS and not self.accelerator.optimizer_step_was_skipped:
-            self.scheduler.step()
-        self.model.zero_grad()
-
-    def count(self, batch: dict, learned: torch.Tensor) -> None:
-        "Count a batch's tokens, on its device; wait until the GPU has begun the last batch but one."
-        if batch["input_ids"].is_cuda:
-            if len(self.under_way) == 2:
-                self.under_way[0].synchronize()
-            self.under_way = (*self.under_way[-1:], record_time(self.accelerator.device))
-        self.tokens += batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
-        self.targets += learned
-        self.positions += batch["input_ids"].numel()
-
-    def counted(self) -> tuple:
-        "Return tokens, learned tokens and time for the row that is being logged."
-        return self.step_log.row
-
-    def cast_adapters(self):
-        "Return a context in which the engine finds all adapters already cast to the model's dtype, in one call."
-        engine = engine_of(self.model)
-        cast = self.flat and engine.adapters and not engine.replayed  # a recording has casts of its own
-        return self.flat.cast_together(self.model.get_base_model().dtype) if cast else contextlib.nullcontext()
-
-    def start(self, checkpoint: Path | None) -> None:
-        "Make the optimizer and the schedule, and set the run to its beginning, or to where a checkpoint left off."
-        from transformers import TrainerState, get_scheduler
-
-        args, self.checkpoint, saved = self.args, checkpoint, {}
-        self.state = TrainerState.load_from_json(checkpoint / "trainer_state.json") if checkpoint else TrainerState()
-        self.state.train_batch_size = args.per_device_train_batch_size
-        self.state.max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_in_epoch)
-        self.state.num_train_epochs = math.ceil(self.state.max_steps / self.steps_in_epoch)
-        self.state.compute_steps(args, self.state.max_steps)
-        if checkpoint:
-            load_checkpoint_adapter(self.model, checkpoint)
-            saved = {file.name: read_part(checkpoint, file.name) for file in checkpoint.glob("*.pt")}
-        one_by_one = saved and count_optimized(saved["optimizer.pt"]) == len(trainable_parameters(self.model))
-        self.accelerator.free_memory()  # of the optimizer of an earlier `train`
-        optimizer, self.flat = make_optimizer(self.model, args, self.in_one_tensor and not one_by_one)  # a run goes on as it began
-        self.optimizer = self.accelerator.prepare(optimizer)
-        self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.get_warmup_steps(self.state.max_steps), self.state.max_steps)
-        self.parts = {"optimizer.pt": self.optimizer, "scheduler.pt": self.scheduler}
-        if self.accelerator.scaler:
-            self.parts["scaler.pt"] = self.accelerator.scaler
-        for name in self.parts.keys() & saved.keys():
-            self.parts[name].load_state_dict(saved[name])
-        handler = self.callback_handler
-        handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.scheduler, self.loader
-        self.accelerator.sync_gradients = True  # shared by the whole process, and an interrupted trainer may have left it False
-        self.model.zero_grad()
-        self.loss, self.step_log = torch.zeros((), device=self.accelerator.device), StepLog(self, self.accelerator.device)
-
-    def restore_random_states(self) -> None:
-        "Restore the random states of the checkpoint, once."
-        set_random_states(read_part(self.checkpoint, "rng_state.pth"))
-        self.checkpoint = None
 
 # %% ../nbs/53_loop.ipynb #53a00032
 def make_loop(model, tokenizer, rows, settings: Settings, folder: Path, callbacks: list, held_out: Callable[[], dict] | None = None) -> TrainingLoop:

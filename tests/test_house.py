@@ -21,6 +21,19 @@ def test_a_lesson_begins_with_its_result(stem):
     assert before is not None and before <= 8, "the headline call and its result are on the first screen"
 
 
+def test_lessons_stand_among_the_lessons():
+    "In the overview's first table, and on the site in another section than the references."
+    lessons, references = (
+        "".join(json.dumps(output) for output in outputs)
+        for _, source, _, outputs in HOUSE["read_cells"](NBS / "index.ipynb")
+        if re.search(r"^list_notebooks\(", source, re.M)
+    )
+    section_of = tool("prepare_docs")["section_of"]
+    for stem in HOUSE["LESSONS"]:
+        assert f"({stem}.ipynb)" in lessons and f"({stem}.ipynb)" not in references, stem
+        assert section_of(NBS / f"{stem}.ipynb") != "Reference", stem
+
+
 @pytest.mark.parametrize("stem", FIGURES)
 def test_exported_cells_are_seen_to_run(stem):
     assert FIGURES[stem]["run"] <= 3, "more than three exported cells in a row with nothing that runs between them"
