@@ -336,7 +336,7 @@ def _fill_adapter(loaded: torch.nn.Module, keys: dict[str, str], shapes: dict[st
         for name, key in keys.items():
             place, present = wanted.get(name) or own[name]
             tensor = tensors.get_tensor(key)
-            if tensor.is_floating_point() and tensor.numel() and (largest := float(tensor.abs().max())) > MOST_SCALE:
+            if tensor.is_floating_point() and tensor.numel() and (largest := float(tensor.float().abs().max())) > MOST_SCALE:
                 raise UserError(f"{file} holds a number of {largest:.0e} in {name}, which no training leads to: it is damaged, copy the adapter again")
             if name not in wanted:
                 if torch.equal(tensor.to(present.device, present.dtype), present):

@@ -107,9 +107,11 @@ class ChatWriter:
         return self.render(self.prepare(messages), tools, ask)
 
     def try_render(self, turns: list[dict], tools=None, ask: bool = False, **others) -> str:
-        "Return the text, or an empty one if the template rejects the turns."
+        "Return the text, or an empty one if the template rejects the turns. Raise `UserError` if it costs too much for such small ones."
         try:
             return self.render(turns, tools, ask, **others)
+        except CostlyTemplate:
+            raise
         except UserError:
             return ""
 

@@ -395,11 +395,17 @@ def _read_plain(row: dict, schema: Schema) -> Conversation | None:
     return turns and Conversation(turns, None, [f"info column {name}" for name in rest if not is_empty(row[name])])
 
 # %% ../nbs/74_schemas.ipynb #740000f8
+MOST_TURNS = 20_000  # of a conversation; no model's context holds as many
+
+
 def canonical_row(row: dict, schema: Schema | None = None, *, filled: bool = False) -> Conversation:
     """Return the conversation of a row: raw, or made by `load_sft_dataset`; doing it twice changes nothing.
 
-    `schema`: which columns hold it; None: `messages`. `filled`: nulls inside objects come from Arrow and are ignored."""
+    `schema`: which columns hold it; None: `messages`. `filled`: nulls inside objects come from Arrow and are ignored.
+    Raise `UserError` for one that can't be read."""
     schema = schema or _MESSAGES
+    if isinstance(turns := row.get(schema.messages), list) and len(turns) > MOST_TURNS:
+        raise UserError(f"it has {len(turns):,} turns; more than {MOST_TURNS:,} are not read: split the conversation, or leave it out")
     return _read_plain(row, schema) or _RowTurns(row, schema, filled).conversation()
 
 # %% ../nbs/74_schemas.ipynb #74000034
