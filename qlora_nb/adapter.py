@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from qlora_nb.adapter_files import (
+    MOST_SCALE,
     Precision,
     canonical_name,
     check_adapter_config,
@@ -232,7 +233,8 @@ def _find_rows(model: torch.nn.Module, shapes: dict[str, tuple], config: dict, p
     if len(found) > 1:
         raise UserError(f"the adapter {path} has {' and '.join(map(str, sorted(found)))} rows of embedding or head: its parts belong to different vocabularies")
     new = found.pop()
-    whole = [name for name in (table, head) if f"{name}.weight" in shapes or set(range(rows, new)) <= {i for key in lists if key in name for i in lists[key]}]
+    added = [{i for key in lists if name and key in name for i in lists[key] if rows <= i < new} for name in (table, head)]
+    whole = [name for name, tokens in zip((table, head), added) if f"{name}.weight" in shapes or len(tokens) >= new - rows]
     if len(whole) < (1 if tied or head is None else 2):
         raise UserError(
             f"the adapter {path} was trained with {new} tokens and its base has {rows} here: the new rows are not in the adapter, so name the base with "
@@ -334,6 +336,8 @@ def _fill_adapter(loaded: torch.nn.Module, keys: dict[str, str], shapes: dict[st
         for name, key in keys.items():
             place, present = wanted.get(name) or own[name]
             tensor = tensors.get_tensor(key)
+            if tensor.is_floating_point() and tensor.numel() and (largest := float(tensor.float().abs().max())) > MOST_SCALE:
+                raise UserError(f"{file} holds a number of {largest:.0e} in {name}, which no training leads to: it is damaged, copy the adapter again")
             if name not in wanted:
                 if torch.equal(tensor.to(present.device, present.dtype), present):
                     continue  # a copy of the base's own

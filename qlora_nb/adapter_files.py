@@ -57,6 +57,9 @@ def find_adapter(folder: Path) -> Path | None:
     return found
 
 # %% ../nbs/58_adapter_files.ipynb #58a00010
+MOST_NAME = 4_000  # characters; no system has longer paths
+
+
 def read_adapter_config(path: str | Path) -> dict:
     "Return an adapter's adapter_config.json. Raise `UserError` where there is no such folder or file, or it is damaged."
     path = Path(path)
@@ -72,6 +75,9 @@ def read_adapter_config(path: str | Path) -> dict:
         raise UserError(f"{file} is not JSON ({error}): copy the adapter again") from error
     if not isinstance(config, dict):
         raise UserError(f"{file} holds a {type(config).__name__}, not the settings of an adapter: copy the adapter again")
+    for name in ("base_model_name_or_path", "revision"):
+        if isinstance(config.get(name), str) and len(config[name]) > MOST_NAME:
+            raise UserError(f"{file}: {name} has {len(config[name]):,} characters, and no name or path has more than {MOST_NAME:,}: copy the adapter again")
     return {"peft_type": config.get("peft_type"), **config}
 
 
@@ -180,8 +186,11 @@ def resolve_patterns(config: dict, names: list[str], path: Path) -> dict:
     "Return the settings of an adapter with the names that its patterns mean in a model with modules of these names: peft matches no pattern from elsewhere."
     found, end = {}, time.monotonic() + 2 * PATTERN_SECONDS  # for all patterns together
     for name in ("target_modules", "exclude_modules"):
-        if isinstance(pattern := config.get(name), str) and pattern != "all-linear":
-            found[name] = match_names(pattern, names, f"{name} in {path / _CONFIG}") or [pattern]
+        if isinstance(given := config.get(name), str) and given != "all-linear":
+            found[name] = match_names(given, names, f"{name} in {path / _CONFIG}") or [given]
+        elif isinstance(given, list) and len(given) > len(names):  # more than can be meant: peft compares them all with each other
+            endings = {".".join(parts[i:]) for parts in (one.split(".") for one in names) for i in range(len(parts))}
+            found[name] = [one for one in given if one in endings] or given[:10]
     for pattern in [p] if isinstance(p := config.get("layers_pattern"), str) else p or []:
         if not re.fullmatch(r"[\w.-]{1,100}", pattern):
             raise UserError(f"layers_pattern in {path / _CONFIG} is {pattern[:80]!r}, and should be a name: name the layers in target_modules")

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .core import UserError
+from .conversations import MOST_COSTLY
+from .core import MOST_RECORDS, UserError, read_text
 from .generation import as_conversation, default_batch_size, generate_replies
-from .readers import read_rows
+from .readers import list_names, read_rows
 from .row_statistics import ProgressLine
 from .schemas import Schema, canonical_row, find_schema
 from .template import prompt_ids
+from .template_limits import CostlyTemplate
 
 # %% ../nbs/24_answers.ipynb #24a00008
 _REPLIES = ("output", "response", "answer", "solution", "assistant", "completion")  # one of them makes a pair of any known prompt
@@ -39,7 +41,7 @@ def find_prompt_schema(names: list[str], columns: dict | None = None) -> tuple[S
                 continue
         if len(names) == 1:
             return Schema("the only column", prompt=names[0], response=missing[0]), missing[0]
-        raise UserError(f"no column is known to hold prompts: found {', '.join(names) or 'none'}; name it with columns={{\"prompt\": …}} (--columns prompt=…)") from error
+        raise UserError(f"no column is known to hold prompts: found {list_names(names)}; name it with columns={{\"prompt\": …}} (--columns prompt=…)") from error
 
 # %% ../nbs/24_answers.ipynb #24a00011
 @dataclass
@@ -74,9 +76,9 @@ def read_prompts(
     path = Path(path)
     if path.suffix.lower() in (".txt", ".md"):
         try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at other signs that end a line in Python
+            lines = read_text(path, MOST_RECORDS).removeprefix("\ufeff").split("\n")  # not at other signs that end a line in Python
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} can't be read ({getattr(error, 'strerror', None) or 'it is not UTF-8'}): name a text file with a prompt a line") from error
+            raise UserError(f"{path} can't be read ({getattr(error, 'strerror', None) or error}): name a text file with a prompt a line") from error
         found = [Prompt(i, [{"role": "user", "content": line.strip()}]) for i, line in enumerate(lines, 1) if line.strip()]
         how = "a prompt a line"
     else:
@@ -91,8 +93,8 @@ def read_prompts(
 
 # %% ../nbs/24_answers.ipynb #24a00015
 def check_prompts(prompts: Iterable[Prompt], system: str | None, count, context: int | None, tools: bool = True) -> list[Prompt]:
-    "Return the prompts with the system text before those that have none; those that can't be answered have an error. `count` returns a prompt's tokens."
-    checked = []
+    "Return the prompts with the system text before those that have none; those that can't be answered have an error. `count` returns a prompt's tokens. Raise `UserError` for a template that costs too much."
+    checked, costly = [], 0
     for prompt in prompts:
         turns = prompt.turns
         if system and turns and turns[0]["role"] not in ("system", "developer"):
@@ -103,6 +105,9 @@ def check_prompts(prompts: Iterable[Prompt], system: str | None, count, context:
             if prompt.tools and not tools:
                 error = "it has tools, and a GGUF file isn't asked with tools here"
         except UserError as problem:
+            costly += isinstance(problem, CostlyTemplate)
+            if costly > MOST_COSTLY:
+                raise
             error = str(problem)
         checked.append(replace(prompt, turns=turns, error=error))
     return checked

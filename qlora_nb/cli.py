@@ -33,6 +33,7 @@ from qlora_nb.core import (
     library_versions,
     profile,
     quiet_environment,
+    shorten_sentence,
     write_aside,
 )
 from qlora_nb.run import (
@@ -73,8 +74,31 @@ class GroupedCommand(typer.core.TyperCommand):
                 formatter.write_dl(groups[title], col_max=36)
 
 
+_CLICK_ERROR = typer.BadParameter.__mro__[2]  # of click, or of typer's own copy of it
+
+
+@contextlib.contextmanager
+def shorten_usage_errors():
+    "A context in which what click says of a command line repeats at most 400 characters of it."
+    try:
+        yield
+    except _CLICK_ERROR as error:
+        error.message = shorten_sentence(error.message or "", 400)
+        raise
+
+
 class GroupedCommands(typer.core.TyperGroup):
     "The commands in their groups, each with the first sentence of its help."
+
+    def make_context(self, *args, **kwargs):
+        "Read the words before a command."
+        with shorten_usage_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx):
+        "Read a command's own words, and run it."
+        with shorten_usage_errors():
+            return super().invoke(ctx)
 
     def format_commands(self, ctx, formatter) -> None:
         "Write the groups."

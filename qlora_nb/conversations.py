@@ -24,7 +24,8 @@ from qlora_nb.chat_templates import (
     template_text,
     tool_template_text,
 )
-from .core import UserError
+from .core import UserError, parse_json_text
+from .template_limits import CostlyTemplate
 
 # %% ../nbs/93_conversations.ipynb #93000011
 THINK_TAGS = (  # what opens and closes the reasoning in the templates in use
@@ -66,7 +67,7 @@ def parse_arguments(arguments):
     if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
         return {}
     try:
-        found = json.loads(arguments) if isinstance(arguments, str) else arguments
+        found = parse_json_text(arguments) if isinstance(arguments, str) else arguments
     except ValueError:
         return arguments
     return found if isinstance(found, dict) else arguments
@@ -106,9 +107,11 @@ class ChatWriter:
         return self.render(self.prepare(messages), tools, ask)
 
     def try_render(self, turns: list[dict], tools=None, ask: bool = False, **others) -> str:
-        "Return the text, or an empty one if the template rejects the turns."
+        "Return the text, or an empty one if the template rejects the turns. Raise `UserError` if it costs too much for such small ones."
         try:
             return self.render(turns, tools, ask, **others)
+        except CostlyTemplate:
+            raise
         except UserError:
             return ""
 
@@ -517,6 +520,9 @@ def name_tool_fields(messages: list[dict], tools=None) -> str:
     return ", ".join(name for name, there in found if there)
 
 # %% ../nbs/93_conversations.ipynb #93000035
+MOST_COSTLY = 4  # conversations that are left out because the template costs too much; with the next one it is the template's fault
+
+
 class ConversationPlanner(ReplyWriter):
     "Decides which rows a conversation becomes."
 
@@ -525,9 +531,10 @@ class ConversationPlanner(ReplyWriter):
         self._written_turns = functools.lru_cache(1000)(self._find_written)
         self._skeletons = functools.lru_cache(1000)(self._find_skeletons)
         self.looked_for = find_looked_for(self.text, thinks="think" in self.text.lower() or self.reasoning_key() is not None)
+        self.costly = 0  # conversations for which the template cost too much
 
     def plan(self, messages: list[dict], tools=None, train_on: str = "all") -> list[WrittenRow]:
-        "Return the rows of a conversation, the one with the last learned reply first. Raise `Unwritable`."
+        "Return the rows of a conversation, the one with the last learned reply first. Raise `Unwritable`; `UserError` for a template that cost too much for several."
         if not tools and all([len(m) == 2 and "content" in m and not self.looked_for.search(m["content"]) for m in messages]):
             try:
                 found = self._skeletons(tuple([m["role"] for m in messages]), train_on)
@@ -590,8 +597,11 @@ class ConversationPlanner(ReplyWriter):
                 pass
         return {i for i, mark in enumerate(marks) if mark in text} if text else None
 
-    def _explain(self, error: Exception, messages: list[dict], tools) -> Unwritable:
-        "Return why a conversation can't be written: its tools, if they are the cause."
+    def _explain(self, error: Exception, messages: list[dict], tools) -> Exception:
+        "Return why a conversation can't be written: its tools, if they are the cause. Of a template that costs too much nothing more is tried."
+        if isinstance(error, CostlyTemplate):
+            self.costly += 1
+            return CostlyTemplate(*error.args) if self.costly > MOST_COSTLY else Unwritable("template_refused", str(error))
         used = name_tool_fields(messages, tools)
         why = getattr(error, "why", str(error))
         if used and self.writes_plain and (isinstance(error, UserError) or why in (_MISMATCH, _NOT_PREFIX, _NO_END)):
@@ -631,7 +641,7 @@ def is_written(text: str, where: str) -> bool:
     if text[:1] in "{[":
         try:
             return all(is_written(leaf, where) for leaf in json_leaves(json.loads(text)))
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
     return bool(_SWITCH.search(text)) and is_written(_SWITCH.sub("", text), where)  # some templates take it for themselves
 

@@ -91,7 +91,7 @@ def escape_streams() -> Iterator[None]:
 _LONGEST_SENTENCE = 2_000  # characters of an error, whatever it quotes
 
 
-def _shorten_text(text: str, most: int = _LONGEST_SENTENCE) -> str:
+def shorten_sentence(text: str, most: int = _LONGEST_SENTENCE) -> str:
     "Return a text of at most `most` characters: the middle of a longer one is left out, since the advice is at its end."
     return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[3 - most // 3 :]}"
 
@@ -102,7 +102,7 @@ class UserError(Exception):
     exit_code = 2  # of the command line
 
     def __str__(self) -> str:
-        return _shorten_text(escape_controls(super().__str__()))  # it may quote a name or a text from elsewhere
+        return shorten_sentence(escape_controls(super().__str__()))  # it may quote a name or a text from elsewhere
 
 # %% ../nbs/00_core.ipynb #5e1f0002
 class ShownObject:
@@ -518,12 +518,27 @@ def refuse_devices(folder: str | Path) -> None:
                     raise UserError(f"{entry.path} is a pipe or a device, not a file: remove it")
 
 
-def parse_json_file(path: str | Path):
-    "Return what a JSON file holds. Raise `ValueError` or `OSError`."
+def is_deep(value) -> bool:
+    "Return whether there are more than `MOST_LEVELS` lists and mappings within each other."
+    level = [value] if isinstance(value, (dict, list, tuple)) else []
+    for _ in range(MOST_LEVELS):
+        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one) if isinstance(part, (dict, list, tuple))]
+        if not level:
+            return False
+    return True
+
+
+def parse_json_text(text: str):
+    "Return what a JSON text holds. Raise `ValueError`, also for one that is nested too deep."
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except RecursionError as error:
         raise ValueError(TOO_DEEP) from error
+
+
+def parse_json_file(path: str | Path):
+    "Return what a JSON file holds. Raise `ValueError` or `OSError`."
+    return parse_json_text(read_text(path))
 
 # %% ../nbs/00_core.ipynb #8278fa05
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional as F
 
-from .core import unwrap_base
+from .core import UserError, unwrap_base
 from .engine.forwards import replace_attention, restore_attributes
 from .shapes import list_architectures
 
@@ -196,6 +196,22 @@ class DecodingBatch:
         self.tokens, self.positions, self.mask, self.logits = (t[rows] for t in (self.tokens, self.positions, self.mask, self.logits))
         self.graph, self.steps = None, 0
 
+# %% ../nbs/37_decoding.ipynb #49263ff1
+def check_logits(logits: torch.Tensor) -> None:  # (rows, vocabulary)
+    "Raise `UserError` where a prompt's logits hold NaN or infinity: any token that is chosen by them is garbage."
+    if not logits.amax(-1).isfinite().all():
+        raise UserError("the model computes NaN or infinity in place of a reply: the numbers of its adapter or its weights, or its config.json, are damaged; "
+                        "copy them again, or load it in another dtype")
+
+
+def check_first_logits(prompt: int) -> Callable:  # `prompt`: its tokens
+    "Return a logits processor for transformers' `generate` that looks at the first logits alone."
+    def look(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == prompt:
+            check_logits(logits)
+        return logits
+    return look
+
 # %% ../nbs/37_decoding.ipynb #37a00040
 def choose_tokens(logits: torch.Tensor, temperature: float | None) -> torch.Tensor:  # (rows, vocabulary) -> (rows,)
     "Return the likeliest token of each row, or one drawn at a temperature."
@@ -213,7 +229,7 @@ def decode_batch(
     progress: Callable[[int], None] | None = None,  # called with the steps that were made
     record: bool = True,  # record the step, on CUDA
 ) -> list[list[int]]:  # `limit` new tokens for each row; what follows its end-of-turn token has no meaning
-    "Answer prompts with a static cache; in `generation_mode`."
+    "Answer prompts with a static cache; in `generation_mode`. Raise `UserError` for a model whose numbers are broken."
     ids, mask = (tensor.to(base.get_input_embeddings().weight.device) for tensor in left_pad(rows, pad))
     ends = torch.tensor(stops, device=ids.device)
     found = ids.new_full((len(rows), limit), pad)
@@ -221,6 +237,7 @@ def decode_batch(
     done = torch.zeros_like(live, dtype=torch.bool)
     with torch.cuda.device(ids.device) if ids.is_cuda else contextlib.nullcontext(), attention_over_cache(base):  # a recording is the current GPU's
         batch = DecodingBatch(base, ids, mask, limit, record)
+        check_logits(batch.logits)
         for number in range(1, limit + 1):
             tokens = choose_tokens(batch.logits, temperature)
             found[live, number - 1] = tokens

@@ -698,6 +698,9 @@ def blank_magic(lines: list[str], at: int) -> str:
     return text
 
 # %% ../nbs/70_doctor.ipynb #30c471f6
+MOST_PARSED = 10_000_000  # characters, those of a cell counted for each of its magics: some seconds
+
+
 def parse_cell(source: str, where: str = "") -> tuple[ast.Module, list[tuple[int, str]]]:
     "Return (tree, magics as (line, text)) of one cell. Raise `UserError` for what is not Python, with its line."
     lines = list(split_lines(source))
@@ -706,13 +709,17 @@ def parse_cell(source: str, where: str = "") -> tuple[ast.Module, list[tuple[int
     if cell_magic := lines[first].lstrip().startswith("%%"):
         rest = [(i + 1, join_line(lines, i)) for i in range(first + 1, len(lines)) if not lines[i - 1].rstrip().endswith("\\")]
         lines[first] = ""
+    parsed = 0  # characters
     while True:
         try:
             with warnings.catch_warnings(action="ignore"):  # Python's own about the code
                 return ast.parse("\n".join(lines)), magics
         except SyntaxError as error:
             at = min(max((error.lineno or 1) - 1, 0), len(lines) - 1)
-            if (start := find_magic(lines, at)) is not None:
+            one_by_one, parsed = parsed <= MOST_PARSED, parsed + len(source)
+            if one_by_one and parsed > MOST_PARSED:  # that takes too long: all that are left at once
+                magics += [(i + 1, blank_magic(lines, i)) for i in range(len(lines)) if _MAGIC.fullmatch(lines[i])]
+            elif one_by_one and (start := find_magic(lines, at)) is not None:
                 magics.append((start + 1, blank_magic(lines, start)))
             elif cell_magic:
                 return ast.Module([], []), rest
@@ -738,6 +745,7 @@ def is_old_pin(requirement: str) -> bool:
     return any(Version(bound) <= Version(today) for bound in bounds)
 
 # %% ../nbs/70_doctor.ipynb #96a07033
+MOST_COMMAND = 20_000  # characters that are read of a line with pip
 _FROM_GIT = re.compile(r"git\+\S*/(?:unsloth|transformers|trl|peft|accelerate|bitsandbytes|datasets)\b(?:\.git)?(?:@(?!main|master)(?P<commit>[\w.-]+))?")
 
 
@@ -745,7 +753,7 @@ def find_old_pins(line: str) -> Iterator[tuple[str, str]]:
     "Yield (code, requirement) for each part of a line with `pip install` that is old."
     for command in re.findall(r"\bpip3?\s+(?:-\S+\s+)*install\s+([^;&|]+)", line.replace("\\\n", "  ")):
         try:
-            words = shlex.split(command, comments=True)
+            words = shlex.split(command[:MOST_COMMAND], comments=True)
         except ValueError:  # an open quote
             words = command.replace("'", " ").replace('"', " ").split()
         for word in words:
@@ -832,7 +840,7 @@ def explain_magic(first: int, text: str, cell: int | None) -> Iterator[CodeFindi
         yield CodeFinding(code, rule.severity, cause, rule.fix, rule.source, cell, line, column, word)
 
 # %% ../nbs/70_doctor.ipynb #70a00025
-MOST_CODE = 5_000_000  # characters; nobody writes more than that by hand
+MOST_CODE = 1_000_000  # characters; nobody writes more than that by hand
 MOST_CELLS = 5_000  # of a notebook; each costs as much as some 20 lines
 
 

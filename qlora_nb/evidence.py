@@ -110,8 +110,7 @@ def plot_loss(
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(4.8, 3.2), layout="constrained")[1]
-    steps = [row["step"] for row in metrics]
-    losses = [row["loss"] for row in metrics]
+    steps, losses = [[row[name] for row in metrics if row.get("loss") is not None] for name in ("step", "loss")]
     ax.plot(steps, losses, color="#9ecae1", lw=1, marker="o" if len(steps) == 1 else None, label="each step")
     means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
     ax.plot(steps, means, color="#08519c", lw=2, label=f"mean of {window} steps")

@@ -17,7 +17,7 @@ import torch
 from .adapter import model_info
 from .chat_templates import stop_tokens
 from .core import UserError, unwrap_base
-from .decoding import decode_batch, decoding_refusal, fast_layers, fitting_rows, left_pad
+from .decoding import check_first_logits, decode_batch, decoding_refusal, fast_layers, fitting_rows, left_pad
 from .loading import keep_4bit_layers
 from .template import prompt_ids
 
@@ -142,7 +142,7 @@ def _generate(model, rows: list[list[int]], limit: int, stops: list[int], pad: i
 
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=limit, eos_token_id=stops, pad_token_id=pad, use_cache=True, stopping_criteria=[count],
-        **sampling)
+        logits_processor=[check_first_logits(ids.shape[1])], **sampling)
     return out[:, ids.shape[1] :].tolist()
 
 

@@ -37,6 +37,7 @@ from qlora_nb.core import (
     read_json,
     read_text,
     refuse_devices,
+    shorten_sentence,
 )
 from .gguf_reader import gguf_folder, gguf_record, is_gguf, rank_merges, refuse_gguf_folder
 from .shapes import check_sizes, config_dict, model_folder
@@ -129,7 +130,6 @@ def translate_errors(name: str) -> Iterator[None]:
                         "or in a form that this transformers doesn't read; download it again") from error
 
 # %% ../nbs/81_loading.ipynb #a11e0002
-_REPORTED = re.compile(r"^(\S.*?)\s*\| (MISSING|UNEXPECTED|MISMATCH|CONVERSION)\s*\|(.*)$", re.M)
 _BUFFERS = re.compile(r"\.(inv_freq|masked_bias|attn\.bias)$")  # constants in older checkpoints that no model reads
 _PROBLEMS = {
     "MISSING": "is missing from the files", "UNEXPECTED": "is in the files, but not in the model that config.json describes",
@@ -139,14 +139,15 @@ _PROBLEMS = {
 
 def report_problem(report: str) -> str | None:
     "Return what is wrong with a model's weights by transformers' loading report, in one clause; None where it lists nothing."
-    rows = sorted(_REPORTED.findall(re.sub("\x1b\\[[0-9;]*m", "", report)))
+    cells = (line.split("|", 2) for line in re.sub("\x1b\\[[0-9;]*m", "", report).splitlines() if line.count("|") > 1 and not line[0].isspace())
+    rows = sorted((key.strip(), kind.strip(), detail) for key, kind, detail in cells if kind.strip() in _PROBLEMS)
     rows = [row for row in rows if not (row[1] == "UNEXPECTED" and _BUFFERS.search(row[0]))]
     clauses = []
     for key, kind, detail in rows[:3]:
         problem, shapes = _PROBLEMS[kind], re.findall(r"\[([\d, ]*)\]", detail)
         if kind == "MISMATCH" and len(shapes) == 2:
             problem = f"has the shape ({shapes[0]}) in the files, and ({shapes[1]}) by config.json"
-        clauses.append(f"{key.strip()} {problem}")
+        clauses.append(f"{shorten_sentence(key, 200)} {problem}")
     if len(rows) > 3:
         clauses.append(f"and {len(rows) - 3} more")
     return "; ".join(clauses) or None

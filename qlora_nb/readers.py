@@ -9,12 +9,14 @@ __all__ = []
 import ast
 import codecs
 import csv
+import fnmatch
 import glob
 import io
 import json
 import lzma
 import os
 import re
+import stat
 import sys
 import warnings
 import zipfile
@@ -26,7 +28,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 # %% ../nbs/73_readers.ipynb #73000009
-from .core import UserError, escape_controls, parse_yaml
+from .core import MOST_LEVELS, TOO_DEEP, UserError, escape_controls, is_deep, parse_yaml
 
 # %% ../nbs/73_readers.ipynb #73000031
 def show_name(text, most: int = 100) -> str:
@@ -53,6 +55,8 @@ def _say(note: str) -> None:
 # %% ../nbs/73_readers.ipynb #7742c7f4-2
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _MOST_BYTES = 2**28  # of a line, and of a compressed file that has to be read whole
+_MOST_BLANK = 2**24  # bytes of blank lines or spaces in a row
+_MOST_FIELD = 2**26  # characters of a CSV file's value
 
 
 def _zip_member(path: Path) -> str:
@@ -124,7 +128,7 @@ class _TextBytes(io.RawIOBase):
     "The bytes of a text file as UTF-8, with a limit on each line, or on all of a compressed file that is read whole."
 
     def __init__(self, path: Path, whole: bool = False):
-        self.path, self.whole, self.length = path, whole, 0
+        self.path, self.whole, self.length, self.blank = path, whole, 0, 0
         self.most = float("inf") if whole and path.suffix.lower() not in _COMPRESSED else _MOST_BYTES
         self.file = _open(path)
         try:
@@ -145,6 +149,9 @@ class _TextBytes(io.RawIOBase):
         if self.length > self.most:
             what, advice = ("unpacks to", "unpack it first") if self.whole else ("has a line of", "write one row per line")
             raise UserError(f"{_show_path(self.path)} {what} more than {_MOST_BYTES >> 20} MB: {advice}")
+        self.blank = self.blank + count if bytes(buffer[:count]).isspace() else 0
+        if self.blank > _MOST_BLANK:
+            raise UserError(f"{_show_path(self.path)} has more than {_MOST_BLANK >> 20} MB of blank lines or spaces in a row: remove them")
         return count
 
     def translate(self, buffer) -> int:
@@ -178,7 +185,21 @@ def _unique_keys(pairs: list[tuple]) -> dict:
     return found
 
 # %% ../nbs/73_readers.ipynb #a66971aa
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+class _RowDecoder(json.JSONDecoder):
+    "Reads JSON whose objects have no key twice, and whose values no later step would find too deep."
+
+    def raw_decode(self, text: str, idx: int = 0) -> tuple:
+        "Return the value that begins at a place, and where it ends. Raise `ValueError`."
+        try:
+            value, end = super().raw_decode(text, idx)
+        except RecursionError as error:
+            raise ValueError(TOO_DEEP) from error
+        if text.count("[", idx, end) + text.count("{", idx, end) > MOST_LEVELS and is_deep(value):
+            raise ValueError(TOO_DEEP)
+        return value, end
+
+
+_DECODER = _RowDecoder(object_pairs_hook=_unique_keys)
 
 
 def _describe_byte(text: bytes, place: int) -> str:
@@ -251,8 +272,11 @@ def _parse_literal(text: str):
         try:
             tree = ast.parse(_MISSING_COMMA.sub(lambda m: m[1] + "," * bool(m[2]) + (m[2] or ""), text.strip()), mode="eval")
         except MemoryError as error:  # CPython's limit on nesting
-            raise ValueError("it is nested too deep") from error
-    return ast.literal_eval(_Literals().visit(tree))
+            raise ValueError(TOO_DEEP) from error
+    value = ast.literal_eval(_Literals().visit(tree))
+    if is_deep(value):
+        raise ValueError(TOO_DEEP)
+    return value
 
 
 def parse_value(text: str, where: str):
@@ -298,19 +322,12 @@ def _parse_line(line: bytes, where: str):
     return parse_json(line, where)
 
 
-_MOST_BLANK = 10_000_000  # blank lines in a row
-
-
 def _read_lines(path: Path) -> Iterator[dict]:
     "Yield the objects of a file with one JSON value per line; blank lines are skipped."
     shown = _show_path(path)
-    last = 0
     with _open_text(path) as file:
         for number, line in enumerate(file, 1):
-            if number - last > _MOST_BLANK:
-                raise UserError(f"{shown} has more than {_MOST_BLANK:,} blank lines after line {last}: remove them")
             if line := line.strip():
-                last = number
                 where = f"{shown}, line {number},"
                 value = _parse_line(line, where)
                 yield from [value] if isinstance(value, dict) else _list_rows(value, where, alone=True)
@@ -542,7 +559,7 @@ def _find_bad_byte(path: Path) -> str:
 
 def _read_csv(path: Path) -> Iterator[dict]:
     "Yield the rows of a CSV (or TSV) file with a header line; values are text, and may hold newlines."
-    csv.field_size_limit(_MOST_BYTES)
+    csv.field_size_limit(_MOST_FIELD)
     row = 0
     with io.TextIOWrapper(_open_text(path), encoding="utf-8-sig", newline="") as file:
         try:
@@ -632,11 +649,13 @@ def _find_reader(path: Path):
 
 
 def _check_file(path: Path) -> None:
-    "Raise `UserError` for an unsupported kind of file, and for a Git LFS pointer."
+    "Raise `UserError` for an unsupported kind of file, for a pipe or a device, and for a Git LFS pointer."
     if path.suffix.lower() in _WORKBOOKS:
         raise UserError(f"{_show_path(path)} is a spreadsheet: save it as CSV UTF-8 (Excel: File, Save As), and give that file")
     if _find_reader(path) is None:
         raise UserError(f"{_show_path(path)} has no known suffix: give {', '.join(_READERS)} (also with {', '.join(_COMPRESSED)})")
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):  # opening a folder says so itself
+        raise UserError(f"{_show_path(path)} is a pipe or a device, not a file: write what it gives to a file, and name that")
     with open(path, "rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise UserError(f"{_show_path(path)} is {_NOT_TEXT[_POINTER]}")
@@ -653,8 +672,8 @@ def read_rows(path: Path, choose: Callable[[list[str]], list[str]] | None = None
         for found in reader(path, choose) if reader in (_read_parquet, _read_arrow) else reader(path):
             row += 1
             yield found
-    except (OSError, EOFError, RuntimeError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
-        why = show_name(getattr(error, "strerror", None) or first_line(error), 300)
+    except (OSError, EOFError, RuntimeError, MemoryError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
+        why = "not enough memory" if isinstance(error, MemoryError) else show_name(getattr(error, "strerror", None) or first_line(error), 300)
         raise UserError(f"{_show_path(path)} can't be read after row {row} ({why}): check that it is complete, "
                         "and compressed as its name says") from error
 
@@ -943,14 +962,46 @@ def _rows_of_object(source, split: str, choose: Callable | None) -> Iterable[dic
     own = hasattr(source, "with_format") and (getattr(source, "format", None) or {}).get("type") != "custom"
     return _select_columns(source.with_format(None) if own else source, choose)
 
+# %% ../nbs/73_readers.ipynb #d92b3f38
+_MOST_ENTRIES = 200_000  # files and folders that a pattern looks at
+
+
+def _match_files(folder: Path, parts: tuple[str, ...], seen: list) -> Iterator[Path]:
+    "Yield the files below a folder that the parts of a pattern name, as glob does, but for links to folders, in which `**` doesn't look. `seen` counts."
+    if parts[0] == "**":
+        while parts[1:2] == ("**",):
+            parts = parts[1:]
+        yield from _match_files(folder, parts[1:] or ("*",), seen)
+    elif not glob.has_magic(parts[0]):
+        below = folder / parts[0]
+        yield from _match_files(below, parts[1:], seen) if parts[1:] else [below] * os.path.isfile(below)
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:  # not a folder, or not ours to read
+        return
+    seen += entries
+    if len(seen) > _MOST_ENTRIES:
+        raise UserError(f"more than {_MOST_ENTRIES:,} files and folders are where this pattern looks: begin it with a folder nearer to the data")
+    for entry in entries:
+        if parts[0] == "**":
+            if not entry.name.startswith(".") and not entry.is_symlink() and os.path.isdir(entry.path):
+                yield from _match_files(folder / entry.name, parts, seen)
+        elif fnmatch.fnmatch(entry.name, parts[0]) and (parts[0].startswith(".") or not entry.name.startswith(".")):
+            yield from _match_files(folder / entry.name, parts[1:], seen) if parts[1:] else [folder / entry.name] * os.path.isfile(entry.path)
+
 
 def _files_of_pattern(source: str) -> list[Path]:
-    "Return the data files that a pattern (data/*.jsonl) names, sorted. Raise `UserError` for none."
-    found = sorted(Path(name) for name in glob.glob(str(Path(source).expanduser()), recursive=True) if Path(name).is_file())
+    "Return the data files that a pattern (data/*.jsonl) names, sorted. Raise `UserError` for none, and for one that looks through too many folders."
+    parts = Path(source).expanduser().parts
+    place = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    try:
+        found = sorted({*_match_files(Path(*parts[:place]), parts[place:], [])})
+    except UserError as error:
+        raise UserError(f"{show_name(source)}: {error}") from error
     read = [file for file in found if _find_reader(file) or file.suffix.lower() in _WORKBOOKS]
     if not read:
-        parts = Path(source).expanduser().parts
-        place = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
+        place = Path(*parts[:place])
         what = f"holds {_list_folder(place)}" if place.is_dir() else "is not there"
         raise UserError(f"no data file matches {show_name(source)}: the folder {_show_path(place)} {what}")
     if other := [file for file in found if file not in read]:

@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import jinja2
@@ -288,11 +289,14 @@ def choose_window(steps: int) -> int:
 
 def running_mean(points: Points, window: int = 10) -> Points:
     "Return the mean of each value and those before it, `window` in all."
-    means = []
-    for i, (step, _) in enumerate(points):
-        values = [value for _, value in points[max(0, i - window + 1) : i + 1]]
-        means.append((step, math.fsum(values) / len(values)))
-    return means
+    values, means, before = [value for _, value in points], [], []
+    for start in range(0, len(points), window):  # in blocks, so that each value is added twice, however long the window is
+        block = values[start : start + window]
+        after = [*accumulate(reversed(before))][::-1]  # after[i]: the sum of the block before from its value i on
+        for i, total in enumerate(accumulate(block)):
+            means.append((total + sum(after[i + 1 : i + 2])) / min(start + i + 1, window))
+        before = block
+    return [(step, mean) for (step, _), mean in zip(points, means)]
 
 # %% ../nbs/71_report.ipynb #33c9f93d
 @dataclass

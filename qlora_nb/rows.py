@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from datasets import Dataset, IterableDataset
 
 # %% ../nbs/12_data.ipynb #96757b5a
-from .core import EMBEDDED_DATA, HUB_DATA, UserError
+from .core import EMBEDDED_DATA, HUB_DATA, TOO_DEEP, UserError
 from .readers import format_count, open_data_source
 from qlora_nb.schemas import (
     KNOWN_SCHEMAS,
@@ -56,6 +56,9 @@ def _with_system(turns: list[dict], system: str | bool | None, known: bool = Fal
 _MORE = {"reasoning_content": "reasoning", "tool_calls": "tool calls", "tools": "tools", "name": "names", "weight": "replies not to learn"}
 
 
+MOST_EQUAL = 10_000  # rows that are the same, one after another
+
+
 class _RowReader:
     "A reader that turns rows into messages, and counts what of them wasn't used."
 
@@ -73,9 +76,16 @@ class _RowReader:
         self.unused = Counter()  # by mark
         self.plain = {}  # columns that have no bearing on the replies
 
+    def find_schema(self, names: list[str]):
+        "Return the schema of these columns. Raise `UserError`, with the source, where none fits."
+        try:
+            return find_schema(names, self.columns)
+        except UserError as error:
+            raise UserError(f"{self.what}: {error}") from error
+
     def choose(self, names: list[str]) -> list[str]:
         "Return the columns to read, out of those that are there: the conversation's, and those that say more about the replies."
-        needed = find_schema(names, self.columns).reads(names)
+        needed = self.find_schema(names).reads(names)
         needed += [name for name in names if name == MARKS_COLUMN or kind_of(name)]
         self.filled = True  # only sources with columns are asked
         self.plain.update(dict.fromkeys(name for name in names if name not in needed))
@@ -89,7 +99,7 @@ class _RowReader:
             raise UserError(f"{self.what} has no rows: give at least one")
         if odd := [(i, type(row).__name__) for i, row in enumerate(head, 1) if not isinstance(row, dict)]:
             raise UserError(f"{self.what}, row {odd[0][0]}, holds rows of type {odd[0][1]}: give dicts of columns")
-        self.schema = find_schema(list(dict.fromkeys(name for row in head for name in row)), self.columns)
+        self.schema = self.find_schema(list(dict.fromkeys(name for row in head for name in row)))
         return islice(chain(head, rows), limit)
 
     @property
@@ -99,11 +109,16 @@ class _RowReader:
 
     def read(self, rows: Iterable[dict]) -> Iterator[Conversation]:
         "Yield the conversation of each row. Raise `UserError` with the row's number."
+        last, same = None, 0
         for number, row in enumerate(rows, 1):
             try:
-                yield self.read_row(row)
-            except UserError as error:
-                raise UserError(f"{self.what}, row {number}: {error}") from error
+                found = self.read_row(row)
+                last, same = found, same + 1 if found == last else 0
+                if same > MOST_EQUAL:
+                    raise UserError(f"it is the same as the {MOST_EQUAL:,} rows before it: leave the repetitions out, and train for more epochs instead")
+                yield found
+            except (UserError, RecursionError) as error:
+                raise UserError(f"{self.what}, row {number}: {TOO_DEEP if isinstance(error, RecursionError) else error}") from error
 
     def read_row(self, row: dict) -> Conversation:
         "Return the conversation of a row; columns with no bearing on the replies may be given by name alone."

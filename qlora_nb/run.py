@@ -29,12 +29,17 @@ from qlora_nb.core import (
     EMBEDDED_FOLDER,
     EMBEDDED_MODEL,
     EMBEDDED_NAME,
+    MOST_LEVELS,
     PROFILES,
     SMALL_NAME,
+    TOO_DEEP,
     Profile,
     UserError,
     check_fields,
     encode_value,
+    is_deep,
+    parse_json_file,
+    parse_json_text,
     parse_yaml,
     profile,
     public_name,
@@ -134,12 +139,12 @@ def parse_mapping(text: str, words: bool = False) -> dict | None:
     "Return the mapping that a flag gives, as JSON or as `name=value,name=value`; None if it gives none. `words`: values stay text."
     def value(word: str):
         with contextlib.suppress(ValueError):
-            return word if words else json.loads(word.lower() if word.lower() in ("true", "false") else word)
+            return word if words else parse_json_text(word.lower() if word.lower() in ("true", "false") else word)
         return word
 
     if text.lstrip().startswith("{"):
         with contextlib.suppress(ValueError):
-            return json.loads(text)
+            return parse_json_text(text)
         return None
     parts = [[side.strip() for side in part.split("=", 1)] for part in text.split(",") if part.strip()]
     return {name: value(word) for name, word in parts} if parts and all(len(part) == 2 and all(part) for part in parts) else None
@@ -160,6 +165,8 @@ def check_template_kwargs(template_kwargs: Mapping) -> None:
     for name in template_kwargs:
         if not name.isidentifier() or name in RENDERING_NAMES:
             raise UserError(f"template_kwargs has {name!r}, which isn't a chat template's switch: give one that its text reads, such as enable_thinking")
+    if is_deep(dict(template_kwargs)):
+        raise UserError(f"template_kwargs has a value of which {TOO_DEEP}: give up to {MOST_LEVELS} levels of lists and mappings")
 
 
 def _jinja_literal(value) -> str:
@@ -187,7 +194,7 @@ def parse_questions(value) -> int | tuple | None:
     "Return `sample_prompts`: a number of held-out rows, or questions, of which text is one unless it is a JSON list; None for anything else."
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
-            value = json.loads(value)
+            value = parse_json_text(value)
     if type(value) is int:
         return value
     questions = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
@@ -414,7 +421,7 @@ if hasattr(os, "register_at_fork"):
 def describe_holder(file: Path) -> str:
     "Return who holds a lock, for a sentence."
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json_file(file)
         return f"by process {found['pid']:d} on {found['host']:.60} ({found['what']:.60}), since {found['since']:.30}"
     except (OSError, ValueError, TypeError, KeyError):  # not yet written, or gone
         return "by another process"
@@ -565,7 +572,7 @@ class RunFolder:
         signs = ("adapter", "checkpoints", "versions.json", "metrics.jsonl", "summary.json")
         around = (place, place.parent, *([place.parent.parent] if place.parent.name == "checkpoints" else []))
         for folder in around:
-            if not (folder / "config.yaml").is_file() or not any((folder / name).exists() for name in signs):
+            if not os.path.lexists(folder / "config.yaml") or not any((folder / name).exists() for name in signs):
                 continue
             config = read_config(folder / "config.yaml")
             if {"format", "fingerprints"} & set(config) or not set(config) & set(_FIELDS):  # else it is a file of the user's own

@@ -97,7 +97,7 @@ def _overridden_schema(columns: list[str], override: dict) -> Schema:
     if unknown := [role for role in override if role not in _ROLES]:
         raise UserError(f"columns= (--columns) has the key {unknown[0]!r}: the keys are {', '.join(_ROLES)}, the values are your columns")
     if missing := [c for c in override.values() if c not in columns]:
-        raise UserError(f"columns= (--columns) names {missing[0]!r}, which is not a column: found {', '.join(columns)}")
+        raise UserError(f"columns= (--columns) names {missing[0]!r}, which is not a column: found {list_names(columns)}")
     if "messages" not in override and not {"prompt", "response"} <= set(override):
         raise UserError("columns= (--columns) must name messages, or prompt and response")
     return Schema("named by you", **override)
@@ -112,7 +112,7 @@ def _fit_schema(schema: Schema, columns: list[str]) -> Schema | None:
 # %% ../nbs/74_schemas.ipynb #740000f2
 def _refuse_columns(columns: list[str]):
     "Raise `UserError` for columns that no schema fits."
-    found = ", ".join(columns) or "none"
+    found = list_names(columns)
     better = next((name for name in columns if bare_name(name) in _BETTER), None)
     if better and any(kind_of(name) == "pairs" for name in columns if name != better):
         prompt = next((name for name in columns if bare_name(name) in _PROMPTS), None)
@@ -147,7 +147,7 @@ def find_schema(columns: list[str], override: dict | None = None) -> Schema:
         _refuse_columns(columns)
     if len(fits) > 1:
         names = "; ".join(str(s) for s in fits)
-        raise UserError(f"the columns {', '.join(columns)} can be read in {len(fits)} ways: {names}. Choose one with columns= (--columns)")
+        raise UserError(f"the columns {list_names(columns)} can be read in {len(fits)} ways: {names}. Choose one with columns= (--columns)")
     others = {"system": "systemInstruction" if fits[0].name == "contents" else "system"} | ({"input": "input"} if fits[0].name == "Alpaca" else {})
     others = {role: fit.system for role, name in others.items() if (fit := _fit_schema(Schema(role, system=name), columns))}
     return replace(fits[0], **others)
@@ -395,11 +395,17 @@ def _read_plain(row: dict, schema: Schema) -> Conversation | None:
     return turns and Conversation(turns, None, [f"info column {name}" for name in rest if not is_empty(row[name])])
 
 # %% ../nbs/74_schemas.ipynb #740000f8
+MOST_TURNS = 20_000  # of a conversation; no model's context holds as many
+
+
 def canonical_row(row: dict, schema: Schema | None = None, *, filled: bool = False) -> Conversation:
     """Return the conversation of a row: raw, or made by `load_sft_dataset`; doing it twice changes nothing.
 
-    `schema`: which columns hold it; None: `messages`. `filled`: nulls inside objects come from Arrow and are ignored."""
+    `schema`: which columns hold it; None: `messages`. `filled`: nulls inside objects come from Arrow and are ignored.
+    Raise `UserError` for one that can't be read."""
     schema = schema or _MESSAGES
+    if isinstance(turns := row.get(schema.messages), list) and len(turns) > MOST_TURNS:
+        raise UserError(f"it has {len(turns):,} turns; more than {MOST_TURNS:,} are not read: split the conversation, or leave it out")
     return _read_plain(row, schema) or _RowTurns(row, schema, filled).conversation()
 
 # %% ../nbs/74_schemas.ipynb #74000034

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .chat_templates import stop_tokens
 from .core import UserError, escape_controls, read_objects, write_jsonl
+from .decoding import check_first_logits
 from .generation import Reply, as_conversation, generation_mode, input_device, to_reply
 from .gguf_header import read_gguf_values
 from .llama import chat_server, stream_chat
@@ -109,7 +110,7 @@ class ModelSpeaker:
             ids = torch.tensor([prompt_ids(as_conversation(turns), self.tokenizer, **self.how)], device=input_device(self.model))
             try:
                 self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, eos_token_id=stops, pad_token_id=pad,
-                                    use_cache=True, streamer=stream, **sampling)
+                                    use_cache=True, streamer=stream, logits_processor=[check_first_logits(ids.shape[1])], **sampling)
             except KeyboardInterrupt as stop:
                 answer_ctrl_c(stop)
                 interrupted = True

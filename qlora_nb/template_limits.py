@@ -29,9 +29,13 @@ CHARACTERS_A_STEP = 16
 _ITEM = 100  # what a list's item counts for as text
 
 
-def too_much(what: str) -> UserError:
+class CostlyTemplate(UserError):
+    "A chat template that costs more than its limits."
+
+
+def too_much(what: str) -> CostlyTemplate:
     "Return the error for a template that costs more than its limits."
-    return UserError(f"the chat template {what}: use the template that was published for this model, or name another (template=)")
+    return CostlyTemplate(f"the chat template {what}: use the template that was published for this model, or name another (template=)")
 
 
 def count_cost(value) -> int:

@@ -23,6 +23,7 @@ import pytest
 
 from qlora_nb.core import EMBEDDED_FOLDER, EMBEDDED_MODEL, file_sha256
 from qlora_nb.manifest import write_manifest
+from qlora_nb.run import RUN_FORMAT
 
 random_bytes = random.Random(0).randbytes
 SECONDS = 10  # of CPU; a process that waits (for a pipe) is stopped after SILENT seconds of the clock
@@ -271,6 +272,8 @@ for name in IN_DOORS:
     add("chat template", f"{name}, in chat", a_run(at("adapter", alone)), ("chat", "run", "--message", "2+2?", "--max-new-tokens", "2"), "template")
     add("chat template", f"{name}, in check", a_model(alone), ("check", str(EMBEDDED_FOLDER / "data" / "heldout.parquet"), "--model", "model"), "template", (1, 2))
     add("chat template", f"{name}, in train", a_model(alone), (*TRAIN, "--model", "model"), "template", (1, 2), often=name == "center")
+    add("chat template", f"{name}, in answer", lambda f, alone=alone: (a_run(at("adapter", alone))(f), write("prompts.txt", "2+2?\n" * 200)(f)), ("answer", "prompts.txt", "run", "--max-new-tokens", "2"), "template", (1, 2))
+    add("chat template", f"{name}, in evaluate", a_run(at("adapter", alone)), ("evaluate", "run", "--limit", "20", "--max-new-tokens", "2"), "template", (1, 2))
     add("chat template", f"{name}, in tokenizer_config.json", a_model(at("", lambda f: (f / "chat_template.jinja").unlink(), turned)),
         ("chat", "--model", "model", "--message", "2+2?"), "template")
 GO = {
@@ -308,6 +311,8 @@ ADAPTERS = {
     "targets nested deep": ({"target_modules": json.loads(deep(500))}, "target_modules"),
     "a hundred thousand targets": ({"target_modules": [f"layer{i}" for i in range(100_000)]}, "adapter"),
     "a hundred thousand ranks": ({"rank_pattern": {f"layer{i}": 4 for i in range(100_000)}}, None),
+    "a hundred thousand exclusions": ({"exclude_modules": [f"layer{i}" for i in range(100_000)]}, None),
+    "a hundred thousand endings of one name": ({"target_modules": [f"layer{i}.q_proj" for i in range(100_000)] + ["q_proj"]}, None),
     "targets that are a number": ({"target_modules": 7}, "target_modules"),
     "targets that are null": ({"target_modules": None}, "adapter"),
     "modules_to_save that is text": ({"modules_to_save": EVIL}, "adapter"),
@@ -343,6 +348,7 @@ ADAPTERS = {
     "a corda_config": ({"corda_config": {"cache_file": "/etc/passwd"}}, None),
     "an eva_config": ({"eva_config": {"rho": 10**9}}, None),
     "trainable tokens beyond the vocabulary": ({"trainable_token_indices": [10**9]}, "adapter"),
+    "trainable tokens from the vocabulary's end on": ({"trainable_token_indices": [768, 10**9]}, "adapter"),
     "trainable tokens that are text": ({"trainable_token_indices": "evil"}, "trainable_token_indices"),
     "a key of a million letters": ({"x" * 10**6: 1}, "adapter"),
     "a hundred thousand unknown keys": ({f"evil_{i}": 1 for i in range(100_000)}, "adapter"),
@@ -404,7 +410,7 @@ def fill(value, kind=None):
 
 NUMBERS = {
     "NaN": fill(float("nan")), "infinity": fill(float("inf")), "1e38": fill(1e38), "64 bits": fill(0, "float64"), "integers": fill(0, "int32"), "8-bit floats": fill(0, "float8_e4m3fn"),
-    "complex numbers": fill(0, "complex64"), "true and false": fill(0, "bool"),
+    "1e20": fill(1e20), "complex numbers": fill(0, "complex64"), "true and false": fill(0, "bool"),
     "another shape": lambda f, k, t: f.update({k: f[k][:1]}), "no elements": lambda f, k, t: f.update({k: f[k][:0]}), "a number without a shape": lambda f, k, t: f.update({k: t.tensor(1.0)}),
     "a tensor less": lambda f, k, t: f.pop(k), "no tensors": lambda f, k, t: f.clear(), "a tensor more": lambda f, k, t: f.update({"evil": f[k].clone()}),
     "a name with control characters": lambda f, k, t: f.update({"\x1b[2J\a" + k: f[k].clone()}), "20,000 tensors more": lambda f, k, t: f.update({f"evil.{i}": t.zeros(1) for i in range(20_000)}),
@@ -550,11 +556,11 @@ for command in ("export", "certify"):
         for file in ("config.yaml", "adapter/adapter_config.json", "adapter/tokenizer.json"):
             add("run folder", f"{command}, {file} is {name}", a_run(put(file, VALUES[name])), COMMANDS[command], None, (0, 1, 2))
 SETTINGS = {
-    "format is a list": "format: [2]", "lora_alpha is 1e400": "format: 2\nlora_alpha: 1e400", "steps of 1e30": "format: 2\nmax_steps: 1000000000000000000000000000000", "a model that is a list": "format: 2\nmodel: [a]", "a scorer of its own": "format: 2\nscorer: os.system",
-    "a seed of 1e30": "format: 2\nseed: 1000000000000000000000000000000", "a seed below zero": "format: 2\nseed: -1", "a revision that is a path": "format: 2\nmodel: a/b\nrevision: ../../etc", "data that is a device": "format: 2\ndata: /dev/zero", "a template that is a bomb": "format: 2\ntemplate: '{{ \"a\" * 10**10 }}'",
-    "switches that are a list": "format: 2\ntemplate_kwargs: [1]", "a learning rate of NaN": "format: 2\nlearning_rate: .nan", "a dropout of 7": "format: 2\nlora_dropout: 7", "a rank of a billion": "format: 2\nr: 1000000000", "a batch of a billion": "format: 2\nper_device_train_batch_size: 1000000000000",
-    "a length of 1e12": "format: 2\nmax_seq_length: 1000000000000", "an optimizer of its own": "format: 2\noptim: evil", "a schedule of its own": "format: 2\nlr_scheduler_type: evil", "10,000 unknown settings": "format: 2\n" + "".join(f"evil{i}: 1\n" for i in range(10_000)),
-    "a setting of a million letters": "format: 2\n" + "x" * 10**6 + ": 1", "report_to of its own": "format: 2\nreport_to: [evil]", "epochs of 1e300": "format: 2\nnum_train_epochs: 1.0e+300", "a target that is a pattern": f"format: 2\ntarget_modules: ['{EVIL}']",
+    "format is a list": "format: [2]", "lora_alpha is 1e400": "format: 3\nlora_alpha: 1e400", "steps of 1e30": "format: 3\nmax_steps: 1000000000000000000000000000000", "a model that is a list": "format: 3\nmodel: [a]", "a scorer of its own": "format: 3\nscorer: os.system",
+    "a seed of 1e30": "format: 3\nseed: 1000000000000000000000000000000", "a seed below zero": "format: 3\nseed: -1", "a revision that is a path": "format: 3\nmodel: a/b\nrevision: ../../etc", "data that is a device": "format: 3\ndata: /dev/zero", "a template that is a bomb": "format: 3\ntemplate: '{{ \"a\" * 10**10 }}'",
+    "switches that are a list": "format: 3\ntemplate_kwargs: [1]", "a learning rate of NaN": "format: 3\nlearning_rate: .nan", "a dropout of 7": "format: 3\nlora_dropout: 7", "a rank of a billion": "format: 3\nr: 1000000000", "a batch of a billion": "format: 3\nper_device_train_batch_size: 1000000000000",
+    "a length of 1e12": "format: 3\nmax_seq_length: 1000000000000", "an optimizer of its own": "format: 3\noptim: evil", "a schedule of its own": "format: 3\nlr_scheduler_type: evil", "10,000 unknown settings": "format: 3\n" + "".join(f"evil{i}: 1\n" for i in range(10_000)),
+    "a setting of a million letters": "format: 3\n" + "x" * 10**6 + ": 1", "report_to of its own": "format: 3\nreport_to: [evil]", "epochs of 1e300": "format: 3\nnum_train_epochs: 1.0e+300", "a target that is a pattern": f"format: 3\ntarget_modules: ['{EVIL}']",
 }
 for name, text in SETTINGS.items():
     add("YAML", f"a setting: {name}", write("own.yaml", text + "\n"), ("train", "--max-steps", "1", "--eval-rows", "1", "--limit", "20", "--output", "out", "--config", "own.yaml") if "max_steps" not in text
@@ -562,14 +568,15 @@ for name, text in SETTINGS.items():
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
 
+assert RUN_FORMAT == 3  # in SETTINGS and YAMLS: with another number they would be refused for that alone
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
 YAMLS = {
-    "a billion laughs": LAUGHS, "a billion laughs in a setting": LAUGHS + "template_kwargs: {a: *a11}\nformat: 2\n", "laughs by merging": "a0: &a0 {k0: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}], k{i}: 1}}\n" for i in range(1, 12)),
-    "an alias of itself": "format: 2\na: &a [*a]\n", "3,000 deep": "a: " + deep(3000), "3,000 deep by lines": "\n".join(" " * i + "a:" for i in range(3000)), "100,000 deep": deep(100_000), "100,000 deep objects": "{a: " * 100_000, "a python tag": "format: !!python/object/apply:os.system ['touch ran']\n",
-    "a python name": "format: !!python/name:os.system\n", "a tag of its own": "format: !evil 2\n", "a merge of a list": "<<: [1]\nformat: 2\n", "a merge of text": "<<: a\n", "a huge number": "format: 2\nseed: " + "9" * 10**6 + "\n", "a huge number by sixties": "format: 2\nseed: " + "59:" * 10**5 + "59\n",
-    "a huge number in hex": "format: 2\nseed: 0x" + "f" * 10**6 + "\n", "a duplicate setting": "format: 2\nseed: 1\nseed: 2\n", "keys that are lists": "? [a]\n: 1\n", "keys that are objects": "? {a: 1}\n: 1\n", "several documents": "a: 1\n---\nb: 2\n", "a tab": "a:\n\t- b\n", "a NUL": "format: 2\na: \0\n", "an impossible date": "format: 2\nseed: 2026-99-99\n",
-    "a date": "format: 2\nseed: 2026-12-01\n", "binary in base 64": "format: 2\nmodel: !!binary aGVsbG8=\n", "a set": "format: 2\nmodel: !!set {a, b}\n", "a million keys": "".join(f"k{i}: 1\n" for i in range(10**6)), "100,000 anchors": "".join(f"k{i}: &k{i} 1\n" for i in range(10**5)), "a text of 50 MB": "format: 2\nmodel: " + "x" * 50_000_000,
-    "random bytes": random_bytes(5000), "UTF-32": "format: 2\nseed: 1\n".encode("utf-32"), "quotes that don't end": 'format: "2', "brackets that don't end": "[" * 50_000, "a thousand comments": "# a\n" * 10**6, "dashes": "- " * 5000, "question marks": "? " * 5000, "a directive": "%YAML 9.9\n---\nformat: 2\n", "100,000 directives": "%TAG ! evil\n" * 10**5,
+    "a billion laughs": LAUGHS, "a billion laughs in a setting": LAUGHS + "template_kwargs: {a: *a11}\nformat: 3\n", "laughs by merging": "a0: &a0 {k0: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}], k{i}: 1}}\n" for i in range(1, 12)),
+    "an alias of itself": "format: 3\na: &a [*a]\n", "3,000 deep": "a: " + deep(3000), "3,000 deep by lines": "\n".join(" " * i + "a:" for i in range(3000)), "100,000 deep": deep(100_000), "100,000 deep objects": "{a: " * 100_000, "a python tag": "format: !!python/object/apply:os.system ['touch ran']\n",
+    "a python name": "format: !!python/name:os.system\n", "a tag of its own": "format: !evil 2\n", "a merge of a list": "<<: [1]\nformat: 3\n", "a merge of text": "<<: a\n", "a huge number": "format: 3\nseed: " + "9" * 10**6 + "\n", "a huge number by sixties": "format: 3\nseed: " + "59:" * 10**5 + "59\n",
+    "a huge number in hex": "format: 3\nseed: 0x" + "f" * 10**6 + "\n", "a duplicate setting": "format: 3\nseed: 1\nseed: 2\n", "keys that are lists": "? [a]\n: 1\n", "keys that are objects": "? {a: 1}\n: 1\n", "several documents": "a: 1\n---\nb: 2\n", "a tab": "a:\n\t- b\n", "a NUL": "format: 3\na: \0\n", "an impossible date": "format: 3\nseed: 2026-99-99\n",
+    "a date": "format: 3\nseed: 2026-12-01\n", "binary in base 64": "format: 3\nmodel: !!binary aGVsbG8=\n", "a set": "format: 3\nmodel: !!set {a, b}\n", "a million keys": "".join(f"k{i}: 1\n" for i in range(10**6)), "100,000 anchors": "".join(f"k{i}: &k{i} 1\n" for i in range(10**5)), "a text of 50 MB": "format: 3\nmodel: " + "x" * 50_000_000,
+    "random bytes": random_bytes(5000), "UTF-32": "format: 3\nseed: 1\n".encode("utf-32"), "quotes that don't end": 'format: "2', "brackets that don't end": "[" * 50_000, "a thousand comments": "# a\n" * 10**6, "dashes": "- " * 5000, "question marks": "? " * 5000, "a directive": "%YAML 9.9\n---\nformat: 3\n", "100,000 directives": "%TAG ! evil\n" * 10**5,
 }
 for name, text in YAMLS.items():
     # ours may be a setting that is unknown, or a run that trains
@@ -694,7 +701,10 @@ DATA = {
     "Parquet, 100 deep": (parquet("data.parquet", lambda pa: nested(pa, 90)), "data.parquet", None), "Parquet, a footer of 2 GB": (damaged("data.parquet", huge_footer), "data.parquet", "data"), "Parquet, noise": (damaged("data.parquet", noise), "data.parquet", "data"), "Parquet, cut": (damaged("data.parquet", lambda c: c.__delitem__(slice(200, 400))), "data.parquet", "data"),
     "Parquet, a billion equal rows": (lambda f: repeated(f), "data.parquet", None), "a pipe": (lambda f: os.mkfifo(f / "data.jsonl"), "data.jsonl", "data.jsonl"), "/dev/zero": (lambda f: (f / "data.jsonl").symlink_to("/dev/zero"), "data.jsonl", "data.jsonl"), "/dev/zero itself": (lambda f: None, "/dev/zero", "zero"), "/dev/stdin": (lambda f: None, "/dev/stdin", "stdin"),
     "/proc/self/mem": (lambda f: None, "/proc/self/mem", "mem"), "a link to itself": (lambda f: (f / "data.jsonl").symlink_to(f / "data.jsonl"), "data.jsonl", "data.jsonl"), "a folder of links to itself": (lambda f: ((f / "data").mkdir(), [(f / "data" / str(i)).symlink_to(f / "data") for i in range(6)]), "data", "data"), "a folder of 20,000 files": (lambda f: many(f), "data", None),
-    "a path of 10,000 letters": (lambda f: None, "x" * 10_000, "file|name"), "a path that goes up": (lambda f: None, "../../../../etc/passwd", "passwd"), "a pattern that is everything": (lambda f: None, "/**/*", "|"), "a dataset script": (lambda f: (write("data/data.py", OPEN)(f)), "data", "data"), "a folder saved by datasets with code": (lambda f: (write("data/state.json", "{}")(f), write("data/ran.py", OPEN)(f)), "data", "data"),
+    "a path of 10,000 letters": (lambda f: None, "x" * 10_000, "file|name"), "a path that goes up": (lambda f: None, "../../../../etc/passwd", "passwd"), "a pattern that is everything": (lambda f: None, "/**/*", "|"), "a pattern that is everything, and nothing": (lambda f: None, "/**/nothing.jsonl", "pattern|match"), "a pattern of stars": (lambda f: None, "/" + "**/" * 500 + "*", "pattern"), "a pattern over links to itself": (lambda f: (many_links(f), write("data/train.jsonl", ROW * 20)(f)), "data/**/*", None), "a pattern deeper than Python's stack": (lambda f: None, "/" + "*/" * 3000, "name|pattern"),
+    "150 deep in a row": (write("data.jsonl", ROW * 20 + b'{"question": ' + deep(150).encode() + b', "answer": "b"}\n'), "data.jsonl", "deep"), "literals 150 deep": (write("data.jsonl", (b"{'question': " + deep(150).encode() + b", 'answer': 'b'}\n") * 20), "data.jsonl", "deep"), "a cell of JSON 900 deep": (write("data.csv", ('messages\n"' + deep(900) + '"\n').encode() * 1), "data.csv", None),
+    "6 GB of blanks, a JSON": (lambda f: sparse(f, b" ", "data.json"), "data.json", "MB"), "zeros of 6 GB, a JSON": (lambda f: sparse(f, b"\0", "data.json"), "data.json", "data"), "blank lines, then rows": (write("data.jsonl", lambda: b"\n" * 10**7 + ROW * 20), "data.jsonl", None), "gzip, 6 GB of equal rows": (gz_members("data.jsonl.gz", ROW), "data.jsonl.gz", None),
+    "a dataset script": (lambda f: (write("data/data.py", OPEN)(f)), "data", "data"), "a folder saved by datasets with code": (lambda f: (write("data/state.json", "{}")(f), write("data/ran.py", OPEN)(f)), "data", "data"),
     "6 GB of blank lines, plain": (lambda f: sparse(f, b"\n"), "data.jsonl", "blank|rows"),
 }
 
@@ -730,8 +740,14 @@ def many(folder):
         (folder / "data" / f"{i}.txt").touch()
 
 
-def sparse(folder, byte):
-    with open(folder / "data.jsonl", "wb") as file:
+def many_links(folder):
+    (folder / "data").mkdir()
+    for i in range(6):
+        (folder / "data" / str(i)).symlink_to(folder / "data")
+
+
+def sparse(folder, byte, name="data.jsonl"):
+    with open(folder / name, "wb") as file:
         for _ in range(16):
             file.write(byte * 2**26)
 
@@ -752,7 +768,7 @@ DOCTOR = {
     "binary": ("a.py", random_bytes(10_000)), "binary notebook": ("a.ipynb", random_bytes(10_000)), "deep JSON": ("a.ipynb", deep(100_000)), "cells that are a number": ("a.ipynb", '{"cells": 7}'), "cells that are objects": ("a.ipynb", '{"cells": {"a": 1}}'), "cells that are null": ("a.ipynb", '{"cells": [null]}'), "sources that are numbers": ("a.ipynb", '{"cells": [{"cell_type": "code", "source": 7}]}'),
     "metadata that is a list": ("a.ipynb", '{"cells": [], "metadata": [1]}'), "brackets 100,000 deep": ("a.py", deep(100_000)), "brackets 90 deep, nested calls": ("a.py", "f(" * 90 + ")" * 90), "attributes 50,000 deep": ("a.py", "a" + ".b" * 50_000), "a sum of 50,000": ("a.py", "x = " + "1 + " * 50_000 + "1"), "minus 50,000 times": ("a.py", "-" * 50_000 + "1"),
     "a line of 10 MB": ("a.py", "x = '" + "a" * 10**7 + "'"), "a number of a million digits": ("a.py", "x = " + "9" * 10**6), "a coding that isn't": ("a.py", "# coding: evil\nx = 1"), "a coding that runs": ("a.py", "# coding: rot13\nx = 1"), "UTF-7": ("a.py", b"# coding: utf-7\nx = '+AGE-'"), "NUL": ("a.py", "x = 1\0"), "an empty file": ("a.py", ""), "a million blank lines": ("a.py", "\n" * 10**6),
-    "a million assignments": ("a.py", "x = 1\n" * 300_000), "100,000 magics": ("a.py", "# %%\n!pip install x\n" * 100_000), "20,000 functions": ("a.py", "".join(f"def f{i}():\n    return f{i - 1}()\n" for i in range(20_000))), "functions in functions": ("a.py", "".join(" " * i + f"def f{i}():\n" for i in range(90)) + " " * 90 + "pass\n"), "names that follow each other": ("a.py", "".join(f"x{i + 1} = x{i}\n" for i in range(20_000)) + "x0 = x20000\ntrain(x20000)"),
+    "a million assignments": ("a.py", "x = 1\n" * 300_000), "100,000 magics": ("a.py", "# %%\n!pip install x\n" * 100_000), "100,000 magics without an exclamation mark": ("a.py", "pip install x\n" * 70_000), "magics among assignments": ("a.py", ("x = 1\n" * 1000 + "!ls\n") * 150), "20,000 functions": ("a.py", "".join(f"def f{i}():\n    return f{i - 1}()\n" for i in range(20_000))), "functions in functions": ("a.py", "".join(" " * i + f"def f{i}():\n" for i in range(90)) + " " * 90 + "pass\n"), "names that follow each other": ("a.py", "".join(f"x{i + 1} = x{i}\n" for i in range(20_000)) + "x0 = x20000\ntrain(x20000)"),
     "a name that doubles": ("a.py", "x0 = 'a'\n" + "".join(f"x{i + 1} = x{i} + x{i}\n" for i in range(60)) + "from trl import SFTTrainer\nSFTTrainer(x60, tokenizer=x60)\n"), "a text that multiplies": ("a.py", "x = 'a' * 10**12\nfrom trl import SFTTrainer\nSFTTrainer(x, max_seq_length=10**10**10)\n"), "f-strings, nested": ("a.py", "x = f'{" + "f\"{" * 1 + "1" + "}\"" * 1 + "}'\n"), "a lambda 500 deep": ("a.py", "x = " + "lambda: " * 500 + "1"),
     "control characters": ("a.py", "x = '\x1b[2J\x07'\nfrom trl import SFTTrainer\nSFTTrainer(m, tokenizer='\x1b]0;evil\x07')\n"), "a slow comment": ("a.py", "# " + "%" * 10**6), "slow spaces": ("a.py", "x = 1" + " " * 10**6 + "\n!" + " " * 10**6 + "pip"), "a slow magic": ("a.ipynb", json.dumps({"cells": [CELL | {"source": "!pip install " + "-" * 10**6}], "metadata": {}})),
 }
@@ -771,7 +787,9 @@ ARGUMENTS = {
        for value in ("1e400", "nan", "-1", "x", "9" * 400)},
     **{f"{command[0]} with {len(LONG):,} letters": (*command, LONG) for command in (("chat",), ("report",), ("diagnose",), ("export",), ("doctor",), ("check",), ("publish", "--repo", "a/b"), ("evaluate",), ("certify",), ("train", "--resume"), ("train", "--config"), ("train", "--model"), ("train", "--data"), ("train", "--output"), ("plan", "--model"), ("plan", "--gpu"), ("train", "--template"))},
     "a path of 10,000 folders": ("report", "a/" * 10_000), "a path that goes up 10,000 times": ("report", "../" * 10_000), "an unknown command of 10,000 letters": (LONG,), "an unknown flag of 10,000 letters": ("train", f"--{LONG}"), "10,000 arguments": ("certify", *["a"] * 10_000), "an empty path": ("report", ""), "a minus": ("report", "-"),
-    "--columns, 10,000 of them": ("check", "--columns", ",".join(f"a{i}=b" for i in range(10_000))), "--columns, deep": ("check", "--columns", '{"prompt": ' + deep(50_000) + "}"), "--template-kwargs, deep": ("check", "--template-kwargs", '{"a": ' + deep(50_000) + "}"), "--template-kwargs, a number of 5,000 digits": ("check", "--template-kwargs", "a=" + "9" * 5000),
+    "--columns, 10,000 of them": ("check", "--columns", ",".join(f"a{i}=b" for i in range(10_000))), "--columns, deep": ("check", "--columns", '{"prompt": ' + deep(50_000) + "}"), "--template-kwargs, deep": ("check", "--template-kwargs", '{"a": ' + deep(50_000) + "}"), "--template-kwargs, 900 deep": ("check", "--template-kwargs", '{"a": ' + deep(900) + "}"), "--template-kwargs, 150 deep": ("check", "--template-kwargs", '{"a": ' + deep(150) + "}"), "--columns, 900 deep": ("check", "--columns", '{"prompt": ' + deep(900) + "}"),
+    "a seed of 10,000 letters": ("train", "--seed", LONG), "an argument more, of 10,000 letters": ("report", "run", LONG), "10,000 arguments more": ("report", "run", *["a"] * 10_000), "a short flag of 10,000 letters": ("train", f"-{LONG}"), "a switch with a value of 10,000 letters": ("train", f"--packing={LONG}"), "an unknown flag before the command": (f"--{LONG}", "train"), "an unknown command with control characters": ("\x1b[2J\x07" * 3000,),
+    "--template-kwargs, a number of 5,000 digits": ("check", "--template-kwargs", "a=" + "9" * 5000),
     "--sample-prompts, deep": (*TRAIN, "--sample-prompts", deep(50_000)), "--template, a bomb": (*TRAIN, "--template", "{{ 'a' * 10**10 }}"), "--template, endless": ("check", "--template", TEMPLATES["an endless loop"]), "--target-modules, 10,000": (*TRAIN, "--target-modules", ",".join(f"a{i}" for i in range(10_000))), "--gpu, 1e400 GB": ("plan", "--gpu", "1e400 GB"), "--gpu, NaN GB": ("plan", "--gpu", "nan GB"),
     "--gpu, 10,000 digits": ("plan", "--gpu", "9" * 10_000 + " GB"), "--repo, a path": ("publish", "run", "--repo", "../../x"), "--export of 10,000 kinds": (*TRAIN, "--export", ",".join(["x"] * 10_000)), "a Hub name that goes up": ("chat", "--model", "../..", "a"), "a Hub name of 10,000 letters": ("chat", "--model", f"a/{LONG}", "b"),
 }
@@ -810,7 +828,7 @@ def run_case(name, folder):
     if seconds > SECONDS:
         return f"too slow; {shown}"
     last = next((line for line in reversed(ended.stderr.splitlines()) if line.startswith("qlora_nb: ")), "")
-    if code == 2 and not last and not isinstance(case.command, str) and "Usage" not in ended.stderr and "Try" not in ended.stderr:
+    if code == 2 and not last and not isinstance(case.command, str) and not re.search("Usage: |Error: ", ended.stderr):
         return f"no sentence; {shown}"
     if len(last) > LONGEST + 10 or len(ended.stderr) > 3 * LONGEST or max(map(len, text.splitlines() or [""])) > 5 * LONGEST:
         return f"a flood of {len(last):,} and {len(text):,} characters; {shown}"

@@ -735,15 +735,24 @@ def test_a_template_that_always_asks_is_named(tokenizer):
     [
         "{% for i in range(10 ** 9) %}{{ i }}{% endfor %}{{ '' }}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-        "{{ 'a' * (10 ** 30) }}",
         "{{ 1 // 0 }}",
         "{{ [][3] + 1 }}",
     ],
 )
 def test_a_hostile_template_is_refused(tokenizer, template):
     assert encoded(chat("a", "b"), tokenizer, template).code == "template_refused"
-    with pytest.raises(UserError, match="can't render these messages|asks for a text or list of more"):
+    with pytest.raises(UserError, match="can't render these messages"):
         render(chat("a"), tokenizer, template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 'a' * (10 ** 30) }}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ 1 }}"],
+)
+def test_a_template_that_costs_too_much_is_refused_for_all_rows_at_once(tokenizer, template):
+    for use in (encoded, render):
+        with pytest.raises(UserError, match="asks for a text or list of more|may have no end"):
+            use(chat("a", "b"), tokenizer, template)
 
 
 # --- nothing is lost ------------------------------------------------------------------------------------------------
