@@ -262,7 +262,7 @@ FLAG_GROUPS = {  # of `train`, in the order of its --help
     "Data": [*settings_of_part("data"), "system", "no_system", "max_seq_length", "truncation", "train_on", "drop_invalid", "drop_duplicates", "template", "template_kwargs"],
     "Adapter": settings_of_part("adapter"),
     "Training": ["config", "plan", "resume", "extend", "max_minutes", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "learning_rate",
-                 "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "seed", "loop"],  # and settings that are in no other group
+                 "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "seed", "loop", "gpus"],  # and settings that are in no other group
     "Evaluation": ["eval_rows", "max_new_tokens", "scorer", "base_data", "eval_steps", "early_stopping", "load_best_model_at_end", "sample_prompts"],
     "Output": ["output", "export", "logging_steps", "report_to", "save_steps", "save_total_limit"],
 }
@@ -1052,15 +1052,17 @@ def name_flags(text: str, command: str) -> str:
     return _FUNCTION.sub(lambda match: f"({_COMMANDS[match[1]]})", translated)
 
 # %% ../nbs/72_cli.ipynb #826fda92-18
-def refuse_several_processes() -> None:
-    "Raise `UserError` in the first of several processes that torchrun or accelerate started, and end the others."
-    count = os.environ.get("WORLD_SIZE", "1")
-    if not count.isdecimal() or int(count) < 2:
+def share_with_processes() -> None:
+    "Where torchrun or accelerate launch started several processes: the first one goes on with the command; the others work for its training, and end with it."
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(10)  # the launcher ends all processes with the first that ends: this must be the one with the message
-        raise SystemExit(2)
-    raise UserError(f"several processes are not supported yet, and {count} were started (WORLD_SIZE): start one, without torchrun or accelerate launch")
+    from qlora_nb.parallel import find_launch, run_worker_process
+
+    place = find_launch()
+    if place and place.rank:
+        if "train" in _command_line:
+            run_worker_process(place)
+        raise SystemExit(0)
 
 # %% ../nbs/72_cli.ipynb #72c0f001
 @contextlib.contextmanager
@@ -1082,7 +1084,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is None:
         atexit.register(ignore_signals)  # the first that is registered runs last: what follows takes the modules apart
     try:
-        refuse_several_processes()
+        share_with_processes()
         with refuse_long_names():
             app(arguments)
     except UserError as error:

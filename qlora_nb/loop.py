@@ -133,7 +133,7 @@ class BatchingLoop(ReportingLoop):
         loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.data_seed, non_blocking=arguments.accelerator_config.non_blocking)
         self.accelerator = Accelerator(mixed_precision=arguments.mixed_precision, dataloader_config=loading)
         if self.accelerator.num_processes > 1:
-            raise UserError(f"several processes are not supported yet, and {self.accelerator.num_processes} were started: start one, without torchrun or accelerate launch")
+            raise UserError(f"{self.accelerator.num_processes} processes were started by torchrun or accelerate launch, which is for `qlora_nb train`: in Python, start one and give it gpus={self.accelerator.num_processes}")
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.loader = self.accelerator.prepare(torch.utils.data.DataLoader(
             rows, arguments.per_device_train_batch_size, shuffle=True, collate_fn=collate or partial(pad_rows, pad=pad),
@@ -172,9 +172,8 @@ class SteppingLoop(BatchingLoop):
     tokens, targets, positions = 0, 0, 0  # trained on so far: without padding, with a label, with padding
     under_way = ()  # the points in the GPU's work at which the last two batches began
 
-    def take_step(self, batches: list[dict]) -> None:
-        "Run each micro-batch forward and backward, then take one step of the optimizer and of the schedule."
-        self.model.train()
+    def pass_batches(self, batches: list[dict]) -> None:
+        "Run each micro-batch forward and backward."
         counts = [count_learned(batch) for batch in batches]
         learned = sum(counts)
         for number, (batch, count) in enumerate(zip(batches, counts), 1):
@@ -186,6 +185,11 @@ class SteppingLoop(BatchingLoop):
             self.loss += loss.detach()
             if number < len(batches):
                 self.fire("substep_end")
+
+    def take_step(self, batches: list[dict]) -> None:
+        "Run the micro-batches, then take one step of the optimizer and of the schedule."
+        self.model.train()
+        self.pass_batches(batches)
         self.norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.fire("pre_optimizer_step")
         self.optimizer.step()
@@ -413,7 +417,7 @@ class TrainingLoop(ResumableLoop):
         self.fire("train_end")
 
 # %% ../nbs/53_loop.ipynb #53a00032
-def make_loop(model, tokenizer, rows, settings: Settings, folder: Path, callbacks: list, held_out: Callable[[], dict] | None = None) -> TrainingLoop:
+def make_loop(model, tokenizer, rows, settings: Settings, folder: Path, callbacks: list, held_out: Callable[[], dict] | None = None, kind: Callable = TrainingLoop) -> TrainingLoop:
     "Return a `TrainingLoop` over rows of `input_ids` and `labels`; takes the arguments of `make_trainer`. Raise `UserError` if no row has a label."
     from transformers.trainer_utils import align_special_tokens
 
@@ -432,7 +436,7 @@ def make_loop(model, tokenizer, rows, settings: Settings, folder: Path, callback
         weight.data = (weight.data.bfloat16() if getattr(model, "is_loaded_in_4bit", False) else weight.data).float()
     flat, collate = trains_in_one_tensor(model, settings.optim), join_rows if joined else None
     align_special_tokens(model, tokenizer)
-    loop = TrainingLoop(model, tokenizer, rows.with_format("numpy") if joined else rows, arguments, callbacks, held_out, collate, flat)
+    loop = kind(model, tokenizer, rows.with_format("numpy") if joined else rows, arguments, callbacks, held_out, collate, flat)
     schedule_evaluations(loop.args, settings)
     return loop
 

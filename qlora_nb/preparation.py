@@ -27,6 +27,7 @@ from .loop import check_checkpoint, check_loop, find_loop
 from .manifest import read_manifest
 from .memory import MemoryEstimate
 from .model import count_parameters
+from .parallel import check_sharing, count_processes
 from .plan import Plan, Rows, estimate_for_rows, format_gib, plan_training
 from .preflight import check_and_encode
 from .readers import format_count
@@ -141,6 +142,7 @@ def check_run_settings(model, settings: Settings) -> None:
         raise UserError("base_data was rows given in Python, which the configuration can't hold: give them again as base_data=")
     check_packing(settings, info["backend"], engine_of(model))
     check_loop(settings, info["backend"])
+    check_sharing(settings, info["backend"])
 
 # %% ../nbs/77_preparation.ipynb #77a00070
 def count_row_tokens(rows) -> list[int]:
@@ -530,7 +532,7 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
         "target_modules": lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules), **other_lora_settings(lora),
         "use_gradient_checkpointing": info.get("use_gradient_checkpointing", False),
         "random_state": info.get("random_state", 3407), "system": find_common_system(data),
-        **{name: record_setting(name, getattr(settings, name)) for name in settings_of_part("trainer", "loop")}, "trained_by": find_loop(settings, model),
+        **{name: record_setting(name, getattr(settings, name)) for name in settings_of_part("trainer", "loop")}, "trained_by": "own" if count_processes(settings.gpus) > 1 else find_loop(settings, model),
         **({"gguf": {name: info["gguf"][name] for name in ("file", "quantization")}} if info.get("gguf") else {}), "base_files": describe_base(info),
         **record_relative_paths({**source, "model": info["model"], "base_data": settings.base_data}),
         "fingerprints": {
@@ -541,7 +543,7 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
 
 # %% ../nbs/77_preparation.ipynb #77a00102
 SAME_IN_A_RUN = ("revision", "backend", "engine", "load_in_4bit", "dtype", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "target_modules", "random_state")
-MAY_CHANGE = ("logging_steps", "save_steps", "save_total_limit", "report_to", "sample_prompts")  # settings of a run on its way, to the same adapter and figures
+MAY_CHANGE = ("gpus", "logging_steps", "save_steps", "save_total_limit", "report_to", "sample_prompts")  # settings of a run on its way, to the same adapter and figures
 
 
 def is_deciding(name: str, config: Mapping) -> bool:

@@ -92,6 +92,7 @@ class Settings:
     max_grad_norm: float = settings_field(1.0, "longer gradients are clipped to this", positive=True)
     packing: bool = settings_field(False, "several rows in one sequence")
     loop: str | None = settings_field(None, "trl: train by TRL's SFTTrainer; own: by this package's own loop, which one can read; default: own where the engine trains, else trl", part="loop", choices=("own", "trl"))
+    gpus: int | str | None = settings_field(None, "processes that share each step, one a GPU (all: as many as there are); without a GPU they share the CPU; default: one", part="loop", positive=True)
     logging_steps: int = settings_field(1, "steps between two lines of metrics", positive=True)
     save_steps: int = settings_field(50, "steps between two checkpoints", positive=True)
     save_total_limit: int = settings_field(2, "checkpoints to keep, the newest; the best by held-out loss is never deleted", positive=True)
@@ -218,6 +219,13 @@ def _converted(value, kinds: tuple[type, ...]):
             return value if kind is float and type(value) is int else kind(value)
     return None
 
+# %% ../nbs/50_run.ipynb #864fc0fc
+def parse_gpus(value) -> int | str | None:
+    "Return a number of processes, or `all`; None for anything else."
+    if isinstance(value, str) and value.isdecimal() and len(value) < 10:
+        value = int(value)
+    return value if value == "all" or type(value) is int else None
+
 # %% ../nbs/50_run.ipynb #50a0ee01
 DATA_FROM_PYTHON = "(given in Python)"  # in config.yaml, for what has no name
 
@@ -250,9 +258,9 @@ def check_setting(name: str, value):
         return None
     words = dict[str, str] in kinds
     kinds = tuple(get_origin(kind) or kind for kind in kinds if kind is not type(None))
-    found = parse_questions(value) if name == "sample_prompts" else _as_mapping(value, words) if dict in kinds else _converted(value, kinds)
+    found = parse_questions(value) if name == "sample_prompts" else parse_gpus(value) if name == "gpus" else _as_mapping(value, words) if dict in kinds else _converted(value, kinds)
     if found is None:
-        wanted = "how many held-out rows, or questions" if name == "sample_prompts" else " or ".join(_NAMES[kind] for kind in kinds)
+        wanted = {"sample_prompts": "how many held-out rows, or questions", "gpus": "how many, or all"}.get(name) or " or ".join(_NAMES[kind] for kind in kinds)
         raise UserError(f"{name} is {value!r}: give {wanted}")
     if (choices := _FIELDS[name].metadata["choices"]) and found not in choices:
         raise UserError(f"{name} is {found!r}: choose {' or '.join(choices)}")

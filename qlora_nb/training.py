@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from .loading import quiet_libraries
 from .loop import choose_loop
 from .manifest import MANIFEST_FILE, write_manifest
 from .model import count_parameters
+from .parallel import ProcessEnded, make_shared_loop, start_workers
 from .preparation import PreparedRun, deciding_settings, prepare_run, record_plan
 from .run import DATA_FROM_PYTHON, RunFolder, Settings, describe_remains, pin_template_kwargs
 from .safeguards import find_damage, is_last_step, raise_if_interrupted
@@ -102,7 +104,7 @@ def make_watch(folder: RunFolder, progress: Progress):
     return Watch()
 
 # %% ../nbs/15_training.ipynb #15c0de13
-def make_stop_watch(interrupted: list, deadline: float | None = None):  # seconds since 1970
+def make_stop_watch(interrupted: list, deadline: float | None = None, workers: object = None):  # seconds since 1970; the other processes
     "Return a trainer callback that has a checkpoint written and the training stopped where a signal has come, or where one more step and its checkpoint would be too late."
     from transformers import TrainerCallback
 
@@ -120,6 +122,8 @@ def make_stop_watch(interrupted: list, deadline: float | None = None):  # second
             another = now - self.step_began + self.save_seconds  # seconds that one more step and the checkpoint would take
             if deadline and not interrupted and now + another > deadline and state.global_step < state.max_steps:
                 interrupted.append(signal.SIGALRM)
+            if workers and not interrupted and (number := workers.find_signal()):  # that came to one of them alone
+                interrupted.append(number)
             self.stop_where_interrupted(args, state, control)
 
         def stop_where_interrupted(self, args, state, control, **kwargs):
@@ -208,6 +212,8 @@ def run_trainer(trainer: object, watch: object, progress: Progress, folder: RunF
             f"the GPU ran out of memory at step {step + 1}: use plan='auto', a smaller batch, "
             "use_gradient_checkpointing='unsloth' or a shorter max_seq_length"
         ) from error
+    except ProcessEnded as error:
+        raise ProcessEnded(f"{error}, at step {trainer.state.global_step + 1}: {describe_remains(folder)}") from error
     except Exception as error:
         if disk_full(error):
             for torn in filter(find_damage, folder.checkpoints[:1]):
@@ -279,12 +285,12 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, 
     if held_out and held_out.prompts and not prepared.checkpoint:
         folder.write("samples.jsonl", samples := held_out.answer(0))
         say_samples(progress, samples)
-    with gentle_interrupt() as interrupted:
+    with start_workers(settings.gpus) as workers, gentle_interrupt() as interrupted:
         watch, clock = make_watch(folder, progress), make_run_clock(held_out)
         looks = [make_evaluation_watch(folder, watch, progress, held_out)] if held_out else []
-        trainer = clock.trainer = choose_loop(config["trained_by"])(
+        trainer = clock.trainer = (partial(make_shared_loop, workers) if workers else choose_loop(config["trained_by"]))(
             model, tokenizer, prepared.rows.rows, settings, folder.checkpoint_folder,
-            [watch, make_stop_watch(interrupted, deadline), clock, *looks, *reporting_callbacks(settings.report_to, folder.path), *callbacks], held_out and held_out.measure)
+            [watch, make_stop_watch(interrupted, deadline, workers), clock, *looks, *reporting_callbacks(settings.report_to, folder.path), *callbacks], held_out and held_out.measure)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         run_trainer(trainer, watch, progress, folder, interrupted, prepared.checkpoint, settings.early_stopping)

@@ -99,7 +99,7 @@ SEARCHES = {
     "double BOS": "troubleshooting.html",
     "never stops": "troubleshooting.html",
     "garbage": "troubleshooting.html",
-    "several GPUs": "engine.html",
+    "several GPUs": "several_gpus.html",
     "learning rate": "recommend.html",
     "overfitting": "recommend.html",
     "certificate": "certificate.html",

@@ -53,6 +53,7 @@ LESSONS = {
     "25_publish": "push_to_hub",
     "27_manifest": "open_run",
     "30_quickstart": "load_run",
+    "36_several_gpus": "start_workers",
     "53_loop": "make_loop",
     "60_forwards": "replace_forward",
     "61_line": "join_rows",

@@ -1,0 +1,383 @@
+"""Several processes share each step: the same gradients, the same adapter, and no process that hangs."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+
+import psutil
+import pytest
+import torch
+from processes import COMMAND, Process, qlora_nb, wait_for
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from qlora_nb import parallel
+from qlora_nb.core import PROFILES, UserError
+from qlora_nb.loop import count_learned, make_loop
+from qlora_nb.model import add_lora, load_model
+from qlora_nb.parallel import (
+    ProcessEnded,
+    Rendezvous,
+    check_sharing,
+    count_processes,
+    divide_batch,
+    join_gradients,
+    make_shared_loop,
+    share_out,
+    split_gradients,
+    start_workers,
+)
+from qlora_nb.preflight import encode_dataset
+from qlora_nb.rows import load_sft_dataset
+from qlora_nb.run import check_setting, resolve_settings
+from qlora_nb.trainer import trainable_parameters
+
+heavy = pytest.mark.heavy
+EXACT = {
+    "optim": "adamw_torch", "learning_rate": 2e-4, "max_steps": 12, "warmup_steps": 1, "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4, "max_grad_norm": 1e9, "save_steps": 99,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows():
+    "Twenty-one: the last step of an epoch has three micro-batches, so that one process of four has none."
+    tokenizer = load_model("qlora_nb:embedded", backend="transformers")[1]
+    return encode_dataset(load_sft_dataset(limit=21), tokenizer)[0], tokenizer
+
+
+class Gradients(TrainerCallback):
+    "Keeps each step's gradients."
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in trainable_parameters(model).items()})
+
+
+def make(workers):
+    return partial(make_shared_loop, workers) if workers else make_loop
+
+
+def settings_of(changed):
+    return resolve_settings({**EXACT, **changed}, profile=PROFILES["tiny"])
+
+
+def train_in(processes, rows, path, engine=False, dropout=0.0, **settings):
+    "The trainer, with every step's gradients, losses and the adapter at its end."
+    model = load_model("qlora_nb:embedded", backend="transformers", engine=engine)[0]
+    model, seen = add_lora(model, r=8, lora_dropout=dropout), Gradients()
+    with start_workers(processes) as workers:
+        made = make(workers)(model, rows[1], rows[0], settings_of(settings), path, [seen])
+        made.train()
+    made.gradients = seen.steps
+    made.losses = [row["loss"] for row in made.state.log_history if "loss" in row]
+    made.weights = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+    return made
+
+
+def furthest(found, wanted):
+    "The largest difference, as a share of the largest number of its tensor."
+    assert found.keys() == wanted.keys()
+    apart = {name: (found[name] - one).abs().max() / one.abs().max().clamp(min=1e-30) for name, one in wanted.items()}
+    return max(map(float, apart.values()))
+
+
+MOST = [(2, False), (4, True), pytest.param(4, False, marks=heavy), pytest.param(2, True, marks=heavy)]
+
+
+@pytest.mark.parametrize("processes, engine", MOST)
+def test_the_same_gradients_and_the_same_adapter(processes, engine, rows, tmp_path, monkeypatch):
+    alone = train_in(1, rows, tmp_path / "alone", engine)
+    learned = [sum(label != -100 for label in labels[1:]) for labels in rows[0]["labels"]]
+    assert len(set(learned)) > 5, "rows of as many learned tokens each would hide a mean that is wrong"
+    shared = train_in(processes, rows, tmp_path / str(processes), engine)
+    assert max(abs(a - b) for a, b in zip(shared.losses, alone.losses)) < 1e-6
+    assert furthest(shared.gradients[0], alone.gradients[0]) < 1e-6
+    assert len(shared.gradients) == 12 and furthest(shared.weights, alone.weights) < 1e-5
+    assert (int(shared.tokens), int(shared.targets)) == (int(alone.tokens), int(alone.targets))
+    assert shared.state.global_step == 12 and abs(shared.state.epoch - alone.state.epoch) < 1e-9
+    if (processes, engine) != (2, True):
+        return
+    # The control arm: each process takes the mean over its own tokens, and the gradients are averaged.
+    deal = parallel.share_out
+
+    def by_process(batches, processes, *given):
+        shares = deal(batches, processes, *given)
+        own = [sum(int(count_learned(batch)) for batch in share.batches) for share in shares]
+        return [share._replace(learned=count * processes) for share, count in zip(shares, own)]
+
+    monkeypatch.setattr(parallel, "share_out", by_process)
+    wrong = train_in(2, rows, tmp_path / "wrong", engine, max_steps=1)
+    assert furthest(wrong.gradients[0], alone.gradients[0]) > 0.01
+
+
+@heavy
+def test_a_resumed_run_is_the_whole_one_whatever_shares_it(rows, tmp_path):
+    "With dropout, and from a checkpoint in the middle of an epoch; in as many processes to the same bytes."
+    how = {"max_steps": 6, "save_steps": 4, "optim": "adamw_8bit"}
+    whole = train_in(2, rows, tmp_path / "whole", dropout=0.1, **how)
+    model = load_model("qlora_nb:embedded", backend="transformers", engine=False)[0]
+    model = add_lora(model, r=8, lora_dropout=0.1)
+    with start_workers(2) as workers:
+        made = make(workers)(model, rows[1], rows[0], settings_of(how), tmp_path / "again", [])
+        torch.manual_seed(77)
+        made.train(str(tmp_path / "whole/checkpoint-4"))
+    assert all(torch.equal(p, whole.weights[name]) for name, p in trainable_parameters(model).items())
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "rows, steps, processes, wanted",
+    [(2, 4, 2, (2, 4)), (2, 4, 4, (2, 4)), (2, 4, 8, (1, 8)), (8, 1, 2, (4, 2)), (8, 1, 8, (1, 8)), (6, 1, 3, (2, 3)),
+     (6, 2, 4, (3, 4)), (1, 8, 8, (1, 8))],
+)  # fmt: skip
+def test_a_step_is_divided_by_micro_batches_and_then_by_rows(rows, steps, processes, wanted):
+    assert divide_batch(rows, steps, processes) == wanted
+    assert wanted[0] * wanted[1] == rows * steps and wanted[1] % processes == 0
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "rows, steps, processes, words",
+    [(8, 1, 3, "take 2, 4 or 8, or 6 or 9 rows"), (2, 4, 16, "take 2, 4 or 8, or 16 rows"),
+     (1, 1, 2, "take one, or 2 rows"), (7, 1, 2, "take 7, or 6 or 8 rows")],
+)  # fmt: skip
+def test_a_step_that_cant_be_divided_is_refused_with_the_nearest_numbers(rows, steps, processes, words):
+    with pytest.raises(UserError, match=words):
+        divide_batch(rows, steps, processes)
+
+
+@pytest.mark.quick
+def test_every_micro_batch_is_dealt_once():
+    for batches in range(9):
+        shares = share_out([*range(batches)], 4, 5, seed=100)
+        assert sorted(number for share in shares for number in share.batches) == [*range(batches)]
+        assert [share.seed for share in shares] == [100, 101, 102, 103] and {share.learned for share in shares} == {5}
+
+
+@pytest.mark.quick
+def test_weights_without_a_gradient():
+    "In one process, an expert that no token chose; in all, a weight out of use: an optimizer has to pass over it."
+
+    def weights(*have):
+        found = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 2), (1,))]
+        for weight, value in zip(found, have):
+            weight.grad = None if value is None else torch.full_like(weight, value)
+        return found
+
+    mine, other = weights(1.0, None, None), weights(2.0, 5.0, None)
+    loss = split_gradients(mine, join_gradients(mine, torch.tensor(0.5)) + join_gradients(other, torch.tensor(0.25)))
+    assert loss.item() == 0.75 and mine[0].grad.tolist() == [3.0] * 3 and mine[1].grad.tolist() == [[5.0] * 2] * 2
+    assert mine[2].grad is None
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("value, found", [("2", 2), (4, 4), ("all", "all"), (None, None), ("1", 1)])
+def test_the_setting(value, found):
+    assert check_setting("gpus", value) == found
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("value", ["two", "2.5", 0, -1, 1.5, True, "0", "9" * 30])
+def test_a_setting_that_is_none(value):
+    with pytest.raises(UserError, match="gpus is"):
+        check_setting("gpus", value)
+
+
+def test_what_several_processes_cant_train_with(monkeypatch):
+    for given, backend, words in (
+        ({"loop": "trl"}, "transformers", "loop='trl'"), ({}, "unsloth", "the backend unsloth"),
+        ({"optim": "galore_adamw"}, "transformers", "optim='galore_adamw'"),
+        ({"gpus": 3}, "transformers", "8 rows a step"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            check_sharing(resolve_settings({"gpus": 2, **given}, profile=PROFILES["tiny"]), backend)
+    check_sharing(resolve_settings({"gpus": 2}, profile=PROFILES["tiny"]), "transformers")
+    monkeypatch.setattr(parallel, "_launched", [Rendezvous("127.0.0.1", 1, 0, 4)])
+    assert [count_processes(given) for given in (None, "all", 4)] == [4, 4, 4]
+    with pytest.raises(UserError, match="4 processes were started"):
+        count_processes(2)
+
+
+@heavy
+def test_another_base_in_another_process(rows, tmp_path, monkeypatch):
+    "Whatever differs is named by the process that finds it, and ends all of them."
+    describe = parallel.describe_model
+
+    def other_bytes(found):
+        name, (shape, dtype, total) = next(iter(found["weights"].items()))
+        return {**found, "weights": {**found["weights"], name: (shape, dtype, total + 1)}}
+
+    def another_weight(found):
+        return {**found, "weights": {**found["weights"], "head": ((3,), "torch.float32", None)}}
+
+    for change, words in (
+        (other_bytes, "has other numbers"), (another_weight, "head is missing"),
+    ):  # fmt: skip
+        monkeypatch.setattr(parallel, "describe_model", lambda *given, change=change: change(describe(*given)))
+        with pytest.raises(ProcessEnded, match=f"process 1 of 2.*{words}"):
+            train_in(2, rows, tmp_path, max_steps=1)
+        assert not torch.distributed.is_initialized()
+        assert not others(os.getpid())
+
+
+# --- whole processes ------------------------------------------------------------------------------------------------
+
+SHORT = ["--max-steps", "6", "--save-steps", "2", "--eval-rows", "2", "--max-new-tokens", "4", "--limit", "100",
+         "--optim", "adamw_torch", "--learning-rate", "2e-4", "--per-device-train-batch-size", "2",
+         "--gradient-accumulation-steps", "4", "--output", "run"]  # fmt: skip
+
+
+def adapter(run):
+    return load_file(run / "adapter/adapter_model.safetensors")
+
+
+def sha(run):
+    return json.loads((run / "summary.json").read_text())["adapter_sha256"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A run of two processes, beside that of one."
+    place = tmp_path_factory.mktemp("whole")
+    for name, more in (("shared", ["--gpus", "2"]), ("alone", [])):
+        (place / name).mkdir()
+        done = qlora_nb("train", *SHORT, *more, cwd=place / name)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("2 in each of 2 processes" in done.stderr) == (name == "shared")
+    assert furthest(adapter(place / "shared/run"), adapter(place / "alone/run")) < 1e-5
+    assert (place / "shared/run/metrics.jsonl").read_text().count("\n") == 6
+    return place / "shared/run"
+
+
+def others(pid):
+    "The processes that share another's steps."
+    children = psutil.Process(pid).children()
+    return [child for child in children if "qlora_nb.parallel" in " ".join(child.cmdline())]
+
+
+def assert_gone(children):
+    assert not psutil.wait_procs(children, 60)[1]
+
+
+def goes_on(place, run, *more):
+    "The command that the last sentence names."
+    again = qlora_nb("train", "--resume", "run", *more, cwd=place)
+    assert again.returncode == 0, again.stderr[-3000:]
+    return place / "run"
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=heavy) for seed in range(1, 20))])
+def test_a_process_that_is_killed_ends_all_of_them(seed, whole, tmp_path):
+    "At a random step, the one or the other: one sentence with its number and why; the run goes on to the same adapter."
+    draw = random.Random(seed)
+    process = Process(COMMAND, "train", *SHORT, "--gpus", "2", cwd=tmp_path)
+    wait_for(process, tmp_path / "run/metrics.jsonl", draw.randint(1, 4))
+    children = others(process.pid)
+    assert len(children) == 1
+    if first := draw.random() < 0.3:
+        process.send_signal(signal.SIGKILL)
+    else:
+        children[0].kill()
+    err = process.communicate(60)[1]
+    assert_gone(children)
+    if first:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 1 and "Traceback" not in err, err[-3000:]
+        last = err.strip().splitlines()[-1]
+        assert "process 1 of 2 (counted from 0) ended by SIGKILL" in last and "--resume" in last, last
+    assert sha(goes_on(tmp_path, "run")) == sha(whole)
+
+
+def test_ctrl_c_saves_one_checkpoint_and_one_process_goes_on(whole, tmp_path):
+    process = Process(COMMAND, "train", *SHORT, "--gpus", "2", cwd=tmp_path)
+    wait_for(process, tmp_path / "run/metrics.jsonl", 1)
+    children = others(process.pid)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(120)[1]
+    assert process.returncode == 130 and "checkpoint saved" in err.strip().splitlines()[-1], err[-3000:]
+    assert_gone(children)
+    run = goes_on(tmp_path, "run", "--gpus", "1")
+    assert furthest(adapter(run), adapter(whole)) < 1e-5
+    assert sha(run) != "" and json.loads((run / "summary.json").read_text())["steps"] == 6
+
+
+@heavy
+def test_ctrl_c_twice_ends_all_at_once(tmp_path):
+    process = Process(COMMAND, "train", *SHORT, "--max-steps", "60", "--gpus", "2", cwd=tmp_path)
+    wait_for(process, tmp_path / "run/metrics.jsonl", 1)
+    children = others(process.pid)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(60)[1]
+    assert process.returncode == 130 and "Traceback" not in err, err[-3000:]
+    assert_gone(children)
+
+
+@heavy
+def test_two_trainings_in_a_row(rows, tmp_path):
+    "By the same processes: each builds the second model, too."
+    found = []
+    with start_workers(2) as workers:
+        for number in range(2):
+            model = add_lora(load_model("qlora_nb:embedded", backend="transformers", engine=False)[0], r=8)
+            make(workers)(model, rows[1], rows[0], settings_of({"max_steps": 2}), tmp_path / str(number), []).train()
+            found.append({name: p.detach().clone() for name, p in trainable_parameters(model).items()})
+    assert all(torch.equal(found[0][name], weight) for name, weight in found[1].items())
+
+
+@heavy
+def test_a_signal_to_another_process_alone(whole, tmp_path):
+    process = Process(COMMAND, "train", *SHORT, "--gpus", "2", cwd=tmp_path)
+    wait_for(process, tmp_path / "run/metrics.jsonl", 1)
+    others(process.pid)[0].send_signal(signal.SIGTERM)
+    err = process.communicate(120)[1]
+    last = err.strip().splitlines()[-1]
+    assert process.returncode == 143 and "stopped by SIGTERM at step" in last and "checkpoint saved" in last, err[
+        -3000:
+    ]
+    assert sha(goes_on(tmp_path, "run")) == sha(whole)
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launch(place, port, *arguments):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command, environment = [*torchrun, "-m", "qlora_nb", *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@heavy
+def test_torchrun_starts_the_same_run(whole, tmp_path, port):
+    done = launch(tmp_path, port, "train", *SHORT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sha(tmp_path / "run") == sha(whole) and done.stdout.count(str(tmp_path / "run")) == 1
+
+
+@heavy
+@pytest.mark.parametrize(
+    "arguments",
+    [("check", "no-such-file.jsonl"), ("--version",), ("train", "--max-steps", "0"), ("train", "--gpus", "3")],
+)
+def test_torchrun_with_a_command_that_ends_early(arguments, tmp_path, port):
+    "No process waits for one that has left."
+    done = launch(tmp_path, port, *arguments)
+    assert (done.returncode == 0) == (arguments == ("--version",)), done.stderr[-3000:]
