@@ -48,6 +48,8 @@ from qlora_nb.run import (
     resolve_settings,
     settings_of_part,
 )
+
+# %% ../nbs/72_cli.ipynb #b24e32f4
 from .signals import TrainingInterrupted, explain_interrupts, find_deadline, ignore_signals, stop_at
 
 # %% ../nbs/72_cli.ipynb #826fda92-2
