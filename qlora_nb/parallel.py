@@ -14,10 +14,13 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
@@ -26,11 +29,11 @@ from typing import NamedTuple
 
 import torch
 
-from .adapter import find_active_adapter, install_where_possible, model_info, set_model_info
+from .adapter import find_active_adapter, model_info, set_model_info
 from .core import EMBEDDED_FOLDER, UserError, quiet_environment
 from .engine.forwards import temporary_attributes
-from .engine.install import engine_of
-from .engine.layers import FlatAdapters
+from .engine.install import engine_of, install_engine
+from .engine.layers import FlatAdapters, cache_parameters
 from .loop import OTHER_LOOPS, TrainingLoop, count_learned, make_loop
 from .run import Settings
 from .signals import STOP_SIGNALS
@@ -131,17 +134,37 @@ class Rendezvous(NamedTuple):
     hosts: bool = True  # whether rank 0 opens the port; torchrun opens one itself
 
 
-def open_store(place: Rendezvous):
-    "Return the store of keys and values through which the processes find each other."
-    return torch.distributed.TCPStore(place.host, place.port, None, place.hosts and place.rank == 0, wait_for_workers=False)
+def open_store(place: Rendezvous, seconds: float = 300):  # to wait for the one who opens the port
+    "Return the store of keys and values through which the processes find each other. One that rank 0 opens on a port of its choice (0) is for this machine alone."
+    opens, given, port = place.hosts and place.rank == 0, {}, place.port
+    if opens and not port:
+        listener = socket.create_server(("127.0.0.1", 0))  # torch's own would listen to the whole network
+        port, given = listener.getsockname()[1], {"master_listen_fd": listener.detach()}
+    store = torch.distributed.TCPStore(place.host, port, None, opens, timedelta(seconds=seconds), wait_for_workers=False, **given)
+    return torch.distributed.PrefixStore(f"qlora_nb{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)  # torchrun's outlives its processes
+
+
+@contextlib.contextmanager
+def listening_locally(place: Rendezvous) -> Iterator[None]:
+    "A context in which gloo listens to this machine alone, where all processes are on it."
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")] if place.host == "127.0.0.1" else []
+    if not names or "GLOO_SOCKET_IFNAME" in os.environ:
+        yield
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = names[0]
+    try:
+        yield
+    finally:
+        del os.environ["GLOO_SOCKET_IFNAME"]
 
 
 def join_processes(place: Rendezvous, store) -> None:
     "Join the process group: gloo between CPUs, NCCL between GPUs, and gloo for what Python says."
     cuda = torch.cuda.is_available()
-    torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=torch.distributed.PrefixStore("qlora_nb", store), rank=place.rank, world_size=place.size,
-        timeout=LONGEST_WAIT)
+    with listening_locally(place):
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=torch.distributed.PrefixStore("group", store), rank=place.rank, world_size=place.size,
+            timeout=LONGEST_WAIT)
 
 
 def threads_of_each(processes: int) -> int:
@@ -149,9 +172,16 @@ def threads_of_each(processes: int) -> int:
     return max(1, torch.get_num_threads() // processes)
 
 
+WORKER_CODE = """import json, os, sys
+sys.path[:] = json.loads(os.environ["QLORA_NB_WORKER"])["path"]
+from qlora_nb.parallel import run_worker_process
+run_worker_process()"""
+
+
 def worker_environment(place: Rendezvous) -> dict[str, str]:
-    "Return the environment of a worker on this machine: a GPU of its own, or its share of the CPU's threads."
-    own = {"QLORA_NB_WORKER": json.dumps(place), "PYTHONPATH": os.pathsep.join(filter(None, (str(EMBEDDED_FOLDER.parents[1]), os.environ.get("PYTHONPATH"))))}
+    "Return the environment of a worker on this machine: a GPU of its own, or its share of the CPU's threads. It finds its modules where this process finds them."
+    path = [str(EMBEDDED_FOLDER.parents[1]) if name == "" else name for name in sys.path]  # "" is the folder that this process happens to be in
+    own = {"QLORA_NB_WORKER": json.dumps({"place": place, "parent": os.getpid(), "path": path})}
     if torch.cuda.is_available():
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         own["CUDA_VISIBLE_DEVICES"] = (seen.split(",") if seen else [str(number) for number in range(torch.cuda.device_count())])[place.rank]
@@ -163,6 +193,16 @@ def worker_environment(place: Rendezvous) -> dict[str, str]:
 _launched: list[Rendezvous] = []  # where torchrun or accelerate launch started this process
 
 
+def find_own_gpu(seen: str | None, local: int) -> str | None:  # CUDA_VISIBLE_DEVICES; the number among this machine's processes
+    "Return the one GPU that a process takes, of those that it sees; none where all are hidden, or as many as before where Slurm has given it its own. Raise `UserError` where there are too few."
+    if not seen:
+        return str(local) if seen is None else seen
+    names = seen.split(",")
+    if 1 < len(names) <= local:
+        raise UserError(f"CUDA_VISIBLE_DEVICES={seen} names {len(names)} GPUs, and process {local} of this machine (counted from 0) needs one of its own: start {len(names)}")
+    return names[local] if local < len(names) else seen
+
+
 def find_launch() -> Rendezvous | None:
     """Return which of several processes this is, where torchrun or accelerate launch started it; None for one alone.
 
@@ -172,12 +212,23 @@ def find_launch() -> Rendezvous | None:
         return None
     place = Rendezvous(os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500)), int(os.environ.get("RANK", 0)), int(size),
                   os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
-    seen, local = os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ.get("LOCAL_RANK", 0))
-    os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[local] if seen else str(local)
+    if (own := find_own_gpu(os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ.get("LOCAL_RANK", 0)))) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = own
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     _launched[:] = [place]
     return place
+
+
+def release_launched() -> None:
+    "Tell the processes that were started with this one, and wait for a training, that none comes: `--help` has been shown, say."
+    with contextlib.suppress(Exception):
+        place = _launched.pop()
+        store = open_store(place, 10)
+        store.set("over", "yes")
+        if place.hosts:  # the port closes with this process: let them come first
+            store.wait([f"here{rank}" for rank in range(1, place.size)], timedelta(seconds=10))
+            time.sleep(1)
 
 # %% ../nbs/36_several_gpus.ipynb #36a0001d
 def count_processes(gpus: int | str | None) -> int:  # the setting
@@ -185,7 +236,7 @@ def count_processes(gpus: int | str | None) -> int:  # the setting
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if _launched:
         if gpus not in (None, "all", started := _launched[0].size):
-            raise UserError(f"gpus is {gpus}, but {started} processes were started: leave it out, or start {gpus}")
+            raise UserError(f"gpus is {gpus}, but {started} processes were started: give gpus='all', or start {gpus}")
         return started
     if gpus in (None, 1):
         return 1
@@ -204,12 +255,29 @@ class ProcessEnded(UserError):
     exit_code = 1
 
 
+CONNECTION_LOST = "the connection to another process was closed"  # the words of one that ended because another one had
+
+
+@contextlib.contextmanager
+def noticing_end(explain) -> Iterator[None]:  # returns who ended, and why; None where nobody did
+    "A context in which a connection that breaks is a `ProcessEnded`."
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if (why := explain()) is None:
+            raise
+        raise ProcessEnded(why) from error
+
+
 def explain_end(child: subprocess.Popen) -> str:
     "Return by which signal or with which last words a child process ended."
     if child.returncode < 0:
         return f"by {signal.Signals(-child.returncode).name}"
-    said = child.said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = re.sub(r"^(\[rank\d+\]|qlora_nb): ", "", said[-1])[:300] if said else ""
+    said = os.pread(child.said.fileno(), 10**6, 0).decode(errors="replace").strip().splitlines()
+    own = [line for line in said if re.match(r"qlora_nb: |[\w.]*(Error|Exception|Interrupt)\b", line)]  # libraries may warn after it
+    last = re.sub(r"^(\[rank\d+\]|qlora_nb): ", "", (own or said)[-1])[:300] if said else ""
     return f"with exit code {child.returncode}" + (f": {last}" if last else "")
 
 
@@ -223,15 +291,19 @@ def find_ended(children: list[subprocess.Popen], seconds: float = 5.0) -> str | 
         time.sleep(0.05)
     if not gone:
         return None
-    rank, child = min(gone, key=lambda pair: pair[1].returncode >= 0 and "Connection closed" in explain_end(pair[1]))
+    rank, child = min(gone, key=lambda pair: CONNECTION_LOST in explain_end(pair[1]))
     return f"process {rank} of {len(children) + 1} (counted from 0) ended {explain_end(child)}"
 
 # %% ../nbs/36_several_gpus.ipynb #36a00023
+BYTES_AT_ONCE = 2**24  # that are added up: torch takes eight bytes for each of them
+
+
 def add_bytes(weight: torch.Tensor) -> int:
     "Return the sum of a weight's bytes, and of its 4-bit scales': a cheap sign that two processes hold the same numbers."
     state = getattr(weight, "quant_state", None)
     parts = [weight.detach(), *([] if state is None else [state.absmax]), *([state.offset, state.state2.absmax] if getattr(state, "nested", False) else [])]
-    return sum(int(part.contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)) for part in parts)
+    chunks = itertools.chain.from_iterable(part.contiguous().reshape(-1).view(torch.uint8).split(BYTES_AT_ONCE) for part in parts)
+    return int(sum(chunk.sum(dtype=torch.int64) for chunk in chunks))
 
 
 def list_weights(model) -> dict[str, tuple]:
@@ -239,11 +311,11 @@ def list_weights(model) -> dict[str, tuple]:
     return {name: (tuple(p.shape), str(p.dtype), None if p.requires_grad else add_bytes(p)) for name, p in model.named_parameters()}
 
 
-def describe_model(model, mixed_precision: str, checkpointing: bool, in_one_tensor: bool) -> dict:
+def describe_model(model, mixed_precision: str, by_hooks: bool, in_one_tensor: bool) -> dict:  # `by_hooks`: whether checkpointing is transformers' own, and not the engine's
     "Return what another process needs to build the same model, and to see that it has: how the base was loaded, the adapter's settings, all weights."
     return {
-        "info": model_info(model), "adapter": model.peft_config[find_active_adapter(model)], "engine": engine_of(model) is not None, "weights": list_weights(model),
-        "checkpointing": checkpointing, "mixed_precision": mixed_precision, "in_one_tensor": in_one_tensor}
+        "info": model_info(model), "adapter": model.peft_config[find_active_adapter(model)], "engine": engine_of(model, wanted=True) if engine_of(model) else None, "weights": list_weights(model),
+        "checkpointing": bool(getattr(model, "is_gradient_checkpointing", False)), "by_hooks": by_hooks, "mixed_precision": mixed_precision, "in_one_tensor": in_one_tensor}
 
 # %% ../nbs/36_several_gpus.ipynb #36a00024
 def build_model(description: dict):
@@ -254,14 +326,16 @@ def build_model(description: dict):
 
     info, config = description["info"], copy.copy(description["adapter"])
     how = {name: info[name] for name in ("max_seq_length", "dtype", "load_in_4bit", "backend", "revision")}
-    model, _ = load_model((info.get("gguf") or {}).get("file") or info["model"], engine=description["engine"], **how)
+    model, _ = load_model(info["model"], engine=bool(description["engine"]), **how)
     model.requires_grad_(False)
-    config.init_lora_weights = True  # a start such as PiSSA's would change the base
+    config.init_lora_weights, config.task_type = True, "CAUSAL_LM"  # a start such as PiSSA's would change the base
     model = get_peft_model(model, config)
     set_model_info(model, **{name: info[name] for name in ("use_gradient_checkpointing", "random_state") if name in info})
-    install_where_possible(model, description["engine"])
-    if description["checkpointing"]:
+    if description["checkpointing"]:  # the engine takes the layers that run again
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if description["engine"]:
+        install_engine(model, description["engine"])
+    if description["by_hooks"]:
         model.enable_input_require_grads()
     for weight in trainable_parameters(model).values():
         weight.data = weight.data.float()
@@ -271,45 +345,50 @@ def build_model(description: dict):
 
 def check_same_model(here: dict, there: dict) -> None:
     "Raise `UserError` for the first weight that differs from that of process 0."
+    trained = [[name for name, (*_, total) in weights.items() if total is None] for weights in (here, there)]
+    if sorted(trained[0]) == sorted(trained[1]) != trained[0] != trained[1]:
+        raise UserError("the model isn't that of process 0: its trained weights come in another order; several processes train what load_model and add_lora make, unchanged")
     for name in [*there, *here]:
         if here.get(name) != (other := there.get(name)):
             what = "is missing" if name not in here else "is only here" if other is None else "has other numbers" if here[name][:2] == other[:2] else f"is {here[name][:2]}, not {other[:2]}"
             raise UserError(f"the model isn't that of process 0: {name} {what}; several processes train what load_model and add_lora make, unchanged")
 
 # %% ../nbs/36_several_gpus.ipynb #36a00027
+SECONDS_TO_COME = 600.0  # that a process has to import what it needs
+
+
 class Workers:
     "The other processes of a training, as process 0 sees them: it deals each step's micro-batches, adds up the gradients, and hands out the new weights."
 
     def __init__(self, size: int):
-        self.size, self.children, self.weights, self.begun = size, [], [], False
+        self.size, self.children, self.weights, self.begun, self.training, self.owner = size, [], [], False, False, os.getpid()
+        self.store, self.watcher = None, None
 
     def start(self) -> None:
         "Start the processes, but for those that torchrun started; they import what they need while this one goes on."
         self.place = _launched[0] if _launched else Rendezvous("127.0.0.1", 0, 0, self.size)
-        self.store, self.files = open_store(self.place), tempfile.TemporaryDirectory(prefix="qlora_nb-")
         atexit.register(self.stop)
+        self.store = open_store(self.place)
+        atexit.unregister(release_launched)  # from here on `stop` does it
         if _launched:
             return
-        self.place = self.place._replace(port=self.store.port)
+        self.place = self.place._replace(port=self.store.underlying_store.port)
         for rank in range(1, self.size):
-            said = Path(self.files.name) / f"process{rank}"
-            with said.open("wb") as file:
-                child = subprocess.Popen(
-                    [sys.executable, "-c", "from qlora_nb.parallel import run_worker_process; run_worker_process()"], env=worker_environment(self.place._replace(rank=rank)),
-                    stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)  # the terminal's Ctrl-C is for this process
+            said = tempfile.TemporaryFile()  # without a name, so that nothing is left of it
+            child = subprocess.Popen(
+                [sys.executable, "-c", WORKER_CODE], env=worker_environment(self.place._replace(rank=rank)),
+                stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)  # the terminal's Ctrl-C is for this process
             child.said = said
             self.children.append(child)
 
-    @contextlib.contextmanager
-    def noticing(self) -> Iterator[None]:
-        "A context in which a connection that breaks is a `ProcessEnded`."
-        try:
-            yield
-        except RuntimeError as error:
-            why = find_ended(self.children) or ("one of the other processes ended, as its own output says" if _launched else None)
-            if why is None:
-                raise
-            raise ProcessEnded(f"{why}, and the others with it") from error
+    def noticing(self):
+        "Return a context in which a connection that breaks is a `ProcessEnded`."
+        return noticing_end(self.find_end)
+
+    def find_end(self) -> str | None:
+        "Return which of the others has ended, and why; None where none has."
+        why = find_ended(self.children) or ("one of the other processes ended, as its own output says" if _launched else None)
+        return why and f"{why}, and the others with it"
 
     def begin(self, model, description: dict) -> None:
         "Have the processes build the model that `describe_model` describes, and give them its weights."
@@ -319,16 +398,31 @@ class Workers:
             self.store.set("begin", "yes")
             with self.noticing():
                 join_processes(self.place, self.store)
-            self.begun = True
+            self.begun, self.watcher = True, threading.Thread(target=self.watch, daemon=True)
+            if torch.cuda.is_available() and self.children:
+                self.watcher.start()
+        self.training = True
         self.tell([description] * self.size)
         self.hand_out()
 
     def wait_for_all(self) -> None:
-        "Wait until each process has come to the meeting place. Raise `ProcessEnded` where one ends before."
-        names = [f"here{rank}" for rank in range(1, self.size)]
+        "Wait until each process has come to the meeting place. Raise `ProcessEnded` where one ends before, or doesn't come."
+        names, end = [f"here{rank}" for rank in range(1, self.size)], time.monotonic() + SECONDS_TO_COME
         while not self.store.check(names):
             if why := find_ended(self.children, 0.1):
                 raise ProcessEnded(why)
+            if time.monotonic() > end:
+                late = [rank for rank, name in enumerate(names, 1) if not self.store.check([name])]
+                raise ProcessEnded(f"process {late[0]} of {self.size} (counted from 0) was started, and didn't come within {SECONDS_TO_COME:.0f} seconds")
+            time.sleep(0.1)
+
+    def watch(self) -> None:
+        "Look after the processes while GPUs add up: NCCL waits for one that is gone, until its connections are cut."
+        while self.begun:
+            if find_ended(self.children, 1.0) and self.begun:
+                with contextlib.suppress(Exception):
+                    torch.distributed.group.WORLD._get_backend(torch.device("cuda")).abort()
+                return
 
     def tell(self, messages: list) -> None:
         "Send each process its message, and this one's to itself."
@@ -360,26 +454,32 @@ class Workers:
     def end(self) -> None:
         "Say that the training is over; another one may begin."
         self.tell([None] * self.size)
+        self.training = False
 
     def stop(self) -> None:
-        "End the processes: those that wait for a message by one, the others at once."
-        atexit.unregister(self.stop)
+        "End the processes: those that wait for another training by a message; those that are in one, or still importing, at once."
+        if os.getpid() != self.owner:  # a fork that ends
+            return
+        begun, self.begun = self.begun, False
+        waiting = begun and not self.training and find_ended(self.children, 0.0) is None
+        for child in [] if waiting else self.children:
+            child.kill()
         with contextlib.suppress(Exception):
             self.store.set("over", "yes")
-        if self.begun:
+        if begun:
             with contextlib.suppress(Exception):
-                if find_ended(self.children, 0.0) is None:
-                    self.tell([None] * self.size)
-            torch.distributed.destroy_process_group()
+                self.tell([None] * self.size) if waiting else None
+            with contextlib.suppress(Exception):
+                torch.distributed.destroy_process_group()
         for child in self.children:
-            if not self.begun:
-                child.kill()
             try:
                 child.wait(10)
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-        self.begun, self.children, self.store = False, [], None
+            child.said.close()
+        self.children, self.store = [], None
+        atexit.unregister(self.stop)
 
 # %% ../nbs/36_several_gpus.ipynb #36a00028
 @contextlib.contextmanager
@@ -390,10 +490,10 @@ def start_workers(gpus: int | str | None) -> Iterator[Workers | None]:  # the se
         yield None
         return
     workers, threads = Workers(size), torch.get_num_threads()
-    workers.start()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(threads_of_each(size))
     try:
+        workers.start()
+        if not torch.cuda.is_available():
+            torch.set_num_threads(threads_of_each(size))
         yield workers
     finally:
         workers.stop()
@@ -446,16 +546,31 @@ def check_sharing(settings: Settings, backend: str) -> None:
     if (several := count_processes(settings.gpus)) == 1:
         return
     divide_batch(settings.per_device_train_batch_size, settings.gradient_accumulation_steps, several)
+    if torch.distributed.is_initialized():
+        raise UserError(f"{several} processes (gpus) can't train in a process where torch.distributed is in use: end that with torch.distributed.destroy_process_group(), or leave gpus out")
     unable = {"loop='trl'": settings.loop == "trl", f"optim={settings.optim!r}": settings.optim.startswith(OTHER_LOOPS), f"the backend {backend}": backend != "transformers"}
     if why := [name for name, found in unable.items() if found]:
         raise UserError(f"{several} processes (gpus) can't train with {why[0]}, which needs TRL's trainer: train in one, or with backend='transformers' and this package's loop")
 
 # %% ../nbs/36_several_gpus.ipynb #36a0002e
+def noticing_loss():
+    "Return a context in which a connection that breaks is a `ProcessEnded`."
+    return noticing_end(lambda: CONNECTION_LOST)
+
+
 def receive_message():
     "Wait for a message of process 0."
     found = [None]
-    torch.distributed.scatter_object_list(found, None, src=0)
+    with noticing_loss():
+        torch.distributed.scatter_object_list(found, None, src=0)
     return found[0]
+
+
+def receive_weights(weights: list, joined: torch.Tensor) -> None:  # the second: in which they come
+    "Wait for the weights of process 0, and take them."
+    with noticing_loss():
+        torch.distributed.broadcast(joined, 0)
+    set_weights(weights, joined)
 
 
 def cast_context(model, weights: list, in_one_tensor: bool):
@@ -471,46 +586,61 @@ def train_shares(model, description: dict) -> None:
     "Pass each share forward and backward, send its gradients, and take the new weights, until there are no more."
     weights = list(trainable_parameters(model).values())
     cast, joined = cast_context(model, weights, description["in_one_tensor"]), join_weights(weights)
-    torch.distributed.broadcast(joined, 0)
-    set_weights(weights, joined)
-    with temporary_attributes(model.train().config, use_cache=False):
+    receive_weights(weights, joined)
+    with temporary_attributes(model.train().config, use_cache=False), cache_parameters(model) if description["in_one_tensor"] else contextlib.nullcontext():
         while (share := receive_message()) is not None:
             loss = pass_share(model, share, description["mixed_precision"], cast)
-            torch.distributed.reduce(join_gradients(weights, loss), 0)
+            gradients = join_gradients(weights, loss)
+            with noticing_loss():
+                torch.distributed.reduce(gradients, 0)
             model.zero_grad()
-            torch.distributed.broadcast(joined, 0)
-            set_weights(weights, joined)
+            receive_weights(weights, joined)
 
 # %% ../nbs/36_several_gpus.ipynb #36a00031
 def run_worker(place: Rendezvous) -> None:
     "Be one of the other processes: build the model, then pass each share forward and backward, until process 0 says that it is over, or ends."
     store = open_store(place)
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda number, frame: store.set("signal", str(int(number))))  # process 0 saves, and says when it is over
-    store.set(f"here{place.rank}", "yes")
-    while not store.check(["begin"]):
-        if store.check(["over"]):
-            return
-        time.sleep(0.1)
-    join_processes(place, store)
-    try:
-        while (description := receive_message()) is not None:
-            train_shares(build_model(description), description)
-    finally:
-        torch.distributed.destroy_process_group()
+        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+            signal.signal(number, lambda number, frame: store.set("signal", str(int(number))))  # process 0 saves, and says when it is over
+    with noticing_loss():
+        store.set(f"here{place.rank}", "yes")
+        while not store.check(["begin"]):
+            if store.check(["over"]):
+                return
+            time.sleep(0.1)
+    with noticing_loss():
+        join_processes(place, store)
+    while (description := receive_message()) is not None:
+        train_shares(build_model(description), description)
+    torch.distributed.destroy_process_group()  # not after an error: NCCL would wait for the others
 
 # %% ../nbs/36_several_gpus.ipynb #36a00032
+def end_with(parent: int) -> None:  # a process id
+    "Watch a process's parent in another thread, and end with it, whatever this process is waiting for."
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_worker_process(place: Rendezvous | None = None) -> None:  # None: where the process that started this one says
     "Work until process 0 is done; its end, or its death, is this one's."
     quiet_environment()
-    place = place or Rendezvous(*json.loads(os.environ.pop("QLORA_NB_WORKER")))
+    if place is None:
+        told = json.loads(os.environ.pop("QLORA_NB_WORKER"))
+        place = Rendezvous(*told["place"])
+        end_with(told["parent"])
+    code = 1
     try:
         run_worker(place)
+        return
     except UserError as error:
         print(f"qlora_nb: {error}")
-        raise SystemExit(error.exit_code) from None
-    except RuntimeError as error:
-        if "peer" not in str(error):
-            raise
-        print("qlora_nb: the connection to process 0 was closed")
-        raise SystemExit(1) from None
+        code = error.exit_code
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)  # at once: the end of an interpreter waits for what GPUs still have to do

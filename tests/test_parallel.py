@@ -1,13 +1,17 @@
 """Several processes share each step: the same gradients, the same adapter, and no process that hangs."""
 
+import contextlib
 import json
 import os
+import pickle
 import random
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from datetime import timedelta
 from functools import partial
 
 import psutil
@@ -15,18 +19,26 @@ import pytest
 import torch
 from processes import COMMAND, Process, qlora_nb, wait_for
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from qlora_nb import parallel
-from qlora_nb.core import PROFILES, UserError
+from qlora_nb.adapter import save_adapter
+from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError
+from qlora_nb.engine.checkpointing import find_checkpointed_layers
+from qlora_nb.engine.install import engine_of
+from qlora_nb.gguf_export import export_gguf
 from qlora_nb.loop import count_learned, make_loop
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.parallel import (
     ProcessEnded,
     Rendezvous,
+    build_model,
     check_sharing,
     count_processes,
+    describe_model,
     divide_batch,
+    find_own_gpu,
     join_gradients,
     make_shared_loop,
     share_out,
@@ -232,6 +244,214 @@ def test_another_base_in_another_process(rows, tmp_path, monkeypatch):
         assert not others(os.getpid())
 
 
+# --- what other reviewers would try ----------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "seen, local, wanted",
+    [(None, 1, "1"), ("", 1, ""), ("4,5", 1, "5"), ("GPU-8f,GPU-2c", 0, "GPU-8f"), ("3", 1, "3")],
+)
+def test_the_gpu_of_a_launched_process(seen, local, wanted):
+    "Hidden GPUs stay hidden; one that Slurm gave to each process is kept."
+    assert find_own_gpu(seen, local) == wanted
+
+
+@pytest.mark.quick
+def test_more_launched_processes_than_gpus():
+    with pytest.raises(UserError, match="names 2 GPUs, and process 2 .* start 2"):
+        find_own_gpu("4,5", 2)
+
+
+class Sums(TorchDispatchMode):
+    "The number of bytes in each sum."
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        if function is torch.ops.aten.sum.default:
+            self.sizes.append(arguments[0].numel())
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.quick
+def test_bytes_are_added_up_in_pieces(monkeypatch):
+    "Torch takes eight bytes for each byte of a sum: 8 GB for the embedding of an 8B model at once."
+    weight = torch.randn(100, 37).bfloat16()
+    monkeypatch.setattr(parallel, "BYTES_AT_ONCE", 1000)
+    with Sums() as seen:
+        found = parallel.add_bytes(weight)
+    assert found == int(weight.view(torch.uint8).long().sum()) and max(seen.sizes) == 1000 and len(seen.sizes) == 8
+
+
+@pytest.mark.quick
+def test_who_ended_first():
+    "Not the one that ended because another had; and an error counts, not what a library said after it."
+    lost = f"print('qlora_nb: {parallel.CONNECTION_LOST}'); raise SystemExit(1)"
+    cause = "print('torch.OutOfMemoryError: CUDA out of memory'); print('[W] a warning of NCCL'); raise SystemExit(1)"
+    with contextlib.ExitStack() as files:
+        children = []
+        for code in (lost, cause, lost):
+            said = files.enter_context(tempfile.TemporaryFile())
+            children.append(subprocess.Popen([sys.executable, "-S", "-c", code], stdout=said))
+            children[-1].said = said
+        [child.wait() for child in children]
+        why = parallel.find_ended(children)
+    assert why == ("process 2 of 4 (counted from 0) ended with exit code 1: torch.OutOfMemoryError: CUDA out of memory")
+
+
+def addresses():
+    "Where this process listens or speaks, but not by files of the system."
+    return {one.laddr.ip.removeprefix("::ffff:") for one in psutil.Process().net_connections("inet") if one.laddr}
+
+
+@pytest.mark.quick
+def test_a_process_that_is_alone_listens_to_this_machine_alone():
+    before = addresses()
+    store = parallel.open_store(Rendezvous("127.0.0.1", 0, 0, 2))
+    assert "127.0.0.1" in addresses() and addresses() - before <= {"127.0.0.1"}
+    other = parallel.open_store(Rendezvous("127.0.0.1", store.underlying_store.port, 1, 2))
+    other.set("a", "b")
+    assert store.get("a") == b"b"
+
+
+@pytest.mark.quick
+def test_a_process_where_torch_distributed_is_in_use():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match="torch.distributed is in use"):
+            check_sharing(resolve_settings({"gpus": 2}, profile=PROFILES["tiny"]), "transformers")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def with_adapter(kind, tmp_path):
+    "A model as it may come to the loop."
+    if kind == "continued":
+        first, tokenizer = load_model("qlora_nb:embedded", backend="transformers", engine=False)
+        save_adapter(
+            add_lora(first, r=4, use_rslora=True, bias="all", target_modules=["q_proj", "down_proj"]),
+            tokenizer,
+            tmp_path / "a",
+        )
+        return load_model(adapter=tmp_path / "a", backend="transformers", engine=False)[0]
+    base = EMBEDDED_MODEL
+    if kind == "gguf":
+        base = tmp_path / "there/base.gguf"
+        base.parent.mkdir()
+        export_gguf(EMBEDDED_MODEL, None, base, quantization="f16")
+    how = {"engine": kind != "plain", "backend": "transformers"}
+    return add_lora(load_model(base, **how)[0], r=4, use_gradient_checkpointing=kind in ("plain", "engine"))
+
+
+@pytest.mark.parametrize("kind", ["plain", "engine", "continued", "gguf"])
+def test_another_process_builds_the_same_model(kind, rows, tmp_path, monkeypatch):
+    "With the layers that run again, or it would take more memory than process 0; and from any kind of base."
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = with_adapter(kind, tmp_path)
+    loop = make_loop(model, rows[1], rows[0], settings_of({}), tmp_path / "run", [])
+    loop.start(None)
+    there = pickle.loads(
+        pickle.dumps(describe_model(model, "no", loop.args.gradient_checkpointing, loop.flat is not None))
+    )
+    built = build_model(there)
+    assert list(trainable_parameters(built)) == list(trainable_parameters(model))
+    assert engine_of(built) == engine_of(model)
+    found, wanted = (len(find_checkpointed_layers(one.get_base_model())) for one in (built, model))
+    assert found == wanted and (wanted > 0) == (kind in ("plain", "engine"))
+
+
+@pytest.fixture
+def asleep(tmp_path, monkeypatch):
+    "New interpreters sleep before they import anything."
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first/sitecustomize.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "first"))
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def test_a_process_that_hangs_in_an_import(asleep, monkeypatch):
+    "It is named, and nothing is left: no process, no port, no file."
+    monkeypatch.setattr(parallel, "SECONDS_TO_COME", 0.3)
+    before = None
+    for number in range(3):
+        with (
+            pytest.raises(ProcessEnded, match="process 1 of 3 .* didn't come within 0 seconds"),
+            start_workers(3) as workers,
+        ):
+            children = [psutil.Process(child.pid) for child in workers.children]
+            workers.wait_for_all()
+        assert len(children) == 2 and not any(child.is_running() for child in children)
+        before = before if number else open_files()
+    assert open_files() == before
+
+
+def test_a_fork_that_ends_leaves_the_others_alone(asleep):
+    with start_workers(2) as workers:
+        if (child := os.fork()) == 0:
+            workers.stop()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0 and workers.children[0].poll() is None
+
+
+def test_a_process_in_a_folder_with_modules_of_the_users(tmp_path, monkeypatch):
+    "It imports what process 0 imports; and a signal that nohup keeps away stays away."
+    (tmp_path / "random.py").write_text("raise SystemExit('the wrong random')\n")
+    monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with start_workers(2) as workers:
+            workers.wait_for_all()
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                workers.children[0].send_signal(number)
+            workers.store.wait(["signal"], timedelta(seconds=60))
+            assert workers.find_signal() == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+STARTS = """
+from qlora_nb.parallel import start_workers
+with start_workers(2) as workers:
+    print(workers.children[0].pid, flush=True)
+    workers.store.get("never")
+"""
+
+
+@heavy
+def test_process_0_is_killed_while_another_one_imports():
+    process = subprocess.Popen([sys.executable, "-c", STARTS], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(process.stdout.readline()))
+    process.kill()
+    process.communicate()
+    assert_gone([child])
+
+
+class Kills(TrainerCallback):
+    "Kills a process after the second step."
+
+    def __init__(self, rank):
+        self.rank, self.workers = rank, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.workers.children[self.rank - 1].kill()
+
+
+@heavy
+def test_one_of_four_is_killed_and_named(rows, tmp_path):
+    kills = Kills(3)
+    model = add_lora(load_model("qlora_nb:embedded", backend="transformers", engine=False)[0], r=8)
+    with pytest.raises(ProcessEnded, match="process 3 of 4 .* ended by SIGKILL"), start_workers(4) as kills.workers:
+        make(kills.workers)(model, rows[1], rows[0], settings_of({}), tmp_path, [kills]).train()
+    assert not others(os.getpid())
+
+
 # --- whole processes ------------------------------------------------------------------------------------------------
 
 SHORT = ["--max-steps", "6", "--save-steps", "2", "--eval-rows", "2", "--max-new-tokens", "4", "--limit", "100",
@@ -375,9 +595,16 @@ def test_torchrun_starts_the_same_run(whole, tmp_path, port):
 @heavy
 @pytest.mark.parametrize(
     "arguments",
-    [("check", "no-such-file.jsonl"), ("--version",), ("train", "--max-steps", "0"), ("train", "--gpus", "3")],
+    [
+        ("check", "no-such-file.jsonl"),
+        ("--version",),
+        ("train", "--max-steps", "0"),
+        ("train", "--gpus", "3"),
+        ("train", "--help"),
+        ("check", "train"),
+    ],
 )
 def test_torchrun_with_a_command_that_ends_early(arguments, tmp_path, port):
     "No process waits for one that has left."
     done = launch(tmp_path, port, *arguments)
-    assert (done.returncode == 0) == (arguments == ("--version",)), done.stderr[-3000:]
+    assert (done.returncode == 0) == (arguments[-1] in ("--version", "--help")), done.stderr[-3000:]
