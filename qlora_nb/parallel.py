@@ -86,9 +86,10 @@ def pass_share(model, share: StepShare, mixed_precision: str = "no", cast=contex
     torch.manual_seed(share.seed)
     for batch in share.batches:
         batch = {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for name, value in batch.items()}
-        with cast(), torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
-            loss = model(**batch, num_items_in_batch=torch.as_tensor(share.learned).to(device)).loss
-        (loss * share.scale).backward()
+        with cast():  # also while layers run again in the backward
+            with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
+                loss = model(**batch, num_items_in_batch=torch.as_tensor(share.learned).to(device)).loss
+            (loss * share.scale).backward()
         total = total + loss.detach()
     return torch.as_tensor(total, device=device)
 
@@ -626,10 +627,14 @@ def end_with(parent: int) -> None:  # a process id
     threading.Thread(target=watch, daemon=True).start()
 
 
+SECONDS_TO_SPEAK = 10.0  # for process 0: a launcher ends all of its processes with the first that ends
+
+
 def run_worker_process(place: Rendezvous | None = None) -> None:  # None: where the process that started this one says
     "Work until process 0 is done; its end, or its death, is this one's."
     quiet_environment()
-    if place is None:
+    launched = place is not None
+    if not launched:
         told = json.loads(os.environ.pop("QLORA_NB_WORKER"))
         place = Rendezvous(*told["place"])
         end_with(told["parent"])
@@ -638,8 +643,10 @@ def run_worker_process(place: Rendezvous | None = None) -> None:  # None: where 
         run_worker(place)
         return
     except UserError as error:
-        print(f"qlora_nb: {error}")
+        print(f"qlora_nb: {error}", flush=True)
         code = error.exit_code
+        if launched and isinstance(error, ProcessEnded):
+            time.sleep(SECONDS_TO_SPEAK)
     except Exception:
         traceback.print_exc()
     sys.stdout.flush()

@@ -13,6 +13,7 @@ import tempfile
 import time
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -33,6 +34,7 @@ from qlora_nb.model import add_lora, load_model
 from qlora_nb.parallel import (
     ProcessEnded,
     Rendezvous,
+    StepShare,
     build_model,
     check_sharing,
     count_processes,
@@ -41,6 +43,7 @@ from qlora_nb.parallel import (
     find_own_gpu,
     join_gradients,
     make_shared_loop,
+    pass_share,
     share_out,
     split_gradients,
     start_workers,
@@ -102,7 +105,7 @@ def furthest(found, wanted):
     return max(map(float, apart.values()))
 
 
-MOST = [(2, False), (4, True), pytest.param(4, False, marks=heavy), pytest.param(2, True, marks=heavy)]
+MOST = [(2, True), *(pytest.param(*some, marks=heavy) for some in ((2, False), (4, True), (4, False)))]
 
 
 @pytest.mark.parametrize("processes, engine", MOST)
@@ -284,6 +287,48 @@ def test_bytes_are_added_up_in_pieces(monkeypatch):
     with Sums() as seen:
         found = parallel.add_bytes(weight)
     assert found == int(weight.view(torch.uint8).long().sum()) and max(seen.sizes) == 1000 and len(seen.sizes) == 8
+
+
+@pytest.mark.quick
+def test_adapters_stay_cast_in_the_backward():
+    "Layers that run again there look for them, too."
+    weight, here, found = torch.nn.Parameter(torch.ones(2)), [], []
+    weight.register_hook(lambda grad: found.append(list(here)))
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, scale, num_items_in_batch):
+            assert here
+            return SimpleNamespace(loss=(self.weight * scale).sum() / num_items_in_batch)
+
+    @contextlib.contextmanager
+    def cast():
+        here.append("cast")
+        yield
+        here.clear()
+
+    loss = pass_share(Model(), StepShare([{"scale": torch.tensor(3.0)}] * 2, 4, seed=1), cast=cast)
+    assert found == [["cast"]] * 2 and not here and loss.item() == 3.0 and weight.grad.tolist() == [1.5] * 2
+
+
+NO_CUDA = """
+import torch
+def refuse(*given, **named): raise SystemExit("CUDA was asked before the process chose its GPU")
+for name in ("is_available", "device_count", "_lazy_init"): setattr(torch.cuda, name, refuse)
+import qlora_nb.cli
+from qlora_nb.parallel import find_launch
+print(find_launch().rank)
+"""
+
+
+def test_a_launched_process_chooses_its_gpu_before_cuda_is_asked():
+    "CUDA reads CUDA_VISIBLE_DEVICES once."
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    done = subprocess.run([sys.executable, "-c", NO_CUDA], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 @pytest.mark.quick
@@ -583,6 +628,13 @@ def launch(place, port, *arguments):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     command, environment = [*torchrun, "-m", "qlora_nb", *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@heavy
+def test_torchrun_lets_process_0_say_why_it_ends(tmp_path, port):
+    done = launch(tmp_path, port, "train", *SHORT, "--learning-rate", "1e30")
+    assert "qlora_nb: stopped at step" in done.stderr and "SIGTERM" not in done.stderr, done.stderr[-3000:]
+    assert (tmp_path / "run/stopped.json").exists()
 
 
 @heavy
