@@ -346,8 +346,8 @@ def build_model(description: dict):
 
 def check_same_model(here: dict, there: dict) -> None:
     "Raise `UserError` for the first weight that differs from that of process 0."
-    trained = [[name for name, (*_, total) in weights.items() if total is None] for weights in (here, there)]
-    if sorted(trained[0]) == sorted(trained[1]) != trained[0] != trained[1]:
+    ours, theirs = ([name for name, (*_, total) in weights.items() if total is None] for weights in (here, there))
+    if ours != theirs and sorted(ours) == sorted(theirs):
         raise UserError("the model isn't that of process 0: its trained weights come in another order; several processes train what load_model and add_lora make, unchanged")
     for name in [*there, *here]:
         if here.get(name) != (other := there.get(name)):
