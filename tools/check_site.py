@@ -113,6 +113,15 @@ SEARCHES = {
     "an export failed": "troubleshooting.html",
     "is it faster than Unsloth": "engine.html",
     "reproduce": "index.html",
+    "understand QLoRA": "index.html",
+    "what is QLoRA": "glossary.html",
+    "Colab": "quickstart.html",
+    "free GPU": "quickstart.html",
+    "my own data": "data.html",
+    "I have two GPUs": "several_gpus.html",
+    "my export failed": "troubleshooting.html",
+    "can’t be exported": "troubleshooting.html",
+    "Unsloth benchmark": "engine.html",
 }
 # As the page's own search does: by its library and its function, with its options, over its index.
 FIRST_HITS = """async words => {

@@ -35,7 +35,12 @@ def prose_of(section):
         text = child.get_text(" ")
         if child.name not in ("section", "h1", "h2", "h3", "h4") and not text.strip().startswith(ON_EACH_PAGE):
             parts.append(text)
-    return re.sub(r"\s+", " ", " ".join(parts)).strip()
+    return straighten(re.sub(r"\s+", " ", " ".join(parts)).strip())
+
+
+def straighten(text):
+    "Apostrophes as keyboards have them: Quarto's are curved, and a phone's may be either."
+    return text.replace("’", "'")
 
 
 def shorten(text, limit):
@@ -65,8 +70,8 @@ def search_index(folder, entries):
             continue
         share = MACHINERY if "Reference" in entry.get("crumbs", ()) else 1
         for part, heading, text in parts_of(section, anchor, share == 1):
-            head = {"href": f"{name}#{part}" if part else name, "title": entry["title"]}
-            kept.append((head | {"section": heading or entry["section"], "text": text}, share))
+            head = {"href": f"{name}#{part}" if part else name, "title": straighten(entry["title"])}
+            kept.append((head | {"section": straighten(heading or entry["section"]), "text": text}, share))
     limit = 4000
     while len(packed := pack(kept, limit)) > INDEX_LIMIT and limit:  # if titles alone are too many, check_site says so
         limit = limit * 49 // 50
@@ -84,16 +89,23 @@ SEARCH = {
     "await index.search(query, fuseOptions)": "await findWords(index, query, fuseOptions)",
     "now - then > kFuseMaxWait &&": "findWords.narrow && now - then > kFuseMaxWait &&",
 }
+# A section whose heading says just what is asked for comes first.
 # What is found by the first of the ways holds what a longer search of this way finds: Quarto then looks there alone.
 FIND_WORDS = r"""
 function findWords(index, query, options) {
-  const small = /^(a|an|and|are|can|do|does|for|from|how|i|in|is|it|my|of|on|or|the|to|what|why|with|)$/i;
-  const words = query.trim().split(/\s+/).map(word => word.replace(/[?.,!]+$/, ""));
-  const telling = words.filter(word => !small.test(word)), asked = telling.length ? telling : words;
+  const small = new RegExp("^(a|an|and|are|at|be|been|by|can|do|does|for|from|get|got|has|have|how|i|i'm|i've|in|is|it"
+    + "|it's|me|my|of|on|or|that|the|there|this|to|use|was|were|what|when|where|which|why|will|with|you|your|)$", "i");
+  const words_of = text => text.replace(/[‘’]/g, "'").trim().split(/\s+/).map(word => word.replace(/[?.,!:]+$/, ""));
+  const telling_of = words => words.some(word => !small.test(word)) ? words.filter(word => !small.test(word)) : words;
+  const words = words_of(query), asked = telling_of(words);
   const anywhere = word => ({ $or: ["title", "section", "text"].map(key => ({ [key]: word })) });
   const ways = [asked.join(" "), { $and: asked.map(anywhere) }, asked.join(" | ")];
+  const { limit = Infinity, ...others } = options;
+  const heading = hit => telling_of(words_of(hit.item?.section || hit.item?.title || "")).join(" ").toLowerCase();
+  const names = hit => heading(hit) === asked.join(" ").toLowerCase();
   for (const way of ways) {
-    const found = index.search(way, options);
+    const hits = index.search(way, others);
+    const found = [...hits.filter(names), ...hits.filter(hit => !names(hit))].slice(0, limit);
     findWords.narrow = way === ways[0] && asked.length === words.length;
     if (found.length) return found;
   }
