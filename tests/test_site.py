@@ -816,15 +816,18 @@ def test_the_search_asks_for_less_until_it_finds_something():
 def test_the_section_that_is_asked_for_comes_first():
     "Not the page whose text only has the words; and no more are given than are wanted."
     found = """query => {
-      const hits = [["", "My page"], ["Exports", "T"], ["The export failed", "T"], ["", "Export failed?"]];
+      const hits = [["", "My page"], ["Exports", "T"], ["When an old export failed", "T"], ["The export failed", "T"],
+        ["", "Export failed? Why"], ["", "Several GPUs: more"]];
       const index = { search() { return hits.map(([section, title]) => ({ item: { section, title } })) } };
       return findWords(index, query, { limit: 3 }).map(hit => hit.item.section || hit.item.title) }"""
     with names_of("check_site")["browser"]() as browser:
         page = browser.new_page()
         page.add_script_tag(content=names_of("finish_docs")["FIND_WORDS"])
-        first = ["The export failed", "Export failed?", "My page"]
+        first = ["The export failed", "Export failed? Why", "When an old export failed"]
         assert page.evaluate(found, "my export failed") == first
-        assert page.evaluate(found, "exports") == ["Exports", "My page", "The export failed"]
+        assert page.evaluate(found, "exports") == ["Exports", "My page", "When an old export failed"]
+        for query in ("I have two GPUs", "multi-GPU", "2 gpus"):
+            assert page.evaluate(found, query)[0] == "Several GPUs: more"
 
 
 @needs_browser

@@ -120,8 +120,8 @@ SEARCHES = {
     "my own data": "data.html",
     "I have two GPUs": "several_gpus.html",
     "my export failed": "troubleshooting.html",
-    "can’t be exported": "troubleshooting.html",
-    "Unsloth benchmark": "engine.html",
+    "can’t be exported": "gguf.html",
+    "multi-GPU": "several_gpus.html",
 }
 # As the page's own search does: by its library and its function, with its options, over its index.
 FIRST_HITS = """async words => {

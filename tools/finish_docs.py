@@ -89,7 +89,7 @@ SEARCH = {
     "await index.search(query, fuseOptions)": "await findWords(index, query, fuseOptions)",
     "now - then > kFuseMaxWait &&": "findWords.narrow && now - then > kFuseMaxWait &&",
 }
-# A section whose heading says just what is asked for comes first.
+# First come sections whose heading, up to a colon, is what is asked for, then those with its words as one phrase.
 # What is found by the first of the ways holds what a longer search of this way finds: Quarto then looks there alone.
 FIND_WORDS = r"""
 function findWords(index, query, options) {
@@ -97,16 +97,19 @@ function findWords(index, query, options) {
     + "|it's|me|my|of|on|or|that|the|there|this|to|use|was|were|what|when|where|which|why|will|with|you|your|)$", "i");
   const words_of = text => text.replace(/[‘’]/g, "'").trim().split(/\s+/).map(word => word.replace(/[?.,!:]+$/, ""));
   const telling_of = words => words.some(word => !small.test(word)) ? words.filter(word => !small.test(word)) : words;
-  const words = words_of(query), asked = telling_of(words);
+  const words = words_of(query), many = /^(two|2|three|3|four|4|eight|8|multi|multiple)[- ]gpus?$/i;
+  const asked = telling_of(words).join(" ").replace(many, "several GPUs").split(" ");
+  const phrase = asked.join(" ").toLowerCase();
   const anywhere = word => ({ $or: ["title", "section", "text"].map(key => ({ [key]: word })) });
   const ways = [asked.join(" "), { $and: asked.map(anywhere) }, asked.join(" | ")];
   const { limit = Infinity, ...others } = options;
-  const heading = hit => telling_of(words_of(hit.item?.section || hit.item?.title || "")).join(" ").toLowerCase();
-  const names = hit => heading(hit) === asked.join(" ").toLowerCase();
+  const head = item => telling_of(words_of((item.section || item.title || "").split(/[:?]/)[0])).join(" ");
+  const all = item => [item.section, item.title, item.text].join(" ").toLowerCase();
+  const says = item => asked.length > 1 && all(item).includes(phrase);
+  const rank = ({ item = {} }) => head(item).toLowerCase() === phrase ? 0 : says(item) ? 1 : 2;
   for (const way of ways) {
-    const hits = index.search(way, others);
-    const found = [...hits.filter(names), ...hits.filter(hit => !names(hit))].slice(0, limit);
-    findWords.narrow = way === ways[0] && asked.length === words.length;
+    const found = index.search(way, others).sort((a, b) => rank(a) - rank(b)).slice(0, limit);
+    findWords.narrow = way === ways[0] && phrase === words.join(" ").toLowerCase();
     if (found.length) return found;
   }
   return [];
