@@ -847,6 +847,23 @@ def test_a_search_that_leads_elsewhere_is_seen(tmp_path):
 
 
 @needs_browser
+def test_a_question_that_leads_under_the_header_is_seen(tmp_path):
+    "A fixed header hides the heading that a link leads to, unless the sheet leaves room for it."
+    check = names_of("check_site")["check_questions"]
+    head = "<!DOCTYPE html><title>A</title><link rel=stylesheet href={}>"
+    (tmp_path / "index.html").write_text(head + "<p>What brings <a href=a.html>you</a></p>")
+    assert check(tmp_path) == ["index.html: no links after 'What brings you here?'"]
+    (tmp_path / "index.html").write_text("<p>What brings you here? <a href=a.html>A</a> <a href=a.html#b>B</a></p>")
+    text = "<h1 style='margin-top: 70px'>A</h1><p style='height: 2000px'><section id=b><h2>B</h2>"
+    text += "<p style='height: 2000px'></section><div style='position: fixed; top: 0; height: 60px; width: 100%'>"
+    (tmp_path / "a.html").write_text(head.format("none.css") + text)
+    assert check(tmp_path) == ["index.html: 'B' leads to a heading that can't be seen"]
+    shutil.copy(NBS / "styles.css", tmp_path)
+    (tmp_path / "a.html").write_text(head.format("styles.css") + text)
+    assert check(tmp_path) == []
+
+
+@needs_browser
 def test_what_a_browser_hears_and_measures_is_seen(tmp_path):
     page = "<meta name=viewport content='width=device-width'><main>{}</main>"
     noise = "<script>console.error('ouch')</script><img alt=x src='https://example.org/x'>"
