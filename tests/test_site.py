@@ -516,7 +516,8 @@ def test_sections_of_the_sidebar(tmp_path):
     expected = {
         "Start": "index.ipynb 30_quickstart.ipynb 40_takeaways.ipynb",
         "Learn": "01_lora.ipynb 05_recommend.ipynb",
-        "Workflow": "10_model.ipynb 12_data.ipynb 11_template.ipynb 15_training.ipynb 27_new.ipynb",
+        "Workflow": "10_model.ipynb 12_data.ipynb 11_template.ipynb 15_training.ipynb 36_several_gpus.ipynb"
+        " 27_new.ipynb",
         "Engine room": "06_engine.ipynb 61_line.ipynb 64_loss.ipynb 37_decoding.ipynb",
         "Evidence": "34_full_lora_qlora.ipynb 31_tiny_base.ipynb limits.md 42_new.ipynb",
         "Reference": "glossary.md older_tutorial.md 70_doctor.ipynb 00_core.ipynb 51_shapes.ipynb other.md",
@@ -612,6 +613,7 @@ def test_quarto_settings():
     page, web = made["format"]["html"], made["website"]
     assert set(page["theme"]) == {"light", "dark"} and page["code-copy"] and page["toc"]
     assert web["search"] and web["page-navigation"]
+    assert web["navbar"]["collapse"] is False  # on a phone it would be a second menu, with the version alone
     for name in (page["css"], web["favicon"], web["open-graph"]["image"], web["twitter-card"]["image"]):
         assert (NBS / name).is_file(), name
     assert (NBS / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
@@ -659,11 +661,13 @@ def test_the_search_index_holds_prose_within_its_limit(tmp_path):
     page += "</section></main>"
     (tmp_path / "p.html").write_text(page.format("word " * 900))
     entries = [
-        {"objectID": at, "href": at, "title": "T", "section": "A", "text": "code()"} for at in ("p.html#a", "p.html#b")
+        {"objectID": at, "href": at, "title": "T", "section": "Can’t", "text": "code()"}
+        for at in ("p.html#a", "p.html#b")
     ]
     names = names_of("finish_docs")
     first, third, second = json.loads(names["search_index"](tmp_path, entries))
     assert first["text"].startswith("word word") and second["text"] == "inner"
+    assert first["section"] == "Can't"  # as it is typed
     assert not re.search("code|inner|cure", first["text"])
     assert (third["href"], third["section"], third["text"]) == ("p.html#c", "My model never stops", "cure")
     lesson, reference = (json.loads(names["pack"]([(first, share)], 100))[0]["text"] for share in (1, 4))
@@ -804,6 +808,26 @@ def test_the_search_asks_for_less_until_it_finds_something():
         fields = [{"$or": [{key: word} for key in ("title", "section", "text")]} for word in ("export", "failed")]
         assert (found, asked, narrow) == (1, ["export failed", {"$and": fields}, "export | failed"], False)
         assert page.evaluate(ask.replace("LAST", "9"), "export failed")[0] == 0
+        curved, straight = (page.evaluate(ask.replace("LAST", "1"), f"it can{one}t stop") for one in "’'")
+        assert curved == straight == [1, ["can't stop"], False]
+
+
+@needs_browser
+def test_the_section_that_is_asked_for_comes_first():
+    "Not the page whose text only has the words; and no more are given than are wanted."
+    found = """query => {
+      const hits = [["", "My page"], ["Exports", "T"], ["When an old export failed", "T"], ["The export failed", "T"],
+        ["", "Export failed? Why"], ["", "Several GPUs: more"]];
+      const index = { search() { return hits.map(([section, title]) => ({ item: { section, title } })) } };
+      return findWords(index, query, { limit: 3 }).map(hit => hit.item.section || hit.item.title) }"""
+    with names_of("check_site")["browser"]() as browser:
+        page = browser.new_page()
+        page.add_script_tag(content=names_of("finish_docs")["FIND_WORDS"])
+        first = ["The export failed", "Export failed? Why", "When an old export failed"]
+        assert page.evaluate(found, "my export failed") == first
+        assert page.evaluate(found, "exports") == ["Exports", "My page", "When an old export failed"]
+        for query in ("I have two GPUs", "multi-GPU", "2 gpus"):
+            assert page.evaluate(found, query)[0] == "Several GPUs: more"
 
 
 @needs_browser
@@ -820,6 +844,23 @@ def test_a_search_that_leads_elsewhere_is_seen(tmp_path):
         "search for 'VRAM': first memory.html, not plan.html",
         "search for 'BOS': first nothing, not template.html",
     ]
+
+
+@needs_browser
+def test_a_question_that_leads_under_the_header_is_seen(tmp_path):
+    "A fixed header hides the heading that a link leads to, unless the sheet leaves room for it."
+    check = names_of("check_site")["check_questions"]
+    head = "<!DOCTYPE html><title>A</title><link rel=stylesheet href={}>"
+    (tmp_path / "index.html").write_text(head + "<p>What brings <a href=a.html>you</a></p>")
+    assert check(tmp_path) == ["index.html: no links after 'What brings you here?'"]
+    (tmp_path / "index.html").write_text("<p>What brings you here? <a href=a.html>A</a> <a href=a.html#b>B</a></p>")
+    text = "<h1 style='margin-top: 70px'>A</h1><p style='height: 2000px'><section id=b><h2>B</h2>"
+    text += "<p style='height: 2000px'></section><div style='position: fixed; top: 0; height: 60px; width: 100%'>"
+    (tmp_path / "a.html").write_text(head.format("none.css") + text)
+    assert check(tmp_path) == ["index.html: 'B' leads to a heading that can't be seen"]
+    shutil.copy(NBS / "styles.css", tmp_path)
+    (tmp_path / "a.html").write_text(head.format("styles.css") + text)
+    assert check(tmp_path) == []
 
 
 @needs_browser

@@ -113,6 +113,15 @@ SEARCHES = {
     "an export failed": "troubleshooting.html",
     "is it faster than Unsloth": "engine.html",
     "reproduce": "index.html",
+    "understand QLoRA": "index.html",
+    "what is QLoRA": "glossary.html",
+    "Colab": "quickstart.html",
+    "free GPU": "quickstart.html",
+    "my own data": "data.html",
+    "I have two GPUs": "several_gpus.html",
+    "my export failed": "troubleshooting.html",
+    "can’t be exported": "gguf.html",
+    "multi-GPU": "several_gpus.html",
 }
 # As the page's own search does: by its library and its function, with its options, over its index.
 FIRST_HITS = """async words => {
@@ -127,6 +136,36 @@ def check_hits(folder, searches=SEARCHES):
         page.goto(f"{address}/index.html")
         hits = zip(searches.items(), page.evaluate(FIRST_HITS, list(searches)))
     return [f"search for {word!r}: first {hit}, not {wanted}" for (word, wanted), hit in hits if hit != wanted]
+
+
+QUESTIONS = "What brings you here?"  # the front page's paragraph of links for those who come with a question
+# Whether the heading that the address names, or the page's own, can be seen: on the screen, and nothing lies over it.
+HEADING_SEEN = """() => {
+  const place = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const heading = place ? place.querySelector("h1, h2, h3, h4") : document.querySelector("h1");
+  const box = heading.getBoundingClientRect();
+  return heading.contains(document.elementFromPoint(box.left + 5, box.top + 10)) }"""
+
+
+def check_questions(folder):
+    "List the front page's questions that don't lead, by one tap on a phone, to a heading that can be seen."
+    from playwright.sync_api import TimeoutError
+
+    found = []
+    with browser() as opened, served(folder) as address:
+        page = opened.new_page(viewport={"width": PHONE, "height": 844})
+        page.goto(f"{address}/index.html")
+        links = page.locator("p", has_text=QUESTIONS).get_by_role("link")
+        for number in range(count := links.count()):
+            page.goto(f"{address}/index.html")
+            name = links.nth(number).inner_text()
+            links.nth(number).click()
+            page.wait_for_load_state("load")
+            try:
+                page.wait_for_function(HEADING_SEEN, timeout=5000)  # scripts move the page once it is there
+            except TimeoutError:
+                found.append(f"index.html: {name!r} leads to a heading that can't be seen")
+    return found if count else [f"index.html: no links after {QUESTIONS!r}"]
 
 
 def check_search(folder):
@@ -334,7 +373,13 @@ def main(folder):
     if CHROMIUM:
         if not AXE.exists():
             print("axe-core is not there (make axe): accessibility was not checked but for contrast", file=sys.stderr)
-        found += check_hits(folder) + check_looks(folder) + check_code(folder) + check_speed(folder)
+        found += (
+            check_hits(folder)
+            + check_questions(folder)
+            + check_looks(folder)
+            + check_code(folder)
+            + check_speed(folder)
+        )
     else:
         print("Chromium is not installed: the pages were not looked at", file=sys.stderr)
     print(*found, sep="\n", end="\n" * bool(found), file=sys.stderr)

@@ -35,7 +35,12 @@ def prose_of(section):
         text = child.get_text(" ")
         if child.name not in ("section", "h1", "h2", "h3", "h4") and not text.strip().startswith(ON_EACH_PAGE):
             parts.append(text)
-    return re.sub(r"\s+", " ", " ".join(parts)).strip()
+    return straighten(re.sub(r"\s+", " ", " ".join(parts)).strip())
+
+
+def straighten(text):
+    "Apostrophes as keyboards have them: Quarto's are curved, and a phone's may be either."
+    return text.replace("’", "'")
 
 
 def shorten(text, limit):
@@ -65,8 +70,8 @@ def search_index(folder, entries):
             continue
         share = MACHINERY if "Reference" in entry.get("crumbs", ()) else 1
         for part, heading, text in parts_of(section, anchor, share == 1):
-            head = {"href": f"{name}#{part}" if part else name, "title": entry["title"]}
-            kept.append((head | {"section": heading or entry["section"], "text": text}, share))
+            head = {"href": f"{name}#{part}" if part else name, "title": straighten(entry["title"])}
+            kept.append((head | {"section": straighten(heading or entry["section"]), "text": text}, share))
     limit = 4000
     while len(packed := pack(kept, limit)) > INDEX_LIMIT and limit:  # if titles alone are too many, check_site says so
         limit = limit * 49 // 50
@@ -84,17 +89,27 @@ SEARCH = {
     "await index.search(query, fuseOptions)": "await findWords(index, query, fuseOptions)",
     "now - then > kFuseMaxWait &&": "findWords.narrow && now - then > kFuseMaxWait &&",
 }
+# First come sections whose heading, up to a colon, is what is asked for, then those with its words as one phrase.
 # What is found by the first of the ways holds what a longer search of this way finds: Quarto then looks there alone.
 FIND_WORDS = r"""
 function findWords(index, query, options) {
-  const small = /^(a|an|and|are|can|do|does|for|from|how|i|in|is|it|my|of|on|or|the|to|what|why|with|)$/i;
-  const words = query.trim().split(/\s+/).map(word => word.replace(/[?.,!]+$/, ""));
-  const telling = words.filter(word => !small.test(word)), asked = telling.length ? telling : words;
+  const small = new RegExp("^(a|an|and|are|at|be|been|by|can|do|does|for|from|get|got|has|have|how|i|i'm|i've|in|is|it"
+    + "|it's|me|my|of|on|or|that|the|there|this|to|use|was|were|what|when|where|which|why|will|with|you|your|)$", "i");
+  const words_of = text => text.replace(/[‘’]/g, "'").trim().split(/\s+/).map(word => word.replace(/[?.,!:]+$/, ""));
+  const telling_of = words => words.some(word => !small.test(word)) ? words.filter(word => !small.test(word)) : words;
+  const words = words_of(query), many = /^(two|2|three|3|four|4|eight|8|multi|multiple)[- ]gpus?$/i;
+  const asked = telling_of(words).join(" ").replace(many, "several GPUs").split(" ");
+  const phrase = asked.join(" ").toLowerCase();
   const anywhere = word => ({ $or: ["title", "section", "text"].map(key => ({ [key]: word })) });
   const ways = [asked.join(" "), { $and: asked.map(anywhere) }, asked.join(" | ")];
+  const { limit = Infinity, ...others } = options;
+  const head = item => telling_of(words_of((item.section || item.title || "").split(/[:?]/)[0])).join(" ");
+  const all = item => [item.section, item.title, item.text].join(" ").toLowerCase();
+  const says = item => asked.length > 1 && all(item).includes(phrase);
+  const rank = ({ item = {} }) => head(item).toLowerCase() === phrase ? 0 : says(item) ? 1 : 2;
   for (const way of ways) {
-    const found = index.search(way, options);
-    findWords.narrow = way === ways[0] && asked.length === words.length;
+    const found = index.search(way, others).sort((a, b) => rank(a) - rank(b)).slice(0, limit);
+    findWords.narrow = way === ways[0] && phrase === words.join(" ").toLowerCase();
     if (found.length) return found;
   }
   return [];

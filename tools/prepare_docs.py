@@ -28,8 +28,8 @@ from nbdev.quarto import refresh_quarto_yml
 SECTIONS = {
     "Start": "index quickstart real_model takeaways troubleshooting",
     "Learn": "lora nf4 qlora memory recommend exam",
-    "Workflow": "plan model data template preflight training loop generate evaluation scorers forgetting diagnose"
-    " merge gguf ollama certificate session answers publish model_card manifest",
+    "Workflow": "plan model data template preflight training loop several_gpus generate evaluation scorers"
+    " forgetting diagnose merge gguf ollama certificate session answers publish model_card manifest",
     "Engine room": "engine kernels line layers passes loss checkpointing forwards replay decoding",
     "Evidence": "full_lora_qlora measure_memory why_it_is_fast tiny_base promises limits",
     "Reference": "api glossary older_tutorial doctor cli changelog figures javascript signals template_limits exam_key",
