@@ -624,10 +624,37 @@ def port():
         return free.getsockname()[1]
 
 
+def torchrun(port, *arguments):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    return [*launcher, "-m", "qlora_nb", *arguments]
+
+
 def launch(place, port, *arguments):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command, environment = [*torchrun, "-m", "qlora_nb", *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, env=environment)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        torchrun(port, *arguments), cwd=place, capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+@heavy
+@pytest.mark.parametrize("who", ["launcher", "process 0", "process 1"])
+def test_a_signal_under_torchrun_saves_one_checkpoint(who, tmp_path, port):
+    "Whoever gets it; Slurm tells the launcher, a cluster each process."
+    command = torchrun(port, "train", *SHORT, "--max-steps", "40", "--save-steps", "50", "--eval-rows", "0")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        metrics = tmp_path / "run/metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        started = [child for child in psutil.Process(process.pid).children() if "RANK" in child.environ()]
+        by_rank = {f"process {child.environ()['RANK']}": child for child in started}
+        ({"launcher": process} | by_rank)[who].send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=120)[1]
+    (checkpoint,) = (tmp_path / "run/checkpoints").glob("checkpoint-*")
+    step = checkpoint.name.split("-")[1]
+    assert f"stopped by SIGTERM at step {step}, checkpoint saved: resume it with" in err, err[-3000:]
+    assert_gone(by_rank.values())
 
 
 @heavy
