@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from processes import COMMAND, Process, qlora_nb, wait_for
+from repository import real_file
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
@@ -146,6 +147,21 @@ def test_a_resumed_run_is_the_whole_one_whatever_shares_it(rows, tmp_path):
         torch.manual_seed(77)
         made.train(str(tmp_path / "whole/checkpoint-4"))
     assert all(torch.equal(p, whole.weights[name]) for name, p in trainable_parameters(model).items())
+
+
+@heavy
+def test_a_real_model_has_the_same_gradients(tmp_path):
+    found, folder = [], real_file("smollm2/config.json").parent
+    for processes in (1, 2):
+        model, tokenizer = load_model(folder, backend="transformers", engine=False)
+        data, seen = encode_dataset(load_sft_dataset(limit=60), tokenizer)[0], Gradients()
+        settings = settings_of({"max_steps": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2})
+        with start_workers(processes) as workers:
+            path = tmp_path / str(processes)
+            make(workers)(add_lora(model, r=8), tokenizer, data, settings, path, [seen]).train()
+        found.append(seen.steps[0])
+    assert len(found[0]) > 400
+    assert all(torch.allclose(found[1][name], wanted, rtol=1e-5, atol=1e-8) for name, wanted in found[0].items())
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -577,6 +593,18 @@ def test_ctrl_c_saves_one_checkpoint_and_one_process_goes_on(whole, tmp_path):
     run = goes_on(tmp_path, "run", "--gpus", "1")
     assert furthest(adapter(run), adapter(whole)) < 1e-5
     assert sha(run) != "" and json.loads((run / "summary.json").read_text())["steps"] == 6
+
+
+@heavy
+def test_a_run_of_one_process_goes_on_in_two(whole, tmp_path):
+    "Begun by TRL's trainer, and continued by this package's loop."
+    process = Process(COMMAND, "train", *SHORT, cwd=tmp_path)
+    wait_for(process, tmp_path / "run/metrics.jsonl", 3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(60)
+    run = goes_on(tmp_path, "run", "--gpus", "2")
+    assert furthest(adapter(run), adapter(whole)) < 1e-5
+    assert json.loads((run / "summary.json").read_text())["steps"] == 6
 
 
 @heavy
