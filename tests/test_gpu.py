@@ -143,17 +143,17 @@ def test_a_4_bit_model_says_on_the_gpu_what_it_says_on_the_cpu():
 SHORT = {"max_steps": 12, "eval_rows": 4, "max_new_tokens": 32, "save_steps": 4, "max_seq_length": 256}
 
 
-def trained(output, engine, data=None, **more):
+def trained(output, engine, data=None, dtype=None, **more):
     from qlora_nb import add_lora, load_model, load_sft_dataset, train
 
-    model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", engine=engine)
+    model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", engine=engine, dtype=dtype)
     return train(add_lora(model), tokenizer, data or load_sft_dataset(), output=output, **{**SHORT, **more})
 
 
-def resume(path, engine):
+def resume(path, engine, dtype=None):
     from qlora_nb import add_lora, load_model, load_sft_dataset, train
 
-    model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", engine=engine)
+    model, tokenizer = load_model("qlora_nb:embedded", backend="transformers", engine=engine, dtype=dtype)
     return train(add_lora(model), tokenizer, load_sft_dataset(), resume=path)
 
 
@@ -169,14 +169,31 @@ def test_a_run_learns_the_same_with_the_engine(tmp_path):
 
 
 @pytest.mark.parametrize("engine", [True, False])
-def test_a_resumed_run_is_the_whole_one(tmp_path, engine):
-    whole = trained(tmp_path / "run", engine)
+def test_fp16_learns_what_bf16_does(tmp_path, engine):
+    "As on a T4: the loss is scaled, and a step whose gradients overflow is left out, as its row says, until the scale fits."
+    half, usual = (trained(tmp_path / kind, engine, eval_rows=0, dtype=kind) for kind in ("float16", "bfloat16"))
+    assert half.model.dtype == torch.float16 and RunFolder(half.path).config["trained_by"] == (
+        "own" if engine else "trl"
+    )
+    left_out = [row["step"] for row in half.metrics if row["grad_norm"] is None]
+    assert left_out == list(range(1, 1 + len(left_out))) and len(left_out) < 6, "the first ones alone"
+    taken = [row["grad_norm"] for row in half.metrics[len(left_out) :]]
+    assert all(0 < norm < 100 for norm in taken), "of gradients without the scale"
+    found, wanted = losses(half)[len(left_out) :], losses(usual)[: 12 - len(left_out)]
+    assert found[:8] == pytest.approx(wanted[:8], rel=0.02)
+    assert found == pytest.approx(wanted, rel=0.05)  # in 16 bits small differences grow
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("engine", [True, False])
+def test_a_resumed_run_is_the_whole_one(tmp_path, engine, dtype):
+    whole = trained(tmp_path / "run", engine, dtype=dtype)
     path = whole.path / "adapter/adapter_model.safetensors"
     wanted = path.read_bytes()
     (whole.path / "summary.json").unlink()
     shutil.rmtree(max((whole.path / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])))
     shutil.rmtree(whole.path / "adapter")
-    resume(whole.path, engine)
+    resume(whole.path, engine, dtype)
     assert path.read_bytes() == wanted
 
 
