@@ -641,7 +641,7 @@ def plan(
     if as_json:
         print(format_json([p.to_dict() for p in found] if len(found) > 1 else found[0].to_dict(), indent=2))
     else:
-        print(name_flags(str(found[0]), "plan") if len(found) == 1 else format_cards(found))
+        print(format_cards(found) if len(found) > 1 else found[0] if found[0].fits else name_flags(str(found[0]), "plan"))  # its advice names settings
     if not any(p.fits for p in found):
         raise typer.Exit(1)
 
