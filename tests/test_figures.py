@@ -258,6 +258,20 @@ def test_the_calculators_controls_set_what_they_say(figures, browser, tmp_path):
 
 
 @needs_browser
+def test_the_calculator_begins_with_several_gpus(browser, tmp_path):
+    figure = memory_calculator("Llama-3.1-70B", card="RTX 4090", gpus=4, shard=True, batch_size=2, accumulation=4)
+    gpu = figure.data["cards"]["RTX 4090"]
+    how = {"card": gpu["total"], "hopper": False, "gpus": 4, "shard": True, "batch_size": 2, "accumulation": 4}
+    total = f"{estimate_memory(CALCULATOR_SHAPES['Llama-3.1-70B'], **how).total_bytes / 2**30:.2f} GiB"
+    assert figure.title.endswith(f"takes {total} on each of 4 GPUs")
+    with opened(browser, tmp_path, figure) as (page, wrong):
+        assert said(page).startswith(f"Fits: {total} of ") and "on each RTX 4090" in said(page)
+        assert page.get_by_label("base sharded", exact=True).is_checked()
+        assert page.locator("circle.measured").count() == 0
+    assert wrong == []
+
+
+@needs_browser
 def test_nf4_is_pythons(figures, browser, tmp_path):
     "Also the package's own quantizer's: the same weights come back, but for what fp32 rounds."
     with opened(browser, tmp_path, figures["nf4"]) as (page, wrong):

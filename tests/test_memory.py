@@ -191,6 +191,7 @@ def test_a_hub_name_fetches_the_configuration_and_nothing_else(tmp_path):
 def test_an_estimate_imports_no_heavy_library():
     script = (
         "import sys; from qlora_nb.memory import estimate_memory; estimate_memory('qlora_nb:embedded', seq_length=512);"
+        "estimate_memory('qlora_nb:embedded', gpus=2, shard=True);"
         "print([name for name in ('transformers', 'unsloth', 'matplotlib', 'bitsandbytes') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
