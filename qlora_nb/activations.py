@@ -167,8 +167,8 @@ def _replayed_layer(shape: Shape, s: dict, tokens: int) -> dict[str, float]:
 def count_engine_pass(shape: Shape, s: dict, gradients: float) -> dict[str, dict[str, float]]:
     "Count what `count_pass` does, for the engine."
     tokens, kind = s["batch_size"] * s["seq_length"], checkpointing_kind(s["gradient_checkpointing"])
-    if kind is True:  # the inputs are in main memory, and the copy is of one layer
-        stack, copied = {"activations": 2 * 2 * shape.hidden * tokens}, shape.layers
+    if kind is True:  # the inputs are in main memory, and a recording's copies are of one layer; sharded layers aren't recorded
+        stack, copied = {"activations": 2 * 2 * shape.hidden * tokens}, 1 if s.get("shard") else shape.layers
         last = first = _replayed_layer(shape, s, tokens)
     else:
         kept = count_engine_layer_bytes(shape, s["r"], s["target_modules"], kind == "selective")
@@ -179,4 +179,5 @@ def count_engine_pass(shape: Shape, s: dict, gradients: float) -> dict[str, dict
         last, first = add_components(stack, back), add_components(one, back)
     copies = {"adapters": gradients * 2 / s["adapter_bytes"] / copied}  # of A and B in 16 bits
     loss = count_engine_loss_bytes(shape, tokens, max(tokens - s["batch_size"], 1))
-    return {"loss": add_components(stack, copies, {"logits_loss": loss}), "last layer": add_components(last, copies), "first layer": first}
+    return {"loss": add_components(stack, copies, {"logits_loss": loss}), "last layer": add_components(last, copies),
+            "first layer": add_components(first, copies) if s.get("shard") else first}

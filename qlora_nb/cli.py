@@ -603,7 +603,7 @@ def format_cards(found: list) -> str:
 
     rows = [(p.card.name, format_gib(p.card.bytes), format_gib(p.choice.estimate.total_bytes) if p.fits else "–", str(p.choice or "nothing fits"))
             for p in found]
-    lines = [("card", "has", "takes", "choice"), *rows]
+    lines = [("card" if found[0].gpus == 1 else f"{found[0].gpus} of", "has", "takes", "choice"), *rows]
     return "\n".join(f"{name:<10} {has:>10} {takes:>10}  {choice}" for name, has, takes, choice in lines)
 
 # %% ../nbs/72_cli.ipynb #365e2c0c
@@ -619,6 +619,8 @@ def plan(
     r: Annotated[int, typer.Option(help="rank of the adapter")] = 16,
     method: Annotated[str | None, typer.Option(help="qlora or lora; default: the faster of those that fit")] = None,
     backend: Annotated[str | None, typer.Option(help="unsloth, transformers or engine; default: what auto takes on that card")] = None,
+    gpus: Annotated[int, typer.Option(help="such GPUs, which share each step; all figures are of each one")] = 1,
+    shard: Annotated[bool, typer.Option("--shard", help="cut the base into parts, one for each GPU, where one can't hold it")] = False,
     columns: COLUMNS_OPTION = None,
     template_kwargs: SWITCHES_OPTION = None,
     config: Annotated[str | None, typer.Option("--config", "-c", help="also write the settings, each with its reason, to this YAML file, which train --config takes")] = None,
@@ -630,7 +632,7 @@ def plan(
 
         switches, named = check_setting("template_kwargs", template_kwargs), check_setting("columns", columns)
         found = plan_for_cards(model or profile().model, gpu, data, data_name, limit, backend, named, switches, max_seq_length=max_seq_length,
-                               effective_batch=effective_batch, r=r, method=method)
+                               effective_batch=effective_batch, r=r, method=method, gpus=gpus, shard=shard)
         if config and len(found) > 1:
             raise UserError("--config is for the plan of one card, and this machine has none: name a card with --gpu")
         if config and found[0].fits:
@@ -639,7 +641,7 @@ def plan(
     if as_json:
         print(format_json([p.to_dict() for p in found] if len(found) > 1 else found[0].to_dict(), indent=2))
     else:
-        print(found[0] if len(found) == 1 else format_cards(found))
+        print(format_cards(found) if len(found) > 1 else found[0] if found[0].fits else name_flags(str(found[0]), "plan"))  # its advice names settings
     if not any(p.fits for p in found):
         raise typer.Exit(1)
 

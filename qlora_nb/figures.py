@@ -165,7 +165,7 @@ def memory_calculator(
         raise UserError(f"the model has a context of {shape.context} tokens, and the figure begins at 256: give one of at least 512")
     gpu = KNOWN_CARDS[card]
     found = estimate_memory(shape, method, card=gpu.bytes, bf16=gpu.bf16, hopper=gpu.hopper, **settings)
-    start = {**found.settings, "model": name, "card": card, "backend": settings.get("backend", "unsloth")}
+    start = {**found.settings, "model": name, "card": card, "backend": settings.get("backend") or ("unsloth" if method == "full" else found.settings["backend"])}
     start["gradient_checkpointing"] = checkpointing_kind(start["gradient_checkpointing"])
     engine = list_architectures("engine")
     data = {
@@ -175,7 +175,8 @@ def memory_calculator(
         "colours": {label: colour_component(label) for label in MEMORY_COMPONENTS}, "runs": read_measured_runs(), "margin": MEMORY_MARGIN,
         "optimizers": list(OPTIMIZER_KINDS), "backends": MEMORY_BACKENDS, "lengths": sorted({*ROW_LENGTHS, start["seq_length"]}), "start": start,
     }
-    title = f"Memory calculator: {name}, {method}, {found.settings['batch_size']} x {found.settings['seq_length']:,} tokens takes {found.total_bytes / 2**30:.2f} GiB"
+    takes = found.short_text().partition(",")[0]
+    title = f"Memory calculator: {name}, {method}, {found.settings['batch_size']} x {found.settings['seq_length']:,} tokens takes {takes}"
     return InteractiveFigure("memory", title, data, _draw_lengths(shape, name, gpu, found.settings), _calculator_formulas())
 
 # %% ../nbs/38_figures.ipynb #38f0001d

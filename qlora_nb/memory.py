@@ -8,6 +8,7 @@ __all__ = ['count_weight_bytes', 'count_optimizer_bytes', 'MemoryEstimate', 'est
 
 # %% ../nbs/04_memory.ipynb #2be823dd
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -74,8 +75,10 @@ def _stays(shape: Shape, s: dict, trained: list[int], embeddings: list[int], siz
     "Return the components that are there at every moment, and the temporaries of the optimizer's step."
     engine, paged = s["backend"] == "engine", s["optimizer"].startswith("paged")
     found = count_weight_bytes(shape, s["method"], s["dtype"] if s["method"] == "full" else "bf16")
+    if s["shard"]:
+        found = shard_weights(shape, found, s["gpus"])
     found["adapters"] = 0 if s["method"] == "full" else sum(trained) * size
-    if engine and checkpointing_kind(s["gradient_checkpointing"]) is True:  # the copy that is replayed, of one layer
+    if engine and checkpointing_kind(s["gradient_checkpointing"]) is True and not s["shard"]:  # the copy that is replayed, of one layer
         for name in ("base_weights", "quant_constants", "adapters"):
             found[name] *= 1 + 1 / shape.layers
     states, temporaries = count_optimizer_bytes(trained, embeddings, s["optimizer"], size)
@@ -87,14 +90,16 @@ def _stays(shape: Shape, s: dict, trained: list[int], embeddings: list[int], siz
     return {**found, "optimizer": states, "dequant_buffers": buffers, "activations": offload}, temporaries + flat
 
 # %% ../nbs/04_memory.ipynb #59e900e9
-def _moments(shape: Shape, s: dict, gradients: float, temporaries: float) -> dict[str, dict[str, float]]:
-    "Return bytes by component that come on top of what stays, at each moment."
+def _moments(shape: Shape, s: dict, gradients: float, temporaries: float, joined: float = 0) -> dict[str, dict[str, float]]:
+    "Return bytes by component that come on top of what stays, at each moment; `joined` are those of the tensor in which several cards add up their gradients."
     full, early = s["method"] == "full", gradients if s["accumulation"] > 1 else 0
     head = 2 * shape.vocabulary * shape.hidden if full else 0
     there = {"loss": early, "last layer": max(early, head), "first layer": gradients}
     comes = (count_engine_pass if s["backend"] == "engine" else count_pass)(shape, s, gradients)
     found = {name: add_components(comes[name], {"gradients": value}) for name, value in there.items()}
     found["optimizer"] = {"gradients": gradients, "optimizer": temporaries}
+    if joined:
+        found["adding up"] = {"gradients": gradients, "joined_gradients": joined}
     if full:  # the embedding's gradient is dense, and is added to the head's where they are tied
         size = DTYPE_BYTES[s["dtype"]]
         inputs = s["batch_size"] * s["seq_length"] * shape.hidden * size
@@ -110,15 +115,18 @@ SLACK_SHARES = {  # reserved but not allocated, as a share of what comes and goe
 CUDA_CONTEXT = 804_061_184  # bytes on an H200 with torch 2.11: what the device says is used, less what torch reserved
 
 # %% ../nbs/04_memory.ipynb #2f9afa20
-MEMORY_COMPONENTS = ("base_weights", "quant_constants", "embeddings_head", "adapters", "gradients", "optimizer", "activations",
-                     "logits_loss", "attention", "dequant_buffers", "allocator_slack", "cuda_context")
-COMPONENT_COLOURS = ("#0072B2", "#56B4E9", "#8fb8d8", "#E69F00", "#D55E00", "#CC79A7", "#009E73", "#F0E442", "#66c2a5", "#999999", "#cccccc", "#e5e5e5")
+MEMORY_COMPONENTS = ("base_weights", "quant_constants", "embeddings_head", "gathered_layers", "gathered_head", "adapters", "gradients", "joined_gradients",
+                     "optimizer", "activations", "logits_loss", "attention", "dequant_buffers", "allocator_slack", "cuda_context")
+SHARDED_COMPONENTS = ("base_weights", "quant_constants", "embeddings_head")
+LASTING_COMPONENTS = (*SHARDED_COMPONENTS, "gathered_layers", "gathered_head", "adapters")  # from the first moment to the last
+COMPONENT_COLOURS = ("#0072B2", "#56B4E9", "#8fb8d8", "#004c78", "#3a7ca5", "#E69F00", "#D55E00", "#8c3e00", "#CC79A7", "#009E73", "#F0E442", "#66c2a5", "#999999",
+                     "#cccccc", "#e5e5e5")
 
 
 def colour_component(name: str) -> str:
-    "Return the colour of a component, in plots and bars."
+    "Return the colour of a component, in plots and bars; what is said in brackets behind its name doesn't change it."
     own = {**dict(zip(MEMORY_COMPONENTS, COMPONENT_COLOURS)), "dense_copy": "#D55E00", "kv_cache": "#CC79A7"}
-    return own.get(name, "#999999")
+    return own.get(name.partition(" ")[0], "#999999")
 
 
 def draw_memory_bar(
@@ -152,7 +160,7 @@ class MemoryEstimate(ShownObject):
 
     by_component: dict[str, int]  # bytes; they add up to `total_bytes`
     moment: str  # when it is fullest
-    settings: dict  # what was asked
+    settings: dict  # what was asked; of several cards, one card's share of the batch
     shape: Shape
 
     @property
@@ -175,20 +183,30 @@ class MemoryEstimate(ShownObject):
         sums = {name: getattr(self, name) for name in ("allocated_bytes", "reserved_bytes", "total_bytes")}
         return {**sums, "moment": self.moment, "by_component": self.by_component}
 
+    @property
+    def labelled(self) -> dict[str, int]:
+        "The components that are not empty; a sharded one says which part of it each card holds."
+        part = f" (1/{self.settings['gpus']})" if self.settings.get("shard") else ""
+        return {name + part * (name in SHARDED_COMPONENTS): value for name, value in self.by_component.items() if value}
+
+    @property
+    def _cards(self) -> str:
+        return f" on each of {count} GPUs" if (count := self.settings.get("gpus", 1)) > 1 else ""
+
     def short_text(self) -> str:
-        return f"{self.total_bytes / 2**30:.2f} GiB, fullest moment: {self.moment}"
+        return f"{self.total_bytes / 2**30:.2f} GiB{self._cards}, fullest moment: {self.moment}"
 
     @property
     def _rows(self) -> list[tuple[str, str]]:
-        found = [*((name, value) for name, value in self.by_component.items() if value), ("total", self.total_bytes)]
-        return [(name, f"{value / 2**30:.3f}") for name, value in found]
+        return [(name, f"{value / 2**30:.3f}") for name, value in {**self.labelled, "total": self.total_bytes}.items()]
 
     def __str__(self) -> str:
-        return "\n".join([f"GiB, fullest moment: {self.moment}", *(f"{name:<16} {value:>8}" for name, value in self._rows)])
+        width = max(16, *map(len, self.labelled))
+        return "\n".join([f"GiB{self._cards}, fullest moment: {self.moment}", *(f"{name:<{width}} {value:>8}" for name, value in self._rows)])
 
     def _repr_html_(self) -> str:
         limits = {"the card": self.settings["card"]} if self.settings.get("card") else {}
-        return draw_memory_bar(self.by_component, limits) + render_html_table(("component", "GiB"), self._rows)
+        return draw_memory_bar(self.labelled, limits) + render_html_table(("component", f"GiB{self._cards}"), self._rows)
 
 # %% ../nbs/04_memory.ipynb #761b2f1b
 def _estimate(shape: Shape, s: dict) -> MemoryEstimate:
@@ -202,11 +220,12 @@ def _estimate(shape: Shape, s: dict) -> MemoryEstimate:
     else:
         trained, embeddings = adapter_matrix_sizes(projection_shapes(shape), s["r"], s["target_modules"]) * shape.layers, []
     gradients = (count["total"] if full else sum(trained)) * size
+    joined = 4 * (sum(trained) + len(trained) + 1) if s["gpus"] > 1 else 0  # all gradients, whether each tensor has one, and the loss
     stays, temporaries = _stays(shape, s, trained, embeddings, size)
-    moments = _moments(shape, s, gradients, temporaries)
+    moments = _moments(shape, s, gradients, temporaries, joined)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = add_components(stays, moments[moment])
-    still = sum(stays[name] for name in ("base_weights", "quant_constants", "embeddings_head", "adapters"))
+    still = sum(stays.get(name, 0) for name in LASTING_COMPONENTS)
     coming = sum(parts.values()) - still
     parts["allocator_slack"] = coming * SLACK_SHARES["full" if full else s["backend"], checkpointing_kind(s["gradient_checkpointing"])]
     parts["cuda_context"] = CUDA_CONTEXT
@@ -229,6 +248,25 @@ def check_choice(name: str, value, known) -> None:
     if value not in tuple(known):
         raise UserError(f"{name} is {value!r}: choose one of {', '.join(map(str, known))}")
 
+# %% ../nbs/04_memory.ipynb #0d498761
+def _check_cards(s: dict) -> None:
+    "Raise `UserError` for what several cards can't do."
+    check_whole_number("gpus", s["gpus"])
+    check_choice("shard", s["shard"], (True, False))
+    if s["gpus"] == 1:
+        if s["shard"]:
+            raise UserError("shard=True cuts the base into parts, one for each of several GPUs, but gpus is 1: give gpus=2 or more, or leave shard out")
+        return
+    if s["method"] == "full":
+        raise UserError(f"gpus is {s['gpus']}, but several GPUs share the training of an adapter, not of a whole model: choose method='qlora' or 'lora', or gpus=1")
+    if s["backend"] == "unsloth":
+        raise UserError(f"gpus is {s['gpus']}, but Unsloth trains on one GPU: choose backend='engine' or 'transformers', or gpus=1")
+
+
+def choose_estimated_backend(shape: Shape, backend: str | None, gpus: int) -> str:  # None chooses
+    "Return the backend that is computed for: Unsloth on one card, and on several the engine, where it trains this model."
+    return backend or ("unsloth" if gpus == 1 else "engine" if shape.family in list_architectures("engine") else "transformers")
+
 # %% ../nbs/04_memory.ipynb #7f89bf0a
 def _check(shape: Shape, s: dict) -> None:
     "Raise `UserError` for invalid settings, and for a model or a method that the engine doesn't train."
@@ -237,6 +275,7 @@ def _check(shape: Shape, s: dict) -> None:
         check_choice(name, s[name], known)
     for name in ("batch_size", "seq_length", "accumulation", "r", "adapter_bytes"):
         check_whole_number(name, s[name])
+    _check_cards(s)
     for name in ("max_seq_length", "loss_rows"):
         check_whole_number(name, s[name] or 1)
     for name in s["target_modules"]:
@@ -269,7 +308,7 @@ def estimate_memory(
     gradient_checkpointing: bool | str = True,  # True, "unsloth" (the same here), False, or "selective" (the engine's)
     optimizer: str = "adamw_8bit",  # a key of `OPTIMIZER_KINDS`
     dtype: str = "bf16",  # of a fully trained model's weights; adapters are always trained beside 16-bit weights
-    backend: str = "unsloth",  # unsloth, transformers or engine; full fine-tuning is TRL's in any case
+    backend: str | None = None,  # unsloth, transformers or engine; None is Unsloth on one GPU, the engine on several; full fine-tuning is TRL's in any case
     accumulation: int = 1,  # forward passes for one step; above 1 the gradients stay
     padded: bool = False,  # rows of different lengths, padded (backend transformers)
     adapter_bytes: int = 4,  # of an adapter's number while it is trained
@@ -278,6 +317,8 @@ def estimate_memory(
     hopper: bool = True,  # whether it is an H100 or H200
     seq_length: int | None = None,  # tokens in the rows of this batch, where they are shorter; None is `max_seq_length`
     loss_rows: int | None = None,  # a plain loss in so many rows at a time, instead of the backend's
+    gpus: int = 1,  # GPUs that share a step's rows (`batch_size` x `accumulation`); the estimate is of each, the fullest
+    shard: bool = False,  # whether each of them holds only its part of the frozen base
 ) -> MemoryEstimate:
     "Predict the peak memory of training, by component. Load no weights. Raise `UserError` for an unknown architecture and invalid settings."
     s = {name: value for name, value in locals().items() if name != "model"}
@@ -285,8 +326,14 @@ def estimate_memory(
     if seq_length is None:
         s["seq_length"] = 2048 if max_seq_length is None else max_seq_length
     s["target_modules"] = tuple(target_modules.split(",") if isinstance(target_modules, str) else target_modules)
+    s["backend"] = choose_estimated_backend(shape, backend, gpus)
     _check(shape, s)
-    return _estimate(shape, {**s, "backend": "transformers" if method == "full" else backend})
+    if gpus > 1:
+        from qlora_nb.parallel import divide_batch
+
+        size, steps = divide_batch(batch_size, accumulation, gpus)
+        s |= {"batch_size": size, "accumulation": steps // gpus}
+    return _estimate(shape, {**s, "backend": "transformers" if method == "full" else s["backend"]})
 
 # %% ../nbs/04_memory.ipynb #04a1f001
 if TYPE_CHECKING:  # for editors and type checkers
@@ -313,10 +360,37 @@ def plot_estimates(
     ax.figure.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=3, handlelength=1, columnspacing=1, loc="outside upper center")
     return ax
 
+# %% ../nbs/04_memory.ipynb #2ec2ab50
+SHARD_BYTES = 256  # each card's part of a unit is a multiple of this
+
+
+def shard_weights(
+    shape: Shape,
+    found: dict[str, float],  # what `count_weight_bytes` counted, in 16 bits where it isn't quantized
+    cards: int,
+) -> dict[str, float]:
+    "Count the bytes of a sharded base on each card: its part of every unit, and the whole units that are gathered."
+    table, norm, vision = 2 * shape.vocabulary * shape.hidden, 2 * shape.hidden, 2 * shape.vision
+    books = shape.layers * 7 * CODEBOOK_BYTES if found["quant_constants"] else 0  # these and a vision tower are on every card
+    layer = (found["base_weights"] + found["quant_constants"] - norm - vision - books) / shape.layers
+    units = (table, layer, norm if shape.tied else norm + table)
+    embedding, layer, last = [cards * SHARD_BYTES * math.ceil(size / (cards * SHARD_BYTES)) for size in units]
+    constants, head = (found["quant_constants"] - books) / cards + books, found["embeddings_head"] / cards
+    held = (embedding + shape.layers * layer + last) / cards + vision + books
+    return {"base_weights": held - constants - head, "quant_constants": constants, "embeddings_head": head,
+            "gathered_layers": 2 * layer, "gathered_head": max(embedding, last)}
+
+
+def count_loading_bytes(shape: Shape, method: str) -> float:
+    "Count the bytes of main memory in which a process that loads a sharded base holds a unit of it: in 16 bits, and packed."
+    weights, linear = count_weight_bytes(shape, method), count_decoder_parameters(shape)["linear"]
+    packed = (weights["base_weights"] + weights["quant_constants"]) / shape.layers if method == "qlora" else 0
+    return max(2 * shape.vocabulary * shape.hidden, 2 * linear / shape.layers + packed)
+
 # %% ../nbs/04_memory.ipynb #04a00002
 ANSWER_SLACK = 0.1  # reserved but not allocated, as a share of what comes and goes; not measured: a guess
-ANSWER_COMPONENTS = ("base_weights", "quant_constants", "embeddings_head", "adapters", "dense_copy", "kv_cache", "activations", "logits_loss",
-                     "dequant_buffers", "allocator_slack", "cuda_context")
+ANSWER_COMPONENTS = ("base_weights", "quant_constants", "embeddings_head", "gathered_layers", "gathered_head", "adapters", "dense_copy", "kv_cache",
+                     "activations", "logits_loss", "dequant_buffers", "allocator_slack", "cuda_context")
 
 
 def count_cache_bytes(shape: Shape, batch_size: int, length: int) -> int:
@@ -333,18 +407,23 @@ def estimate_generation(
     batch_size: int = 16,  # prompts that are answered together
     prompt_length: int = 512,  # tokens of the longest prompt
     max_new_tokens: int = 512,  # the limit of a reply
-    dense: bool = True,  # a copy of the 4-bit weights in 16 bits
+    dense: bool = True,  # a copy of the 4-bit weights in 16 bits; never of a sharded base
     card: float | None = None,  # bytes of the GPU, for the picture
     hopper: bool = True,  # whether it is an H100 or H200
+    gpus: int = 1,  # GPUs among which the base is cut, with `shard`
+    shard: bool = False,  # whether each of them holds only its part of the base
 ) -> MemoryEstimate:
     "Predict the peak memory of answering prompts, by component. Raise `UserError` for an unknown architecture and invalid settings."
     s = {name: value for name, value in locals().items() if name != "model"}
     check_choice("method", method, ("lora", "qlora"))
     for name in ("r", "batch_size", "prompt_length", "max_new_tokens"):
         check_whole_number(name, s[name])
+    _check_cards({**s, "backend": None})
     shape = model_shape(model)
     count, tokens, quantized = count_decoder_parameters(shape), batch_size * prompt_length, method == "qlora"
     parts = count_weight_bytes(shape, method)
+    if shard:
+        parts, dense = shard_weights(shape, parts, gpus), False
     parts["adapters"] = 4 * shape.layers * sum(adapter_matrix_sizes(projection_shapes(shape), r, target_modules))
     parts["dense_copy"] = 2 * count["linear"] if quantized and dense else 0
     coming = {
@@ -354,4 +433,4 @@ def estimate_generation(
         "dequant_buffers": WORKSPACE_BYTES["hopper" if hopper else "other"] + 2 * max(a * b for a, b in projection_shapes(shape).values()) * quantized,
     }
     parts |= {**coming, "allocator_slack": ANSWER_SLACK * sum(coming.values()), "cuda_context": CUDA_CONTEXT}
-    return MemoryEstimate({name: round(parts[name]) for name in ANSWER_COMPONENTS}, "prompts", s, shape)
+    return MemoryEstimate({name: round(parts.get(name, 0)) for name in ANSWER_COMPONENTS}, "prompts", {**s, "dense": dense}, shape)

@@ -9,7 +9,7 @@ __all__ = ['Choice', 'Plan', 'plan_training']
 import html
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,8 @@ from qlora_nb.memory import (
     MemoryEstimate,
     check_choice,
     check_whole_number,
+    choose_estimated_backend,
+    count_loading_bytes,
     draw_memory_bar,
     estimate_generation,
     estimate_memory,
@@ -63,7 +65,7 @@ class Choice(ShownObject):
     def __str__(self) -> str:
         words = {True: "checkpointing", False: "no checkpointing", "selective": "selective checkpointing"}
         parts = [self.method, f"{self.batch} x {self.accumulation}", f"{self.seq_length} tokens", *["packing"] * self.packing]
-        return ", ".join([*parts, words[checkpointing_kind(self.gradient_checkpointing)]])
+        return ", ".join([*parts, words[checkpointing_kind(self.gradient_checkpointing)], *["base sharded"] * self.estimate.settings["shard"]])
 
     @property
     def offload_ram_bytes(self) -> float:
@@ -78,7 +80,11 @@ class Choice(ShownObject):
 
 # %% ../nbs/08_plan.ipynb #323af37d
 def estimate_for_rows(model, card: Card, rows: Rows, method: str, **settings) -> MemoryEstimate:
-    "Estimate the peak memory, as `estimate_memory` does, with the fullest batch that these rows can make."
+    "Estimate the peak memory, as `estimate_memory` does, with the fullest batch that these rows can make; on several cards, the fullest that one of them gets."
+    if (gpus := settings.get("gpus", 1)) > 1:
+        from qlora_nb.parallel import divide_batch
+
+        settings["batch_size"], settings["accumulation"] = divide_batch(settings["batch_size"], settings.get("accumulation", 1), gpus)
     shape, batch, packing = model_shape(model), settings["batch_size"], settings["packing"]
     plain = settings["backend"] == "transformers"
     longest = rows.seq_length if packing else rows.longest if plain else math.ceil(rows.fullest(batch) / batch)
@@ -92,13 +98,13 @@ def _choice_for(shape: Shape, card: Card, rows: Rows, want: dict, method: str, b
     "Return the choice with its estimate and expected speed; `total` rows make a step."
     estimate = estimate_for_rows(
         shape, card, rows, method, batch_size=batch, accumulation=total // batch, packing=packing, gradient_checkpointing=checkpoints,
-        **{name: want[name] for name in ("r", "target_modules", "optimizer", "backend")},
+        **{name: want[name] for name in ("r", "target_modules", "optimizer", "backend", "gpus", "shard")},
     )
     plain = want["backend"] == "transformers"
     real = batch * (0.997 * rows.seq_length if packing else rows.mean)  # best-fit packing leaves this little empty
     computed = batch * (rows.seq_length if packing else rows.padded(batch) if plain else rows.mean)
     seconds = estimate_pass_seconds(shape, card, method, computed, checkpoints, want["backend"])
-    return Choice(method, batch, total // batch, packing, checkpoints, want["optimizer"], rows.seq_length, estimate, real / seconds)
+    return Choice(method, batch, total // batch, packing, checkpoints, want["optimizer"], rows.seq_length, estimate, want["gpus"] * real / seconds)
 
 # %% ../nbs/08_plan.ipynb #a701ff8e
 def _packs(rows: Rows, want: dict, card: Card) -> list[bool]:
@@ -118,11 +124,12 @@ def _kinds(want: dict) -> tuple:
 
 def _choices(shape: Shape, card: Card, rows: Rows, want: dict) -> list[Choice]:
     "List all choices for rows of this length, the fastest first; of equally fast ones, the one that takes less memory."
-    found, given = [], want["batch_size"]
+    found, given, cards = [], want["batch_size"], want["gpus"]
+    least = (given or 1) * cards  # rows of a step in which each card has one micro-batch
     for pack in _packs(rows, want, card):
         total = want["effective_batch"] * (rows.mean / rows.seq_length if pack else 1)
-        total = (given or 1) * max(1, round(total / (given or 1)))
-        for batch in [given] if given else [d for d in range(1, total + 1) if total % d == 0]:
+        total = least * max(1, round(total / least))
+        for batch in [given] if given else [d for d in range(1, total // cards + 1) if total % (d * cards) == 0]:
             for method in want["methods"]:
                 for checkpointing in _kinds(want):
                     found.append(_choice_for(shape, card, rows, want, method, batch, total, pack, checkpointing))
@@ -162,7 +169,7 @@ def _reject(choices: list[Choice], chosen: Choice | None, budget: float) -> tupl
 # %% ../nbs/08_plan.ipynb #b80becb6
 def split_by_call(values: dict) -> dict[str, dict]:
     "Return settings by the call that takes them: `load_model`, `add_lora` and `train`."
-    names = {"load_model": [*settings_of_part("model"), "max_seq_length"], "add_lora": settings_of_part("adapter"), "train": settings_of_part("trainer")}
+    names = {"load_model": [*settings_of_part("model"), "max_seq_length"], "add_lora": settings_of_part("adapter"), "train": settings_of_part("trainer", "loop")}
     return {call: {name: value for name, value in values.items() if name in own} for call, own in names.items()}
 
 # %% ../nbs/08_plan.ipynb #08a00002
@@ -210,6 +217,8 @@ class Plan(ShownObject):
     backend: str
     r: int
     shape: Shape
+    gpus: int = 1  # such cards, which share each step
+    shard: bool = False  # whether each holds only its part of the base
 
     @property
     def fits(self) -> bool:
@@ -220,15 +229,20 @@ class Plan(ShownObject):
     def settings(self) -> dict[str, dict]:
         "Keyword arguments for `load_model`, `add_lora` and `train`. Raise `UserError` where nothing fits."
         if not self.fits:
-            raise UserError(f"nothing fits {self.card.name} ({format_gib(self.budget)} with the margin): {'; '.join(self.advice)}")
+            raise UserError(f"nothing fits {self._cards} ({format_gib(self.budget)} with the margin): {'; '.join(self.advice)}")
         c = self.choice
         checkpointing = c.gradient_checkpointing and ("unsloth" if self.backend == "unsloth" else c.gradient_checkpointing)
         how = {"backend": "transformers", "engine": True} if self.backend == "engine" else {"backend": self.backend}
+        how |= {**({"gpus": self.gpus} if self.gpus > 1 else {}), **({"shard": True} if self.shard else {})}
         return split_by_call({
             "load_in_4bit": c.method == "qlora", **how, "r": self.r, "lora_alpha": self.r, "use_gradient_checkpointing": checkpointing,
             "per_device_train_batch_size": c.batch, "gradient_accumulation_steps": c.accumulation, "packing": c.packing, "optim": c.optimizer,
             "max_seq_length": c.seq_length,
         })
+
+    @property
+    def _cards(self) -> str:
+        return self.card.name if self.gpus == 1 else f"{self.gpus} x {self.card.name}"
 
     def _too_large(self, choice: Choice) -> bool:
         return choice.estimate.total_bytes > self.budget
@@ -245,7 +259,7 @@ class Plan(ShownObject):
 
     def to_dict(self) -> dict:
         "Return plain values, for JSON."
-        own = {name: getattr(self, name) for name in ("fits", "budget", "advice", "merge_ram_bytes", "export_disk_bytes", "backend", "r")}
+        own = {name: getattr(self, name) for name in ("fits", "budget", "advice", "merge_ram_bytes", "export_disk_bytes", "backend", "r", "gpus", "shard")}
         one, rows = self.answering, {"rows": len(self.rows.lengths), "mean_length": self.rows.mean, "dropped": self.rows.dropped}
         return {"card": self.card.name, "bytes": self.card.bytes, **own, **rows, "choice": self.choice and self.choice.to_dict(),
                 "answering": one and {"bytes": one.total_bytes, **{name: one.settings[name] for name in ("batch_size", "dense")}},
@@ -257,9 +271,9 @@ class Plan(ShownObject):
         if not self.fits:
             return None
         prompt, asked = min(self.rows.longest, self.shape.context - 1), self.choice.estimate.settings
-        how = {name: asked[name] for name in ("r", "target_modules", "hopper")}
+        how = {name: asked[name] for name in ("r", "target_modules", "hopper", "gpus", "shard")}
         how |= {"prompt_length": prompt, "max_new_tokens": min(512, self.shape.context - prompt), "card": self.card.total or self.card.bytes}
-        ways = [(size, dense) for size in ANSWER_BATCHES for dense in ((True, False) if self.choice.method == "qlora" else (False,))]
+        ways = [(size, dense) for size in ANSWER_BATCHES for dense in ((True, False) if self.choice.method == "qlora" and not self.shard else (False,))]
         found = [estimate_generation(self.shape, self.choice.method, batch_size=size, dense=dense, **how) for size, dense in ways]
         return next((one for one in found if one.total_bytes <= self.budget), found[-1])
 
@@ -275,9 +289,11 @@ class Plan(ShownObject):
     @property
     def _notes(self) -> list[str]:
         "What the other steps take."
-        c, found = self.choice, []
+        c, found, each = self.choice, [], " in each process" if self.gpus > 1 else ""
+        if c and self.shard:
+            found += [f"loading: {count_loading_bytes(self.shape, c.method) / 1e9:.1f} GB of main memory{each}, for one layer or the embedding at a time"]
         if c and c.offload_ram_bytes > 1e9:
-            found += [f"meanwhile: {c.offload_ram_bytes / 1e9:.1f} GB of main memory for the layers' inputs"]
+            found += [f"meanwhile: {c.offload_ram_bytes / 1e9:.1f} GB of main memory for the layers' inputs{each}"]
         if one := self.answering:
             copy = "" if c.method != "qlora" else ", with a dense copy" if one.settings["dense"] else ", without a dense copy"
             over = "" if one.total_bytes <= self.budget else "; too much: take shorter rows or fewer new tokens"
@@ -288,22 +304,26 @@ class Plan(ShownObject):
     def _facts(self) -> list[str]:
         "What is known of the card and the rows."
         found = [] if self.card.bf16 else ["computes in fp16: this card has no bf16"]
+        if self.fits and self.gpus > 1:
+            s = self.choice.estimate.settings
+            found += [f"each of {self.gpus} GPUs: {s['batch_size']} x {s['accumulation']} of a step's rows; the speed is that of all, without the time that gathering and adding up take"]
         if self.rows.lengths:
             found += [f"rows: {len(self.rows.lengths):,} of mean {self.rows.mean:,.0f} tokens; {self.rows.dropped:,} are longer than {self.rows.seq_length:,}"]
         return found
 
     def short_text(self) -> str:
-        return f"{self.card.name}, " + (f"{self.choice}, {format_gib(self.choice.estimate.total_bytes)}" if self.fits else "nothing fits")
+        return f"{self._cards}, " + (f"{self.choice}, {format_gib(self.choice.estimate.total_bytes)}" if self.fits else "nothing fits")
 
     def __str__(self) -> str:
-        lines = [f"{self.card.name}: {format_gib(self.card.bytes)} available, {format_gib(self.budget)} with the margin", self._taken, *self._facts]
+        each = " on each" if self.gpus > 1 else ""
+        lines = [f"{self._cards}: {format_gib(self.card.bytes)} available{each}, {format_gib(self.budget)} with the margin", self._taken, *self._facts]
         return "\n".join([*lines, *(f"not {x}: {x.reason}" for x in self._alternatives), *self._notes])
 
     def _repr_html_(self) -> str:
-        title, *lines = [html.escape(line) for line in (f"{self.card.name}: {self._taken}", *([self.why] if self.fits else []), *self._facts)]
+        title, *lines = [html.escape(line) for line in (f"{self._cards}: {self._taken}", *([self.why] if self.fits else []), *self._facts)]
         parts = [f"<p><b>{title}</b></p>", *(f"<p>{line}</p>" for line in lines)]
         if self.fits:
-            parts += [draw_memory_bar(self.choice.estimate.by_component, {self.card.name: self.card.bytes, "": self.budget})]
+            parts += [draw_memory_bar(self.choice.estimate.labelled, {self.card.name: self.card.bytes, "": self.budget})]
             rows = [(call, name, value) for call, own in self.settings.items() for name, value in own.items()]
             parts += [render_html_table(("call", "setting", "value"), rows, left=True)]
         others = [(x, format_gib(x.estimate.total_bytes), f"{x.tokens_per_second:,.0f}", x.reason) for x in self._alternatives]
@@ -327,8 +347,10 @@ class Plan(ShownObject):
             "per_device_train_batch_size": f"{c.batch} x {c.accumulation}: {c.batch * c.accumulation} rows make a step",
             "packing": "several rows share a sequence" if c.packing else "each row is a sequence of its own",
             "optim": "its states are in the estimate",
+            "gpus": f"each takes {c.accumulation // self.gpus} of a step's {c.accumulation} micro-batches",
+            "shard": "each GPU holds its part of the base",
         }
-        return write_settings_file(path, f"plan for {self.card.name}", values, reasons, settings)
+        return write_settings_file(path, f"plan for {self._cards}", values, reasons, settings)
 
 # %% ../nbs/08_plan.ipynb #092a7ce2
 def _check_wishes(shape: Shape, want: dict) -> None:
@@ -336,6 +358,11 @@ def _check_wishes(shape: Shape, want: dict) -> None:
     for name in ("effective_batch", "max_seq_length", "batch_size"):
         if want[name] is not None or name == "effective_batch":
             check_whole_number(name, want[name])
+    rows, gpus = want["effective_batch"], want["gpus"]
+    check_whole_number("gpus", gpus)
+    if rows % gpus and not want["batch_size"]:
+        able = sorted({max(gpus, rows // gpus * gpus), -(-rows // gpus) * gpus})
+        raise UserError(f"effective_batch is {rows}, and {gpus} GPUs can't share so many rows evenly: take {' or '.join(map(str, able))}")
     check_choice("method", want["method"], (None, "lora", "qlora"))
     check_choice("packing", want["packing"], (None, True, False))
     check_choice("gradient_checkpointing", want["gradient_checkpointing"], (None, *CHECKPOINTING_KINDS))
@@ -345,6 +372,20 @@ def _check_wishes(shape: Shape, want: dict) -> None:
         raise UserError(f"margin is {want['margin']!r}: give a share from 0 up to, but not including, 1")
 
 # %% ../nbs/08_plan.ipynb #066b1fef
+MOST_CARDS = 16  # that are looked at
+
+
+def _shard_remedy(shape: Shape, rows: Rows, want: dict, fits: Callable[..., bool]) -> list[str]:
+    "Return how many such cards hold the base together, where their number divides the batch: none, or one remedy."
+    for cards in range(max(2, want["gpus"] + want["shard"]), MOST_CARDS + 1):
+        backend = choose_estimated_backend(shape, want["backend"] if want["backend"] != "unsloth" else None, cards)
+        change = {"gpus": cards, "shard": True, "backend": backend}
+        if want["effective_batch"] % cards == 0 and fits(rows, **change):
+            new = ", ".join(f"{name}={value!r}" for name, value in change.items() if want[name] != value)
+            return [f"or cut the base among {cards} such cards: {new}"]
+    return []
+
+
 def _remedies(shape: Shape, card: Card, rows: Rows, want: dict, choices: list[Choice], lengths: list[int], budget: float) -> list[str]:
     "List what to change where nothing fits: the card, the model, one setting, or the rows' length and how many rows that keeps."
     def fits(rows: Rows, **change) -> bool:
@@ -355,10 +396,11 @@ def _remedies(shape: Shape, card: Card, rows: Rows, want: dict, choices: list[Ch
     larger = sorted((c for c in KNOWN_CARDS.values() if c.bytes * budget / card.bytes >= need), key=lambda c: c.bytes)
     least = count_decoder_parameters(shape)["total"] * budget / need / 1e6
     found = [f"the smallest option ({smallest}) needs {format_gib(need)}"]
-    found += [f"take a larger card: {larger[0].name} is enough"] if larger else []
+    found += [f"take {'a larger card' if want['gpus'] == 1 else 'larger cards'}: {larger[0].name} is enough"] if larger else []
     found += [f"or a smaller model: about {f'{least / 1000:.1f}B' if least >= 1000 else f'{least:.0f}M'} parameters"]
+    found += _shard_remedy(shape, rows, want, fits)
     for name, value in (("methods", ("qlora",)), ("backend", "unsloth"), ("batch_size", 1), ("gradient_checkpointing", True)):
-        if want[name] != value and fits(rows, **{name: value}):
+        if want[name] != value and (name, want["gpus"] > 1) != ("backend", True) and fits(rows, **{name: value}):
             found += [f"or {name}={value!r}" if name != "methods" else "or method='qlora'"]
     for length in (rows.seq_length * tenths // 10 // 64 * 64 for tenths in range(9, 0, -1)):
         kept = [n for n in lengths if n <= length]
@@ -385,21 +427,23 @@ def plan_training(
     packing: bool | None = None,  # rows filled up with several conversations
     gradient_checkpointing: bool | str | None = None,  # "unsloth" is True here; "selective" is the engine's
     optimizer: str = "adamw_8bit",  # a key of `OPTIMIZER_KINDS`
-    backend: str = "unsloth",  # unsloth, transformers or engine
+    backend: str | None = None,  # unsloth, transformers or engine; None is Unsloth on one GPU, and the engine on several
     margin: float = MEMORY_MARGIN,  # share of the card that is left free
     seq_length: int | None = None,  # another name of `max_seq_length`
+    gpus: int = 1,  # such cards, which share each step
+    shard: bool = False,  # whether each holds only its part of the frozen base
 ) -> Plan:
-    "Return settings that fit the card and should be fastest, and what was rejected. Raise `UserError` for an unknown model or card and impossible settings."
+    "Return settings that fit the card, or each of several, and should be fastest, and what was rejected. Raise `UserError` for an unknown model or card and impossible settings."
     max_seq_length = seq_length if max_seq_length is None else max_seq_length
     want = {name: value for name, value in locals().items() if name not in ("model", "device", "data", "tokenizer", "template_kwargs", "seq_length")}
     shape, card = model_shape(model), find_card(device)
     _check_wishes(shape, want)
     lengths = measure_row_lengths(data, tokenizer, template_kwargs) if data is not None else []
     rows = _keep_rows(lengths, max_seq_length or choose_length(lengths, shape.context))
-    want["methods"] = (method,) if method else ("lora", "qlora")
+    want["methods"], want["backend"] = (method,) if method else ("lora", "qlora"), choose_estimated_backend(shape, backend, gpus)
     choices, budget = _choices(shape, card, rows, want), card.bytes * (1 - margin)
     chosen = _choose(choices, budget)
     advice = () if chosen else tuple(_remedies(shape, card, rows, want, choices, lengths, budget))
     weights, largest = 2 * count_decoder_parameters(shape)["total"], max(a * b for a, b in projection_shapes(shape).values())
     return Plan(card, budget, chosen, _reject(choices, chosen, budget), advice, rows, weights + 12 * largest,
-                weights * (1 + Q4_K_M_BITS / 16), backend, r, shape)
+                weights * (1 + Q4_K_M_BITS / 16), want["backend"], r, shape, gpus, shard)

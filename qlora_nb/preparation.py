@@ -397,7 +397,7 @@ def make_plan(model, lengths: list[int], plan, settings: Settings, fixed: Mappin
     found = plan_training(
         shape, card, lengths, effective_batch=effective, batch_size=batch or (steps and max(1, round(effective / steps))),
         max_seq_length=fixed.get("max_seq_length") or min(choose_length(lengths, shape.context), settings.max_seq_length),
-        packing=fixed.get("packing", None if cuda or engine_of(model) else False),
+        packing=fixed.get("packing", None if cuda or engine_of(model) else False), gpus=count_processes(settings.gpus),
         optimizer=fixed.get("optim", "adamw_8bit"), backend=estimated_backend(model), **adapter_settings(model),
     )
     return check_plan(model, found)
@@ -453,7 +453,7 @@ def estimate_run_memory(model, settings: Settings, lengths: list[int], card: Car
         return estimate_for_rows(
             model.get_base_model().config, card, rows, batch_size=settings.per_device_train_batch_size, packing=settings.packing,
             accumulation=settings.gradient_accumulation_steps, gradient_checkpointing=get_checkpointing(model), optimizer=settings.optim,
-            backend=estimated_backend(model), **adapter_settings(model),
+            gpus=count_processes(settings.gpus), backend=estimated_backend(model), **adapter_settings(model),
         )
     except UserError:
         return None
@@ -739,12 +739,12 @@ def plan_for_cards(model: str, gpu: str | None = None, data: str | None = None, 
         tokenizer = open_tokenizer(model)
         lengths = measure_row_lengths(load_sft_dataset(data, data_name, limit=limit, columns=columns), tokenizer, template_kwargs)
     cards = [gpu] if gpu else ["cuda"] if torch.cuda.is_available() else list(KNOWN_CARDS)
-    return [plan_training(shape, card, lengths, backend=backend or backend_on_card(shape, find_card(card)), **wishes) for card in cards]
+    return [plan_training(shape, card, lengths, backend=backend or backend_on_card(shape, find_card(card), wishes.get("gpus", 1)), **wishes) for card in cards]
 
 
-def backend_on_card(shape, card) -> str:
-    "Return what `auto` trains such a model with on that card, where everything is installed."
-    return "engine" if card.hopper and shape.family in list_architectures("engine") else "unsloth"
+def backend_on_card(shape, card, gpus: int = 1) -> str | None:
+    "Return what `auto` trains such a model with on that card, where everything is installed; None on several, where the plan says which."
+    return None if gpus != 1 else "engine" if card.hopper and shape.family in list_architectures("engine") else "unsloth"
 
 # %% ../nbs/77_preparation.ipynb #96a31b6b-19
 def count_run_bytes(trainable: int, settings: Settings) -> tuple[int, int]:  # (of the whole run, of its largest file)

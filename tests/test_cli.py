@@ -476,6 +476,23 @@ def test_plan_says_it_to_people_and_to_machines(command):
     assert code == 1 and json.loads(out)["fits"] is False and json.loads(out)["advice"]
 
 
+def test_plan_for_several_cards(command, tmp_path):
+    "A remedy is in the words of the command line, and is one."
+    plan = ["plan", "--model", "8b", "--gpu"]
+    code, out, _ = command(*plan, "8 GB", "--gpus", "2", "--backend", "transformers")
+    assert code == 1 and "2 x 8 GB: 7.8 GiB available on each" in out
+    assert "or cut the base among 2 such cards: --shard; or --max-seq-length 1024" in out
+    code, out, _ = command(*plan, "6 GB", "--backend", "unsloth")
+    assert code == 1 and "among 4 such cards: --gpus 4, --shard, --backend engine" in out
+    assert command(*plan, "6 GB", "--gpus", "4", "--shard", "--backend", "engine")[0] == 0
+    code, out, _ = command(*plan, "8 GB", "--gpus", "2", "--shard", "--json", "--config", "two.yaml")
+    found = json.loads(out)
+    assert code == 0 and (found["gpus"], found["shard"], found["backend"]) == (2, True, "engine")
+    assert yaml.safe_load((tmp_path / "two.yaml").read_text())["gpus"] == 2
+    code, out, _ = command(*plan, "L4", "--gpus", "2")
+    assert code == 0 and "each of 2 GPUs: " in out and "sharded" not in out
+
+
 def test_plan_without_a_card_looks_at_all_the_usual_ones(command):
     import torch
 
@@ -510,6 +527,9 @@ def test_plan_counts_the_rows_of_the_data(command, tmp_path):
         (["--gpu", "T4", "--effective-batch", "0"], "effective_batch is 0"),
         (["--gpu", "T4", "--seq-length", "100000"], "context of 2048"),
         (["--gpu", "T4", "--data", "none.jsonl"], "none.jsonl"),
+        (["--gpu", "T4", "--shard"], "give --gpus 2 or more"),
+        (["--gpu", "T4", "--gpus", "2", "--backend", "unsloth"], "choose --backend engine"),
+        (["--gpu", "T4", "--gpus", "3"], "take 6 or 9"),
     ],
 )
 def test_a_mistake_with_plan_is_one_sentence(arguments, message, mistake):

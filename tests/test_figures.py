@@ -159,7 +159,7 @@ def random_case(draw):
         gradient_checkpointing=CHECKPOINTING_KINDS, optimizer=tuple(OPTIMIZER_KINDS), dtype=("bf16", "fp16", "fp32"),
         accumulation=(1, 4), padded=(False, False, True), adapter_bytes=(2, 4), bf16=(True, True, False),
         card=(None, 16e9, 24.5 * 2**30, 150e9), hopper=(True, False), loss_rows=(None, None, 1, 512),
-        packing=(False, True),
+        packing=(False, True), gpus=(1, 1, 1, 2, 4), shard=(False, False, True),
     )  # fmt: skip
     settings = {name: draw.choice(values) for name, values in choices.items()}
     settings["target_modules"] = draw.sample(TARGET_MODULES, draw.randint(1, 7))
@@ -177,7 +177,12 @@ def test_the_calculator_is_pythons_to_the_byte(figures, browser, tmp_path, count
         if case := random_case(draw):
             cases.append(case)
     estimates = [estimate for _, estimate in cases]
-    assert {e.moment for e in estimates} == {"loss", "last layer", "first layer", "optimizer", "embedding"}
+    assert {e.moment for e in estimates} == {
+        "loss", "last layer", "first layer", "optimizer", "embedding", "adding up"
+    }  # fmt: skip
+    assert {(e.settings["gpus"], e.settings["shard"]) for e in estimates} == {
+        (1, False), (2, False), (4, False), (2, True), (4, True)
+    }  # fmt: skip
     assert {e.settings["backend"] for e in estimates} == set(MEMORY_BACKENDS)
     rows = [[asdict(shape), estimate.settings] for shape, estimate in cases]
     with opened(browser, tmp_path, figures["memory"]) as (page, wrong):
@@ -230,10 +235,39 @@ def test_the_calculators_controls_set_what_they_say(figures, browser, tmp_path):
         assert box("model").input_value() == "own"
         own = Shape(**{**asdict(gemma), "layers": 84})
         assert expected(own, "RTX 4090", "qlora", batch_size=1, seq_length=384) in said(page)
+        several = {**asdict(gemma), "layers": 84}
+        box("GPUs").fill("2")
+        assert box("backend").input_value() == "transformers"
+        assert box("backend").locator("option[value=unsloth]").is_disabled()
+        how = {"batch_size": 1, "accumulation": 2, "seq_length": 384, "gpus": 2}
+        for shard in (False, True):
+            box("base sharded").set_checked(shard)
+            assert expected(Shape(**several), "RTX 4090", "qlora", shard=shard, **how) in said(page)
+            assert "Each of 2 GPUs takes this, and a step reads 2 × 1 rows." in said(page)
+        box("method").select_option("full")
+        assert said(page) == "GPUs: several share the training of an adapter, not of a whole model"
+        box("method").select_option("qlora")
+        box("GPUs").fill("1")
+        assert box("base sharded").is_disabled() and not box("base sharded").is_checked()
+        box("backend").select_option("unsloth")
         box("rank").fill("100000")
         assert said(page).startswith("rank: the narrowest matrix has 2048 rows or columns")
         box("rank").fill("1.5")
         assert said(page) == "rank: give a whole number of at least 1"
+    assert wrong == []
+
+
+@needs_browser
+def test_the_calculator_begins_with_several_gpus(browser, tmp_path):
+    figure = memory_calculator("Llama-3.1-70B", card="RTX 4090", gpus=4, shard=True, batch_size=2, accumulation=4)
+    gpu = figure.data["cards"]["RTX 4090"]
+    how = {"card": gpu["total"], "hopper": False, "gpus": 4, "shard": True, "batch_size": 2, "accumulation": 4}
+    total = f"{estimate_memory(CALCULATOR_SHAPES['Llama-3.1-70B'], **how).total_bytes / 2**30:.2f} GiB"
+    assert figure.title.endswith(f"takes {total} on each of 4 GPUs")
+    with opened(browser, tmp_path, figure) as (page, wrong):
+        assert said(page).startswith(f"Fits: {total} of ") and "on each RTX 4090" in said(page)
+        assert page.get_by_label("base sharded", exact=True).is_checked()
+        assert page.locator("circle.measured").count() == 0
     assert wrong == []
 
 

@@ -15,7 +15,14 @@ import torch
 from qlora_nb.activations import count_engine_layer_bytes
 from qlora_nb.cards import KNOWN_CARDS, Card, choose_length, find_card, match_card, measure_row_lengths
 from qlora_nb.core import EMBEDDED_MODEL, UserError
-from qlora_nb.memory import MEMORY_COMPONENTS, estimate_memory
+from qlora_nb.memory import (
+    CODEBOOK_BYTES,
+    MEMORY_COMPONENTS,
+    SHARDED_COMPONENTS,
+    count_weight_bytes,
+    estimate_memory,
+)
+from qlora_nb.parallel import divide_batch
 from qlora_nb.plan import Rows, plan_training
 from qlora_nb.shapes import count_decoder_parameters, list_architectures, model_shape
 
@@ -25,6 +32,15 @@ LLAMA = {
     "vocab_size": 128_256, "max_position_embeddings": 131_072,
 }  # fmt: skip
 GiB = 2**30
+
+
+@pytest.fixture(scope="module")
+def embedded_in_4_bits():
+    from qlora_nb.model import add_lora, load_model
+
+    return add_lora(
+        load_model("qlora_nb:embedded", load_in_4bit=True, dtype="bfloat16", backend="transformers")[0], r=8
+    )
 
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -80,6 +96,13 @@ def test_a_configuration_that_cannot_be(change, message):
         ({"gradient_checkpointing": "selective", "backend": "engine", "method": "full"}, "which only the engine has"),
         ({"gradient_checkpointing": "sometimes"}, "gradient_checkpointing is 'sometimes'"),
         ({"loss_rows": -1}, "loss_rows is -1"),
+        ({"gpus": 0}, "gpus is 0"),
+        ({"gpus": "all"}, "gpus is 'all': give a whole number"),
+        ({"gpus": 2, "shard": "yes"}, "shard is 'yes': choose one of True, False"),
+        ({"shard": True}, "gpus is 1: give gpus=2 or more, or leave shard out"),
+        ({"gpus": 2, "method": "full"}, "choose method='qlora' or 'lora', or gpus=1"),
+        ({"gpus": 2, "backend": "unsloth"}, "choose backend='engine' or 'transformers', or gpus=1"),
+        ({"gpus": 3}, "2 rows a step .* can't be shared out evenly among 3 processes"),
     ],
 )
 def test_a_setting_that_cannot_be(change, message):
@@ -168,6 +191,7 @@ def test_a_hub_name_fetches_the_configuration_and_nothing_else(tmp_path):
 def test_an_estimate_imports_no_heavy_library():
     script = (
         "import sys; from qlora_nb.memory import estimate_memory; estimate_memory('qlora_nb:embedded', seq_length=512);"
+        "estimate_memory('qlora_nb:embedded', gpus=2, shard=True);"
         "print([name for name in ('transformers', 'unsloth', 'matplotlib', 'bitsandbytes') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
@@ -256,6 +280,166 @@ def test_inputs_stay_on_the_card_where_unsloth_was_loaded_for_short_rows():
         for n in (256, 2048)
     )
     assert short > long
+
+
+# --- several cards --------------------------------------------------------------------------------------------------
+
+
+def parts_of(units, cards):
+    "Bytes of each card's parts: every unit in so many, each rounded up to 256."
+    return sum(-(-unit // (cards * 256)) * 256 for unit in units)
+
+
+def weigh(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("cards", [2, 3, 8])
+def test_a_sharded_base_is_counted_as_its_real_tensors(embedded_in_4_bits, cards):
+    "The embedded model's own bytes, unit by unit; its head is its embedding."
+    base = embedded_in_4_bits.get_base_model()
+
+    def unit(module):
+        weights = [p for name, p in module.named_parameters() if "lora_" not in name]
+        states = [p.quant_state for p in weights if hasattr(p, "quant_state")]
+        return weigh([*weights, *(s.absmax for s in states), *(s.state2.absmax for s in states)])
+
+    layers = [unit(layer) for layer in base.model.layers]
+    embedding, norm = unit(base.model.embed_tokens), unit(base.model.norm)
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    found = estimate_memory(base.config, gpus=cards, shard=True, batch_size=1, accumulation=cards, seq_length=64)
+    by = found.by_component
+    books = CODEBOOK_BYTES * 7 * len(layers)  # on every card
+    held = sum(by[name] for name in ("base_weights", "quant_constants", "embeddings_head"))
+    assert held == parts_of([embedding, *layers, norm], cards) + books
+    assert by["gathered_layers"] == 2 * cards * parts_of([max(layers)], cards)
+    assert by["gathered_head"] == cards * parts_of([embedding], cards)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sharded_16_bit_base_is_counted_as_modules_without_weights(tied):
+    "A wide Qwen2, whose projections have biases, on the meta device."
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 3, "num_attention_heads": 40}
+    config = AutoConfig.for_model("qwen2", **sizes, num_key_value_heads=8, vocab_size=152_064, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    layers, norm = [weigh(layer.parameters()) for layer in model.model.layers], weigh(model.model.norm.parameters())
+    embedding = weigh(model.model.embed_tokens.parameters())
+    units = [embedding, *layers, norm + (0 if tied else weigh(model.lm_head.parameters()))]
+    by = estimate_memory(config, "lora", gpus=4, shard=True, batch_size=1, accumulation=4).by_component
+    assert by["base_weights"] + by["embeddings_head"] == parts_of(units, 4) and by["quant_constants"] == 0
+    assert by["gathered_layers"] == 2 * 4 * parts_of([layers[0]], 4)
+    assert by["gathered_head"] == 4 * parts_of([max(units[0], units[-1])], 4)
+
+
+def test_gradients_are_added_up_in_a_tensor_of_the_counted_size(embedded_in_4_bits):
+    "With many adapters' numbers and few tokens, that is the fullest moment."
+    from qlora_nb.parallel import join_gradients
+    from qlora_nb.trainer import trainable_parameters
+
+    weights = [weight.float() for weight in trainable_parameters(embedded_in_4_bits).values()]
+    found = estimate_memory(
+        "qlora_nb:embedded", r=8, gpus=2, batch_size=1, accumulation=2, seq_length=1, backend="transformers"
+    )
+    assert found.moment == "adding up"
+    assert found.by_component["joined_gradients"] == join_gradients(weights, torch.zeros(())).nbytes
+    assert found.by_component["gradients"] == found.by_component["adapters"] == weigh(weights)
+
+
+@pytest.mark.parametrize("backend", ["engine", "transformers"])
+@pytest.mark.parametrize("rows, steps, cards", [(4, 4, 2), (4, 1, 2), (3, 2, 3), (8, 1, 8)])
+def test_each_of_several_cards_takes_its_share_of_the_batch(rows, steps, cards, backend):
+    "Without sharding, what one card takes for that share, and the gradients of all."
+    size, count = divide_batch(rows, steps, cards)
+    how = {"backend": backend, "seq_length": 512}
+    several = estimate_memory(LLAMA, batch_size=rows, accumulation=steps, gpus=cards, **how)
+    one = estimate_memory(LLAMA, batch_size=size, accumulation=count // cards, **how)
+    assert (several.settings["batch_size"], several.settings["accumulation"]) == (size, count // cards)
+    assert several.moment == one.moment and several.by_component == one.by_component
+
+
+def test_more_cards_hold_less_each_and_waste_little():
+    for method in ("lora", "qlora"):
+        for family, checkpointing in (("llama", True), ("llama", False), ("qwen3", "selective")):
+            config = {**LLAMA, "model_type": family}
+            how = {"batch_size": 1, "accumulation": 8, "gradient_checkpointing": checkpointing, "backend": "engine"}
+            whole = estimate_memory(config, method, **how)
+            found = [estimate_memory(config, method, gpus=n, shard=True, **how) for n in (2, 4, 8)]
+            sizes = [one.total_bytes for one in (whole, *found)]
+            assert sizes[1:] == sorted(sizes[1:], reverse=True)
+            books = CODEBOOK_BYTES * 7 * 28 * (method == "qlora")
+            base = sum(count_weight_bytes(whole.shape, method).values()) - books
+            for n, one in zip((2, 4, 8), found):
+                held = sum(one.by_component[name] for name in SHARDED_COMPONENTS) - books
+                assert 0 <= n * held - base <= 30 * n * 256 + n, (method, family, n)  # 28 layers, embedding, norm
+                assert f"base_weights (1/{n})" in str(one) and f"on each of {n} GPUs" in repr(one)
+
+
+def test_answering_with_a_sharded_base_has_no_dense_copy():
+    from qlora_nb.memory import estimate_generation
+
+    whole, part = (estimate_generation(LLAMA, dense=False, **how) for how in ({}, {"gpus": 2, "shard": True}))
+    assert part.by_component == estimate_generation(LLAMA, gpus=2, shard=True).by_component
+    differ = {name for name, value in part.by_component.items() if value != whole.by_component[name]}
+    assert differ == {*SHARDED_COMPONENTS, "gathered_layers", "gathered_head"}
+    with pytest.raises(UserError, match="gpus is 1: give gpus=2 or more"):
+        estimate_generation(LLAMA, shard=True)
+
+
+@pytest.mark.parametrize("gpus, shard", [(2, False), (2, True), (4, True)])
+@pytest.mark.parametrize("backend", ["engine", "transformers"])
+def test_a_plan_for_several_cards_shares_the_same_batch(gpus, shard, backend):
+    lengths = [100 + 37 * (i % 50) for i in range(500)]
+    plan = plan_training(LLAMA, "12 GB", lengths, gpus=gpus, shard=shard, backend=backend)
+    assert plan.fits and plan.backend == backend
+    for choice in (plan.choice, *plan.rejected):
+        size, steps = divide_batch(choice.batch, choice.accumulation, gpus)
+        s = choice.estimate.settings
+        assert (
+            (size, steps // gpus) == (choice.batch, choice.accumulation // gpus) == (s["batch_size"], s["accumulation"])
+        )
+        assert (s["gpus"], s["shard"]) == (gpus, shard)
+        if not choice.packing:
+            assert choice.batch * choice.accumulation == 8
+    assert plan.settings["train"]["gpus"] == gpus and plan.to_dict()["gpus"] == gpus
+    alone = plan_training(LLAMA, "12 GB", lengths, backend=backend)
+    if not shard:  # the same choice gets as many rows done in less time
+        same = {(c.batch, str(c)): c.tokens_per_second for c in (alone.choice, *alone.rejected)}
+        for choice in (plan.choice, *plan.rejected):
+            if (speed := same.get((choice.batch, str(choice)))) is not None:
+                assert choice.tokens_per_second == pytest.approx(gpus * speed)
+
+
+def test_the_plan_of_one_process_goes_on_as_it_was():
+    assert "gpus" not in plan_training(LLAMA, "L4").settings["train"]
+    assert plan_training(LLAMA, "L4").backend == "unsloth"
+    assert plan_training({**LLAMA, "model_type": "gemma2"}, "L4", gpus=2).backend == "transformers"
+
+
+def test_cards_that_hold_the_base_together_are_a_remedy():
+    "70B on cards of 24 GB: as few cards as hold it, of those that share the batch evenly."
+    seventy = {**LLAMA, "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80,
+               "num_attention_heads": 64, "tie_word_embeddings": False}  # fmt: skip
+
+    def remedy(**wishes):
+        return [line for line in plan_training(seventy, "24 GB", **wishes).advice if "such cards" in line]
+
+    assert remedy() == ["or cut the base among 4 such cards: gpus=4, shard=True, backend='engine'"]
+    assert remedy(effective_batch=6) == ["or cut the base among 3 such cards: gpus=3, shard=True, backend='engine'"]
+    assert remedy(gpus=4) == ["or cut the base among 4 such cards: shard=True"]
+    assert remedy(gpus=2, shard=True) == ["or cut the base among 4 such cards: gpus=4"]
+    assert remedy(effective_batch=1) == remedy(method="lora") == []
+    for wishes in ({"gpus": 4, "shard": True}, {"gpus": 3, "shard": True, "effective_batch": 6}):
+        plan = plan_training(seventy, "24 GB", **wishes)
+        assert (
+            plan.fits
+            and not plan.advice
+            and "in each process" in str(plan)
+            and f"{plan.gpus} x 24 GB" in plan._repr_html_()
+        )
+    assert not plan_training(seventy, "24 GB", gpus=3, effective_batch=6).fits  # each would hold the whole base
 
 
 # --- cards and plans ------------------------------------------------------------------------------------------------
@@ -360,6 +544,11 @@ def test_nothing_fits_and_what_to_change():
         ({"data": [{"messages": []}]}, "give tokenizer="),
         ({"data": [900], "seq_length": 100}, "every row is longer than max_seq_length=100"),
         ({"optimizer": "adafactor"}, "optimizer is 'adafactor'"),
+        ({"gpus": 0}, "gpus is 0"),
+        ({"gpus": 3}, "3 GPUs can't share so many rows evenly: take 6 or 9"),
+        ({"gpus": 16, "effective_batch": 8}, "take 16"),
+        ({"shard": True}, "gpus is 1: give gpus=2 or more"),
+        ({"gpus": 2, "backend": "unsloth"}, "Unsloth trains on one GPU"),
     ],
 )
 def test_a_wish_that_cannot_be(change, message):

@@ -387,6 +387,24 @@ def test_a_warning_where_the_card_is_too_small(adapted):
     assert estimate_run_memory(model, resolve_settings({"optim": "adafactor"}, profile=TINY), [200], tight(500)) is None
 
 
+def test_several_processes_are_planned_and_foretold(data, adapted):
+    "What is planned and expected is one process's share."
+    model, tokenizer = adapted
+    settings = resolve_settings({"optim": "adamw_8bit", "gpus": 2}, profile=TINY)
+    plan = make_plan(model, lengths_of(data, tokenizer), "L4", settings, {})
+    s, c = plan.choice.estimate.settings, plan.choice
+    assert (plan.gpus, plan.shard, plan.settings["train"]["gpus"]) == (2, False, 2)
+    assert (s["batch_size"], 2 * s["accumulation"]) == (c.batch, c.accumulation) and c.batch * c.accumulation == 8
+    alone = resolve_settings({"optim": "adamw_8bit"}, profile=TINY)
+    one, two, half = (
+        estimate_run_memory(model, replace(given, **change), [200, 100, 50] * 10, tight(500))
+        for given, change in ((alone, {}), (settings, {}), (alone, {"per_device_train_batch_size": 4}))
+    )
+    batches = [found.settings["batch_size"] for found in (one, two, half)]
+    assert batches == [8, 4, 4] and two.settings["seq_length"] == 200
+    assert one.total_bytes > two.total_bytes and two.by_component == half.by_component
+
+
 # --- rows that are too long -----------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,8 @@ startFigures("memory", (root, data) => {
     backend: control("backend", { options: same(data.backends), value: data.start.backend }),
     dtype: control("weights (full)", { options: same(["bf16", "fp16", "fp32"]), value: data.start.dtype }),
     card: control("GPU", { options: same(Object.keys(data.cards)), value: data.start.card }),
-    count: control("GPUs", { value: 1 }),
+    count: control("GPUs", { value: data.start.gpus ?? 1 }),
+    shard: control("base sharded", { check: true, value: data.start.shard ?? false }),
     seq_length: control("tokens in a row", { steps: data.lengths, value: data.start.seq_length, show: (n) => n.toLocaleString("en") }),
     run: control("a measured run (one H200)", { options: [["", "none chosen"], ...data.runs.map((run, i) => [i, run.label])], value: "" }),
   };
@@ -26,7 +27,8 @@ startFigures("memory", (root, data) => {
     ...data.defaults, method: c.method.value, r: c.r.value, batch_size: c.batch_size.value, accumulation: c.accumulation.value,
     gradient_checkpointing: { true: true, false: false, selective: "selective" }[c.gradient_checkpointing.value],
     optimizer: c.optimizer.value, dtype: c.dtype.value, seq_length, backend: c.method.value === "full" ? "transformers" : c.backend.value,
-    card: data.cards[c.card.value].total, bf16: data.cards[c.card.value].bf16, hopper: data.cards[c.card.value].hopper, ...extra,
+    card: data.cards[c.card.value].total, bf16: data.cards[c.card.value].bf16, hopper: data.cards[c.card.value].hopper,
+    gpus: c.count.value, shard: c.shard.value, ...extra,
   });
   const whole = (shape) => ({ ...shape, query: query(shape), kv: kv(shape) });
   root.estimate = (shape, s) => _estimate(whole(shape), s); // for those who want the numbers
@@ -34,14 +36,20 @@ startFigures("memory", (root, data) => {
   function problem(shape, s) {
     const wrong = [...own.map((name) => [words(name), shape[name]]), ["rank", s.r], ["rows", s.batch_size], ["accumulation", s.accumulation], ["GPUs", c.count.value]];
     for (const [name, value] of wrong) if (!Number.isInteger(value) || value < 1) return `${name}: give a whole number of at least 1`;
+    if (c.count.value > 1 && s.method === "full") return "GPUs: several share the training of an adapter, not of a whole model";
     const narrow = Math.min(...Object.values(projection_shapes(shape)).flat());
     return s.method !== "full" && s.r > narrow ? `rank: the narrowest matrix has ${narrow} rows or columns` : "";
   }
 
   function limitChoices() {
     const full = c.method.value === "full", option = (one, value) => [...one.input.options].find((o) => o.value === value);
+    const several = c.count.value > 1;
     option(c.backend, "engine").disabled = !model.engine;
-    if (!model.engine && c.backend.value === "engine") c.backend.value = "unsloth";
+    option(c.backend, "unsloth").disabled = several; // it trains on one
+    if (!model.engine && c.backend.value === "engine") c.backend.value = several ? "transformers" : "unsloth";
+    if (several && c.backend.value === "unsloth") c.backend.value = model.engine ? "engine" : "transformers";
+    c.shard.input.disabled = !several;
+    if (!several) c.shard.value = false;
     const selective = !full && c.backend.value === "engine";
     option(c.gradient_checkpointing, "selective").disabled = !selective;
     if (!selective && c.gradient_checkpointing.value === "selective") c.gradient_checkpointing.value = "true";
@@ -55,6 +63,7 @@ startFigures("memory", (root, data) => {
       const run = data.runs[c.run.value];
       for (const [name, value] of Object.entries(run.settings)) if (name in c) c[name].value = String(value);
       c.card.value = "H200";
+      c.count.value = 1;
       model = data.models[run.settings.model];
       extra = run.extra;
       fill();
@@ -70,7 +79,7 @@ startFigures("memory", (root, data) => {
     limitChoices();
   });
 
-  const matching = (s) => data.runs.filter((run) => {
+  const matching = (s) => data.runs.filter((run) => s.gpus === 1).filter((run) => {
     const has = { ...run.settings, ...run.extra }, now = { ...s, model: c.model.value };
     return Object.entries(has).every(([name, value]) => name === "seq_length" || name === "card" || now[name] === value);
   });
@@ -95,7 +104,7 @@ startFigures("memory", (root, data) => {
     said.textContent = (need <= budget ? `Fits: ${gib(need)} of ` : `Doesn't fit: ${gib(need)}, and there are `) +
       `${gib(budget)} on ${c.count.value > 1 ? `each ${c.card.value}` : `one ${c.card.value}`} (${percent(data.margin, 0)} left free). Fullest moment: ${found.moment}. ` +
       (longest ? `Longest row here that fits: ${longest.toLocaleString("en")} tokens.` : "No row of this chart fits.") +
-      (c.count.value > 1 ? ` In data parallel each GPU holds all of this, and a step reads ${c.count.value} × ${s.batch_size * s.accumulation} rows (this package trains on one).` : "");
+      (c.count.value > 1 ? ` Each of ${c.count.value} GPUs takes this, and a step reads ${c.count.value} × ${s.batch_size * s.accumulation} rows.` : "");
     const parts = Object.entries(found.by_component).filter(([, bytes]) => bytes > 0), scale = width / Math.max(need, budget);
     const bar = make("svg", { viewBox: `0 0 ${width} 44`, role: "img", "aria-label": `Memory by component, ${gib(need)} in all; the GPU offers ${gib(budget)}` });
     let left = 0;
