@@ -9,6 +9,7 @@ __all__ = ['TrainingDiverged']
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -104,28 +105,42 @@ def stop_diverged_run(folder: RunFolder, watch, step: int, logs: dict, targets: 
     return TrainingDiverged(f"stopped at step {step}, where {what}: {cause}; {kept}")
 
 # %% ../nbs/76_safeguards.ipynb #96a31b6b-14
-def seal_checkpoint(checkpoint: Path, model, facts: dict) -> None:  # `facts`: what else the manifest holds
-    "Complete a checkpoint of a model: remove what names folders of this machine, and write its manifest, without which nothing resumes from it."
+def make_checkpoint_portable(checkpoint: Path, model) -> None:
+    "Remove from a checkpoint of a model what names folders of this machine."
     tidy_saved_adapter(checkpoint, model)
     state = json.loads((file := checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     file.write_bytes(encode_value({**state, "best_model_checkpoint": None}, ".json"))
-    write_manifest(checkpoint, {"step": checkpoint_step(checkpoint), **facts})
 
 
 def make_sealer(folder: RunFolder, facts: dict, settings: Settings):
-    "Return a trainer callback, to come last, that completes each checkpoint, and only then deletes the oldest beyond `save_total_limit`, but never the best."
+    """Return a trainer callback, to come last, that completes each checkpoint by its manifest, without which nothing resumes from it, and only then deletes the oldest beyond `save_total_limit`, but never the best.
+
+    Hashing, and waiting for the disk, happen in a thread, while the next step is computed. Its errors are raised at the end of that step. `facts` are what else a manifest holds."""
     from transformers import TrainerCallback
     from transformers.trainer_utils import rotate_checkpoints
 
     keep = max(settings.save_total_limit, 1 + bool(settings.eval_steps))  # the best and the newest
 
+    def seal(checkpoint: Path, best: Path) -> None:
+        write_manifest(checkpoint, {"step": checkpoint_step(checkpoint), **facts})
+        rotate_checkpoints(str(checkpoint.parent), keep, str(best) if best.exists() else None)
+
     class Sealer(TrainerCallback):
+        def __init__(self):
+            self.thread, self.sealing = ThreadPoolExecutor(1), None
+
         def on_save(self, args, state, control, model, **kwargs):
             if state.is_world_process_zero:
-                place = folder.checkpoint_folder
-                best = place / f"checkpoint-{state.best_global_step}"
-                seal_checkpoint(place / f"checkpoint-{state.global_step}", model, facts)
-                rotate_checkpoints(str(place), keep, str(best) if best.exists() else None)
+                checkpoint, best = (folder.checkpoint_folder / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
+                make_checkpoint_portable(checkpoint, model)
+                self.sealing = self.thread.submit(seal, checkpoint, best)
+
+        def on_step_end(self, *args, **kwargs):
+            sealing, self.sealing = self.sealing, None
+            if sealing:
+                sealing.result()
+
+        on_train_end = on_step_end
 
     return Sealer()
 

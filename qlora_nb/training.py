@@ -388,5 +388,6 @@ def train_adapter(
         set_seed(prepared.settings.seed)
         tokenizer = with_template(tokenizer, prepared.settings.template, prepared.settings.template_kwargs)
         sealer = make_sealer(folder, describe_checkpoints(config), prepared.settings)
-        train_and_evaluate(model, tokenizer, prepared, started, [*callbacks, sealer], deadline)
+        with sealer.thread:  # waits for it, however the training ends
+            train_and_evaluate(model, tokenizer, prepared, started, [*callbacks, sealer], deadline)
         return folder, tokenizer, prepared.eval_data

@@ -1,6 +1,7 @@
 """A run knows its own bytes, and its base's: what is flipped, cut, zeroed, lost or swapped is named, or never read."""
 
 import contextlib
+import errno
 import io
 import json
 import random
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_nb import add_lora, load_adapter, load_model, load_run, load_sft_dataset, open_run, train
+from qlora_nb import add_lora, load_adapter, load_model, load_run, load_sft_dataset, open_run, safeguards, train
 from qlora_nb.adapter import model_info
 from qlora_nb.certificate_checks import open_subject
 from qlora_nb.core import EMBEDDED_MODEL, UserError, file_sha256, write_json
@@ -368,3 +369,18 @@ def test_a_run_records_its_base(based):
     assert config["base_files"]["model.safetensors"]["sha256"] == file_sha256(based / "base/model.safetensors")
     assert set(config["base_files"]) == {file.name for file in EMBEDDED_MODEL.iterdir()}
     check_same_base(config, {"model": "qlora_nb:embedded"}, "the run")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_checkpoint_that_cant_be_completed_ends_the_run_at_the_next_step(tmp_path, data, monkeypatch, loop):
+    "It is completed in a thread: what goes wrong there isn't lost."
+
+    def full(folder, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    monkeypatch.setattr(safeguards, "write_manifest", full)
+    with pytest.raises(UserError, match="no space left"):
+        train(*fresh(), data, output=tmp_path / "run", loop=loop, **{**SHORT, "max_steps": 6})
+    run = RunFolder(tmp_path / "run")
+    assert not run.checkpoints, "what wasn't completed is removed"
+    assert len(run.metrics) <= 3, "the step after the save was the last"
