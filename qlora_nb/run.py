@@ -7,7 +7,6 @@ __all__ = ['Settings', 'RunFolder']
 
 # %% ../nbs/50_run.ipynb #50a00004
 import contextlib
-import difflib
 import errno
 import json
 import math
@@ -248,6 +247,8 @@ MOST_NUMBER = 2**32 - 1  # of any setting: the largest seed
 def check_setting(name: str, value):
     "Return the value in its right type. Raise `UserError` for an unknown name, a wrong type or an invalid number."
     if name not in _FIELDS:
+        import difflib  # seldom needed
+
         close = difflib.get_close_matches(name, _FIELDS, 1, 0.5)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_FIELDS)}"
         raise UserError(f"there is no setting {name!r}: {hint}")
