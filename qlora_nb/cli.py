@@ -1058,12 +1058,13 @@ def share_with_processes() -> None:
     "Where torchrun or accelerate launch started several processes: the first one goes on with the command; the others work for its training, and end with it."
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return
-    from qlora_nb.parallel import find_launch, release_launched, run_worker_process
+    from qlora_nb.parallel import TRAINING_WORK
+    from qlora_nb.processes import find_launch, release_launched, run_worker_process
 
     place, trains = find_launch(), "train" in _command_line
     if place and place.rank:
         if trains:
-            run_worker_process(place)
+            run_worker_process(place, TRAINING_WORK)
         raise SystemExit(0)
     if place and trains:
         atexit.register(release_launched)

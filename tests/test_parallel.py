@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from qlora_nb import parallel
+from qlora_nb import parallel, processes
 from qlora_nb.adapter import save_adapter
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError
 from qlora_nb.engine.checkpointing import find_checkpointed_layers
@@ -33,15 +33,11 @@ from qlora_nb.gguf_export import export_gguf
 from qlora_nb.loop import count_learned, make_loop
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.parallel import (
-    ProcessEnded,
-    Rendezvous,
     StepShare,
     build_model,
     check_sharing,
-    count_processes,
     describe_model,
     divide_batch,
-    find_own_gpu,
     join_gradients,
     make_shared_loop,
     pass_share,
@@ -50,6 +46,7 @@ from qlora_nb.parallel import (
     start_workers,
 )
 from qlora_nb.preflight import encode_dataset
+from qlora_nb.processes import ProcessEnded, Rendezvous, count_processes, find_own_gpu
 from qlora_nb.rows import load_sft_dataset
 from qlora_nb.run import check_setting, resolve_settings
 from qlora_nb.trainer import trainable_parameters
@@ -152,12 +149,12 @@ def test_a_resumed_run_is_the_whole_one_whatever_shares_it(rows, tmp_path):
 @heavy
 def test_a_real_model_has_the_same_gradients(tmp_path):
     found, folder = [], real_file("smollm2/config.json").parent
-    for processes in (1, 2):
+    for number in (1, 2):
         model, tokenizer = load_model(folder, backend="transformers", engine=False)
         data, seen = encode_dataset(load_sft_dataset(limit=60), tokenizer)[0], Gradients()
         settings = settings_of({"max_steps": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2})
-        with start_workers(processes) as workers:
-            path = tmp_path / str(processes)
+        with start_workers(number) as workers:
+            path = tmp_path / str(number)
             make(workers)(add_lora(model, r=8), tokenizer, data, settings, path, [seen]).train()
         found.append(seen.steps[0])
     assert len(found[0]) > 400
@@ -235,7 +232,7 @@ def test_what_several_processes_cant_train_with(monkeypatch):
         with pytest.raises(UserError, match=words):
             check_sharing(resolve_settings({"gpus": 2, **given}, profile=PROFILES["tiny"]), backend)
     check_sharing(resolve_settings({"gpus": 2}, profile=PROFILES["tiny"]), "transformers")
-    monkeypatch.setattr(parallel, "_launched", [Rendezvous("127.0.0.1", 1, 0, 4)])
+    monkeypatch.setattr(processes, "_launched", [Rendezvous("127.0.0.1", 1, 0, 4)])
     assert [count_processes(given) for given in (None, "all", 4)] == [4, 4, 4]
     with pytest.raises(UserError, match="4 processes were started"):
         count_processes(2)
@@ -335,7 +332,7 @@ import torch
 def refuse(*given, **named): raise SystemExit("CUDA was asked before the process chose its GPU")
 for name in ("is_available", "device_count", "_lazy_init"): setattr(torch.cuda, name, refuse)
 import qlora_nb.cli
-from qlora_nb.parallel import find_launch
+from qlora_nb.processes import find_launch
 print(find_launch().rank)
 """
 
@@ -350,7 +347,7 @@ def test_a_launched_process_chooses_its_gpu_before_cuda_is_asked():
 @pytest.mark.quick
 def test_who_ended_first():
     "Not the one that ended because another had; and an error counts, not what a library said after it."
-    lost = f"print('qlora_nb: {parallel.CONNECTION_LOST}'); raise SystemExit(1)"
+    lost = f"print('qlora_nb: {processes.CONNECTION_LOST}'); raise SystemExit(1)"
     cause = "print('torch.OutOfMemoryError: CUDA out of memory'); print('[W] a warning of NCCL'); raise SystemExit(1)"
     with contextlib.ExitStack() as files:
         children = []
@@ -359,7 +356,7 @@ def test_who_ended_first():
             children.append(subprocess.Popen([sys.executable, "-S", "-c", code], stdout=said))
             children[-1].said = said
         [child.wait() for child in children]
-        why = parallel.find_ended(children)
+        why = processes.find_ended(children)
     assert why == ("process 2 of 4 (counted from 0) ended with exit code 1: torch.OutOfMemoryError: CUDA out of memory")
 
 
@@ -371,9 +368,9 @@ def addresses():
 @pytest.mark.quick
 def test_a_process_that_is_alone_listens_to_this_machine_alone():
     before = addresses()
-    store = parallel.open_store(Rendezvous("127.0.0.1", 0, 0, 2))
+    store = processes.open_store(Rendezvous("127.0.0.1", 0, 0, 2))
     assert "127.0.0.1" in addresses() and addresses() - before <= {"127.0.0.1"}
-    other = parallel.open_store(Rendezvous("127.0.0.1", store.underlying_store.port, 1, 2))
+    other = processes.open_store(Rendezvous("127.0.0.1", store.underlying_store.port, 1, 2))
     other.set("a", "b")
     assert store.get("a") == b"b"
 
@@ -438,7 +435,7 @@ def open_files():
 
 def test_a_process_that_hangs_in_an_import(asleep, monkeypatch):
     "It is named, and nothing is left: no process, no port, no file."
-    monkeypatch.setattr(parallel, "SECONDS_TO_COME", 0.3)
+    monkeypatch.setattr(processes, "SECONDS_TO_COME", 0.3)
     before = None
     for number in range(3):
         with (
@@ -545,7 +542,7 @@ def whole(tmp_path_factory):
 def others(pid):
     "The processes that share another's steps."
     children = psutil.Process(pid).children()
-    return [child for child in children if "qlora_nb.parallel" in " ".join(child.cmdline())]
+    return [child for child in children if "run_worker_process" in " ".join(child.cmdline())]
 
 
 def assert_gone(children):
