@@ -213,7 +213,7 @@ def start_workers(gpus: int | str | None) -> Iterator[Workers | None]:  # the se
     workers, threads = Workers(size), torch.get_num_threads()
     try:
         workers.start()
-        if not torch.cuda.is_available():
+        if workers.children and not torch.cuda.is_available():  # a launcher has shared them out
             torch.set_num_threads(threads_of_each(size))
         yield workers
     finally:

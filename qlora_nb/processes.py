@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/37_processes.ipynb #37b00004
 import atexit
 import contextlib
+import errno
 import json
 import os
 import pkgutil
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -41,22 +42,41 @@ class Rendezvous(NamedTuple):
     rank: int
     size: int
     hosts: bool = True  # whether rank 0 opens the port; torchrun opens one itself
+    local: int = 0  # its number among the processes of its machine
+
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")  # where all are on one machine
 
 
 def open_store(place: Rendezvous, seconds: float = 300):  # to wait for the one who opens the port
-    "Return the store of keys and values through which the processes find each other. One that rank 0 opens on a port of its choice (0) is for this machine alone."
+    "Return the store of keys and values through which the processes find each other: on a port of rank 0's choice where none is named (0). Raise `UserError` where the port is in use."
     opens, given, port = place.hosts and place.rank == 0, {}, place.port
-    if opens and not port:
-        listener = socket.create_server(("127.0.0.1", 0))  # torch's own would listen to the whole network
-        port, given = listener.getsockname()[1], {"master_listen_fd": listener.detach()}
-    store = torch.distributed.TCPStore(place.host, port, None, opens, timedelta(seconds=seconds), wait_for_workers=False, **given)
-    return torch.distributed.PrefixStore(f"qlora_nb{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)  # torchrun's outlives its processes
+    try:
+        if opens and place.host in LOOPBACK_HOSTS:
+            listener = socket.create_server(("127.0.0.1", port))  # torch's own would listen to the whole network
+            port, given = listener.getsockname()[1], {"master_listen_fd": listener.detach()}
+        store = torch.distributed.TCPStore(place.host, port, None, opens, timedelta(seconds=seconds), wait_for_workers=False, **given)
+    except (OSError, torch.distributed.DistNetworkError) as error:
+        if getattr(error, "errno", None) != errno.EADDRINUSE and "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(f"port {port} of {place.host}, where the processes were to meet, is in use: name another one by MASTER_PORT") from None
+    store = torch.distributed.PrefixStore(name_run(os.environ), store)
+    if opens:
+        store.set("open", "yes")
+    elif place.hosts:  # else this may be the port of another run
+        store.wait(["open"], timedelta(seconds=seconds))
+    return store
+
+
+def name_run(seen: Mapping[str, str]) -> str:  # the environment
+    "Return a name for what the processes of one run say to each other: torchrun's store outlives them, and two runs may come to one port."
+    return ".".join(["qlora_nb", *(seen[name] for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID") if name in seen)])
 
 
 @contextlib.contextmanager
 def listening_locally(place: Rendezvous) -> Iterator[None]:
     "A context in which gloo listens to this machine alone, where all processes are on it."
-    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")] if place.host == "127.0.0.1" else []
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")] if place.host in LOOPBACK_HOSTS else []
     if not names or "GLOO_SOCKET_IFNAME" in os.environ:
         yield
         return
@@ -67,10 +87,22 @@ def listening_locally(place: Rendezvous) -> Iterator[None]:
         del os.environ["GLOO_SOCKET_IFNAME"]
 
 
+@contextlib.contextmanager
+def explain_network(place: Rendezvous) -> Iterator[None]:
+    "A context in which processes of several machines that can't reach each other are a `UserError`."
+    try:
+        yield
+    except RuntimeError as error:
+        if place.host in LOOPBACK_HOSTS:
+            raise
+        raise UserError(f"process {place.rank} of {place.size} has met the others at {place.host}, but they can't reach each other ({str(error).splitlines()[0]}): "
+                        "name the interface between the machines, by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME") from error
+
+
 def join_processes(place: Rendezvous, store) -> None:
     "Join the process group: gloo between CPUs, NCCL between GPUs, and gloo for what Python says."
     cuda = torch.cuda.is_available()
-    with listening_locally(place):
+    with listening_locally(place), explain_network(place):
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=torch.distributed.PrefixStore("group", store), rank=place.rank, world_size=place.size,
             timeout=LONGEST_WAIT)
@@ -81,7 +113,41 @@ def threads_of_each(processes: int) -> int:
     return max(1, torch.get_num_threads() // processes)
 
 # %% ../nbs/37_processes.ipynb #37b0000a
-_launched: list[Rendezvous] = []  # where torchrun or accelerate launch started this process
+SLURMS_OWN_STEPS = 2**32 - 16  # step ids from here on: a batch script, the shell of an allocation
+
+
+def read_torchrun(seen: Mapping[str, str]) -> Rendezvous | None:  # the environment
+    "Return which process this is of those that torchrun or accelerate launch started; None for one alone."
+    size = seen.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 2:
+        return None
+    return Rendezvous(seen.get("MASTER_ADDR", "127.0.0.1"), int(seen.get("MASTER_PORT", 29500)), int(seen.get("RANK", 0)), int(size),
+                      seen.get("TORCHELASTIC_USE_AGENT_STORE") != "True", int(seen.get("LOCAL_RANK", 0)))
+
+
+def find_first_host(names: str) -> str:
+    "Return the first host of a list as Slurm writes it: `gpu[07-09,12],login`."
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", names)[0]
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+
+
+def read_slurm(seen: Mapping[str, str]) -> Rendezvous | None:  # the environment
+    "Return which task this is of those that srun started; None for one alone, also in a batch script or the shell of an allocation."
+    step, rank, size = (seen.get(name, "") for name in ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+    size = size or seen.get("SLURM_NTASKS", "")
+    if not (step.isdecimal() and rank.isdecimal() and size.isdecimal()) or int(step) >= SLURMS_OWN_STEPS or int(size) < 2:
+        return None
+    if "RANK" in seen or "SLURM_PTY_PORT" in seen and sys.stdin and sys.stdin.isatty():  # a launcher in the step, or a shell (srun --pty)
+        return None
+    alone = seen.get("SLURM_STEP_NUM_NODES", seen.get("SLURM_NNODES")) == "1"
+    host = "127.0.0.1" if alone else find_first_host(seen.get("SLURM_STEP_NODELIST") or seen.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    port = 15000 + (31 * int(seen.get("SLURM_JOB_ID", 0)) + int(step)) % 15000
+    return Rendezvous(seen.get("MASTER_ADDR", host), int(seen.get("MASTER_PORT", port)), int(rank), int(size), local=int(seen.get("SLURM_LOCALID", 0)))
+
+# %% ../nbs/37_processes.ipynb #6806b657
+_launched: list[Rendezvous] = []  # where torchrun, accelerate launch or srun started this process
+_opened: list = []  # the store at which it meets the others
+FOR_LIBRARIES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID")  # by which they see several processes
 
 
 def find_own_gpu(seen: str | None, local: int) -> str | None:  # CUDA_VISIBLE_DEVICES; the number among this machine's processes
@@ -94,28 +160,31 @@ def find_own_gpu(seen: str | None, local: int) -> str | None:  # CUDA_VISIBLE_DE
     return names[local] if local < len(names) else seen
 
 
-def find_launch() -> Rendezvous | None:
-    """Return which of several processes this is, where torchrun or accelerate launch started it; None for one alone.
+def find_launch(tasks: bool = True) -> Rendezvous | None:  # whether the tasks of Slurm are to share the work; torchrun's variables come first
+    """Return which of several processes this is, where a launcher started it; None for one alone.
 
     From then on it sees its own GPU alone, and libraries take it for one process: what is shared is this package's matter."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if not size.isdecimal() or int(size) < 2:
+    place = tasks and read_slurm(os.environ) or read_torchrun(os.environ)
+    if place is None:
         return None
-    place = Rendezvous(os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500)), int(os.environ.get("RANK", 0)), int(size),
-                  os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
-    if (own := find_own_gpu(os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ.get("LOCAL_RANK", 0)))) is not None:
+    if (own := find_own_gpu(os.environ.get("CUDA_VISIBLE_DEVICES"), place.local)) is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = own
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in FOR_LIBRARIES:
         os.environ.pop(name, None)
     _launched[:] = [place]
     return place
 
 
+def open_meeting() -> None:
+    "Open the store for the processes that were started with this one, before they give up coming; where no training begins, they are told so at this process's end."
+    _opened[:] = [open_store(_launched[0])]
+    atexit.register(release_launched)
+
+
 def release_launched() -> None:
     "Tell the processes that were started with this one, and wait for a training, that none comes: `--help` has been shown, say."
     with contextlib.suppress(Exception):
-        place = _launched.pop()
-        store = open_store(place, 10)
+        place, store = _launched.pop(), _opened.pop()
         store.set("over", "yes")
         if place.hosts:  # the port closes with this process: let them come first
             store.wait([f"here{rank}" for rank in range(1, place.size)], timedelta(seconds=10))
@@ -235,9 +304,9 @@ class StartedProcesses:
         self.size, self.work, self.children, self.store = size, work, [], None
 
     def start(self) -> None:
-        "Start the processes, but for those that torchrun started; they import what they need while this one goes on."
+        "Start the processes, but for those that a launcher started; they import what they need while this one goes on."
         self.place = _launched[0] if _launched else Rendezvous("127.0.0.1", 0, 0, self.size)
-        self.store = open_store(self.place)
+        self.store = _opened[0] if _opened else open_store(self.place)
         if not _launched:
             self.place = self.place._replace(port=self.store.underlying_store.port)
             for rank in range(1, self.size):
@@ -245,7 +314,7 @@ class StartedProcesses:
 
     def find_end(self) -> str | None:
         "Return which of the others has ended, and why; None where none has."
-        why = find_ended(self.children) or ("one of the other processes ended, as its own output says" if _launched else None)
+        why = find_ended(self.children) or ("one of the other processes ended, or can't be reached any more, as its own output says" if _launched else None)
         return why and f"{why}, and the others with it"
 
     def noticing(self):
@@ -349,12 +418,13 @@ def receive_message():
     return found[0]
 
 
-def run_worker(place: Rendezvous, work) -> None:  # a function of a task
+def run_worker(place: Rendezvous, work: str) -> None:  # a function of a task, as "module:function"
     "Be one of the other processes: work on one task after the other, until process 0 says that it is over, or ends."
     store = open_store(place)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
             signal.signal(number, lambda number, frame: store.set("signal", str(int(number))))  # process 0 saves, and says when it is over
+    work = pkgutil.resolve_name(work)  # which imports what it needs
     with noticing_loss():
         store.set(f"here{place.rank}", "yes")
         while not store.check(["begin"]):
@@ -391,7 +461,7 @@ def run_worker_process(place: Rendezvous | None = None, work: str | None = None)
         end_with(told["parent"])
     code = 1
     try:
-        run_worker(place, pkgutil.resolve_name(work))
+        run_worker(place, work)
         return
     except UserError as error:
         print(f"qlora_nb: {error}", flush=True)

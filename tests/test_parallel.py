@@ -279,6 +279,88 @@ def test_more_launched_processes_than_gpus():
         find_own_gpu("4,5", 2)
 
 
+TASK = {
+    "SLURM_JOB_ID": "871", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[08-09]",
+    "SLURM_JOB_NODELIST": "login,gpu[08-09]",
+}  # fmt: skip
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "changed, wanted",
+    [
+        ({}, ("gpu08", 3, 4, 1)),
+        ({"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "gpu08"}, ("127.0.0.1", 3, 4, 1)),
+        ({"SLURM_STEP_NUM_TASKS": None, "SLURM_STEP_NODELIST": None}, ("login", 3, 4, 1)),
+        ({"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4000", "WORLD_SIZE": "4"}, ("10.0.0.7", 3, 4, 1)),
+        ({"SLURM_STEP_ID": None, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": None}, None),  # a batch script
+        ({"SLURM_STEP_ID": "4294967291", "SLURM_PROCID": "0"}, None),  # a batch script of newer versions
+        ({"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"}, None),  # the shell of salloc
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_PROCID": None}, None),  # a login into an allocation
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),  # torchrun in each task
+    ],
+)
+def test_which_task_of_slurm(changed, wanted):
+    seen = {name: value for name, value in {**TASK, **changed}.items() if value is not None}
+    found = processes.read_slurm(seen)
+    assert found == (found and Rendezvous(wanted[0], found.port, *wanted[1:3], local=wanted[3])) and bool(
+        found
+    ) == bool(wanted)
+    assert not found or found.port == (4000 if "MASTER_PORT" in seen else 15000 + 31 * 871 % 15000)
+
+
+@pytest.mark.quick
+def test_a_shell_that_srun_opened_is_one_process(monkeypatch):
+    "`srun -n 4 --pty bash`: three of the four shells have ended. What srun starts from there has no terminal."
+    seen = {**TASK, "SLURM_PTY_PORT": "40000"}
+    for terminal in (True, False):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda found=terminal: found))
+        assert bool(processes.read_slurm(seen)) != terminal
+
+
+@pytest.mark.quick
+def test_launchers_variables_win(monkeypatch):
+    "And no library sees several processes afterwards."
+    launcher = {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "here",
+        "PMI_SIZE": "4",
+        "PMI_RANK": "3",
+    }
+    for name, value in {**TASK, **launcher, "CUDA_VISIBLE_DEVICES": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "_launched", [])
+    assert processes.find_launch() == Rendezvous("here", 29500, 1, 2)
+    assert processes.find_launch() == Rendezvous("here", processes.read_slurm(TASK).port, 3, 4, local=1)
+    assert processes.find_launch(tasks=False) is None
+    assert not {"WORLD_SIZE", "RANK", "PMI_SIZE", "PMI_RANK"} & set(os.environ)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_in_use(host):
+    with socket.create_server((host, 0)) as taken:
+        number = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {number} of {host}, .* is in use: .* MASTER_PORT"):
+            processes.open_store(Rendezvous(host, number, 0, 2))
+
+
+@pytest.mark.quick
+def test_a_port_of_another_run(monkeypatch):
+    "Two jobs on one machine may come to the same number: a process doesn't wait for another's process 0."
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    store = processes.open_store(Rendezvous("127.0.0.1", 0, 0, 2))
+    there = Rendezvous("127.0.0.1", store.underlying_store.port, 1, 2)
+    processes.open_store(there, seconds=1)
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    with pytest.raises(torch.distributed.DistStoreError):
+        processes.open_store(there, seconds=1)
+
+
 class Sums(TorchDispatchMode):
     "The number of bytes in each sum."
 
@@ -680,6 +762,65 @@ def test_a_signal_under_torchrun_saves_one_checkpoint(who, tmp_path, port):
     step = checkpoint.name.split("-")[1]
     assert f"stopped by SIGTERM at step {step}, checkpoint saved: resume it with" in err, err[-3000:]
     assert_gone(by_rank.values())
+
+
+def srun(place, *arguments, tasks=2, **changed):
+    "The tasks of a step on this machine, as Slurm starts them: return code, output and errors of each."
+    step = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "here",
+        "OMP_NUM_THREADS": "1",
+    }
+    started = []
+    for rank in map(str, range(tasks)):
+        task = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_NNODES": "1"}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "qlora_nb", *arguments], cwd=place, env={**step, **task, **changed},
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    said = [process.communicate(timeout=300) for process in started]
+    return [(process.returncode, *texts) for process, texts in zip(started, said)]
+
+
+@heavy
+def test_srun_starts_the_same_run(whole, tmp_path):
+    first, second = srun(tmp_path, "train", *SHORT, "--gpus", "all")
+    assert first[0] == second[0] == 0, (first[2][-3000:], second)
+    assert "2 in each of 2 processes" in first[2] and second[1] == ""
+    assert sha(tmp_path / "run") == sha(whole)
+
+
+@heavy
+def test_a_batch_script_starts_one_process(tmp_path):
+    "Slurm's variables are there, too, and nobody else comes."
+    short = ["--max-steps", "1", "--eval-rows", "0", "--limit", "20", "--gpus", "all", "--output", "run"]
+    ((code, _, err),) = srun(tmp_path, "train", *short, tasks=1, SLURM_STEP_ID="4294967291", SLURM_NTASKS="4")
+    assert code == 0 and "each of" not in err, err[-3000:]
+
+
+@heavy
+def test_a_step_that_trains_in_each_task_is_told_how_to_share(tmp_path):
+    first, second = srun(tmp_path, "train", "--limit", "0")
+    assert "srun has started 2 tasks, and each trains by itself: with --gpus all" in first[2]
+    assert "srun" not in second[2] and first[0] == second[0] == 2 and "limit is 0" in second[2]
+
+
+@heavy
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--gpus", "3"),
+        ("train", "--gpus", "all", "--help"),
+        ("train", "--gpus", "all", "--data", "none.jsonl"),
+    ],
+)
+def test_a_step_that_ends_early(arguments, tmp_path):
+    "No task waits for process 0."
+    first, second = srun(tmp_path, *arguments)
+    assert (first[0], second[0]) == (0 if "--help" in arguments else 2, 0), (first, second)
 
 
 @heavy
