@@ -9,6 +9,7 @@ __all__ = []
 import atexit
 import contextlib
 import errno
+import ipaddress
 import json
 import os
 import pkgutil
@@ -23,6 +24,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -72,40 +74,41 @@ def name_run(seen: Mapping[str, str]) -> str:  # the environment
     "Return a name for what the processes of one run say to each other: torchrun's store outlives them, and two runs may come to one port."
     return ".".join(["qlora_nb", *(seen[name] for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID") if name in seen)])
 
+# %% ../nbs/37_processes.ipynb #b2401741
+def find_address(host: str) -> str:
+    "Return this machine's address on the way to a host; the loopback's where there is no way. Nothing is sent."
+    with contextlib.suppress(OSError):
+        family, kind, *_, where = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as way:
+            way.connect(where)
+            return way.getsockname()[0]
+    return "127.0.0.1"
+
+
+def find_interface(place: Rendezvous, store) -> str | None:
+    "Return the network interface between the processes: this machine's own where all are on it; None where only the library can know."
+    if place.host in LOOPBACK_HOSTS:
+        return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    import psutil
+
+    store.set(f"address{place.rank}", own := find_address(place.host))
+    known = [own, *(store.get(f"address{rank}").decode() for rank in range(place.size))]
+    away = next((address for address in known if not ipaddress.ip_address(address).is_loopback), None)
+    address = away and find_address(away)
+    return next((name for name, found in psutil.net_if_addrs().items() if away and address in [one.address for one in found]), None)
+
 
 @contextlib.contextmanager
-def listening_locally(place: Rendezvous) -> Iterator[None]:
-    "A context in which gloo listens to this machine alone, where all processes are on it."
-    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")] if place.host in LOOPBACK_HOSTS else []
-    if not names or "GLOO_SOCKET_IFNAME" in os.environ:
+def use_interface(name: str | None) -> Iterator[None]:  # None leaves it to the library
+    "A context in which gloo speaks and listens at one interface, unless the environment names one already."
+    if name is None or "GLOO_SOCKET_IFNAME" in os.environ:
         yield
         return
-    os.environ["GLOO_SOCKET_IFNAME"] = names[0]
+    os.environ["GLOO_SOCKET_IFNAME"] = name
     try:
         yield
     finally:
         del os.environ["GLOO_SOCKET_IFNAME"]
-
-
-@contextlib.contextmanager
-def explain_network(place: Rendezvous) -> Iterator[None]:
-    "A context in which processes of several machines that can't reach each other are a `UserError`."
-    try:
-        yield
-    except RuntimeError as error:
-        if place.host in LOOPBACK_HOSTS:
-            raise
-        raise UserError(f"process {place.rank} of {place.size} has met the others at {place.host}, but they can't reach each other ({str(error).splitlines()[0]}): "
-                        "name the interface between the machines, by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME") from error
-
-
-def join_processes(place: Rendezvous, store) -> None:
-    "Join the process group: gloo between CPUs, NCCL between GPUs, and gloo for what Python says."
-    cuda = torch.cuda.is_available()
-    with listening_locally(place), explain_network(place):
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=torch.distributed.PrefixStore("group", store), rank=place.rank, world_size=place.size,
-            timeout=LONGEST_WAIT)
 
 
 def threads_of_each(processes: int) -> int:
@@ -254,6 +257,34 @@ def find_ended(children: list[subprocess.Popen], seconds: float = 5.0) -> str | 
     rank, child = min(gone, key=lambda pair: CONNECTION_LOST in explain_end(pair[1]))
     return f"process {rank} of {len(children) + 1} (counted from 0) ended {explain_end(child)}"
 
+# %% ../nbs/37_processes.ipynb #34a0d751
+SECONDS_TO_CONNECT = 60.0  # once all have come
+
+
+def join_processes(place: Rendezvous, store, find_cause) -> None:  # returns who ended, and why; None where nobody did
+    "Join the process group: gloo between CPUs, NCCL between GPUs, and gloo for what Python says. Raise `ProcessEnded` where one ends meanwhile, and `UserError` where they can't reach each other."
+    failed, backend = [], "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+    def join():
+        try:
+            torch.distributed.init_process_group(
+                backend, store=torch.distributed.PrefixStore("group", store), rank=place.rank, world_size=place.size, timeout=LONGEST_WAIT)
+        except Exception as error:
+            failed.append(error)
+
+    joining, why, end = threading.Thread(target=join, daemon=True), None, time.monotonic() + SECONDS_TO_CONNECT
+    with use_interface(find_interface(place, store)):
+        joining.start()
+        while joining.is_alive() and not why and time.monotonic() < end:
+            joining.join(0.1)
+            why = find_cause()
+    if why and (failed or joining.is_alive()):
+        raise ProcessEnded(why)
+    if failed or joining.is_alive():
+        found = str(failed[0]).splitlines()[0] if failed else f"not within {SECONDS_TO_CONNECT:.0f} seconds"
+        raise UserError(f"process {place.rank} of {place.size} has met the others at {place.host}, but they can't reach each other ({found}): "
+                        "name the interface between the machines, by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
+
 # %% ../nbs/37_processes.ipynb #37b00011
 WORKER_CODE = """import json, os, sys
 sys.path[:] = json.loads(os.environ["QLORA_NB_WORKER"])["path"]
@@ -312,9 +343,13 @@ class StartedProcesses:
             for rank in range(1, self.size):
                 self.children.append(start_process(self.place._replace(rank=rank), self.work))
 
+    def find_cause(self, seconds: float = 5.0) -> str | None:
+        "Return which of the others has ended, and why, as far as it is known here; wait a moment for it. None where none has."
+        return find_ended(self.children, seconds) or (self.store.get("ended").decode() if self.store.check(["ended"]) else None)
+
     def find_end(self) -> str | None:
-        "Return which of the others has ended, and why; None where none has."
-        why = find_ended(self.children) or ("one of the other processes ended, or can't be reached any more, as its own output says" if _launched else None)
+        "Return which of the others has ended, and why, where a connection has been closed; None where none has."
+        why = self.find_cause() or ("one of the other processes ended, or can't be reached any more" if _launched else None)
         return why and f"{why}, and the others with it"
 
     def noticing(self):
@@ -325,7 +360,7 @@ class StartedProcesses:
         "Wait until each process has come to the meeting place. Raise `ProcessEnded` where one ends before, or doesn't come."
         names, end = [f"here{rank}" for rank in range(1, self.size)], time.monotonic() + SECONDS_TO_COME
         while not self.store.check(names):
-            if why := find_ended(self.children, 0.1):
+            if why := self.find_cause(0.1):
                 raise ProcessEnded(why)
             if time.monotonic() > end:
                 late = [rank for rank, name in enumerate(names, 1) if not self.store.check([name])]
@@ -355,7 +390,7 @@ class ProcessGroup(StartedProcesses):
         self.wait_for_all()
         self.store.set("begin", "yes")
         with self.noticing():
-            join_processes(self.place, self.store)
+            join_processes(self.place, self.store, partial(self.find_cause, 0.0))
         self.begun = True
         if torch.cuda.is_available() and self.children:
             threading.Thread(target=self.watch, daemon=True).start()
@@ -418,9 +453,21 @@ def receive_message():
     return found[0]
 
 
-def run_worker(place: Rendezvous, work: str) -> None:  # a function of a task, as "module:function"
-    "Be one of the other processes: work on one task after the other, until process 0 says that it is over, or ends."
-    store = open_store(place)
+@contextlib.contextmanager
+def telling_end(place: Rendezvous, store) -> Iterator[None]:
+    "A context that tells process 0 of an error, unless that was the end of another process."
+    try:
+        yield
+    except Exception as error:
+        if str(error) != CONNECTION_LOST:
+            words = f"{'' if isinstance(error, UserError) else f'{type(error).__name__}: '}{error}".strip().splitlines()
+            with contextlib.suppress(Exception):
+                store.set("ended", f"process {place.rank} of {place.size} (counted from 0) ended: {words[0][:300]}")
+        raise
+
+# %% ../nbs/37_processes.ipynb #e76f7f74
+def work_on_tasks(place: Rendezvous, store, work: str) -> None:
+    "Come to the meeting place, join the others, and work on what process 0 sends."
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
             signal.signal(number, lambda number, frame: store.set("signal", str(int(number))))  # process 0 saves, and says when it is over
@@ -432,10 +479,17 @@ def run_worker(place: Rendezvous, work: str) -> None:  # a function of a task, a
                 return
             time.sleep(0.1)
     with noticing_loss():
-        join_processes(place, store)
+        join_processes(place, store, lambda: CONNECTION_LOST if store.check(["over"]) else None)
     while (task := receive_message()) is not None:
         work(task)
     torch.distributed.destroy_process_group()  # not after an error: NCCL would wait for the others
+
+
+def run_worker(place: Rendezvous, work: str) -> None:  # a function of a task, as "module:function"
+    "Be one of the other processes: work on one task after the other, until process 0 says that it is over, or ends."
+    store = open_store(place)
+    with telling_end(place, store):
+        work_on_tasks(place, store, work)
 
 # %% ../nbs/37_processes.ipynb #37b00019
 def end_with(parent: int) -> None:  # a process id

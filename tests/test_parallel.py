@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -359,6 +361,44 @@ def test_a_port_of_another_run(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "2")
     with pytest.raises(torch.distributed.DistStoreError):
         processes.open_store(there, seconds=1)
+
+
+@pytest.mark.quick
+def test_process_0_hears_why_another_one_ended(monkeypatch):
+    "On another machine, where it can't see it; but not of one that only lost its connection."
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(processes, "_launched", [Rendezvous("gpu08", 1, 0, 4)])
+    group = processes.ProcessGroup(4, "x:y")
+    group.store = store
+    for error in (ProcessEnded(processes.CONNECTION_LOST), torch.OutOfMemoryError("CUDA out of memory\nand more")):
+        assert group.find_cause(0.0) is None
+        with pytest.raises(type(error)), processes.telling_end(Rendezvous("gpu08", 1, 2, 4), store):
+            raise error
+    why = "process 2 of 4 (counted from 0) ended: OutOfMemoryError: CUDA out of memory"
+    assert group.find_cause(0.0) == why
+    with pytest.raises(ProcessEnded, match=re.escape(why)):
+        group.wait_for_all()
+
+
+LONELY = """
+import sys
+from qlora_nb import processes
+place = processes.Rendezvous("127.0.0.1", 0, 0, 2)
+store = processes.open_store(place)
+processes.SECONDS_TO_CONNECT = float(sys.argv[1])
+processes.join_processes(place, store, lambda: sys.argv[2] or None)
+"""
+
+
+@pytest.mark.parametrize("seconds, why", [("0.5", ""), ("600", "process 1 was killed")])
+def test_a_process_that_came_and_never_connects(seconds, why, tmp_path):
+    "gloo would wait for ever."
+    command = [sys.executable, "-c", LONELY, seconds, why]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    words = (
+        f"ProcessEnded: {why}" if why else "met the others at 127.0.0.1, but they can't reach each other (not within"
+    )
+    assert words in done.stderr and done.returncode == 1
 
 
 class Sums(TorchDispatchMode):
@@ -828,6 +868,65 @@ def test_torchrun_starts_the_same_run(whole, tmp_path, port):
     done = launch(tmp_path, port, "train", *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sha(tmp_path / "run") == sha(whole) and done.stdout.count(str(tmp_path / "run")) == 1
+
+
+TWO_HOSTS = """
+ip link set lo up && ip link add v0 type veth peer name v1 || exit 99
+unshare -n sleep 300 & other=$!
+until ip link set v1 netns $other 2> /dev/null && [ "$(nsenter -t $other -n ip -o link show v1)" ]; do sleep 0.1; done
+ip addr add 10.77.0.1/24 dev v0; ip link set v0 up
+nsenter -t $other -n sh -c "ip link set lo up; ip addr add 10.77.0.2/24 dev v1; ip link set v1 up"
+(cd b; SLURM_PROCID=1 nsenter -t $other -n "$@") & task=$!
+(cd a; SLURM_PROCID=0 "$@"); first=$?
+wait $task; second=$?
+kill $other
+exit $((first + second))
+"""
+
+
+@heavy
+def test_two_hosts_whose_names_stand_for_themselves_alone(whole, tmp_path):
+    "Two network namespaces: each host's own name is its loopback's, at which gloo would listen."
+    if shutil.which("ip") is None or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+        pytest.skip("no network of one's own can be made here: needs Linux, ip and unshare")
+    step = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+    step |= {"SLURM_STEP_NODELIST": "10.77.0.[1-2]", "SLURM_LOCALID": "0", "OMP_NUM_THREADS": "1"}
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    command = ["unshare", "-rn", "bash", "-c", TWO_HOSTS, "hosts", sys.executable, "-m", "qlora_nb", "train", *SHORT]
+    done = subprocess.run(
+        [*command, "--gpus", "all"],
+        cwd=tmp_path,
+        env={**os.environ, **step},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sha(tmp_path / "a/run") == sha(whole) and not (tmp_path / "b/run").exists()
+
+
+@heavy
+@pytest.mark.parametrize("meeting", ["static", "c10d"])
+def test_launchers_of_two_machines_start_one_run(meeting, whole, tmp_path, port):
+    "Each in a folder of its own, as on another machine. The second way names the machine by its host name."
+    static = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    where = static if meeting == "static" else ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    launchers = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        node = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(number), *where]
+        command = [sys.executable, "-m", "torch.distributed.run", *node, "-m", "qlora_nb", "train", *SHORT]
+        launchers.append(
+            subprocess.Popen(
+                command, cwd=tmp_path / str(number), env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    said = [launcher.communicate(timeout=300) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    (run,) = tmp_path.glob("*/run")
+    assert sha(run) == sha(whole) and sum("2 in each of 2 processes" in err for _, err in said) == 1
 
 
 @heavy
