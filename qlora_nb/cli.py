@@ -1056,19 +1056,29 @@ def name_flags(text: str, command: str) -> str:
     return _FUNCTION.sub(lambda match: f"({_COMMANDS[match[1]]})", translated)
 
 # %% ../nbs/72_cli.ipynb #826fda92-18
-def share_with_processes() -> None:
-    "Where torchrun or accelerate launch started several processes: the first one goes on with the command; the others work for its training, and end with it."
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return
-    from qlora_nb.parallel import find_launch, release_launched, run_worker_process
+def asks_for_sharing(arguments: list[str]) -> bool:
+    "Return whether a command is a training that names its `--gpus`, and not one: under Slurm only that is shared, since its tasks may as well be trainings of their own."
+    given = [value for flag, value in zip(arguments, [*arguments[1:], ""]) if flag == "--gpus"] + [word[7:] for word in arguments if word.startswith("--gpus=")]
+    return "train" in arguments and bool(given) and given[-1] != "1"
 
-    place, trains = find_launch(), "train" in _command_line
+
+def share_with_processes() -> None:
+    "Where torchrun, accelerate launch or srun started several processes: the first one goes on with the command; the others work for its training, and end with it."
+    trains, shares = "train" in _command_line, asks_for_sharing(_command_line)
+    if os.environ.get("WORLD_SIZE", "1") == "1" and not (trains and "SLURM_STEP_ID" in os.environ):
+        return
+    from qlora_nb.parallel import TRAINING_WORK
+    from qlora_nb.processes import find_launch, open_meeting, read_slurm, run_worker_process
+
+    if trains and not shares and (task := read_slurm(os.environ)) and task.rank == 0:
+        print(f"note: srun has started {task.size} tasks, and each trains by itself: with --gpus all they share one training", file=sys.stderr)
+    place = find_launch(tasks=shares)
     if place and place.rank:
         if trains:
-            run_worker_process(place)
+            run_worker_process(place, TRAINING_WORK)
         raise SystemExit(0)
     if place and trains:
-        atexit.register(release_launched)
+        open_meeting()
 
 # %% ../nbs/72_cli.ipynb #72c0f001
 @contextlib.contextmanager

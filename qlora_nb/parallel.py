@@ -6,23 +6,10 @@
 __all__ = []
 
 # %% ../nbs/36_several_gpus.ipynb #36a00004
-import atexit
 import contextlib
 import copy
 import itertools
-import json
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-import traceback
 from collections.abc import Iterator
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,13 +17,13 @@ from typing import NamedTuple
 import torch
 
 from .adapter import find_active_adapter, model_info, set_model_info
-from .core import EMBEDDED_FOLDER, UserError, quiet_environment
+from .core import UserError
 from .engine.forwards import temporary_attributes
 from .engine.install import engine_of, install_engine
 from .engine.layers import FlatAdapters, cache_parameters
 from .loop import OTHER_LOOPS, TrainingLoop, count_learned, make_loop
+from .processes import ProcessGroup, count_processes, noticing_loss, receive_message, threads_of_each
 from .run import Settings
-from .signals import STOP_SIGNALS
 from .trainer import print_to_stderr, trainable_parameters
 
 # %% ../nbs/36_several_gpus.ipynb #36a0000e
@@ -121,180 +108,6 @@ def set_weights(weights: list[torch.nn.Parameter], joined: torch.Tensor) -> None
     for weight, part in zip(weights, joined.split([w.numel() for w in weights])):
         weight.copy_(part.view_as(weight))
 
-# %% ../nbs/36_several_gpus.ipynb #36a00019
-LONGEST_WAIT = timedelta(days=7)  # a process that ends is noticed by its closed connection; one that evaluates is waited for
-
-
-class Rendezvous(NamedTuple):
-    "Where the processes of a training meet, and which of them this one is."
-
-    host: str
-    port: int
-    rank: int
-    size: int
-    hosts: bool = True  # whether rank 0 opens the port; torchrun opens one itself
-
-
-def open_store(place: Rendezvous, seconds: float = 300):  # to wait for the one who opens the port
-    "Return the store of keys and values through which the processes find each other. One that rank 0 opens on a port of its choice (0) is for this machine alone."
-    opens, given, port = place.hosts and place.rank == 0, {}, place.port
-    if opens and not port:
-        listener = socket.create_server(("127.0.0.1", 0))  # torch's own would listen to the whole network
-        port, given = listener.getsockname()[1], {"master_listen_fd": listener.detach()}
-    store = torch.distributed.TCPStore(place.host, port, None, opens, timedelta(seconds=seconds), wait_for_workers=False, **given)
-    return torch.distributed.PrefixStore(f"qlora_nb{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)  # torchrun's outlives its processes
-
-
-@contextlib.contextmanager
-def listening_locally(place: Rendezvous) -> Iterator[None]:
-    "A context in which gloo listens to this machine alone, where all processes are on it."
-    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")] if place.host == "127.0.0.1" else []
-    if not names or "GLOO_SOCKET_IFNAME" in os.environ:
-        yield
-        return
-    os.environ["GLOO_SOCKET_IFNAME"] = names[0]
-    try:
-        yield
-    finally:
-        del os.environ["GLOO_SOCKET_IFNAME"]
-
-
-def join_processes(place: Rendezvous, store) -> None:
-    "Join the process group: gloo between CPUs, NCCL between GPUs, and gloo for what Python says."
-    cuda = torch.cuda.is_available()
-    with listening_locally(place):
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=torch.distributed.PrefixStore("group", store), rank=place.rank, world_size=place.size,
-            timeout=LONGEST_WAIT)
-
-
-def threads_of_each(processes: int) -> int:
-    "Return how many CPU threads each of several processes on this machine gets."
-    return max(1, torch.get_num_threads() // processes)
-
-
-WORKER_CODE = """import json, os, sys
-sys.path[:] = json.loads(os.environ["QLORA_NB_WORKER"])["path"]
-from qlora_nb.parallel import run_worker_process
-run_worker_process()"""
-
-
-def worker_environment(place: Rendezvous) -> dict[str, str]:
-    "Return the environment of a worker on this machine: a GPU of its own, or its share of the CPU's threads. It finds its modules where this process finds them."
-    path = [str(EMBEDDED_FOLDER.parents[1]) if name == "" else name for name in sys.path]  # "" is the folder that this process happens to be in
-    own = {"QLORA_NB_WORKER": json.dumps({"place": place, "parent": os.getpid(), "path": path})}
-    if torch.cuda.is_available():
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        own["CUDA_VISIBLE_DEVICES"] = (seen.split(",") if seen else [str(number) for number in range(torch.cuda.device_count())])[place.rank]
-    else:
-        own["OMP_NUM_THREADS"] = str(threads_of_each(place.size))
-    return {**os.environ, **own}
-
-# %% ../nbs/36_several_gpus.ipynb #36a0001c
-_launched: list[Rendezvous] = []  # where torchrun or accelerate launch started this process
-
-
-def find_own_gpu(seen: str | None, local: int) -> str | None:  # CUDA_VISIBLE_DEVICES; the number among this machine's processes
-    "Return the one GPU that a process takes, of those that it sees; none where all are hidden, or as many as before where Slurm has given it its own. Raise `UserError` where there are too few."
-    if not seen:
-        return str(local) if seen is None else seen
-    names = seen.split(",")
-    if 1 < len(names) <= local:
-        raise UserError(f"CUDA_VISIBLE_DEVICES={seen} names {len(names)} GPUs, and process {local} of this machine (counted from 0) needs one of its own: start {len(names)}")
-    return names[local] if local < len(names) else seen
-
-
-def find_launch() -> Rendezvous | None:
-    """Return which of several processes this is, where torchrun or accelerate launch started it; None for one alone.
-
-    From then on it sees its own GPU alone, and libraries take it for one process: what is shared is this package's matter."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if not size.isdecimal() or int(size) < 2:
-        return None
-    place = Rendezvous(os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500)), int(os.environ.get("RANK", 0)), int(size),
-                  os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
-    if (own := find_own_gpu(os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ.get("LOCAL_RANK", 0)))) is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = own
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
-    _launched[:] = [place]
-    return place
-
-
-def release_launched() -> None:
-    "Tell the processes that were started with this one, and wait for a training, that none comes: `--help` has been shown, say."
-    with contextlib.suppress(Exception):
-        place = _launched.pop()
-        store = open_store(place, 10)
-        store.set("over", "yes")
-        if place.hosts:  # the port closes with this process: let them come first
-            store.wait([f"here{rank}" for rank in range(1, place.size)], timedelta(seconds=10))
-            time.sleep(1)
-
-# %% ../nbs/36_several_gpus.ipynb #36a0001d
-def count_processes(gpus: int | str | None) -> int:  # the setting
-    "Return how many processes train: one a GPU; without a GPU, as many as are asked for. Raise `UserError` for more than there are GPUs."
-    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if _launched:
-        if gpus not in (None, "all", started := _launched[0].size):
-            raise UserError(f"gpus is {gpus}, but {started} processes were started: give gpus='all', or start {gpus}")
-        return started
-    if gpus in (None, 1):
-        return 1
-    if gpus == "all":
-        return max(1, here)
-    if isinstance(gpus, str):
-        raise UserError(f"gpus is {gpus!r}: give a number, or all")
-    if here and gpus > here:
-        raise UserError(f"gpus is {gpus}, but this machine has {here}: give at most {here}, or all")
-    return gpus
-
-# %% ../nbs/36_several_gpus.ipynb #36a00020
-class ProcessEnded(UserError):
-    "Another process of a training has ended; the message says which one, and why."
-
-    exit_code = 1
-
-
-CONNECTION_LOST = "the connection to another process was closed"  # the words of one that ended because another one had
-
-
-@contextlib.contextmanager
-def noticing_end(explain) -> Iterator[None]:  # returns who ended, and why; None where nobody did
-    "A context in which a connection that breaks is a `ProcessEnded`."
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if (why := explain()) is None:
-            raise
-        raise ProcessEnded(why) from error
-
-
-def explain_end(child: subprocess.Popen) -> str:
-    "Return by which signal or with which last words a child process ended."
-    if child.returncode < 0:
-        return f"by {signal.Signals(-child.returncode).name}"
-    said = os.pread(child.said.fileno(), 10**6, 0).decode(errors="replace").strip().splitlines()
-    own = [line for line in said if re.match(r"qlora_nb: |[\w.]*(Error|Exception|Interrupt)\b", line)]  # libraries may warn after it
-    last = re.sub(r"^(\[rank\d+\]|qlora_nb): ", "", (own or said)[-1])[:300] if said else ""
-    return f"with exit code {child.returncode}" + (f": {last}" if last else "")
-
-
-def find_ended(children: list[subprocess.Popen], seconds: float = 5.0) -> str | None:
-    "Return which child has ended, the first that did so by itself, and why; wait a moment for one. None where all are there."
-    end = time.monotonic() + seconds
-    while True:
-        gone = [(rank, child) for rank, child in enumerate(children, 1) if child.poll() is not None]
-        if gone or time.monotonic() > end:
-            break
-        time.sleep(0.05)
-    if not gone:
-        return None
-    rank, child = min(gone, key=lambda pair: CONNECTION_LOST in explain_end(pair[1]))
-    return f"process {rank} of {len(children) + 1} (counted from 0) ended {explain_end(child)}"
-
 # %% ../nbs/36_several_gpus.ipynb #36a00023
 BYTES_AT_ONCE = 2**24  # that are added up: torch takes eight bytes for each of them
 
@@ -355,80 +168,18 @@ def check_same_model(here: dict, there: dict) -> None:
             raise UserError(f"the model isn't that of process 0: {name} {what}; several processes train what load_model and add_lora make, unchanged")
 
 # %% ../nbs/36_several_gpus.ipynb #36a00027
-SECONDS_TO_COME = 600.0  # that a process has to import what it needs
-
-
-class Workers:
+class Workers(ProcessGroup):
     "The other processes of a training, as process 0 sees them: it deals each step's micro-batches, adds up the gradients, and hands out the new weights."
 
     def __init__(self, size: int):
-        self.size, self.children, self.weights, self.begun, self.training, self.owner = size, [], [], False, False, os.getpid()
-        self.store, self.watcher = None, None
-
-    def start(self) -> None:
-        "Start the processes, but for those that torchrun started; they import what they need while this one goes on."
-        self.place = _launched[0] if _launched else Rendezvous("127.0.0.1", 0, 0, self.size)
-        atexit.register(self.stop)
-        self.store = open_store(self.place)
-        atexit.unregister(release_launched)  # from here on `stop` does it
-        if _launched:
-            return
-        self.place = self.place._replace(port=self.store.underlying_store.port)
-        for rank in range(1, self.size):
-            said = tempfile.TemporaryFile()  # without a name, so that nothing is left of it
-            child = subprocess.Popen(
-                [sys.executable, "-c", WORKER_CODE], env=worker_environment(self.place._replace(rank=rank)),
-                stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)  # the terminal's Ctrl-C is for this process
-            child.said = said
-            self.children.append(child)
-
-    def noticing(self):
-        "Return a context in which a connection that breaks is a `ProcessEnded`."
-        return noticing_end(self.find_end)
-
-    def find_end(self) -> str | None:
-        "Return which of the others has ended, and why; None where none has."
-        why = find_ended(self.children) or ("one of the other processes ended, as its own output says" if _launched else None)
-        return why and f"{why}, and the others with it"
+        super().__init__(size, TRAINING_WORK)
+        self.weights = []
 
     def begin(self, model, description: dict) -> None:
         "Have the processes build the model that `describe_model` describes, and give them its weights."
         self.weights = list(trainable_parameters(model).values())
-        if not self.begun:
-            self.wait_for_all()
-            self.store.set("begin", "yes")
-            with self.noticing():
-                join_processes(self.place, self.store)
-            self.begun, self.watcher = True, threading.Thread(target=self.watch, daemon=True)
-            if torch.cuda.is_available() and self.children:
-                self.watcher.start()
-        self.training = True
-        self.tell([description] * self.size)
+        self.begin_task(description)
         self.hand_out()
-
-    def wait_for_all(self) -> None:
-        "Wait until each process has come to the meeting place. Raise `ProcessEnded` where one ends before, or doesn't come."
-        names, end = [f"here{rank}" for rank in range(1, self.size)], time.monotonic() + SECONDS_TO_COME
-        while not self.store.check(names):
-            if why := find_ended(self.children, 0.1):
-                raise ProcessEnded(why)
-            if time.monotonic() > end:
-                late = [rank for rank, name in enumerate(names, 1) if not self.store.check([name])]
-                raise ProcessEnded(f"process {late[0]} of {self.size} (counted from 0) was started, and didn't come within {SECONDS_TO_COME:.0f} seconds")
-            time.sleep(0.1)
-
-    def watch(self) -> None:
-        "Look after the processes while GPUs add up: NCCL waits for one that is gone, until its connections are cut."
-        while self.begun:
-            if find_ended(self.children, 1.0) and self.begun:
-                with contextlib.suppress(Exception):
-                    torch.distributed.group.WORLD._get_backend(torch.device("cuda")).abort()
-                return
-
-    def tell(self, messages: list) -> None:
-        "Send each process its message, and this one's to itself."
-        with self.noticing():
-            torch.distributed.scatter_object_list([None], messages, src=0)
 
     def share(self, batches: list, learned, seed: int, scale: float = 1.0) -> StepShare:
         "Deal a step's micro-batches; return this process's part."
@@ -443,46 +194,15 @@ class Workers:
             torch.distributed.reduce(joined, 0)
         return split_gradients(self.weights, joined)
 
-    def find_signal(self) -> int | None:
-        "Return the number of a signal that one of the other processes got."
-        return int(self.store.get("signal")) if self.store.check(["signal"]) else None
-
     def hand_out(self) -> None:
         "Give all processes the weights of this one."
         with self.noticing():
             torch.distributed.broadcast(join_weights(self.weights), 0)
 
-    def end(self) -> None:
-        "Say that the training is over; another one may begin."
-        self.tell([None] * self.size)
-        self.training = False
-
-    def stop(self) -> None:
-        "End the processes: those that wait for another training by a message; those that are in one, or still importing, at once."
-        if os.getpid() != self.owner:  # a fork that ends
-            return
-        begun, self.begun = self.begun, False
-        waiting = begun and not self.training and find_ended(self.children, 0.0) is None
-        for child in [] if waiting else self.children:
-            child.kill()
-        with contextlib.suppress(Exception):
-            self.store.set("over", "yes")
-        if begun:
-            with contextlib.suppress(Exception):
-                self.tell([None] * self.size) if waiting else None
-            with contextlib.suppress(Exception):
-                torch.distributed.destroy_process_group()
-        for child in self.children:
-            try:
-                child.wait(10)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-            child.said.close()
-        self.children, self.store = [], None
-        atexit.unregister(self.stop)
-
 # %% ../nbs/36_several_gpus.ipynb #36a00028
+TRAINING_WORK = "qlora_nb.parallel:take_part"  # what the other processes do
+
+
 @contextlib.contextmanager
 def start_workers(gpus: int | str | None) -> Iterator[Workers | None]:  # the setting
     "A context with the other processes of a training, which end with it; None where one process trains. Without a GPU they share the CPU's threads."
@@ -493,7 +213,7 @@ def start_workers(gpus: int | str | None) -> Iterator[Workers | None]:  # the se
     workers, threads = Workers(size), torch.get_num_threads()
     try:
         workers.start()
-        if not torch.cuda.is_available():
+        if workers.children and not torch.cuda.is_available():  # a launcher has shared them out
             torch.set_num_threads(threads_of_each(size))
         yield workers
     finally:
@@ -529,7 +249,7 @@ class SharedLoop(TrainingLoop):
     def train(self, resume_from_checkpoint: str | Path | None = None) -> None:
         "Train as one process does; then the others wait for what comes."
         super().train(resume_from_checkpoint)
-        self.workers.end()
+        self.workers.end_task()
 
     def take_step(self, batches: list[dict]) -> None:
         "Take a step, and give all processes the new weights."
@@ -554,26 +274,6 @@ def check_sharing(settings: Settings, backend: str) -> None:
         raise UserError(f"{several} processes (gpus) can't train with {why[0]}, which needs TRL's trainer: train in one, or with backend='transformers' and this package's loop")
 
 # %% ../nbs/36_several_gpus.ipynb #36a0002e
-def noticing_loss():
-    "Return a context in which a connection that breaks is a `ProcessEnded`."
-    return noticing_end(lambda: CONNECTION_LOST)
-
-
-def receive_message():
-    "Wait for a message of process 0."
-    found = [None]
-    with noticing_loss():
-        torch.distributed.scatter_object_list(found, None, src=0)
-    return found[0]
-
-
-def receive_weights(weights: list, joined: torch.Tensor) -> None:  # the second: in which they come
-    "Wait for the weights of process 0, and take them."
-    with noticing_loss():
-        torch.distributed.broadcast(joined, 0)
-    set_weights(weights, joined)
-
-
 def cast_context(model, weights: list, in_one_tensor: bool):
     "Return what makes the context in which the engine finds all adapters cast already, as in process 0."
     if not in_one_tensor:
@@ -582,72 +282,41 @@ def cast_context(model, weights: list, in_one_tensor: bool):
     dtype = model.get_base_model().dtype
     return lambda: flat.cast_together(dtype) if engine.adapters and not engine.replayed else contextlib.nullcontext()
 
+
+class OtherSide:
+    "The model of another process, and what it needs to answer process 0."
+
+    def __init__(self, model, description: dict):
+        self.model, self.mixed_precision, self.weights = model.train(), description["mixed_precision"], list(trainable_parameters(model).values())
+        self.cast, self.joined = cast_context(model, self.weights, description["in_one_tensor"]), join_weights(self.weights)
+
+    def take_weights(self) -> None:
+        "Wait for the weights of process 0, and take them."
+        with noticing_loss():
+            torch.distributed.broadcast(self.joined, 0)
+        set_weights(self.weights, self.joined)
+
+    def pass_share(self, share: StepShare) -> None:
+        "Pass a share forward and backward, send its gradients, and take the new weights."
+        gradients = join_gradients(self.weights, pass_share(self.model, share, self.mixed_precision, self.cast))
+        with noticing_loss():
+            torch.distributed.reduce(gradients, 0)
+        self.model.zero_grad()
+        self.take_weights()
+
 # %% ../nbs/36_several_gpus.ipynb #36a00030
+MESSAGE_KINDS = {StepShare: OtherSide.pass_share}  # what another process does, by the kind of message
+
+
 def train_shares(model, description: dict) -> None:
-    "Pass each share forward and backward, send its gradients, and take the new weights, until there are no more."
-    weights = list(trainable_parameters(model).values())
-    cast, joined = cast_context(model, weights, description["in_one_tensor"]), join_weights(weights)
-    receive_weights(weights, joined)
-    with temporary_attributes(model.train().config, use_cache=False), cache_parameters(model) if description["in_one_tensor"] else contextlib.nullcontext():
-        while (share := receive_message()) is not None:
-            loss = pass_share(model, share, description["mixed_precision"], cast)
-            gradients = join_gradients(weights, loss)
-            with noticing_loss():
-                torch.distributed.reduce(gradients, 0)
-            model.zero_grad()
-            receive_weights(weights, joined)
-
-# %% ../nbs/36_several_gpus.ipynb #36a00031
-def run_worker(place: Rendezvous) -> None:
-    "Be one of the other processes: build the model, then pass each share forward and backward, until process 0 says that it is over, or ends."
-    store = open_store(place)
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
-            signal.signal(number, lambda number, frame: store.set("signal", str(int(number))))  # process 0 saves, and says when it is over
-    with noticing_loss():
-        store.set(f"here{place.rank}", "yes")
-        while not store.check(["begin"]):
-            if store.check(["over"]):
-                return
-            time.sleep(0.1)
-    with noticing_loss():
-        join_processes(place, store)
-    while (description := receive_message()) is not None:
-        train_shares(build_model(description), description)
-    torch.distributed.destroy_process_group()  # not after an error: NCCL would wait for the others
-
-# %% ../nbs/36_several_gpus.ipynb #36a00032
-def end_with(parent: int) -> None:  # a process id
-    "Watch a process's parent in another thread, and end with it, whatever this process is waiting for."
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    "Answer the messages of process 0 about one training, until there are no more."
+    side = OtherSide(model, description)
+    side.take_weights()
+    with temporary_attributes(model.config, use_cache=False), cache_parameters(model) if description["in_one_tensor"] else contextlib.nullcontext():
+        while (message := receive_message()) is not None:
+            MESSAGE_KINDS[type(message)](side, message)
 
 
-SECONDS_TO_SPEAK = 10.0  # for process 0: a launcher ends all of its processes with the first that ends
-
-
-def run_worker_process(place: Rendezvous | None = None) -> None:  # None: where the process that started this one says
-    "Work until process 0 is done; its end, or its death, is this one's."
-    quiet_environment()
-    launched = place is not None
-    if not launched:
-        told = json.loads(os.environ.pop("QLORA_NB_WORKER"))
-        place = Rendezvous(*told["place"])
-        end_with(told["parent"])
-    code = 1
-    try:
-        run_worker(place)
-        return
-    except UserError as error:
-        print(f"qlora_nb: {error}", flush=True)
-        code = error.exit_code
-        if launched and isinstance(error, ProcessEnded):
-            time.sleep(SECONDS_TO_SPEAK)
-    except Exception:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(code)  # at once: the end of an interpreter waits for what GPUs still have to do
+def take_part(description: dict) -> None:
+    "Be one of the other processes of a training: build the model that `describe_model` describes, and train it with process 0."
+    train_shares(build_model(description), description)

@@ -27,9 +27,10 @@ from .loop import check_checkpoint, check_loop, find_loop
 from .manifest import read_manifest
 from .memory import MemoryEstimate
 from .model import count_parameters
-from .parallel import check_sharing, count_processes
+from .parallel import check_sharing
 from .plan import Plan, Rows, estimate_for_rows, format_gib, plan_training
 from .preflight import check_and_encode
+from .processes import count_processes
 from .readers import format_count
 from qlora_nb.row_statistics import (
     CheckedRows,

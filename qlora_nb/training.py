@@ -27,8 +27,9 @@ from .loading import quiet_libraries
 from .loop import choose_loop
 from .manifest import MANIFEST_FILE, write_manifest
 from .model import count_parameters
-from .parallel import ProcessEnded, make_shared_loop, start_workers
+from .parallel import make_shared_loop, start_workers
 from .preparation import PreparedRun, deciding_settings, prepare_run, record_plan
+from .processes import ProcessEnded
 from .run import DATA_FROM_PYTHON, RunFolder, Settings, describe_remains, pin_template_kwargs
 from .safeguards import find_damage, is_last_step, raise_if_interrupted
 from .signals import explain_interrupts, find_deadline, gentle_interrupt, stop_at

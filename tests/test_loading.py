@@ -953,7 +953,7 @@ def test_a_base_is_named_on_the_command_line(tmp_path, command):
 
 def test_a_second_process_has_nothing_to_do_where_nothing_is_trained(command, monkeypatch):
     "As torchrun starts it; what it remembers of that is put back."
-    monkeypatch.setattr("qlora_nb.parallel._launched", [])
+    monkeypatch.setattr("qlora_nb.processes._launched", [])
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
         monkeypatch.setenv(name, value)
     done = command("info")

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +26,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from qlora_nb import parallel
+from qlora_nb import parallel, processes
 from qlora_nb.adapter import save_adapter
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError
 from qlora_nb.engine.checkpointing import find_checkpointed_layers
@@ -33,15 +35,11 @@ from qlora_nb.gguf_export import export_gguf
 from qlora_nb.loop import count_learned, make_loop
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.parallel import (
-    ProcessEnded,
-    Rendezvous,
     StepShare,
     build_model,
     check_sharing,
-    count_processes,
     describe_model,
     divide_batch,
-    find_own_gpu,
     join_gradients,
     make_shared_loop,
     pass_share,
@@ -50,6 +48,7 @@ from qlora_nb.parallel import (
     start_workers,
 )
 from qlora_nb.preflight import encode_dataset
+from qlora_nb.processes import ProcessEnded, Rendezvous, count_processes, find_own_gpu
 from qlora_nb.rows import load_sft_dataset
 from qlora_nb.run import check_setting, resolve_settings
 from qlora_nb.trainer import trainable_parameters
@@ -152,12 +151,12 @@ def test_a_resumed_run_is_the_whole_one_whatever_shares_it(rows, tmp_path):
 @heavy
 def test_a_real_model_has_the_same_gradients(tmp_path):
     found, folder = [], real_file("smollm2/config.json").parent
-    for processes in (1, 2):
+    for number in (1, 2):
         model, tokenizer = load_model(folder, backend="transformers", engine=False)
         data, seen = encode_dataset(load_sft_dataset(limit=60), tokenizer)[0], Gradients()
         settings = settings_of({"max_steps": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2})
-        with start_workers(processes) as workers:
-            path = tmp_path / str(processes)
+        with start_workers(number) as workers:
+            path = tmp_path / str(number)
             make(workers)(add_lora(model, r=8), tokenizer, data, settings, path, [seen]).train()
         found.append(seen.steps[0])
     assert len(found[0]) > 400
@@ -235,7 +234,7 @@ def test_what_several_processes_cant_train_with(monkeypatch):
         with pytest.raises(UserError, match=words):
             check_sharing(resolve_settings({"gpus": 2, **given}, profile=PROFILES["tiny"]), backend)
     check_sharing(resolve_settings({"gpus": 2}, profile=PROFILES["tiny"]), "transformers")
-    monkeypatch.setattr(parallel, "_launched", [Rendezvous("127.0.0.1", 1, 0, 4)])
+    monkeypatch.setattr(processes, "_launched", [Rendezvous("127.0.0.1", 1, 0, 4)])
     assert [count_processes(given) for given in (None, "all", 4)] == [4, 4, 4]
     with pytest.raises(UserError, match="4 processes were started"):
         count_processes(2)
@@ -280,6 +279,126 @@ def test_the_gpu_of_a_launched_process(seen, local, wanted):
 def test_more_launched_processes_than_gpus():
     with pytest.raises(UserError, match="names 2 GPUs, and process 2 .* start 2"):
         find_own_gpu("4,5", 2)
+
+
+TASK = {
+    "SLURM_JOB_ID": "871", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[08-09]",
+    "SLURM_JOB_NODELIST": "login,gpu[08-09]",
+}  # fmt: skip
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "changed, wanted",
+    [
+        ({}, ("gpu08", 3, 4, 1)),
+        ({"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "gpu08"}, ("127.0.0.1", 3, 4, 1)),
+        ({"SLURM_STEP_NUM_TASKS": None, "SLURM_STEP_NODELIST": None}, ("login", 3, 4, 1)),
+        ({"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4000", "WORLD_SIZE": "4"}, ("10.0.0.7", 3, 4, 1)),
+        ({"SLURM_STEP_ID": None, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": None}, None),  # a batch script
+        ({"SLURM_STEP_ID": "4294967291", "SLURM_PROCID": "0"}, None),  # a batch script of newer versions
+        ({"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"}, None),  # the shell of salloc
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_PROCID": None}, None),  # a login into an allocation
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),  # torchrun in each task
+    ],
+)
+def test_which_task_of_slurm(changed, wanted):
+    seen = {name: value for name, value in {**TASK, **changed}.items() if value is not None}
+    found = processes.read_slurm(seen)
+    assert found == (found and Rendezvous(wanted[0], found.port, *wanted[1:3], local=wanted[3])) and bool(
+        found
+    ) == bool(wanted)
+    assert not found or found.port == (4000 if "MASTER_PORT" in seen else 15000 + 31 * 871 % 15000)
+
+
+@pytest.mark.quick
+def test_a_shell_that_srun_opened_is_one_process(monkeypatch):
+    "`srun -n 4 --pty bash`: three of the four shells have ended. What srun starts from there has no terminal."
+    seen = {**TASK, "SLURM_PTY_PORT": "40000"}
+    for terminal in (True, False):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda found=terminal: found))
+        assert bool(processes.read_slurm(seen)) != terminal
+
+
+@pytest.mark.quick
+def test_launchers_variables_win(monkeypatch):
+    "And no library sees several processes afterwards."
+    launcher = {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "here",
+        "PMI_SIZE": "4",
+        "PMI_RANK": "3",
+    }
+    for name, value in {**TASK, **launcher, "CUDA_VISIBLE_DEVICES": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "_launched", [])
+    assert processes.find_launch() == Rendezvous("here", 29500, 1, 2)
+    assert processes.find_launch() == Rendezvous("here", processes.read_slurm(TASK).port, 3, 4, local=1)
+    assert processes.find_launch(tasks=False) is None
+    assert not {"WORLD_SIZE", "RANK", "PMI_SIZE", "PMI_RANK"} & set(os.environ)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_in_use(host):
+    with socket.create_server((host, 0)) as taken:
+        number = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {number} of {host}, .* is in use: .* MASTER_PORT"):
+            processes.open_store(Rendezvous(host, number, 0, 2))
+
+
+@pytest.mark.quick
+def test_a_port_of_another_run(monkeypatch):
+    "Two jobs on one machine may come to the same number: a process doesn't wait for another's process 0."
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    store = processes.open_store(Rendezvous("127.0.0.1", 0, 0, 2))
+    there = Rendezvous("127.0.0.1", store.underlying_store.port, 1, 2)
+    processes.open_store(there, seconds=1)
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    with pytest.raises(torch.distributed.DistStoreError):
+        processes.open_store(there, seconds=1)
+
+
+@pytest.mark.quick
+def test_process_0_hears_why_another_one_ended(monkeypatch):
+    "On another machine, where it can't see it; but not of one that only lost its connection."
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(processes, "_launched", [Rendezvous("gpu08", 1, 0, 4)])
+    group = processes.ProcessGroup(4, "x:y")
+    group.store = store
+    for error in (ProcessEnded(processes.CONNECTION_LOST), torch.OutOfMemoryError("CUDA out of memory\nand more")):
+        assert group.find_cause(0.0) is None
+        with pytest.raises(type(error)), processes.telling_end(Rendezvous("gpu08", 1, 2, 4), store):
+            raise error
+    why = "process 2 of 4 (counted from 0) ended: OutOfMemoryError: CUDA out of memory"
+    assert group.find_cause(0.0) == why
+    with pytest.raises(ProcessEnded, match=re.escape(why)):
+        group.wait_for_all()
+
+
+LONELY = """
+import sys
+from qlora_nb import processes
+place = processes.Rendezvous("127.0.0.1", 0, 0, 2)
+store = processes.open_store(place)
+processes.SECONDS_TO_CONNECT = float(sys.argv[1])
+processes.join_processes(place, store, lambda: sys.argv[2] or None)
+"""
+
+
+@pytest.mark.parametrize("seconds, why", [("0.5", ""), ("600", "process 1 was killed")])
+def test_a_process_that_came_and_never_connects(seconds, why, tmp_path):
+    "gloo would wait for ever."
+    command = [sys.executable, "-c", LONELY, seconds, why]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    words = (
+        f"ProcessEnded: {why}" if why else "met the others at 127.0.0.1, but they can't reach each other (not within"
+    )
+    assert words in done.stderr and done.returncode == 1
 
 
 class Sums(TorchDispatchMode):
@@ -335,7 +454,7 @@ import torch
 def refuse(*given, **named): raise SystemExit("CUDA was asked before the process chose its GPU")
 for name in ("is_available", "device_count", "_lazy_init"): setattr(torch.cuda, name, refuse)
 import qlora_nb.cli
-from qlora_nb.parallel import find_launch
+from qlora_nb.processes import find_launch
 print(find_launch().rank)
 """
 
@@ -350,7 +469,7 @@ def test_a_launched_process_chooses_its_gpu_before_cuda_is_asked():
 @pytest.mark.quick
 def test_who_ended_first():
     "Not the one that ended because another had; and an error counts, not what a library said after it."
-    lost = f"print('qlora_nb: {parallel.CONNECTION_LOST}'); raise SystemExit(1)"
+    lost = f"print('qlora_nb: {processes.CONNECTION_LOST}'); raise SystemExit(1)"
     cause = "print('torch.OutOfMemoryError: CUDA out of memory'); print('[W] a warning of NCCL'); raise SystemExit(1)"
     with contextlib.ExitStack() as files:
         children = []
@@ -359,7 +478,7 @@ def test_who_ended_first():
             children.append(subprocess.Popen([sys.executable, "-S", "-c", code], stdout=said))
             children[-1].said = said
         [child.wait() for child in children]
-        why = parallel.find_ended(children)
+        why = processes.find_ended(children)
     assert why == ("process 2 of 4 (counted from 0) ended with exit code 1: torch.OutOfMemoryError: CUDA out of memory")
 
 
@@ -371,9 +490,9 @@ def addresses():
 @pytest.mark.quick
 def test_a_process_that_is_alone_listens_to_this_machine_alone():
     before = addresses()
-    store = parallel.open_store(Rendezvous("127.0.0.1", 0, 0, 2))
+    store = processes.open_store(Rendezvous("127.0.0.1", 0, 0, 2))
     assert "127.0.0.1" in addresses() and addresses() - before <= {"127.0.0.1"}
-    other = parallel.open_store(Rendezvous("127.0.0.1", store.underlying_store.port, 1, 2))
+    other = processes.open_store(Rendezvous("127.0.0.1", store.underlying_store.port, 1, 2))
     other.set("a", "b")
     assert store.get("a") == b"b"
 
@@ -438,7 +557,7 @@ def open_files():
 
 def test_a_process_that_hangs_in_an_import(asleep, monkeypatch):
     "It is named, and nothing is left: no process, no port, no file."
-    monkeypatch.setattr(parallel, "SECONDS_TO_COME", 0.3)
+    monkeypatch.setattr(processes, "SECONDS_TO_COME", 0.3)
     before = None
     for number in range(3):
         with (
@@ -545,7 +664,7 @@ def whole(tmp_path_factory):
 def others(pid):
     "The processes that share another's steps."
     children = psutil.Process(pid).children()
-    return [child for child in children if "qlora_nb.parallel" in " ".join(child.cmdline())]
+    return [child for child in children if "run_worker_process" in " ".join(child.cmdline())]
 
 
 def assert_gone(children):
@@ -685,11 +804,129 @@ def test_a_signal_under_torchrun_saves_one_checkpoint(who, tmp_path, port):
     assert_gone(by_rank.values())
 
 
+def srun(place, *arguments, tasks=2, **changed):
+    "The tasks of a step on this machine, as Slurm starts them: return code, output and errors of each."
+    step = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "here",
+        "OMP_NUM_THREADS": "1",
+    }
+    started = []
+    for rank in map(str, range(tasks)):
+        task = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_NNODES": "1"}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "qlora_nb", *arguments], cwd=place, env={**step, **task, **changed},
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    said = [process.communicate(timeout=300) for process in started]
+    return [(process.returncode, *texts) for process, texts in zip(started, said)]
+
+
+@heavy
+def test_srun_starts_the_same_run(whole, tmp_path):
+    first, second = srun(tmp_path, "train", *SHORT, "--gpus", "all")
+    assert first[0] == second[0] == 0, (first[2][-3000:], second)
+    assert "2 in each of 2 processes" in first[2] and second[1] == ""
+    assert sha(tmp_path / "run") == sha(whole)
+
+
+@heavy
+def test_a_batch_script_starts_one_process(tmp_path):
+    "Slurm's variables are there, too, and nobody else comes."
+    short = ["--max-steps", "1", "--eval-rows", "0", "--limit", "20", "--gpus", "all", "--output", "run"]
+    ((code, _, err),) = srun(tmp_path, "train", *short, tasks=1, SLURM_STEP_ID="4294967291", SLURM_NTASKS="4")
+    assert code == 0 and "each of" not in err, err[-3000:]
+
+
+@heavy
+def test_a_step_that_trains_in_each_task_is_told_how_to_share(tmp_path):
+    first, second = srun(tmp_path, "train", "--limit", "0")
+    assert "srun has started 2 tasks, and each trains by itself: with --gpus all" in first[2]
+    assert "srun" not in second[2] and first[0] == second[0] == 2 and "limit is 0" in second[2]
+
+
+@heavy
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--gpus", "3"),
+        ("train", "--gpus", "all", "--help"),
+        ("train", "--gpus", "all", "--data", "none.jsonl"),
+    ],
+)
+def test_a_step_that_ends_early(arguments, tmp_path):
+    "No task waits for process 0."
+    first, second = srun(tmp_path, *arguments)
+    assert (first[0], second[0]) == (0 if "--help" in arguments else 2, 0), (first, second)
+
+
 @heavy
 def test_torchrun_starts_the_same_run(whole, tmp_path, port):
     done = launch(tmp_path, port, "train", *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sha(tmp_path / "run") == sha(whole) and done.stdout.count(str(tmp_path / "run")) == 1
+
+
+TWO_HOSTS = """
+ip link set lo up && ip link add v0 type veth peer name v1 || exit 99
+unshare -n sleep 300 & other=$!
+until ip link set v1 netns $other 2> /dev/null && [ "$(nsenter -t $other -n ip -o link show v1)" ]; do sleep 0.1; done
+ip addr add 10.77.0.1/24 dev v0; ip link set v0 up
+nsenter -t $other -n sh -c "ip link set lo up; ip addr add 10.77.0.2/24 dev v1; ip link set v1 up"
+(cd b; SLURM_PROCID=1 nsenter -t $other -n "$@") & task=$!
+(cd a; SLURM_PROCID=0 "$@"); first=$?
+wait $task; second=$?
+kill $other
+exit $((first + second))
+"""
+
+
+@heavy
+def test_two_hosts_whose_names_stand_for_themselves_alone(whole, tmp_path):
+    "Two network namespaces: each host's own name is its loopback's, at which gloo would listen."
+    if shutil.which("ip") is None or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+        pytest.skip("no network of one's own can be made here: needs Linux, ip and unshare")
+    step = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+    step |= {"SLURM_STEP_NODELIST": "10.77.0.[1-2]", "SLURM_LOCALID": "0", "OMP_NUM_THREADS": "1"}
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    command = ["unshare", "-rn", "bash", "-c", TWO_HOSTS, "hosts", sys.executable, "-m", "qlora_nb", "train", *SHORT]
+    done = subprocess.run(
+        [*command, "--gpus", "all"],
+        cwd=tmp_path,
+        env={**os.environ, **step},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sha(tmp_path / "a/run") == sha(whole) and not (tmp_path / "b/run").exists()
+
+
+@heavy
+@pytest.mark.parametrize("meeting", ["static", "c10d"])
+def test_launchers_of_two_machines_start_one_run(meeting, whole, tmp_path, port):
+    "Each in a folder of its own, as on another machine. The second way names the machine by its host name."
+    static = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    where = static if meeting == "static" else ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    launchers = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        node = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(number), *where]
+        command = [sys.executable, "-m", "torch.distributed.run", *node, "-m", "qlora_nb", "train", *SHORT]
+        launchers.append(
+            subprocess.Popen(
+                command, cwd=tmp_path / str(number), env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    said = [launcher.communicate(timeout=300) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    (run,) = tmp_path.glob("*/run")
+    assert sha(run) == sha(whole) and sum("2 in each of 2 processes" in err for _, err in said) == 1
 
 
 @heavy

@@ -130,6 +130,12 @@ def test_imports_have_no_circle():
     assert not circles, f"these modules import each other: {circles}"
 
 
+def test_processes_know_nothing_of_what_they_work_on():
+    "Whatever is shared out: it is named, and only its own module knows it."
+    graph = import_graph()
+    assert graph["processes"] == {"core", "signals"} and "processes" in graph["parallel"]
+
+
 def test_only_the_command_line_looks_at_the_workflow():
     users = {name: found & ABOVE_ALL for name, found in import_graph().items() if name not in ABOVE_ALL}
     assert not {name: found for name, found in users.items() if found}

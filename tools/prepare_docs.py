@@ -32,7 +32,8 @@ SECTIONS = {
     " forgetting diagnose merge gguf ollama certificate session answers publish model_card manifest",
     "Engine room": "engine kernels line layers passes loss checkpointing forwards replay decoding",
     "Evidence": "full_lora_qlora measure_memory why_it_is_fast tiny_base promises limits",
-    "Reference": "api glossary older_tutorial doctor cli changelog figures javascript signals template_limits exam_key",
+    "Reference": "api glossary older_tutorial doctor cli changelog figures javascript signals processes template_limits"
+    " exam_key",
 }
 # Where a page that is not named belongs, by its number; one without a number is Reference.
 ROOMS = ((1, "Reference"), (6, "Learn"), (8, "Engine room"), (30, "Workflow"), (50, "Evidence"), (60, "Reference"))
