@@ -345,6 +345,7 @@ def train_from_flags(flags: dict, formats: list[str]):
     from qlora_nb.backends import choose_backend
     from qlora_nb.loading import model_path
     from qlora_nb.model import add_lora, check_checkpointing, load_model
+    from qlora_nb.parallel import count_parts
     from qlora_nb.preparation import warn_of_large_model
     from qlora_nb.workflow import check_exportable, train_and_report
 
@@ -361,7 +362,7 @@ def train_from_flags(flags: dict, formats: list[str]):
     wanted = settings.use_gradient_checkpointing
     check_checkpointing(wanted, choose_backend(settings.backend, settings.engine, name, settings.revision).engine)
     warn_of_large_model(name, settings)
-    how = {**settings.of_part("model"), "max_seq_length": settings.max_seq_length}
+    how = {**settings.of_part("model"), "max_seq_length": settings.max_seq_length, "shard": count_parts(settings)}
     model, tokenizer = load_model(how.pop("model"), **how)
     model = add_lora(model, **drop_missing(**settings.of_part("adapter")))
     if formats:

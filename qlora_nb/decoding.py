@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .core import UserError, unwrap_base
 from .engine.forwards import replace_attention, restore_attributes
 from .shapes import list_architectures
+from .sharding import find_sharded
 
 # %% ../nbs/37_decoding.ipynb #37b00007
 def left_pad(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:  # both (rows, longest), int64
@@ -150,7 +151,7 @@ class DecodingBatch:
         from transformers import StaticCache
 
         self.base, self.filled, self.graph, self.steps = base, ids.shape[1], None, 0
-        self.record = record and ids.is_cuda
+        self.record = record and ids.is_cuda and not find_sharded(base)  # whose layers come and go
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.cache = StaticCache(config=base.config, max_cache_len=self.filled + limit)
         self.logits = self._run(input_ids=ids, attention_mask=mask, position_ids=positions, columns=self.filled)
@@ -291,8 +292,8 @@ def row_bytes(config, dtype: torch.dtype, prompt: int, limit: int) -> int:  # to
 
 # %% ../nbs/37_decoding.ipynb #37b00020
 def has_room(model: torch.nn.Module, device: torch.device, besides: int = 0) -> bool:
-    "Return whether `dense_copies`, and so many bytes besides, fit into half of what is free: the rows need the rest."
-    return dense_bytes(model) + besides <= 0.5 * free_bytes(device)
+    "Return whether `dense_copies`, and so many bytes besides, fit into half of what is free: the rows need the rest. A sharded base has none."
+    return not find_sharded(model) and dense_bytes(model) + besides <= 0.5 * free_bytes(device)
 
 
 def fitting_rows(model: torch.nn.Module, prompt: int, limit: int, most: int = 256) -> int:

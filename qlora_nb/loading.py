@@ -41,6 +41,7 @@ from qlora_nb.core import (
 )
 from .gguf_reader import gguf_folder, gguf_record, is_gguf, rank_merges, refuse_gguf_folder
 from .shapes import check_sizes, config_dict, model_folder
+from .sharding import find_sharded
 from .weights import TensorFolder, check_numbers, is_finite, model_file
 
 # %% ../nbs/81_loading.ipynb #81a1f001
@@ -259,8 +260,11 @@ def check_weights(model: torch.nn.Module, name: str, revision: str | None = None
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
-    "Raise `UserError` for a weight that is NaN or infinite as loaded: a number in the files that `dtype` can't hold."
+    "Raise `UserError` for a weight that is NaN or infinite as loaded: a number in the files that `dtype` can't hold. Those of a sharded base were looked at before they were cut."
+    sharded = find_sharded(model)
     for key, parameter in model.named_parameters():
+        if sharded and id(parameter) in sharded.weights:
+            continue
         state = getattr(parameter, "quant_state", None)
         numbers = [parameter.data] if state is None else [state.absmax]
         if state is not None and state.nested:

@@ -28,6 +28,7 @@ from .adapter_files import find_precision
 from .core import UserError, annotate_module, unwrap_base
 from .loading import build_empty_model
 from .model import choose_dtype
+from .sharding import refuse_sharded
 from .weights import write_shard
 
 # %% ../nbs/16_merge.ipynb #bd01c831-13
@@ -160,6 +161,7 @@ class MergedTensors:
         dtype: torch.dtype | None = None,  # round to it; None leaves computed weights in fp32, others as they are
     ) -> torch.Tensor:
         "Return one weight, unpacked and merged where it is 4-bit or adapted. Raise `UserError` where `dtype` can't hold a number."
+        refuse_sharded(self.model, "be merged or exported")
         layer, parameter = self.parameters[name]
         (weight, before), note = merge_parameter(layer, name.rpartition(".")[2], self.adapter), None
         if before is not None and name.endswith(".weight"):

@@ -42,9 +42,11 @@ from qlora_nb.loading import (
     translate_errors,
 )
 from .lora import TARGET_MODULES, check_lora_settings, check_targets
+from .memory import check_whole_number
 from .run import RunFolder, locate_paths
 from .shapes import config_dict
-from .weights import check_same_base, model_file
+from .sharding import fill_base
+from .weights import TensorFolder, check_same_base, model_file
 
 # %% ../nbs/10_model.ipynb #10a1f001
 if TYPE_CHECKING:  # for editors and type checkers; importing these takes seconds
@@ -85,15 +87,18 @@ def nf4_config(dtype: torch.dtype) -> "BitsAndBytesConfig":
     )
 
 # %% ../nbs/10_model.ipynb #fca80c77-9
-def _load_transformers(name: str, dtype: torch.dtype, load_in_4bit: bool, revision: str | None):
-    "Base and tokenizer by transformers and bitsandbytes."
+def _load_transformers(name: str, dtype: torch.dtype, load_in_4bit: bool, revision: str | None, part: tuple[int, int] | None):
+    "Base and tokenizer by transformers and bitsandbytes; with `part`, (number, of how many), that part of the base alone."
     from transformers import AutoModelForCausalLM
 
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     model = AutoModelForCausalLM.from_pretrained(
         name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
         quantization_config=nf4_config(dtype) if load_in_4bit else None,
-        device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else "cpu",
+        device_map={"": "meta" if part else device},
     )
+    if part:
+        fill_base(model, TensorFolder(model_file(name, "config.json", revision).parent), *part, dtype, device)
     return model, load_tokenizer(name, revision)
 
 
@@ -109,7 +114,7 @@ def _load_unsloth(name: str, dtype: torch.dtype, load_in_4bit: bool, revision: s
     return model, own_tokenizer(tokenizer, model.name_or_path or name, revision)
 
 # %% ../nbs/10_model.ipynb #fca80c77-12
-def _load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, revision: str | None, max_seq_length: int):
+def _load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, revision: str | None, max_seq_length: int, part: tuple[int, int] | None):
     "Return base and tokenizer, loaded by one of the backends and checked."
     check_config(name, revision)
     file = None if load_in_4bit else model_file(name, "config.json", revision)
@@ -120,7 +125,7 @@ def _load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, 
             if backend == "unsloth":
                 loaded, tokenizer = _load_unsloth(name, dtype, load_in_4bit, revision, max_seq_length)
             else:
-                loaded, tokenizer = _load_transformers(name, dtype, load_in_4bit, revision)
+                loaded, tokenizer = _load_transformers(name, dtype, load_in_4bit, revision, part)
         check_loaded_model(loaded, tokenizer, name, revision, max_seq_length)
     return loaded, tokenizer
 
@@ -131,6 +136,17 @@ def _choose_way(name: str, backend: str, engine: bool | None, adapter: object, r
     if "too late to patch" in way.why or "can't train this model" in way.why:
         print(f"backend {way.backend}: {way.why}", file=sys.stderr)
     return way
+
+
+def check_part(shard: int | tuple[int, int] | None, backend: str) -> tuple[int, int] | None:
+    "Return which part of the base to load, (number, of how many); None for all of it. Raise `UserError` for a number or a backend that can't be."
+    if shard is None:
+        return None
+    number, processes = shard if isinstance(shard, tuple) else (0, shard)
+    check_whole_number("shard", processes, 2)
+    if backend != "transformers":
+        raise UserError(f"a base is sharded with the backend transformers, not with {backend}: load it with backend='transformers' (--backend transformers)")
+    return number, processes
 
 # %% ../nbs/10_model.ipynb #a11e0024
 def _with_adapter(loaded: torch.nn.Module, tokenizer, adapter: str | Path) -> tuple:
@@ -176,6 +192,7 @@ def load_model(
     engine: bool | None = None,  # True trains by this package's own engine, False doesn't; None leaves it to `backend`
     adapter: str | Path | None = None,  # folder with an adapter to put on it: its own, a run's, one with checkpoints
     revision: str | None = None,  # commit or tag on the Hub
+    shard: int | tuple[int, int] | None = None,  # processes that will train it, each with a part of the base: what `train` gets as gpus; or (number of this one, of how many)
 ) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
     "Load a base model (4-bit by default) and its tokenizer, with an adapter or without. Raise `UserError` where they can't be loaded."
     quiet_environment()
@@ -190,11 +207,13 @@ def load_model(
     with _naming_base(named):
         name, dtype = model_path(model), choose_dtype(dtype)
         way = _choose_way(name, backend, engine, adapter, revision)
-        loaded, tokenizer = _load_base(name, way.backend, dtype, load_in_4bit, revision, max_seq_length)
+        part = check_part(shard, way.backend)
+        loaded, tokenizer = _load_base(name, way.backend, dtype, load_in_4bit, revision, max_seq_length, part)
     set_model_info(
         loaded, model=EMBEDDED_NAME if name == str(EMBEDDED_MODEL) else file_name(model), gguf=gguf_record(name),
         backend=way.backend, engine=way.engine, engine_asked=bool(engine), load_in_4bit=load_in_4bit,
         dtype=str(dtype).removeprefix("torch."), max_seq_length=max_seq_length, revision=revision,
+        **({"shard": part[1]} if part else {}),
     )
     return _with_adapter(loaded, tokenizer, adapter) if adapter else (loaded, tokenizer)
 

@@ -24,6 +24,7 @@ from .engine.layers import FlatAdapters, cache_parameters
 from .loop import OTHER_LOOPS, TrainingLoop, count_learned, make_loop
 from .processes import ProcessGroup, count_processes, noticing_loss, receive_message, threads_of_each
 from .run import Settings
+from .sharding import find_sharded, sum_bytes
 from .trainer import print_to_stderr, trainable_parameters
 
 # %% ../nbs/36_several_gpus.ipynb #36a0000e
@@ -59,11 +60,13 @@ class StepShare(NamedTuple):
     learned: torch.Tensor | int  # tokens with a label in the whole step: what each loss is divided by
     seed: int  # of what is drawn at random in it, such as dropout
     scale: float = 1.0  # of the loss, in fp16
+    idle: list = []  # micro-batches that are passed for the gathers of a sharded base alone: their losses count nothing
 
 
-def share_out(batches: list, processes: int, learned, seed: int, scale: float = 1.0) -> list[StepShare]:
-    "Deal a step's micro-batches to the processes, one by one. A short step, at the end of an epoch, may leave some of them without."
-    return [StepShare(batches[rank::processes], learned, seed + rank, scale) for rank in range(processes)]
+def share_out(batches: list, processes: int, learned, seed: int, scale: float = 1.0, as_many: bool = False) -> list[StepShare]:
+    "Deal a step's micro-batches to the processes, one by one. A short step, at the end of an epoch, may leave some of them without; `as_many`: each makes as many passes."
+    shares = [batches[rank::processes] for rank in range(processes)]
+    return [StepShare(own, learned, seed + rank, scale, batches[:1] * (as_many and len(shares[0]) - len(own))) for rank, own in enumerate(shares)]
 
 
 def pass_share(model, share: StepShare, mixed_precision: str = "no", cast=contextlib.nullcontext) -> torch.Tensor:  # ()
@@ -71,13 +74,16 @@ def pass_share(model, share: StepShare, mixed_precision: str = "no", cast=contex
     device, total = next(model.parameters()).device, 0.0
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     torch.manual_seed(share.seed)
-    for batch in share.batches:
+    if sharded := find_sharded(model):
+        sharded.start_over()
+    for number, batch in enumerate([*share.batches, *share.idle]):
+        weight = float(number < len(share.batches))
         batch = {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for name, value in batch.items()}
         with cast():  # also while layers run again in the backward
             with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
                 loss = model(**batch, num_items_in_batch=torch.as_tensor(share.learned).to(device)).loss
-            (loss * share.scale).backward()
-        total = total + loss.detach()
+            (loss * (share.scale * weight)).backward()
+        total = total + loss.detach() * weight
     return torch.as_tensor(total, device=device)
 
 # %% ../nbs/36_several_gpus.ipynb #36a00014
@@ -109,27 +115,34 @@ def set_weights(weights: list[torch.nn.Parameter], joined: torch.Tensor) -> None
         weight.copy_(part.view_as(weight))
 
 # %% ../nbs/36_several_gpus.ipynb #36a00023
-BYTES_AT_ONCE = 2**24  # that are added up: torch takes eight bytes for each of them
-
-
 def add_bytes(weight: torch.Tensor) -> int:
     "Return the sum of a weight's bytes, and of its 4-bit scales': a cheap sign that two processes hold the same numbers."
     state = getattr(weight, "quant_state", None)
     parts = [weight.detach(), *([] if state is None else [state.absmax]), *([state.offset, state.state2.absmax] if getattr(state, "nested", False) else [])]
-    chunks = itertools.chain.from_iterable(part.contiguous().reshape(-1).view(torch.uint8).split(BYTES_AT_ONCE) for part in parts)
-    return int(sum(chunk.sum(dtype=torch.int64) for chunk in chunks))
+    return sum(sum_bytes(part) for part in parts)
 
 
 def list_weights(model) -> dict[str, tuple]:
-    "Return shape and type of each weight, and the sum of its bytes; None for the sum of one that is trained, which is sent."
-    return {name: (tuple(p.shape), str(p.dtype), None if p.requires_grad else add_bytes(p)) for name, p in model.named_parameters()}
+    "Return shape and type of each weight, and the sum of its bytes; None for the sum of one that is trained, which is sent. The layers of a sharded base have sums of their own."
+    sharded = find_sharded(model)
+    known = {f"layer or table {number} of the base": ((unit.size,), "bytes", unit.total) for number, unit in enumerate(sharded.units)} if sharded else {}
+    apart = sharded.weights if sharded else ()
+    return {name: (tuple(p.shape), str(p.dtype), None if p.requires_grad else 0 if id(p) in apart else add_bytes(p)) for name, p in model.named_parameters()} | known
 
 
-def describe_model(model, mixed_precision: str, by_hooks: bool, in_one_tensor: bool) -> dict:  # `by_hooks`: whether checkpointing is transformers' own, and not the engine's
+def describe_model(model) -> dict:
     "Return what another process needs to build the same model, and to see that it has: how the base was loaded, the adapter's settings, all weights."
     return {
         "info": model_info(model), "adapter": model.peft_config[find_active_adapter(model)], "engine": engine_of(model, wanted=True) if engine_of(model) else None, "weights": list_weights(model),
-        "checkpointing": bool(getattr(model, "is_gradient_checkpointing", False)), "by_hooks": by_hooks, "mixed_precision": mixed_precision, "in_one_tensor": in_one_tensor}
+        "checkpointing": bool(getattr(model, "is_gradient_checkpointing", False))}
+
+
+class LoopKind(NamedTuple):
+    "How a loop runs a model's passes: the others do as process 0 does."
+
+    mixed_precision: str
+    by_hooks: bool  # whether checkpointing is transformers' own, and not the engine's
+    in_one_tensor: bool  # whether all adapters lie in one tensor
 
 # %% ../nbs/36_several_gpus.ipynb #36a00024
 def build_model(description: dict):
@@ -140,7 +153,8 @@ def build_model(description: dict):
 
     info, config = description["info"], copy.copy(description["adapter"])
     how = {name: info[name] for name in ("max_seq_length", "dtype", "load_in_4bit", "backend", "revision")}
-    model, _ = load_model(info["model"], engine=bool(description["engine"]), **how)
+    part = {"shard": (torch.distributed.get_rank(), info["shard"])} if info.get("shard") else {}
+    model, _ = load_model(info["model"], engine=bool(description["engine"]), **how, **part)
     model.requires_grad_(False)
     config.init_lora_weights, config.task_type = True, "CAUSAL_LM"  # a start such as PiSSA's would change the base
     model = get_peft_model(model, config)
@@ -149,8 +163,6 @@ def build_model(description: dict):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if description["engine"]:
         install_engine(model, description["engine"])
-    if description["by_hooks"]:
-        model.enable_input_require_grads()
     for weight in trainable_parameters(model).values():
         weight.data = weight.data.float()
     check_same_model(list_weights(model), description["weights"])
@@ -173,17 +185,48 @@ class Workers(ProcessGroup):
 
     def __init__(self, size: int):
         super().__init__(size, TRAINING_WORK)
-        self.weights = []
+        self.weights, self.model, self.in_step, self.gathering = [], None, False, False
 
-    def begin(self, model, description: dict) -> None:
-        "Have the processes build the model that `describe_model` describes, and give them its weights."
+    def hold(self, model) -> None:
+        "Have the processes build a model. From here on they gather a sharded base with this one, whatever it computes."
+        if self.model is model:
+            return
+        self.model = model
+        self.begin_task(describe_model(model))
+        if sharded := find_sharded(model):
+            sharded.announce = self.announce
+
+    def announce(self, number: int) -> None:
+        "Have the others gather a unit of the base; in a step they know by themselves."
+        if self.in_step:
+            return
+        if not self.gathering:
+            self.tell([GatherAlong()] * self.size)
+            self.gathering = True
+        self.name_unit(number)
+
+    def name_unit(self, number: int) -> None:
+        "Tell the others which unit is gathered next; −1 for none, a message comes."
+        with self.noticing():
+            torch.distributed.broadcast(torch.tensor([number]), 0)
+
+    def tell(self, messages: list) -> None:
+        "Send each process its message."
+        if self.gathering:
+            self.gathering = False
+            self.name_unit(-1)
+        super().tell(messages)
+
+    def begin(self, model, how: LoopKind) -> None:
+        "Have the processes train a model, and give them its weights."
         self.weights = list(trainable_parameters(model).values())
-        self.begin_task(description)
+        self.hold(model)
+        self.tell([how] * self.size)
         self.hand_out()
 
     def share(self, batches: list, learned, seed: int, scale: float = 1.0) -> StepShare:
         "Deal a step's micro-batches; return this process's part."
-        shares = share_out(batches, self.size, learned, seed, scale)
+        shares = share_out(batches, self.size, learned, seed, scale, as_many=find_sharded(self.model) is not None)
         self.tell([None, *shares[1:]])
         return shares[0]
 
@@ -198,6 +241,11 @@ class Workers(ProcessGroup):
         "Give all processes the weights of this one."
         with self.noticing():
             torch.distributed.broadcast(join_weights(self.weights), 0)
+
+    def end_task(self) -> None:
+        "Say that the training is over."
+        super().end_task()
+        self.model = None
 
 # %% ../nbs/36_several_gpus.ipynb #36a00028
 TRAINING_WORK = "qlora_nb.parallel:take_part"  # what the other processes do
@@ -216,9 +264,22 @@ def start_workers(gpus: int | str | None) -> Iterator[Workers | None]:  # the se
         if workers.children and not torch.cuda.is_available():  # a launcher has shared them out
             torch.set_num_threads(threads_of_each(size))
         yield workers
+        if workers.busy:  # those with a part of the base stay until nothing computes any more
+            workers.end_task()
     finally:
         workers.stop()
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def share_base(model, gpus: int | str | None) -> Iterator[Workers | None]:
+    "A context with the other processes of a model whose base is sharded, which gather it with this one whenever it computes; None for a whole base."
+    if not find_sharded(model):
+        yield None
+        return
+    with start_workers(gpus) as workers:
+        workers.hold(model)
+        yield workers
 
 # %% ../nbs/36_several_gpus.ipynb #36a0002b
 class SharedLoop(TrainingLoop):
@@ -234,7 +295,7 @@ class SharedLoop(TrainingLoop):
     def start(self, checkpoint: Path | None) -> None:
         "Start as one process does; the others begin with its weights."
         super().start(checkpoint)
-        self.workers.begin(self.model, describe_model(self.model, self.accelerator.mixed_precision, self.args.gradient_checkpointing, self.flat is not None))
+        self.workers.begin(self.model, LoopKind(self.accelerator.mixed_precision, self.args.gradient_checkpointing, self.flat is not None))
 
     def pass_batches(self, batches: list[dict]) -> None:
         "Deal out the micro-batches, run this process's share, and add up what all of them found."
@@ -244,12 +305,15 @@ class SharedLoop(TrainingLoop):
         if scaler:
             scaler.scale(torch.zeros((), device=self.accelerator.device))  # it begins with the first loss that it sees
         share = self.workers.share(batches, sum(counts), self.args.seed + 1000 * self.state.global_step, scaler.get_scale() if scaler else 1.0)
-        self.loss += self.workers.add_up(pass_share(self.model, share, self.accelerator.mixed_precision, self.cast_adapters))
+        with temporary_attributes(self.workers, in_step=True):
+            loss = pass_share(self.model, share, self.accelerator.mixed_precision, self.cast_adapters)
+        self.loss += self.workers.add_up(loss)
 
     def train(self, resume_from_checkpoint: str | Path | None = None) -> None:
-        "Train as one process does; then the others wait for what comes."
+        "Train as one process does; then the others wait for what comes. Those that hold parts of the base are needed for the evaluation, too."
         super().train(resume_from_checkpoint)
-        self.workers.end_task()
+        if not find_sharded(self.model):
+            self.workers.end_task()
 
     def take_step(self, batches: list[dict]) -> None:
         "Take a step, and give all processes the new weights."
@@ -262,9 +326,21 @@ def make_shared_loop(workers: Workers, *given) -> SharedLoop:  # what `make_loop
     return make_loop(*given, kind=partial(SharedLoop, workers))
 
 
-def check_sharing(settings: Settings, backend: str) -> None:
-    "Raise `UserError` where several processes can't train with these settings."
+def count_parts(settings: Settings) -> int | None:
+    "Return among how many processes a base is cut; None where it isn't. Raise `UserError` where there is only one."
+    if not settings.shard:
+        return None
     if (several := count_processes(settings.gpus)) == 1:
+        raise UserError("shard cuts the base into parts, one for each of several processes, but one process trains: give gpus=2 or more, or leave shard out")
+    return several
+
+
+def check_sharing(settings: Settings, info: dict) -> None:  # `info`: of the model
+    "Raise `UserError` where several processes can't train with these settings, or not this model."
+    several, parts, backend = count_processes(settings.gpus), info.get("shard"), info["backend"]
+    if parts and parts != several:
+        raise UserError(f"the model was loaded with shard={parts}, for {parts} processes, and {several} will train: give gpus={parts}, or load it with shard={several if several > 1 else None}")
+    if several == 1:
         return
     divide_batch(settings.per_device_train_batch_size, settings.gradient_accumulation_steps, several)
     if torch.distributed.is_initialized():
@@ -284,39 +360,61 @@ def cast_context(model, weights: list, in_one_tensor: bool):
 
 
 class OtherSide:
-    "The model of another process, and what it needs to answer process 0."
+    "The model of another process, and what it does for process 0, by the kind of its message."
 
-    def __init__(self, model, description: dict):
-        self.model, self.mixed_precision, self.weights = model.train(), description["mixed_precision"], list(trainable_parameters(model).values())
-        self.cast, self.joined = cast_context(model, self.weights, description["in_one_tensor"]), join_weights(self.weights)
+    def __init__(self, model, until_end: contextlib.ExitStack):
+        self.model, self.until_end, self.how, self.weights, self.cast = model.train(), until_end, None, [], None
+
+    def begin(self, how: LoopKind) -> None:
+        "Make ready for a training, and take its first weights."
+        if how.by_hooks:
+            self.model.enable_input_require_grads()
+        self.how, self.weights = how, list(trainable_parameters(self.model).values())
+        self.cast = cast_context(self.model, self.weights, how.in_one_tensor)
+        if how.in_one_tensor:
+            self.until_end.enter_context(cache_parameters(self.model))
+        self.take_weights()
 
     def take_weights(self) -> None:
         "Wait for the weights of process 0, and take them."
+        joined = torch.empty_like(join_weights(self.weights))
         with noticing_loss():
-            torch.distributed.broadcast(self.joined, 0)
-        set_weights(self.weights, self.joined)
+            torch.distributed.broadcast(joined, 0)
+        set_weights(self.weights, joined)
 
     def pass_share(self, share: StepShare) -> None:
         "Pass a share forward and backward, send its gradients, and take the new weights."
-        gradients = join_gradients(self.weights, pass_share(self.model, share, self.mixed_precision, self.cast))
-        with noticing_loss():
-            torch.distributed.reduce(gradients, 0)
+        self.send(pass_share(self.model, share, self.how.mixed_precision, self.cast))
         self.model.zero_grad()
         self.take_weights()
 
+    def send(self, loss: torch.Tensor) -> None:
+        "Add this process's gradients to those of the others."
+        with noticing_loss():
+            torch.distributed.reduce(join_gradients(self.weights, loss), 0)
+
+    def gather_along(self, message: "GatherAlong") -> None:
+        "Gather, with process 0, the units of a sharded base that it names."
+        sharded, number = find_sharded(self.model), torch.zeros(1, dtype=torch.int64)
+        while True:
+            with noticing_loss():
+                torch.distributed.broadcast(number, 0)
+            if number < 0:
+                return
+            sharded.begin_gathering(int(number))
+
 # %% ../nbs/36_several_gpus.ipynb #36a00030
-MESSAGE_KINDS = {StepShare: OtherSide.pass_share}  # what another process does, by the kind of message
+class GatherAlong(NamedTuple):
+    "What process 0 sends before it computes by itself with a sharded base: it names unit after unit, and each gathers them with it."
 
 
-def train_shares(model, description: dict) -> None:
-    "Answer the messages of process 0 about one training, until there are no more."
-    side = OtherSide(model, description)
-    side.take_weights()
-    with temporary_attributes(model.config, use_cache=False), cache_parameters(model) if description["in_one_tensor"] else contextlib.nullcontext():
-        while (message := receive_message()) is not None:
-            MESSAGE_KINDS[type(message)](side, message)
+MESSAGE_KINDS = {LoopKind: OtherSide.begin, StepShare: OtherSide.pass_share, GatherAlong: OtherSide.gather_along}  # what another process does, by the kind of message
 
 
 def take_part(description: dict) -> None:
-    "Be one of the other processes of a training: build the model that `describe_model` describes, and train it with process 0."
-    train_shares(build_model(description), description)
+    "Be one of the other processes of a training: build the model that `describe_model` describes, and answer process 0 until there are no more messages."
+    model = build_model(description)
+    with contextlib.ExitStack() as until_end, temporary_attributes(model.config, use_cache=False):
+        side = OtherSide(model, until_end)
+        while (message := receive_message()) is not None:
+            MESSAGE_KINDS[type(message)](side, message)

@@ -143,7 +143,7 @@ def check_run_settings(model, settings: Settings) -> None:
         raise UserError("base_data was rows given in Python, which the configuration can't hold: give them again as base_data=")
     check_packing(settings, info["backend"], engine_of(model))
     check_loop(settings, info["backend"])
-    check_sharing(settings, info["backend"])
+    check_sharing(settings, info)
 
 # %% ../nbs/77_preparation.ipynb #77a00070
 def count_row_tokens(rows) -> list[int]:
@@ -534,7 +534,7 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
         "use_gradient_checkpointing": info.get("use_gradient_checkpointing", False),
         "random_state": info.get("random_state", 3407), "system": find_common_system(data),
         **{name: record_setting(name, getattr(settings, name)) for name in settings_of_part("trainer", "loop")}, "trained_by": "own" if count_processes(settings.gpus) > 1 else find_loop(settings, model),
-        **({"gguf": {name: info["gguf"][name] for name in ("file", "quantization")}} if info.get("gguf") else {}), "base_files": describe_base(info),
+        **({"gguf": {name: info["gguf"][name] for name in ("file", "quantization")}} if info.get("gguf") else {}), "base_files": describe_base(info), **({"shard": True} if info.get("shard") else {}),
         **record_relative_paths({**source, "model": info["model"], "base_data": settings.base_data}),
         "fingerprints": {
             "data": data_fingerprint(data), "eval_data": data_fingerprint(eval_data) if eval_data is not None else None,

@@ -65,6 +65,7 @@ class Settings:
     engine: bool | None = settings_field(None, "train with this package's own engine, on the backend transformers, or not; default: where it was measured", part="model")
     load_in_4bit: bool = settings_field(True, "base in NF4 (the default), or in 16 bits", part="model")
     dtype: str | None = settings_field(None, "float32, float16 or bfloat16; default: by hardware", part="model")
+    shard: bool = settings_field(False, "each of the processes of --gpus holds a part of the base alone: for one that a card can't hold", part="model")
     data: str | None = settings_field(None, "Hub name, folder, or a JSONL, JSON, CSV or Parquet file; default: by model", part="data")
     data_name: str | None = settings_field(None, "configuration of a Hub data set", part="data")
     columns: dict[str, str] | None = settings_field(None, "columns that hold the parts of a row: prompt=question,response=answer; also messages, input, system, history, reasoning, tools", part="data")

@@ -27,7 +27,7 @@ from .loading import quiet_libraries
 from .loop import choose_loop
 from .manifest import MANIFEST_FILE, write_manifest
 from .model import count_parameters
-from .parallel import make_shared_loop, start_workers
+from .parallel import make_shared_loop, share_base, start_workers
 from .preparation import PreparedRun, deciding_settings, prepare_run, record_plan
 from .processes import ProcessEnded
 from .run import DATA_FROM_PYTHON, RunFolder, Settings, describe_remains, pin_template_kwargs
@@ -275,8 +275,8 @@ def measure_peak_memory() -> dict | None:
     return {"allocated_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
 
 # %% ../nbs/15_training.ipynb #96a31b6b-32
-def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, callbacks: list = (), deadline: float | None = None) -> None:
-    "Evaluate, train, save, evaluate, and write the results. `callbacks` are transformers'; `deadline` is in seconds since 1970."
+def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, callbacks: list = (), deadline: float | None = None, others: object = None) -> None:
+    "Evaluate, train, save, evaluate, and write the results. `callbacks` are transformers'; `deadline` is in seconds since 1970; `others` are processes that hold parts of the base."
     settings, folder, config, eval_data = prepared.settings, prepared.folder, prepared.config, prepared.eval_data
     how = (getattr(settings, "base_data", None), settings.template, settings.template_kwargs)
     base_data = load_base_rows(model, tokenizer, *how) if eval_data is not None else None  # the same rows before and after
@@ -286,7 +286,7 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, 
     if held_out and held_out.prompts and not prepared.checkpoint:
         folder.write("samples.jsonl", samples := held_out.answer(0))
         say_samples(progress, samples)
-    with start_workers(settings.gpus) as workers, gentle_interrupt() as interrupted:
+    with contextlib.nullcontext(others) if others else start_workers(settings.gpus) as workers, gentle_interrupt() as interrupted:
         watch, clock = make_watch(folder, progress), make_run_clock(held_out)
         looks = [make_evaluation_watch(folder, watch, progress, held_out)] if held_out else []
         trainer = clock.trainer = (partial(make_shared_loop, workers) if workers else choose_loop(config["trained_by"]))(
@@ -389,6 +389,6 @@ def train_adapter(
         set_seed(prepared.settings.seed)
         tokenizer = with_template(tokenizer, prepared.settings.template, prepared.settings.template_kwargs)
         sealer = make_sealer(folder, describe_checkpoints(config), prepared.settings)
-        with sealer.thread:  # waits for it, however the training ends
-            train_and_evaluate(model, tokenizer, prepared, started, [*callbacks, sealer], deadline)
+        with sealer.thread, share_base(model, prepared.settings.gpus) as workers:  # waits for the thread, however the training ends
+            train_and_evaluate(model, tokenizer, prepared, started, [*callbacks, sealer], deadline, workers)
         return folder, tokenizer, prepared.eval_data

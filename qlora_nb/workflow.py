@@ -225,7 +225,7 @@ def check_config_fits(model, config: Mapping, path: str | Path) -> None:
     "Raise `UserError` where the model was not loaded or adapted as a settings file says; name on stderr what it says of the data."
     info, lora = model_info(model), model.peft_config[find_active_adapter(model)]
     own = {**info, **{name: getattr(lora, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias")}, **adapter_settings(model)}
-    alike = {"use_gradient_checkpointing": checkpointing_kind, "target_modules": sorted}  # what is compared of a value
+    alike = {"use_gradient_checkpointing": checkpointing_kind, "target_modules": sorted, "shard": bool}  # what is compared of a value
     for name in [*settings_of_part("model"), *settings_of_part("adapter")]:
         if config.get(name) in (None, "auto") or name not in own:
             continue

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from qlora_nb import parallel, processes
+from qlora_nb import parallel, processes, sharding
 from qlora_nb.adapter import save_adapter
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError
 from qlora_nb.engine.checkpointing import find_checkpointed_layers
@@ -418,7 +418,7 @@ class Sums(TorchDispatchMode):
 def test_bytes_are_added_up_in_pieces(monkeypatch):
     "Torch takes eight bytes for each byte of a sum: 8 GB for the embedding of an 8B model at once."
     weight = torch.randn(100, 37).bfloat16()
-    monkeypatch.setattr(parallel, "BYTES_AT_ONCE", 1000)
+    monkeypatch.setattr(sharding, "BYTES_AT_ONCE", 1000)
     with Sums() as seen:
         found = parallel.add_bytes(weight)
     assert found == int(weight.view(torch.uint8).long().sum()) and max(seen.sizes) == 1000 and len(seen.sizes) == 8
@@ -534,7 +534,7 @@ def test_another_process_builds_the_same_model(kind, rows, tmp_path, monkeypatch
     loop = make_loop(model, rows[1], rows[0], settings_of({}), tmp_path / "run", [])
     loop.start(None)
     there = pickle.loads(
-        pickle.dumps(describe_model(model, "no", loop.args.gradient_checkpointing, loop.flat is not None))
+        pickle.dumps(describe_model(model))
     )
     built = build_model(there)
     assert list(trainable_parameters(built)) == list(trainable_parameters(model))
