@@ -21,6 +21,7 @@ from .core import UserError
 from .engine.forwards import temporary_attributes
 from .engine.install import engine_of, install_engine
 from .engine.layers import FlatAdapters, cache_parameters
+from .engine.replay import replay_in_group
 from .loop import OTHER_LOOPS, TrainingLoop, count_learned, make_loop
 from .processes import ProcessGroup, count_processes, noticing_loss, receive_message, threads_of_each
 from .run import Settings
@@ -179,6 +180,7 @@ class Workers(ProcessGroup):
         "Have the processes build the model that `describe_model` describes, and give them its weights."
         self.weights = list(trainable_parameters(model).values())
         self.begin_task(description)
+        replay_in_group()
         self.hand_out()
 
     def share(self, batches: list, learned, seed: int, scale: float = 1.0) -> StepShare:
@@ -319,4 +321,5 @@ def train_shares(model, description: dict) -> None:
 
 def take_part(description: dict) -> None:
     "Be one of the other processes of a training: build the model that `describe_model` describes, and train it with process 0."
+    replay_in_group()
     train_shares(build_model(description), description)

@@ -11,6 +11,7 @@ import copy
 import functools
 import gc
 import sys
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -183,6 +184,20 @@ def _in_buffers(copied: _Copy, given):
     fixed = {"position_embeddings": (buffers["cos"], buffers["sin"]), "position_ids": buffers["positions"]}
     return {**given, **fixed, **dict.fromkeys(_ROWS[:2], buffers["bounds"][0])}
 
+# %% ../../nbs/66_replay.ipynb #8ee5b9b6
+_hookless = weakref.WeakSet()  # process groups in which nobody waits for hooks on gradients
+
+
+def replay_in_group() -> None:
+    "Note that this process's group adds gradients up after the backward, so that layers can be replayed in it."
+    _hookless.add(torch.distributed.group.WORLD)
+
+
+def waits_for_hooks() -> bool:
+    "Return whether this is one of several processes, and a replay might keep gradients from somebody who waits for them."
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return several and torch.distributed.group.WORLD not in _hookless
+
 # %% ../../nbs/66_replay.ipynb #0f1a7c0d
 class Replay:
     "Checkpointed layers, all alike, by recordings of one copy; `run` is as in `run_checkpointed`, with (1, T, width) for x and y."
@@ -227,8 +242,7 @@ class Replay:
     def _recording(self, name, run, x, dy=None):
         "Return the recording with this layer's weights and these inputs in place; None where there can't be one."
         try:
-            several = torch.distributed.is_available() and torch.distributed.is_initialized()  # they wait for hooks on gradients
-            return None if self.broken or several else self._ready(name, run, x, dy)
+            return None if self.broken or waits_for_hooks() else self._ready(name, run, x, dy)
         except Exception as error:  # whatever can't be recorded
             self.broken = True
             print(f"engine: layers can't be replayed, they run as before: {error_line(error)}", file=sys.stderr)
