@@ -27,7 +27,7 @@ from .loop import check_checkpoint, check_loop, find_loop
 from .manifest import read_manifest
 from .memory import MemoryEstimate
 from .model import count_parameters
-from .parallel import check_sharing
+from .parallel import check_sharing, count_step_rows
 from .plan import Plan, Rows, estimate_for_rows, format_gib, plan_training
 from .preflight import check_and_encode
 from .processes import count_processes
@@ -251,7 +251,7 @@ def prepare_rows(data, tokenizer, settings: Settings, eval_data: object, check: 
         found = check_and_encode(
             data, tokenizer, settings.max_seq_length, eval_data=eval_data, drop_duplicates=settings.drop_duplicates, **how,
             max_steps=None if settings.num_train_epochs else settings.max_steps,
-            effective_batch=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
+            effective_batch=count_step_rows(settings),
         )
     elif settings.drop_duplicates:
         raise UserError("drop_duplicates needs the check, which finds the duplicates: leave out check=False")
@@ -534,6 +534,7 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
         "use_gradient_checkpointing": info.get("use_gradient_checkpointing", False),
         "random_state": info.get("random_state", 3407), "system": find_common_system(data),
         **{name: record_setting(name, getattr(settings, name)) for name in settings_of_part("trainer", "loop")}, "trained_by": "own" if count_processes(settings.gpus) > 1 else find_loop(settings, model),
+        **({"processes": count_processes(settings.gpus)} if settings.scale_batch else {}),
         **({"gguf": {name: info["gguf"][name] for name in ("file", "quantization")}} if info.get("gguf") else {}), "base_files": describe_base(info),
         **record_relative_paths({**source, "model": info["model"], "base_data": settings.base_data}),
         "fingerprints": {
@@ -551,7 +552,7 @@ def is_deciding(name: str, config: Mapping) -> bool:
     "Return whether a setting decides what a run with this configuration results in: an evaluation on the way does where something follows it."
     if name == "eval_steps":
         return bool(config.get("early_stopping") or config.get("load_best_model_at_end") or config.get("lr_scheduler_type") in FOLLOWS_EVALUATIONS)
-    return name in (*SAME_IN_A_RUN, "peft_settings", "fingerprints", "trained_by") or name in settings_of_part("trainer", "loop") and name not in MAY_CHANGE
+    return name in (*SAME_IN_A_RUN, "peft_settings", "fingerprints", "trained_by", "processes") or name in settings_of_part("trainer", "loop") and name not in MAY_CHANGE
 
 
 def deciding_settings(config: Mapping) -> dict:
@@ -629,6 +630,15 @@ def read_run_to_resume(run: str | Path, arguments: Mapping, extend: int | None =
         if name in config and is_deciding(name, config) and not is_same_value(name, value, recorded[name], located[name]):
             raise UserError(f"{name} is {value!r}, but the run was started with {recorded[name]!r}: leave it out to resume")
     return folder, located
+
+
+def check_same_processes(folder: RunFolder | None, began: Mapping, settings: Settings) -> None:  # `began`: what the run recorded; {} for a new one
+    "Raise `UserError` where a run whose steps have the rows of all its processes is resumed with another number of them."
+    before, now = began.get("processes"), count_processes(settings.gpus)
+    if settings.scale_batch and before and before != now:
+        rows = count_step_rows(settings) // now
+        raise UserError(f"the run {folder.path} was started with scale_batch=True in {before} {'process' if before == 1 else 'processes'}, {before * rows} rows a step; "
+                        f"{now} would make it {now * rows}: resume it with gpus={before}")
 
 
 def check_same_run(folder: RunFolder, old: dict, new: dict) -> None:
@@ -803,6 +813,7 @@ def prepare_run(model, tokenizer, data, eval_data: object, arguments: Mapping, c
     decide = partial(resolve_settings, arguments, config, profile=usual)
     settings = decide()
     check_run_settings(model, settings)
+    check_same_processes(folder, began, settings)
     folder = folder or RunFolder.create(output, model_info(model)["model"].replace(EMBEDDED_NAME, "tiny-llama").removeprefix("qlora_nb:"))
     with folder.removed_if_empty():
         if not resume and held:

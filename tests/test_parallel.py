@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 
 from qlora_nb import parallel, processes
 from qlora_nb.adapter import save_adapter
+from qlora_nb.cli import name_flags
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError
 from qlora_nb.engine import install, replay
 from qlora_nb.engine.checkpointing import find_checkpointed_layers
@@ -39,6 +40,7 @@ from qlora_nb.parallel import (
     StepShare,
     build_model,
     check_sharing,
+    count_step_rows,
     describe_model,
     divide_batch,
     join_gradients,
@@ -49,9 +51,10 @@ from qlora_nb.parallel import (
     start_workers,
 )
 from qlora_nb.preflight import encode_dataset
+from qlora_nb.preparation import check_same_processes
 from qlora_nb.processes import ProcessEnded, Rendezvous, count_processes, find_own_gpu
 from qlora_nb.rows import load_sft_dataset
-from qlora_nb.run import check_setting, resolve_settings
+from qlora_nb.run import RunFolder, check_setting, read_config, resolve_settings
 from qlora_nb.trainer import trainable_parameters
 
 heavy = pytest.mark.heavy
@@ -162,6 +165,30 @@ def test_a_real_model_has_the_same_gradients(tmp_path):
         found.append(seen.steps[0])
     assert len(found[0]) > 400
     assert all(torch.allclose(found[1][name], wanted, rtol=1e-5, atol=1e-8) for name, wanted in found[0].items())
+
+
+def test_a_scaled_batch_is_that_of_one_process_with_more_rows(rows, tmp_path, capsys):
+    more = train_in(1, rows, tmp_path / "more", max_steps=2)
+    capsys.readouterr()
+    scaled = train_in(2, rows, tmp_path / "scaled", max_steps=2, gradient_accumulation_steps=2, scale_batch=True)
+    said = "2 in each of 2 processes; 2 times the rows of one process (scale_batch=True), at the same learning rate"
+    assert said in capsys.readouterr().err
+    assert furthest(scaled.gradients[0], more.gradients[0]) < 1e-6 and furthest(scaled.weights, more.weights) < 1e-5
+    assert abs(scaled.state.epoch - more.state.epoch) < 1e-9 and scaled.steps_in_epoch == 3  # 21 rows, by 8
+
+
+@pytest.mark.quick
+def test_a_scaled_run_goes_on_with_as_many_processes(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    for began, scaled, gpus in (({"processes": 4}, True, 4), ({"processes": 4}, False, 2), ({}, True, 2)):
+        check_same_processes(folder, began, settings_of({"gpus": gpus, "scale_batch": scaled}))
+    with pytest.raises(UserError) as refused:
+        check_same_processes(folder, {"processes": 4}, settings_of({"gpus": 2, "scale_batch": True}))
+    words = "in 4 processes, 32 rows a step; 2 would make it 16: resume it with"
+    assert f"with scale_batch=True {words} gpus=4" in str(refused.value)
+    assert f"with --scale-batch {words} --gpus 4" in name_flags(str(refused.value), "train")
+    assert count_step_rows(settings_of({"gpus": 2, "scale_batch": True})) == 16 == 2 * count_step_rows(settings_of({}))
+    check_sharing(settings_of({"gpus": 3, "scale_batch": True}), "transformers")  # 8 rows can't be divided by 3
 
 
 REPLAYED = """
@@ -751,6 +778,22 @@ def test_a_run_of_one_process_goes_on_in_two(whole, tmp_path):
     process.communicate(60)
     run = goes_on(tmp_path, "run", "--gpus", "2")
     assert furthest(adapter(run), adapter(whole)) < 1e-5
+    assert json.loads((run / "summary.json").read_text())["steps"] == 6
+
+
+@heavy
+def test_a_scaled_run_is_stopped_and_resumed(tmp_path):
+    short = [*SHORT, "--gradient-accumulation-steps", "2", "--eval-rows", "0", "--scale-batch"]
+    process = Process(COMMAND, "train", *short, "--gpus", "2", cwd=tmp_path)
+    wait_for(process, tmp_path / "run/metrics.jsonl", 1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(120)[0] is not None and process.returncode == 130
+    refused = qlora_nb("train", "--resume", "run", "--gpus", "1", cwd=tmp_path)
+    words = "started with --scale-batch in 2 processes, 8 rows a step; 1 would make it 4: resume it with --gpus 2"
+    assert refused.returncode == 2 and words in refused.stderr.splitlines()[-1], refused.stderr[-3000:]
+    run = goes_on(tmp_path, "run")
+    config = read_config(run / "config.yaml")
+    assert (config["processes"], config["scale_batch"], config["gradient_accumulation_steps"]) == (2, True, 2)
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
 
 
