@@ -23,7 +23,7 @@ from .backends import choose_backend
 from .cards import KNOWN_CARDS, Card, choose_length, find_card, measure_row_lengths
 from .core import EMBEDDED_NAME, UserError, check_space, fingerprint
 from .engine.install import engine_of, install_engine
-from .loop import check_checkpoint, check_loop, find_loop
+from .loop import check_checkpoint, check_loop, find_loop, list_loops
 from .manifest import read_manifest
 from .memory import MemoryEstimate
 from .model import count_parameters
@@ -600,7 +600,7 @@ def check_recorded_settings(folder: RunFolder, config: Mapping, checkpoints: Ite
             changed = [part for part in value if value[part] != (now.get(name) or {}).get(part)]
             if changed:
                 raise UserError(f"the fingerprint of {changed[0]} in {file} is not that of {checkpoint.name}: put it back to resume, {new_run}")
-        elif not is_same_value(name, now.get(name), value):
+        elif not (is_same_value(name, now.get(name), value) or name == "trained_by" and str(now.get(name)).startswith(f"{value}, then ")):
             raise UserError(f"{name} is {now.get(name)!r} in {file}, but {checkpoint.name} was trained with {value!r}: put that back to resume, {new_run}")
 
 
@@ -625,7 +625,7 @@ def read_run_to_resume(run: str | Path, arguments: Mapping, extend: int | None =
         raise UserError(f"the run {folder.path} is not finished, so it can't be extended yet: {folder.how_to_resume()}")
     check_recorded_settings(folder, config, (checkpoint for checkpoint in folder.checkpoints if not find_damage(checkpoint)))
     located = locate_paths(config)
-    recorded = {**config, "loop": config.get("trained_by") or config.get("loop")}
+    recorded = {**config, "loop": list_loops(config["trained_by"])[-1] if config.get("trained_by") else config.get("loop")}
     for name, value in arguments.items():
         if name in config and is_deciding(name, config) and not is_same_value(name, value, recorded[name], located[name]):
             raise UserError(f"{name} is {value!r}, but the run was started with {recorded[name]!r}: leave it out to resume")
@@ -690,7 +690,7 @@ def extend_run(folder: RunFolder, config: dict, steps: int) -> dict:
     return {**config, "max_steps": done + steps, "num_train_epochs": None, "extended": [*(config.get("extended") or ()), entry]}
 
 # %% ../nbs/77_preparation.ipynb #77a00109
-RECORDED_ONCE = ("trained_by", "data", "data_name", "columns", "limit", "add_system", "eval_data", "base_data", "plan", "callbacks", "started_in", "relative_paths")
+RECORDED_ONCE = ("data", "data_name", "columns", "limit", "add_system", "eval_data", "base_data", "plan", "callbacks", "started_in", "relative_paths")
 
 
 def keep_beginning(new: dict, began: dict, config: dict) -> dict:
@@ -701,12 +701,20 @@ def keep_beginning(new: dict, began: dict, config: dict) -> dict:
     return {**new, **kept, **({"extended": config["extended"]} if config.get("extended") else {})}
 
 
+def record_loops(began: str, processes: int) -> str:
+    "Return which loops trained a run, for `config.yaml`, where it goes on in so many processes. Several take this package's loop, from then on, and that is reported on stderr."
+    if processes == 1 or list_loops(began)[-1] == "own":
+        return began
+    print_to_stderr(f"goes on in {processes} processes, by this package's loop; the steps before were TRL's trainer's, which takes the same ones (config.yaml: trained_by)")
+    return f"{began}, then own"
+
+
 def continue_run(model, folder: RunFolder, began: dict, config: dict, new: dict) -> tuple[dict, Path | None]:
     "Return what `config.yaml` is to hold of a resumed run, and its checkpoint, None for none. Raise `UserError` where the run is not what it was, or an extended one has no checkpoint."
     new_run = f"start a new run with --config {shlex.quote(str(folder.path / 'config.yaml'))}"
     check_same_base(config, model_info(model), f"the run {folder.path}")
     check_same_run(folder, began, new)
-    new = {**new, "trained_by": began.get("trained_by", new["trained_by"])}
+    new = {**new, "trained_by": record_loops(began.get("trained_by", new["trained_by"]), count_processes(new["gpus"]))}
     if checkpoint := last_checkpoint(folder):
         check_recorded_settings(folder, began, [checkpoint])
         check_checkpoint(model, new["trained_by"], new["optim"], checkpoint, new_run)

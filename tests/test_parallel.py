@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from qlora_nb import parallel, processes
+from qlora_nb import parallel, preparation, processes
 from qlora_nb.adapter import save_adapter
 from qlora_nb.cli import name_flags
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError
@@ -34,7 +34,7 @@ from qlora_nb.engine import install, replay
 from qlora_nb.engine.checkpointing import find_checkpointed_layers
 from qlora_nb.engine.install import engine_of
 from qlora_nb.gguf_export import export_gguf
-from qlora_nb.loop import count_learned, make_loop
+from qlora_nb.loop import choose_loop, count_learned, make_loop
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.parallel import (
     StepShare,
@@ -51,11 +51,11 @@ from qlora_nb.parallel import (
     start_workers,
 )
 from qlora_nb.preflight import encode_dataset
-from qlora_nb.preparation import check_same_processes
+from qlora_nb.preparation import check_recorded_settings, check_same_processes, record_loops
 from qlora_nb.processes import ProcessEnded, Rendezvous, count_processes, find_own_gpu
 from qlora_nb.rows import load_sft_dataset
 from qlora_nb.run import RunFolder, check_setting, read_config, resolve_settings
-from qlora_nb.trainer import trainable_parameters
+from qlora_nb.trainer import make_trainer, trainable_parameters
 
 heavy = pytest.mark.heavy
 EXACT = {
@@ -189,6 +189,21 @@ def test_a_scaled_run_goes_on_with_as_many_processes(tmp_path):
     assert f"with --scale-batch {words} --gpus 4" in name_flags(str(refused.value), "train")
     assert count_step_rows(settings_of({"gpus": 2, "scale_batch": True})) == 16 == 2 * count_step_rows(settings_of({}))
     check_sharing(settings_of({"gpus": 3, "scale_batch": True}), "transformers")  # 8 rows can't be divided by 3
+
+
+@pytest.mark.quick
+def test_which_loops_trained_a_run(tmp_path, capsys, monkeypatch):
+    "Each that did, in their order; and a checkpoint of the first is one of the run."
+    assert [record_loops(began, 1) for began in ("trl", "own", "trl, then own")] == ["trl", "own", "trl, then own"]
+    assert [record_loops(began, 2) for began in ("own", "trl, then own")] == ["own", "trl, then own"]
+    assert capsys.readouterr().err == ""
+    assert record_loops("trl", 2) == "trl, then own" and "goes on in 2 processes" in capsys.readouterr().err
+    assert [choose_loop(record) for record in ("trl", "trl, then own")] == [make_trainer, make_loop]
+    for now, then, same in (("trl, then own", "trl", True), ("own", "trl", False), ("trl", "trl, then own", False)):
+        monkeypatch.setattr(preparation, "read_trained_settings", lambda checkpoint, then=then: {"trained_by": then})
+        with contextlib.nullcontext() if same else pytest.raises(UserError, match=f"trained_by is '{now}'"):
+            folder, checkpoint = RunFolder(tmp_path), tmp_path / "checkpoint-2"
+            check_recorded_settings(folder, {"trained_by": now, "max_steps": 4}, [checkpoint])
 
 
 REPLAYED = """
@@ -771,14 +786,20 @@ def test_ctrl_c_saves_one_checkpoint_and_one_process_goes_on(whole, tmp_path):
 
 @heavy
 def test_a_run_of_one_process_goes_on_in_two(whole, tmp_path):
-    "Begun by TRL's trainer, and continued by this package's loop."
+    "Begun by TRL's trainer, and continued by this package's loop; then it goes on by that in one process, too."
     process = Process(COMMAND, "train", *SHORT, cwd=tmp_path)
     wait_for(process, tmp_path / "run/metrics.jsonl", 3)
     process.send_signal(signal.SIGKILL)
     process.communicate(60)
+    assert read_config(tmp_path / "run/config.yaml")["trained_by"] == "trl"
     run = goes_on(tmp_path, "run", "--gpus", "2")
+    assert read_config(run / "config.yaml")["trained_by"] == "trl, then own"
     assert furthest(adapter(run), adapter(whole)) < 1e-5
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
+    more = qlora_nb("train", "--resume", "run", "--extend", "2", "--gpus", "1", cwd=tmp_path)
+    assert more.returncode == 0 and "TRL" not in more.stderr, more.stderr[-3000:]
+    assert read_config(run / "config.yaml")["trained_by"] == "trl, then own"
+    assert json.loads((run / "summary.json").read_text())["steps"] == 8
 
 
 @heavy
