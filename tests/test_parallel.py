@@ -456,7 +456,7 @@ from qlora_nb import processes
 place = processes.Rendezvous("127.0.0.1", 0, 0, 2)
 store = processes.open_store(place)
 processes.SECONDS_TO_CONNECT = float(sys.argv[1])
-processes.join_processes(place, store, lambda: sys.argv[2] or None)
+processes.join_processes(place, store, lambda: store.check(["ended"]) and "that" or sys.argv[2] or None)
 """
 
 
@@ -469,6 +469,22 @@ def test_a_process_that_came_and_never_connects(seconds, why, tmp_path):
         f"ProcessEnded: {why}" if why else "met the others at 127.0.0.1, but they can't reach each other (not within"
     )
     assert words in done.stderr and done.returncode == 1
+
+
+KILLED = """
+from qlora_nb import processes
+group = processes.ProcessGroup(2, "math:sqrt")
+group.start()
+group.wait_for_all()
+group.children[0].kill()
+group.meet()
+"""
+
+
+def test_a_process_that_is_killed_before_it_connects(tmp_path):
+    command = [sys.executable, "-c", KILLED]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "ProcessEnded: process 1 of 2 (counted from 0) ended by SIGKILL" in done.stderr
 
 
 class Sums(TorchDispatchMode):
