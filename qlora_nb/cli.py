@@ -264,7 +264,7 @@ FLAG_GROUPS = {  # of `train`, in the order of its --help
     "Data": [*settings_of_part("data"), "system", "no_system", "max_seq_length", "truncation", "train_on", "drop_invalid", "drop_duplicates", "template", "template_kwargs"],
     "Adapter": settings_of_part("adapter"),
     "Training": ["config", "plan", "resume", "extend", "max_minutes", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "learning_rate",
-                 "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "seed", "loop", "gpus"],  # and settings that are in no other group
+                 "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "seed", "loop", "gpus", "scale_batch"],  # and settings that are in no other group
     "Evaluation": ["eval_rows", "max_new_tokens", "scorer", "base_data", "eval_steps", "early_stopping", "load_best_model_at_end", "sample_prompts"],
     "Output": ["output", "export", "logging_steps", "report_to", "save_steps", "save_total_limit"],
 }

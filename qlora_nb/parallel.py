@@ -41,10 +41,11 @@ def divide_batch(rows: int, steps: int, processes: int) -> tuple[int, int]:  # o
         f"or {join_words(batches)} rows a step (per_device_train_batch_size × gradient_accumulation_steps)")
 
 
-def describe_sharing(rows: int, steps: int, processes: int) -> str:
+def describe_sharing(rows: int, steps: int, processes: int, scaled: bool = False) -> str:
     "Return a line that says who takes what of a step, for the terminal."
     what = f"{steps} micro-batches of {rows} {'row' if rows == 1 else 'rows'}, {steps // processes} in each of {processes} processes"
-    return f"a step: {what}" + ("; several GPUs at once were not measured yet" if torch.cuda.is_available() else "")
+    whole = f"{processes} times the rows of one process (scale_batch=True), at the same learning rate" if scaled else "as many rows as in one process"
+    return f"a step: {what}; {whole}" + ("; several GPUs at once were not measured yet" if torch.cuda.is_available() else "")
 
 
 def join_words(words: list) -> str:
@@ -285,10 +286,11 @@ def share_base(model, gpus: int | str | None) -> Iterator[Workers | None]:
 class SharedLoop(TrainingLoop):
     "The loop of process 0, whose steps are shared with `Workers`."
 
-    def __init__(self, workers: Workers, model, tokenizer, rows, arguments, *given):
-        size, count = divide_batch(arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps, workers.size)
+    def __init__(self, workers: Workers, scaled: bool, model, tokenizer, rows, arguments, *given):  # `scaled`: whether each takes as many rows as one process would
+        steps = arguments.gradient_accumulation_steps * (workers.size if scaled else 1)
+        size, count = divide_batch(arguments.per_device_train_batch_size, steps, workers.size)
         arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = size, count
-        print_to_stderr(describe_sharing(size, count, workers.size))
+        print_to_stderr(describe_sharing(size, count, workers.size, scaled))
         super().__init__(model, tokenizer, rows, arguments, *given)
         self.workers, self.loader.device = workers, None  # what is dealt out stays in main memory
 
@@ -321,9 +323,14 @@ class SharedLoop(TrainingLoop):
         self.workers.hand_out()
 
 
-def make_shared_loop(workers: Workers, *given) -> SharedLoop:  # what `make_loop` takes
+def make_shared_loop(workers: Workers, model, tokenizer, rows, settings: Settings, *given) -> SharedLoop:  # what `make_loop` takes
     "Return the loop of process 0."
-    return make_loop(*given, kind=partial(SharedLoop, workers))
+    return make_loop(model, tokenizer, rows, settings, *given, kind=partial(SharedLoop, workers, settings.scale_batch))
+
+
+def count_step_rows(settings: Settings) -> int:
+    "Return the rows of a step: the settings', with `scale_batch` in each process."
+    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps * (count_processes(settings.gpus) if settings.scale_batch else 1)
 
 
 def count_parts(settings: Settings) -> int | None:
@@ -342,7 +349,8 @@ def check_sharing(settings: Settings, info: dict) -> None:  # `info`: of the mod
         raise UserError(f"the model was loaded with shard={parts}, for {parts} processes, and {several} will train: give gpus={parts}, or load it with shard={several if several > 1 else None}")
     if several == 1:
         return
-    divide_batch(settings.per_device_train_batch_size, settings.gradient_accumulation_steps, several)
+    if not settings.scale_batch:
+        divide_batch(settings.per_device_train_batch_size, settings.gradient_accumulation_steps, several)
     if torch.distributed.is_initialized():
         raise UserError(f"{several} processes (gpus) can't train in a process where torch.distributed is in use: end that with torch.distributed.destroy_process_group(), or leave gpus out")
     unable = {"loop='trl'": settings.loop == "trl", f"optim={settings.optim!r}": settings.optim.startswith(OTHER_LOOPS), f"the backend {backend}": backend != "transformers"}

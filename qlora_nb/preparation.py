@@ -23,11 +23,11 @@ from .backends import choose_backend
 from .cards import KNOWN_CARDS, Card, choose_length, find_card, measure_row_lengths
 from .core import EMBEDDED_NAME, UserError, check_space, fingerprint
 from .engine.install import engine_of, install_engine
-from .loop import check_checkpoint, check_loop, find_loop
+from .loop import check_checkpoint, check_loop, find_loop, list_loops
 from .manifest import read_manifest
 from .memory import MemoryEstimate
 from .model import count_parameters
-from .parallel import check_sharing
+from .parallel import check_sharing, count_step_rows
 from .plan import Plan, Rows, estimate_for_rows, format_gib, plan_training
 from .preflight import check_and_encode
 from .processes import count_processes
@@ -251,7 +251,7 @@ def prepare_rows(data, tokenizer, settings: Settings, eval_data: object, check: 
         found = check_and_encode(
             data, tokenizer, settings.max_seq_length, eval_data=eval_data, drop_duplicates=settings.drop_duplicates, **how,
             max_steps=None if settings.num_train_epochs else settings.max_steps,
-            effective_batch=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
+            effective_batch=count_step_rows(settings),
         )
     elif settings.drop_duplicates:
         raise UserError("drop_duplicates needs the check, which finds the duplicates: leave out check=False")
@@ -534,6 +534,7 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
         "use_gradient_checkpointing": info.get("use_gradient_checkpointing", False),
         "random_state": info.get("random_state", 3407), "system": find_common_system(data),
         **{name: record_setting(name, getattr(settings, name)) for name in settings_of_part("trainer", "loop")}, "trained_by": "own" if count_processes(settings.gpus) > 1 else find_loop(settings, model),
+        **({"processes": count_processes(settings.gpus)} if settings.scale_batch else {}),
         **({"gguf": {name: info["gguf"][name] for name in ("file", "quantization")}} if info.get("gguf") else {}), "base_files": describe_base(info), **({"shard": True} if info.get("shard") else {}),
         **record_relative_paths({**source, "model": info["model"], "base_data": settings.base_data}),
         "fingerprints": {
@@ -551,7 +552,7 @@ def is_deciding(name: str, config: Mapping) -> bool:
     "Return whether a setting decides what a run with this configuration results in: an evaluation on the way does where something follows it."
     if name == "eval_steps":
         return bool(config.get("early_stopping") or config.get("load_best_model_at_end") or config.get("lr_scheduler_type") in FOLLOWS_EVALUATIONS)
-    return name in (*SAME_IN_A_RUN, "peft_settings", "fingerprints", "trained_by") or name in settings_of_part("trainer", "loop") and name not in MAY_CHANGE
+    return name in (*SAME_IN_A_RUN, "peft_settings", "fingerprints", "trained_by", "processes") or name in settings_of_part("trainer", "loop") and name not in MAY_CHANGE
 
 
 def deciding_settings(config: Mapping) -> dict:
@@ -599,7 +600,7 @@ def check_recorded_settings(folder: RunFolder, config: Mapping, checkpoints: Ite
             changed = [part for part in value if value[part] != (now.get(name) or {}).get(part)]
             if changed:
                 raise UserError(f"the fingerprint of {changed[0]} in {file} is not that of {checkpoint.name}: put it back to resume, {new_run}")
-        elif not is_same_value(name, now.get(name), value):
+        elif not (is_same_value(name, now.get(name), value) or name == "trained_by" and str(now.get(name)).startswith(f"{value}, then ")):
             raise UserError(f"{name} is {now.get(name)!r} in {file}, but {checkpoint.name} was trained with {value!r}: put that back to resume, {new_run}")
 
 
@@ -624,11 +625,20 @@ def read_run_to_resume(run: str | Path, arguments: Mapping, extend: int | None =
         raise UserError(f"the run {folder.path} is not finished, so it can't be extended yet: {folder.how_to_resume()}")
     check_recorded_settings(folder, config, (checkpoint for checkpoint in folder.checkpoints if not find_damage(checkpoint)))
     located = locate_paths(config)
-    recorded = {**config, "loop": config.get("trained_by") or config.get("loop")}
+    recorded = {**config, "loop": list_loops(config["trained_by"])[-1] if config.get("trained_by") else config.get("loop")}
     for name, value in arguments.items():
         if name in config and is_deciding(name, config) and not is_same_value(name, value, recorded[name], located[name]):
             raise UserError(f"{name} is {value!r}, but the run was started with {recorded[name]!r}: leave it out to resume")
     return folder, located
+
+
+def check_same_processes(folder: RunFolder | None, began: Mapping, settings: Settings) -> None:  # `began`: what the run recorded; {} for a new one
+    "Raise `UserError` where a run whose steps have the rows of all its processes is resumed with another number of them."
+    before, now = began.get("processes"), count_processes(settings.gpus)
+    if settings.scale_batch and before and before != now:
+        rows = count_step_rows(settings) // now
+        raise UserError(f"the run {folder.path} was started with scale_batch=True in {before} {'process' if before == 1 else 'processes'}, {before * rows} rows a step; "
+                        f"{now} would make it {now * rows}: resume it with gpus={before}")
 
 
 def check_same_run(folder: RunFolder, old: dict, new: dict) -> None:
@@ -680,7 +690,7 @@ def extend_run(folder: RunFolder, config: dict, steps: int) -> dict:
     return {**config, "max_steps": done + steps, "num_train_epochs": None, "extended": [*(config.get("extended") or ()), entry]}
 
 # %% ../nbs/77_preparation.ipynb #77a00109
-RECORDED_ONCE = ("trained_by", "data", "data_name", "columns", "limit", "add_system", "eval_data", "base_data", "plan", "callbacks", "started_in", "relative_paths")
+RECORDED_ONCE = ("data", "data_name", "columns", "limit", "add_system", "eval_data", "base_data", "plan", "callbacks", "started_in", "relative_paths")
 
 
 def keep_beginning(new: dict, began: dict, config: dict) -> dict:
@@ -691,12 +701,20 @@ def keep_beginning(new: dict, began: dict, config: dict) -> dict:
     return {**new, **kept, **({"extended": config["extended"]} if config.get("extended") else {})}
 
 
+def record_loops(began: str, processes: int) -> str:
+    "Return which loops trained a run, for `config.yaml`, where it goes on in so many processes. Several take this package's loop, from then on, and that is reported on stderr."
+    if processes == 1 or list_loops(began)[-1] == "own":
+        return began
+    print_to_stderr(f"goes on in {processes} processes, by this package's loop; the steps before were TRL's trainer's, which takes the same ones (config.yaml: trained_by)")
+    return f"{began}, then own"
+
+
 def continue_run(model, folder: RunFolder, began: dict, config: dict, new: dict) -> tuple[dict, Path | None]:
     "Return what `config.yaml` is to hold of a resumed run, and its checkpoint, None for none. Raise `UserError` where the run is not what it was, or an extended one has no checkpoint."
     new_run = f"start a new run with --config {shlex.quote(str(folder.path / 'config.yaml'))}"
     check_same_base(config, model_info(model), f"the run {folder.path}")
     check_same_run(folder, began, new)
-    new = {**new, "trained_by": began.get("trained_by", new["trained_by"])}
+    new = {**new, "trained_by": record_loops(began.get("trained_by", new["trained_by"]), count_processes(new["gpus"]))}
     if checkpoint := last_checkpoint(folder):
         check_recorded_settings(folder, began, [checkpoint])
         check_checkpoint(model, new["trained_by"], new["optim"], checkpoint, new_run)
@@ -803,6 +821,7 @@ def prepare_run(model, tokenizer, data, eval_data: object, arguments: Mapping, c
     decide = partial(resolve_settings, arguments, config, profile=usual)
     settings = decide()
     check_run_settings(model, settings)
+    check_same_processes(folder, began, settings)
     folder = folder or RunFolder.create(output, model_info(model)["model"].replace(EMBEDDED_NAME, "tiny-llama").removeprefix("qlora_nb:"))
     with folder.removed_if_empty():
         if not resume and held:

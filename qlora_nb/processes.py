@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/37_processes.ipynb #37b00004
 import atexit
 import contextlib
+import ctypes
 import errno
 import ipaddress
 import json
@@ -263,12 +264,13 @@ SECONDS_TO_CONNECT = 60.0  # once all have come
 
 def join_processes(place: Rendezvous, store, find_cause) -> None:  # returns who ended, and why; None where nobody did
     "Join the process group: gloo between CPUs, NCCL between GPUs, and gloo for what Python says. Raise `ProcessEnded` where one ends meanwhile, and `UserError` where they can't reach each other."
-    failed, backend = [], "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    failed, backend, found = [], "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store.underlying_store
 
     def join():
         try:
+            own = torch.distributed.TCPStore(found.host, found.port, None, False, wait_for_workers=False)  # who waits in one keeps others from looking into it
             torch.distributed.init_process_group(
-                backend, store=torch.distributed.PrefixStore("group", store), rank=place.rank, world_size=place.size, timeout=LONGEST_WAIT)
+                backend, store=torch.distributed.PrefixStore(f"{name_run(os.environ)}.group", own), rank=place.rank, world_size=place.size, timeout=LONGEST_WAIT)
         except Exception as error:
             failed.append(error)
 
@@ -278,6 +280,8 @@ def join_processes(place: Rendezvous, store, find_cause) -> None:  # returns who
         while joining.is_alive() and not why and time.monotonic() < end:
             joining.join(0.1)
             why = find_cause()
+    if joining.is_alive():  # it waits on; a store that closes would wake it while the interpreter ends
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
     if why and (failed or joining.is_alive()):
         raise ProcessEnded(why)
     if failed or joining.is_alive():

@@ -93,6 +93,7 @@ class Settings:
     packing: bool = settings_field(False, "several rows in one sequence")
     loop: str | None = settings_field(None, "trl: train by TRL's SFTTrainer; own: by this package's own loop, which one can read; default: own where the engine trains, else trl", part="loop", choices=("own", "trl"))
     gpus: int | str | None = settings_field(None, "processes that share each step, one a GPU (all: as many as there are); without a GPU they share the CPU; default: one", part="loop", positive=True)
+    scale_batch: bool = settings_field(False, "with several processes: each takes a step's rows as one would, so that a step has so many times as many; the learning rate stays as it is", part="loop")
     logging_steps: int = settings_field(1, "steps between two lines of metrics", positive=True)
     save_steps: int = settings_field(50, "steps between two checkpoints", positive=True)
     save_total_limit: int = settings_field(2, "checkpoints to keep, the newest; the best by held-out loss is never deleted", positive=True)
@@ -329,7 +330,7 @@ def forget_old_loop(config: dict) -> dict:
 RUN_FORMAT = 3  # of the run folders that this version reads and writes; folders without a number have format 1
 RECORDED_KEYS = (  # in config.yaml, beside the settings
     "format", "fingerprints", "base_files", "rows_read", "system", "plan", "started_from", "started_from_adapter", "peft_settings", "gguf", "callbacks",
-    "export", "started_in", "relative_paths", "extended", "trained_by")
+    "export", "started_in", "relative_paths", "extended", "trained_by", "processes")
 
 
 def read_config(path: str | Path) -> dict:

@@ -289,7 +289,7 @@ def train(
 
 # %% ../nbs/54_workflow.ipynb #54a1f004
 SETTING_GROUPS = {  # of the trainer's settings
-    "steps and batches": ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "seed", "gpus"),
+    "steps and batches": ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "seed", "gpus", "scale_batch"),
     "optimizer": ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "loop"),
     "rows": ("max_seq_length", "truncation", "train_on", "drop_invalid", "drop_duplicates", "template", "template_kwargs"),
     "evaluation": ("eval_rows", "max_new_tokens", "scorer", "base_data", "eval_steps", "early_stopping", "load_best_model_at_end", "sample_prompts"),

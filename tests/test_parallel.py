@@ -26,18 +26,21 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from qlora_nb import parallel, processes, sharding
+from qlora_nb import parallel, preparation, processes, sharding
 from qlora_nb.adapter import save_adapter
+from qlora_nb.cli import name_flags
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError
+from qlora_nb.engine import install, replay
 from qlora_nb.engine.checkpointing import find_checkpointed_layers
 from qlora_nb.engine.install import engine_of
 from qlora_nb.gguf_export import export_gguf
-from qlora_nb.loop import count_learned, make_loop
+from qlora_nb.loop import choose_loop, count_learned, make_loop
 from qlora_nb.model import add_lora, load_model
 from qlora_nb.parallel import (
     StepShare,
     build_model,
     check_sharing,
+    count_step_rows,
     describe_model,
     divide_batch,
     join_gradients,
@@ -48,10 +51,11 @@ from qlora_nb.parallel import (
     start_workers,
 )
 from qlora_nb.preflight import encode_dataset
+from qlora_nb.preparation import check_recorded_settings, check_same_processes, record_loops
 from qlora_nb.processes import ProcessEnded, Rendezvous, count_processes, find_own_gpu
 from qlora_nb.rows import load_sft_dataset
-from qlora_nb.run import check_setting, resolve_settings
-from qlora_nb.trainer import trainable_parameters
+from qlora_nb.run import RunFolder, check_setting, read_config, resolve_settings
+from qlora_nb.trainer import make_trainer, trainable_parameters
 
 heavy = pytest.mark.heavy
 EXACT = {
@@ -85,10 +89,10 @@ def settings_of(changed):
     return resolve_settings({**EXACT, **changed}, profile=PROFILES["tiny"])
 
 
-def train_in(processes, rows, path, engine=False, dropout=0.0, **settings):
+def train_in(processes, rows, path, engine=False, dropout=0.0, again="unsloth", **settings):
     "The trainer, with every step's gradients, losses and the adapter at its end."
     model = load_model("qlora_nb:embedded", backend="transformers", engine=engine)[0]
-    model, seen = add_lora(model, r=8, lora_dropout=dropout), Gradients()
+    model, seen = add_lora(model, r=8, lora_dropout=dropout, use_gradient_checkpointing=again), Gradients()
     with start_workers(processes) as workers:
         made = make(workers)(model, rows[1], rows[0], settings_of(settings), path, [seen])
         made.train()
@@ -161,6 +165,72 @@ def test_a_real_model_has_the_same_gradients(tmp_path):
         found.append(seen.steps[0])
     assert len(found[0]) > 400
     assert all(torch.allclose(found[1][name], wanted, rtol=1e-5, atol=1e-8) for name, wanted in found[0].items())
+
+
+def test_a_scaled_batch_is_that_of_one_process_with_more_rows(rows, tmp_path, capsys):
+    more = train_in(1, rows, tmp_path / "more", max_steps=2)
+    capsys.readouterr()
+    scaled = train_in(2, rows, tmp_path / "scaled", max_steps=2, gradient_accumulation_steps=2, scale_batch=True)
+    said = "2 in each of 2 processes; 2 times the rows of one process (scale_batch=True), at the same learning rate"
+    assert said in capsys.readouterr().err
+    assert furthest(scaled.gradients[0], more.gradients[0]) < 1e-6 and furthest(scaled.weights, more.weights) < 1e-5
+    assert abs(scaled.state.epoch - more.state.epoch) < 1e-9 and scaled.steps_in_epoch == 3  # 21 rows, by 8
+
+
+@pytest.mark.quick
+def test_a_scaled_run_goes_on_with_as_many_processes(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    for began, scaled, gpus in (({"processes": 4}, True, 4), ({"processes": 4}, False, 2), ({}, True, 2)):
+        check_same_processes(folder, began, settings_of({"gpus": gpus, "scale_batch": scaled}))
+    with pytest.raises(UserError) as refused:
+        check_same_processes(folder, {"processes": 4}, settings_of({"gpus": 2, "scale_batch": True}))
+    words = "in 4 processes, 32 rows a step; 2 would make it 16: resume it with"
+    assert f"with scale_batch=True {words} gpus=4" in str(refused.value)
+    assert f"with --scale-batch {words} --gpus 4" in name_flags(str(refused.value), "train")
+    assert count_step_rows(settings_of({"gpus": 2, "scale_batch": True})) == 16 == 2 * count_step_rows(settings_of({}))
+    check_sharing(settings_of({"gpus": 3, "scale_batch": True}), "transformers")  # 8 rows can't be divided by 3
+
+
+@pytest.mark.quick
+def test_which_loops_trained_a_run(tmp_path, capsys, monkeypatch):
+    "Each that did, in their order; and a checkpoint of the first is one of the run."
+    assert [record_loops(began, 1) for began in ("trl", "own", "trl, then own")] == ["trl", "own", "trl, then own"]
+    assert [record_loops(began, 2) for began in ("own", "trl, then own")] == ["own", "trl, then own"]
+    assert capsys.readouterr().err == ""
+    assert record_loops("trl", 2) == "trl, then own" and "goes on in 2 processes" in capsys.readouterr().err
+    assert [choose_loop(record) for record in ("trl", "trl, then own")] == [make_trainer, make_loop]
+    for now, then, same in (("trl, then own", "trl", True), ("own", "trl", False), ("trl", "trl, then own", False)):
+        monkeypatch.setattr(preparation, "read_trained_settings", lambda checkpoint, then=then: {"trained_by": then})
+        with contextlib.nullcontext() if same else pytest.raises(UserError, match=f"trained_by is '{now}'"):
+            folder, checkpoint = RunFolder(tmp_path), tmp_path / "checkpoint-2"
+            check_recorded_settings(folder, {"trained_by": now, "max_steps": 4}, [checkpoint])
+
+
+REPLAYED = """
+import atexit, os
+from qlora_nb.engine import install, replay
+install.REPLAY_DEVICES, made, ready = ("cpu",), [], replay.Replay._ready
+replay.Replay._ready = lambda *given: made.append(ready(*given)) or made[-1]
+atexit.register(lambda: open(os.environ["REPLAYED"], "w").write(f"{sum(map(bool, made))} of {len(made)}"))
+"""
+
+
+@heavy
+def test_recordings_are_replayed_in_each_process(rows, tmp_path, monkeypatch):
+    "On a CPU a recording is the function itself: what is tested is that it is used, and gradients are right."
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first/sitecustomize.py").write_text(REPLAYED)
+    alone = train_in(1, rows, tmp_path / "alone", engine=True, again=True, max_steps=2)
+    made, ready = [], replay.Replay._ready
+    monkeypatch.setattr(install, "REPLAY_DEVICES", ("cpu",))
+    monkeypatch.setattr(replay.Replay, "_ready", lambda *given: made.append(ready(*given)) or made[-1])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "first"))
+    monkeypatch.setenv("REPLAYED", str(tmp_path / "there"))
+    shared = train_in(2, rows, tmp_path / "shared", engine=True, again=True, max_steps=2)
+    assert furthest(shared.gradients[0], alone.gradients[0]) < 1e-5 and furthest(shared.weights, alone.weights) < 1e-5
+    layers = shared.model.config.num_hidden_layers
+    assert all(made) and len(made) == 2 * layers * 4  # forward and backward, of half the micro-batches of two steps
+    assert (tmp_path / "there").read_text() == f"{len(made)} of {len(made)}"
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -386,7 +456,7 @@ from qlora_nb import processes
 place = processes.Rendezvous("127.0.0.1", 0, 0, 2)
 store = processes.open_store(place)
 processes.SECONDS_TO_CONNECT = float(sys.argv[1])
-processes.join_processes(place, store, lambda: sys.argv[2] or None)
+processes.join_processes(place, store, lambda: store.check(["ended"]) and "that" or sys.argv[2] or None)
 """
 
 
@@ -399,6 +469,22 @@ def test_a_process_that_came_and_never_connects(seconds, why, tmp_path):
         f"ProcessEnded: {why}" if why else "met the others at 127.0.0.1, but they can't reach each other (not within"
     )
     assert words in done.stderr and done.returncode == 1
+
+
+KILLED = """
+from qlora_nb import processes
+group = processes.ProcessGroup(2, "math:sqrt")
+group.start()
+group.wait_for_all()
+group.children[0].kill()
+group.meet()
+"""
+
+
+def test_a_process_that_is_killed_before_it_connects(tmp_path):
+    command = [sys.executable, "-c", KILLED]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "ProcessEnded: process 1 of 2 (counted from 0) ended by SIGKILL" in done.stderr
 
 
 class Sums(TorchDispatchMode):
@@ -533,9 +619,7 @@ def test_another_process_builds_the_same_model(kind, rows, tmp_path, monkeypatch
     model = with_adapter(kind, tmp_path)
     loop = make_loop(model, rows[1], rows[0], settings_of({}), tmp_path / "run", [])
     loop.start(None)
-    there = pickle.loads(
-        pickle.dumps(describe_model(model))
-    )
+    there = pickle.loads(pickle.dumps(describe_model(model)))
     built = build_model(there)
     assert list(trainable_parameters(built)) == list(trainable_parameters(model))
     assert engine_of(built) == engine_of(model)
@@ -716,13 +800,35 @@ def test_ctrl_c_saves_one_checkpoint_and_one_process_goes_on(whole, tmp_path):
 
 @heavy
 def test_a_run_of_one_process_goes_on_in_two(whole, tmp_path):
-    "Begun by TRL's trainer, and continued by this package's loop."
+    "Begun by TRL's trainer, and continued by this package's loop; then it goes on by that in one process, too."
     process = Process(COMMAND, "train", *SHORT, cwd=tmp_path)
     wait_for(process, tmp_path / "run/metrics.jsonl", 3)
     process.send_signal(signal.SIGKILL)
     process.communicate(60)
+    assert read_config(tmp_path / "run/config.yaml")["trained_by"] == "trl"
     run = goes_on(tmp_path, "run", "--gpus", "2")
+    assert read_config(run / "config.yaml")["trained_by"] == "trl, then own"
     assert furthest(adapter(run), adapter(whole)) < 1e-5
+    assert json.loads((run / "summary.json").read_text())["steps"] == 6
+    more = qlora_nb("train", "--resume", "run", "--extend", "2", "--gpus", "1", cwd=tmp_path)
+    assert more.returncode == 0 and "TRL" not in more.stderr, more.stderr[-3000:]
+    assert read_config(run / "config.yaml")["trained_by"] == "trl, then own"
+    assert json.loads((run / "summary.json").read_text())["steps"] == 8
+
+
+@heavy
+def test_a_scaled_run_is_stopped_and_resumed(tmp_path):
+    short = [*SHORT, "--gradient-accumulation-steps", "2", "--eval-rows", "0", "--scale-batch"]
+    process = Process(COMMAND, "train", *short, "--gpus", "2", cwd=tmp_path)
+    wait_for(process, tmp_path / "run/metrics.jsonl", 1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(120)[0] is not None and process.returncode == 130
+    refused = qlora_nb("train", "--resume", "run", "--gpus", "1", cwd=tmp_path)
+    words = "started with --scale-batch in 2 processes, 8 rows a step; 1 would make it 4: resume it with --gpus 2"
+    assert refused.returncode == 2 and words in refused.stderr.splitlines()[-1], refused.stderr[-3000:]
+    run = goes_on(tmp_path, "run")
+    config = read_config(run / "config.yaml")
+    assert (config["processes"], config["scale_batch"], config["gradient_accumulation_steps"]) == (2, True, 2)
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
 
 
