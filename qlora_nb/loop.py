@@ -447,14 +447,9 @@ def find_loop(settings: Settings, model) -> str:
     return settings.loop or ("own" if suits else "trl")
 
 
-def list_loops(record: str) -> list[str]:
-    "Return the loops that trained a run, from what it records: `trl, then own` for one that TRL began and several processes went on with."
-    return record.split(", then ")
-
-
-def choose_loop(record: str) -> Callable:
-    "Return the function that makes a run's trainer: `make_loop` for one that `own` trains, or trained last, `make_trainer` for `trl`."
-    return {"own": make_loop, "trl": make_trainer}[list_loops(record)[-1]]
+def choose_loop(loop: str) -> Callable:
+    "Return the function that makes a run's trainer: `make_loop` for `own`, `make_trainer` for `trl`."
+    return {"own": make_loop, "trl": make_trainer}[loop]
 
 
 def check_loop(settings: Settings, backend: str) -> None:

@@ -23,7 +23,7 @@ from .backends import choose_backend
 from .cards import KNOWN_CARDS, Card, choose_length, find_card, measure_row_lengths
 from .core import EMBEDDED_NAME, UserError, check_space, fingerprint
 from .engine.install import engine_of, install_engine
-from .loop import check_checkpoint, check_loop, find_loop, list_loops
+from .loop import check_checkpoint, check_loop, find_loop
 from .manifest import read_manifest
 from .memory import MemoryEstimate
 from .model import count_parameters
@@ -398,7 +398,7 @@ def make_plan(model, lengths: list[int], plan, settings: Settings, fixed: Mappin
     found = plan_training(
         shape, card, lengths, effective_batch=effective, batch_size=batch or (steps and max(1, round(effective / steps))),
         max_seq_length=fixed.get("max_seq_length") or min(choose_length(lengths, shape.context), settings.max_seq_length),
-        packing=fixed.get("packing", None if cuda or engine_of(model) else False), gpus=count_processes(settings.gpus),
+        packing=fixed.get("packing", None if cuda or engine_of(model) else False), gpus=count_processes(settings.gpus), shard=is_sharded(model),
         optimizer=fixed.get("optim", "adamw_8bit"), backend=estimated_backend(model), **adapter_settings(model),
     )
     return check_plan(model, found)
@@ -454,7 +454,7 @@ def estimate_run_memory(model, settings: Settings, lengths: list[int], card: Car
         return estimate_for_rows(
             model.get_base_model().config, card, rows, batch_size=settings.per_device_train_batch_size, packing=settings.packing,
             accumulation=settings.gradient_accumulation_steps, gradient_checkpointing=get_checkpointing(model), optimizer=settings.optim,
-            gpus=count_processes(settings.gpus), backend=estimated_backend(model), **adapter_settings(model),
+            gpus=count_processes(settings.gpus), shard=is_sharded(model), backend=estimated_backend(model), **adapter_settings(model),
         )
     except UserError:
         return None
@@ -522,6 +522,11 @@ def other_lora_settings(lora) -> dict:
     return {"peft_settings": plain} if plain else {}
 
 
+def is_sharded(model) -> bool:
+    "Return whether each of several processes holds a part of a model's base alone."
+    return bool(model_info(model).get("shard"))
+
+
 def make_run_config(model, tokenizer, settings: Settings, data, eval_data: object, source: dict) -> dict:
     "Return what `config.yaml` holds: the format, where things came from, every setting, and fingerprints."
     info = model_info(model)
@@ -535,7 +540,7 @@ def make_run_config(model, tokenizer, settings: Settings, data, eval_data: objec
         "random_state": info.get("random_state", 3407), "system": find_common_system(data),
         **{name: record_setting(name, getattr(settings, name)) for name in settings_of_part("trainer", "loop")}, "trained_by": "own" if count_processes(settings.gpus) > 1 else find_loop(settings, model),
         **({"processes": count_processes(settings.gpus)} if settings.scale_batch else {}),
-        **({"gguf": {name: info["gguf"][name] for name in ("file", "quantization")}} if info.get("gguf") else {}), "base_files": describe_base(info), **({"shard": True} if info.get("shard") else {}),
+        **({"gguf": {name: info["gguf"][name] for name in ("file", "quantization")}} if info.get("gguf") else {}), "base_files": describe_base(info), **({"shard": True} if is_sharded(model) else {}),
         **record_relative_paths({**source, "model": info["model"], "base_data": settings.base_data}),
         "fingerprints": {
             "data": data_fingerprint(data), "eval_data": data_fingerprint(eval_data) if eval_data is not None else None,
@@ -613,6 +618,11 @@ def read_trained_settings(checkpoint: Path) -> dict | None:
     return None
 
 # %% ../nbs/77_preparation.ipynb #96a31b6b-25
+def list_loops(record: str) -> list[str]:
+    "Return the loops that trained a run, from what it records: `trl, then own` for one that TRL began and several processes went on with."
+    return record.split(", then ")
+
+
 def read_run_to_resume(run: str | Path, arguments: Mapping, extend: int | None = None) -> tuple[RunFolder, dict]:
     "Return the folder and the configuration of a run to resume, or to extend. Raise `UserError` where it is finished (or isn't), is no longer what it was, or is asked for other settings."
     folder = RunFolder.open(run)
@@ -734,7 +744,8 @@ def warn_of_large_model(name: str, settings: Settings, card=None) -> None:
     with contextlib.suppress(UserError):  # an architecture or optimizer that isn't covered; loading says what is really wrong
         estimate = estimate_for_rows(
             model_shape(name), card, Rows((64,), 64, 0), "qlora" if settings.load_in_4bit else "lora", batch_size=1, packing=False,
-            optimizer=settings.optim, backend="engine" if way.engine else way.backend, gradient_checkpointing=True, **adapter)
+            optimizer=settings.optim, backend="engine" if way.engine else way.backend, gradient_checkpointing=True,
+            gpus=count_processes(settings.gpus), shard=settings.shard, **adapter)
         if warning := warn_of_memory(estimate, card):
             print(warning, file=sys.stderr)
 

@@ -28,7 +28,7 @@ from .loop import choose_loop
 from .manifest import MANIFEST_FILE, write_manifest
 from .model import count_parameters
 from .parallel import make_shared_loop, share_base, start_workers
-from .preparation import PreparedRun, deciding_settings, prepare_run, record_plan
+from .preparation import PreparedRun, deciding_settings, list_loops, prepare_run, record_plan
 from .processes import ProcessEnded
 from .run import DATA_FROM_PYTHON, RunFolder, Settings, describe_remains, pin_template_kwargs
 from .safeguards import find_damage, is_last_step, raise_if_interrupted
@@ -289,7 +289,7 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, 
     with contextlib.nullcontext(others) if others else start_workers(settings.gpus) as workers, gentle_interrupt() as interrupted:
         watch, clock = make_watch(folder, progress), make_run_clock(held_out)
         looks = [make_evaluation_watch(folder, watch, progress, held_out)] if held_out else []
-        trainer = clock.trainer = (partial(make_shared_loop, workers) if workers else choose_loop(config["trained_by"]))(
+        trainer = clock.trainer = (partial(make_shared_loop, workers) if workers else choose_loop(list_loops(config["trained_by"])[-1]))(
             model, tokenizer, prepared.rows.rows, settings, folder.checkpoint_folder,
             [watch, make_stop_watch(interrupted, deadline, workers), clock, *looks, *reporting_callbacks(settings.report_to, folder.path), *callbacks], held_out and held_out.measure)
         if torch.cuda.is_available():

@@ -30,7 +30,6 @@ from qlora_nb import parallel, preparation, processes, sharding
 from qlora_nb.adapter import save_adapter
 from qlora_nb.cli import name_flags
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError
-from qlora_nb.engine import install, replay
 from qlora_nb.engine.checkpointing import find_checkpointed_layers
 from qlora_nb.engine.install import engine_of
 from qlora_nb.gguf_export import export_gguf
@@ -89,10 +88,10 @@ def settings_of(changed):
     return resolve_settings({**EXACT, **changed}, profile=PROFILES["tiny"])
 
 
-def train_in(processes, rows, path, engine=False, dropout=0.0, again="unsloth", **settings):
+def train_in(processes, rows, path, engine=False, dropout=0.0, **settings):
     "The trainer, with every step's gradients, losses and the adapter at its end."
     model = load_model("qlora_nb:embedded", backend="transformers", engine=engine)[0]
-    model, seen = add_lora(model, r=8, lora_dropout=dropout, use_gradient_checkpointing=again), Gradients()
+    model, seen = add_lora(model, r=8, lora_dropout=dropout), Gradients()
     with start_workers(processes) as workers:
         made = make(workers)(model, rows[1], rows[0], settings_of(settings), path, [seen])
         made.train()
@@ -198,39 +197,15 @@ def test_which_loops_trained_a_run(tmp_path, capsys, monkeypatch):
     assert [record_loops(began, 2) for began in ("own", "trl, then own")] == ["own", "trl, then own"]
     assert capsys.readouterr().err == ""
     assert record_loops("trl", 2) == "trl, then own" and "goes on in 2 processes" in capsys.readouterr().err
-    assert [choose_loop(record) for record in ("trl", "trl, then own")] == [make_trainer, make_loop]
+    assert [choose_loop(preparation.list_loops(record)[-1]) for record in ("trl", "trl, then own")] == [
+        make_trainer,
+        make_loop,
+    ]
     for now, then, same in (("trl, then own", "trl", True), ("own", "trl", False), ("trl", "trl, then own", False)):
         monkeypatch.setattr(preparation, "read_trained_settings", lambda checkpoint, then=then: {"trained_by": then})
         with contextlib.nullcontext() if same else pytest.raises(UserError, match=f"trained_by is '{now}'"):
             folder, checkpoint = RunFolder(tmp_path), tmp_path / "checkpoint-2"
             check_recorded_settings(folder, {"trained_by": now, "max_steps": 4}, [checkpoint])
-
-
-REPLAYED = """
-import atexit, os
-from qlora_nb.engine import install, replay
-install.REPLAY_DEVICES, made, ready = ("cpu",), [], replay.Replay._ready
-replay.Replay._ready = lambda *given: made.append(ready(*given)) or made[-1]
-atexit.register(lambda: open(os.environ["REPLAYED"], "w").write(f"{sum(map(bool, made))} of {len(made)}"))
-"""
-
-
-@heavy
-def test_recordings_are_replayed_in_each_process(rows, tmp_path, monkeypatch):
-    "On a CPU a recording is the function itself: what is tested is that it is used, and gradients are right."
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first/sitecustomize.py").write_text(REPLAYED)
-    alone = train_in(1, rows, tmp_path / "alone", engine=True, again=True, max_steps=2)
-    made, ready = [], replay.Replay._ready
-    monkeypatch.setattr(install, "REPLAY_DEVICES", ("cpu",))
-    monkeypatch.setattr(replay.Replay, "_ready", lambda *given: made.append(ready(*given)) or made[-1])
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "first"))
-    monkeypatch.setenv("REPLAYED", str(tmp_path / "there"))
-    shared = train_in(2, rows, tmp_path / "shared", engine=True, again=True, max_steps=2)
-    assert furthest(shared.gradients[0], alone.gradients[0]) < 1e-5 and furthest(shared.weights, alone.weights) < 1e-5
-    layers = shared.model.config.num_hidden_layers
-    assert all(made) and len(made) == 2 * layers * 4  # forward and backward, of half the micro-batches of two steps
-    assert (tmp_path / "there").read_text() == f"{len(made)} of {len(made)}"
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
