@@ -32,6 +32,7 @@ from .engine.install import check_engine
 from .gguf_reader import file_name, gguf_record, is_gguf
 from qlora_nb.loading import (
     adapter_tokenizer,
+    build_empty_model,
     check_config,
     check_loaded_model,
     check_loading_report,
@@ -42,7 +43,6 @@ from qlora_nb.loading import (
     translate_errors,
 )
 from .lora import TARGET_MODULES, check_lora_settings, check_targets
-from .memory import check_whole_number
 from .run import RunFolder, locate_paths
 from .shapes import config_dict
 from .sharding import fill_base
@@ -86,17 +86,42 @@ def nf4_config(dtype: torch.dtype) -> "BitsAndBytesConfig":
         bnb_4bit_compute_dtype=dtype,  # weights are unpacked to this for each product
     )
 
+# %% ../nbs/10_model.ipynb #10a00101
+def is_stored_in_4bit(name: str, revision: str | None) -> bool:
+    "Return whether a model's files hold it in 4 bits; False where they aren't there yet."
+    file = model_file(name, "config.json", revision)
+    return bool(file and re.search(r'"load_in_4bit":\s*true', file.read_text(encoding="utf-8")))
+
 # %% ../nbs/10_model.ipynb #fca80c77-9
+def _build_stored_in_4bit(name: str, dtype: torch.dtype, revision: str | None):
+    "Return a model whose files hold it in 4 bits, without its numbers."
+    from transformers import AutoConfig, GenerationConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    quantizer = AutoHfQuantizer.from_config(AutoHfQuantizer.merge_quantization_configs(config.quantization_config, nf4_config(dtype)), pre_quantized=True)
+    model = build_empty_model(config, dtype=dtype)
+    quantizer.preprocess_model(model, dtype=dtype, device_map=None)
+    quantizer.postprocess_model(model)
+    model.hf_quantizer, model.config.name_or_path = quantizer, name
+    with contextlib.suppress(OSError):  # without that file, what config.json says
+        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+    return model
+
+
 def _load_transformers(name: str, dtype: torch.dtype, load_in_4bit: bool, revision: str | None, part: tuple[int, int] | None):
     "Base and tokenizer by transformers and bitsandbytes; with `part`, (number, of how many), that part of the base alone."
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    model = AutoModelForCausalLM.from_pretrained(
-        name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-        quantization_config=nf4_config(dtype) if load_in_4bit else None,
-        device_map={"": "meta" if part else device},
-    )
+    if part and is_stored_in_4bit(name, revision):  # scales aren't read without numbers
+        model = _build_stored_in_4bit(name, dtype, revision)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            quantization_config=nf4_config(dtype) if load_in_4bit else None,
+            device_map={"": "meta" if part else device},
+        )
     if part:
         fill_base(model, TensorFolder(model_file(name, "config.json", revision).parent), *part, dtype, device)
     return model, load_tokenizer(name, revision)
@@ -117,8 +142,7 @@ def _load_unsloth(name: str, dtype: torch.dtype, load_in_4bit: bool, revision: s
 def _load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, revision: str | None, max_seq_length: int, part: tuple[int, int] | None):
     "Return base and tokenizer, loaded by one of the backends and checked."
     check_config(name, revision)
-    file = None if load_in_4bit else model_file(name, "config.json", revision)
-    if file and re.search(r'"load_in_4bit":\s*true', file.read_text(encoding="utf-8")):
+    if not load_in_4bit and is_stored_in_4bit(name, revision):
         raise UserError(f"the model {name} is stored in 4 bits: load it with load_in_4bit=True (--load-in-4bit), or name its 16-bit original")
     with quiet_libraries(backend), translate_errors(name):
         with check_loading_report(name):
@@ -143,7 +167,8 @@ def check_part(shard: int | tuple[int, int] | None, backend: str) -> tuple[int, 
     if shard is None:
         return None
     number, processes = shard if isinstance(shard, tuple) else (0, shard)
-    check_whole_number("shard", processes, 2)
+    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 2:
+        raise UserError(f"shard is {shard!r}: give a whole number of at least 2, the processes that will train it")
     if backend != "transformers":
         raise UserError(f"a base is sharded with the backend transformers, not with {backend}: load it with backend='transformers' (--backend transformers)")
     return number, processes

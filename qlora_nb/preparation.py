@@ -617,12 +617,12 @@ def read_trained_settings(checkpoint: Path) -> dict | None:
         return {**forget_old_loop(settings), **({"fingerprints": prints} if isinstance(prints, dict) else {})} if isinstance(settings, dict) else None
     return None
 
-# %% ../nbs/77_preparation.ipynb #96a31b6b-25
+# %% ../nbs/77_preparation.ipynb #77c00101
 def list_loops(record: str) -> list[str]:
     "Return the loops that trained a run, from what it records: `trl, then own` for one that TRL began and several processes went on with."
     return record.split(", then ")
 
-
+# %% ../nbs/77_preparation.ipynb #96a31b6b-25
 def read_run_to_resume(run: str | Path, arguments: Mapping, extend: int | None = None) -> tuple[RunFolder, dict]:
     "Return the folder and the configuration of a run to resume, or to extend. Raise `UserError` where it is finished (or isn't), is no longer what it was, or is asked for other settings."
     folder = RunFolder.open(run)

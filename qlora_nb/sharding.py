@@ -18,7 +18,7 @@ from .core import UserError, unwrap_base
 from .weights import TensorFolder, is_finite
 
 # %% ../nbs/39_sharded_base.ipynb #39a0000c
-ALIGNMENT = 256  # bytes: a tensor begins at a multiple of it, whatever its type
+UNIT_ALIGNMENT = 256  # bytes: a tensor begins at a multiple of it, whatever its type
 BYTES_AT_ONCE = 2**24  # that are added up: torch takes eight bytes for each of them
 
 
@@ -56,8 +56,8 @@ class ShardedUnit:
         tensors, end, self.places = list(find_frozen_tensors(module)), 0, []
         for tensor, give in tensors:
             self.places.append(BytePlace(give, end, tuple(tensor.shape), tensor.dtype))
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        self.size = -(-end // (ALIGNMENT * processes)) * ALIGNMENT
+            end += -(-tensor.nbytes // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
+        self.size = -(-end // (UNIT_ALIGNMENT * processes)) * UNIT_ALIGNMENT
         whole = torch.zeros(self.size * processes, dtype=torch.uint8, device=tensors[0][0].device)
         for (tensor, _), place in zip(tensors, self.places):
             whole[place.start :][: tensor.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
