@@ -369,16 +369,14 @@ def shard_weights(
     found: dict[str, float],  # what `count_weight_bytes` counted, in 16 bits where it isn't quantized
     cards: int,
 ) -> dict[str, float]:
-    "Count the bytes of a sharded base on each card: its part of every unit, and the whole units that are gathered."
+    "Count the bytes of a sharded base on each card: its part of every unit, and the whole units that are gathered. An embedding that is the head, too, stays whole."
     table, norm, vision = 2 * shape.vocabulary * shape.hidden, 2 * shape.hidden, 2 * shape.vision
-    books = shape.layers * 7 * CODEBOOK_BYTES if found["quant_constants"] else 0  # these and a vision tower are on every card
+    books = shape.layers * 7 * CODEBOOK_BYTES if found["quant_constants"] else 0  # these, the last norm and a vision tower are on every card
     layer = (found["base_weights"] + found["quant_constants"] - norm - vision - books) / shape.layers
-    units = (table, layer, norm if shape.tied else norm + table)
-    embedding, layer, last = [cards * SHARD_BYTES * math.ceil(size / (cards * SHARD_BYTES)) for size in units]
-    constants, head = (found["quant_constants"] - books) / cards + books, found["embeddings_head"] / cards
-    held = (embedding + shape.layers * layer + last) / cards + vision + books
-    return {"base_weights": held - constants - head, "quant_constants": constants, "embeddings_head": head,
-            "gathered_layers": 2 * layer, "gathered_head": max(embedding, last)}
+    table_part, layer_part = [SHARD_BYTES * math.ceil(size / (cards * SHARD_BYTES)) for size in (table, layer)]
+    constants, head = (found["quant_constants"] - books) / cards + books, table if shape.tied else 2 * table_part
+    return {"base_weights": shape.layers * layer_part + norm + vision + books - constants, "quant_constants": constants, "embeddings_head": head,
+            "gathered_layers": 2 * cards * layer_part, "gathered_head": 0 if shape.tied else cards * table_part}
 
 
 def count_loading_bytes(shape: Shape, method: str) -> float:
