@@ -22,6 +22,7 @@ from .engine.forwards import temporary_attributes
 from .engine.install import engine_of, install_engine
 from .engine.layers import FlatAdapters, cache_parameters
 from .engine.replay import replay_in_group
+from .forgetting import EncodedRows, row_losses
 from .loop import OTHER_LOOPS, TrainingLoop, count_learned, make_loop
 from .processes import ProcessGroup, count_processes, noticing_loss, receive_message, threads_of_each
 from .run import Settings
@@ -61,6 +62,13 @@ class StepShare(NamedTuple):
     learned: torch.Tensor | int  # tokens with a label in the whole step: what each loss is divided by
     seed: int  # of what is drawn at random in it, such as dropout
     scale: float = 1.0  # of the loss, in fp16
+
+
+class LossShare(NamedTuple):
+    "One process's part of an evaluation."
+
+    rows: EncodedRows
+    size: int | None  # rows at once
 
 
 def share_out(batches: list, processes: int, learned, seed: int, scale: float = 1.0) -> list[StepShare]:
@@ -197,6 +205,17 @@ class Workers(ProcessGroup):
             torch.distributed.reduce(joined, 0)
         return split_gradients(self.weights, joined)
 
+    def row_losses(self, model, tokenizer, rows: EncodedRows, batch_size: int | None = None) -> list:
+        "Return what the function `row_losses` returns, each process's part computed there; outside of a training, all of it here."
+        if not self.busy:
+            return row_losses(model, tokenizer, rows, batch_size=batch_size)
+        first, *others = (LossShare(EncodedRows(rows[rank :: self.size]), batch_size) for rank in range(self.size))
+        self.tell([None, *others])
+        mine, found = row_losses(model, tokenizer, first.rows, batch_size=batch_size), [None] * self.size
+        with self.noticing():
+            torch.distributed.gather_object(mine, found)
+        return [found[i % self.size][i // self.size] for i in range(len(rows))]
+
     def hand_out(self) -> None:
         "Give all processes the weights of this one."
         with self.noticing():
@@ -314,8 +333,14 @@ class OtherSide:
         self.model.zero_grad()
         self.take_weights()
 
+    def find_losses(self, share: LossShare) -> None:
+        "Send the losses of some held-out rows."
+        found = row_losses(self.model, None, share.rows, batch_size=share.size)
+        with noticing_loss():
+            torch.distributed.gather_object(found)
+
 # %% ../nbs/36_several_gpus.ipynb #36a00030
-MESSAGE_KINDS = {StepShare: OtherSide.pass_share}  # what another process does, by the kind of message
+MESSAGE_KINDS = {StepShare: OtherSide.pass_share, LossShare: OtherSide.find_losses}  # what another process does, by the kind of message
 
 
 def train_shares(model, description: dict) -> None:
