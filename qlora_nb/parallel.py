@@ -21,6 +21,7 @@ from .core import UserError
 from .engine.forwards import temporary_attributes
 from .engine.install import engine_of, install_engine
 from .engine.layers import FlatAdapters, cache_parameters
+from .forgetting import EncodedRows, row_losses
 from .loop import OTHER_LOOPS, TrainingLoop, count_learned, make_loop
 from .processes import ProcessGroup, count_processes, noticing_loss, receive_message, threads_of_each
 from .run import Settings
@@ -62,6 +63,13 @@ class StepShare(NamedTuple):
     seed: int  # of what is drawn at random in it, such as dropout
     scale: float = 1.0  # of the loss, in fp16
     idle: list = []  # micro-batches that are passed for the gathers of a sharded base alone: their losses count nothing
+
+
+class LossShare(NamedTuple):
+    "One process's part of an evaluation."
+
+    rows: EncodedRows
+    size: int | None  # rows at once
 
 
 def share_out(batches: list, processes: int, learned, seed: int, scale: float = 1.0, as_many: bool = False) -> list[StepShare]:
@@ -238,6 +246,17 @@ class Workers(ProcessGroup):
             torch.distributed.reduce(joined, 0)
         return split_gradients(self.weights, joined)
 
+    def row_losses(self, model, tokenizer, rows: EncodedRows, batch_size: int | None = None) -> list:
+        "Return what the function `row_losses` returns, each process's part computed there; outside of a training, and on a sharded base, all of it here."
+        if not self.busy or find_sharded(model):  # whose layers come when this process names them
+            return row_losses(model, tokenizer, rows, batch_size=batch_size)
+        first, *others = (LossShare(EncodedRows(rows[rank :: self.size]), batch_size) for rank in range(self.size))
+        self.tell([None, *others])
+        mine, found = row_losses(model, tokenizer, first.rows, batch_size=batch_size), [None] * self.size
+        with self.noticing():
+            torch.distributed.gather_object(mine, found)
+        return [found[i % self.size][i // self.size] for i in range(len(rows))]
+
     def hand_out(self) -> None:
         "Give all processes the weights of this one."
         with self.noticing():
@@ -411,12 +430,18 @@ class OtherSide:
                 return
             sharded.begin_gathering(int(number))
 
+    def find_losses(self, share: LossShare) -> None:
+        "Send the losses of some held-out rows."
+        found = row_losses(self.model, None, share.rows, batch_size=share.size)
+        with noticing_loss():
+            torch.distributed.gather_object(found)
+
 # %% ../nbs/36_several_gpus.ipynb #36a00030
 class GatherAlong(NamedTuple):
     "What process 0 sends before it computes by itself with a sharded base: it names unit after unit, and each gathers them with it."
 
 
-MESSAGE_KINDS = {LoopKind: OtherSide.begin, StepShare: OtherSide.pass_share, GatherAlong: OtherSide.gather_along}  # what another process does, by the kind of message
+MESSAGE_KINDS = {LoopKind: OtherSide.begin, StepShare: OtherSide.pass_share, LossShare: OtherSide.find_losses, GatherAlong: OtherSide.gather_along}  # what another process does, by the kind of message
 
 
 def take_part(description: dict) -> None:

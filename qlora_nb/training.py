@@ -288,6 +288,8 @@ def train_and_evaluate(model, tokenizer, prepared: PreparedRun, started: float, 
         say_samples(progress, samples)
     with contextlib.nullcontext(others) if others else start_workers(settings.gpus) as workers, gentle_interrupt() as interrupted:
         watch, clock = make_watch(folder, progress), make_run_clock(held_out)
+        if workers and held_out:
+            held_out.losses = workers.row_losses
         looks = [make_evaluation_watch(folder, watch, progress, held_out)] if held_out else []
         trainer = clock.trainer = (partial(make_shared_loop, workers) if workers else choose_loop(list_loops(config["trained_by"])[-1]))(
             model, tokenizer, prepared.rows.rows, settings, folder.checkpoint_folder,

@@ -11,7 +11,7 @@ import math
 import random
 import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy
@@ -52,6 +52,7 @@ class HeldOut:
     prompts: list[list[dict]] = field(default_factory=list)  # conversations to answer
     tools: list = field(default_factory=list)  # of each prompt, or None
     seconds: float = 0.0  # that all looks have taken
+    losses: Callable = row_losses  # of encoded rows; several processes find them together
 
     def measure(self) -> dict:
         "Return `eval_loss`: the mean loss of the held-out rows' last replies, in nats a token."
@@ -60,7 +61,7 @@ class HeldOut:
         if torch.cuda.is_available():
             size = min(size, self.settings.per_device_train_batch_size)
         with unchanged_random_state():
-            found = [loss for loss in row_losses(self.model, self.tokenizer, self.rows, batch_size=size) if loss]
+            found = [loss for loss in self.losses(self.model, self.tokenizer, self.rows, batch_size=size) if loss]
         self.seconds += time.time() - start
         return {"eval_loss": math.fsum(loss for loss, _ in found) / sum(count for _, count in found)}
 

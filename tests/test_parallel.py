@@ -32,6 +32,7 @@ from qlora_nb.cli import name_flags
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError
 from qlora_nb.engine.checkpointing import find_checkpointed_layers
 from qlora_nb.engine.install import engine_of
+from qlora_nb.forgetting import EncodedRows, encode_rows, row_losses
 from qlora_nb.gguf_export import export_gguf
 from qlora_nb.loop import choose_loop, count_learned, make_loop
 from qlora_nb.model import add_lora, load_model
@@ -206,6 +207,37 @@ def test_which_loops_trained_a_run(tmp_path, capsys, monkeypatch):
         with contextlib.nullcontext() if same else pytest.raises(UserError, match=f"trained_by is '{now}'"):
             folder, checkpoint = RunFolder(tmp_path), tmp_path / "checkpoint-2"
             check_recorded_settings(folder, {"trained_by": now, "max_steps": 4}, [checkpoint])
+
+
+class Looks(TrainerCallback):
+    "The losses of held-out rows after each step, of all processes and of this one."
+
+    def __init__(self, workers, rows):
+        self.workers, self.rows, self.shared, self.alone = workers, rows, [], []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.shared.append(self.workers.row_losses(model, None, self.rows, batch_size=3))
+        assert torch.is_grad_enabled()
+        self.alone.append(row_losses(model, None, self.rows, batch_size=3))
+
+
+def test_held_out_rows_are_shared_out(rows, tmp_path):
+    "Seven rows in two processes, one of them too long: the same losses in the same order, and the same training."
+    model = add_lora(load_model("qlora_nb:embedded", backend="transformers", engine=False)[0], r=8)
+    held = encode_rows(load_sft_dataset(limit=8).select(range(7)), rows[1], model)
+    held = EncodedRows([*held[:3], None, *held[4:]])
+    with start_workers(2) as workers:
+        looks = Looks(workers, held)
+        make(workers)(model, rows[1], rows[0], settings_of({"max_steps": 2}), tmp_path / "run", [looks]).train()
+        outside = workers.row_losses(model, rows[1], held)
+    for found, wanted in zip(looks.shared, looks.alone, strict=True):
+        assert [one is None for one in found] == [False] * 3 + [True] + [False] * 3
+        assert all(
+            a == b or abs(a[0] - b[0]) < 1e-6 * b[0] and a[1] == b[1] for a, b in zip(found, wanted, strict=True)
+        )
+    assert looks.shared[0] != looks.shared[1] and len(outside) == 7
+    without = train_in(2, rows, tmp_path / "without", max_steps=2)
+    assert all(torch.equal(p, without.weights[name]) for name, p in trainable_parameters(model).items())
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -789,6 +821,18 @@ def test_a_run_of_one_process_goes_on_in_two(whole, tmp_path):
     assert more.returncode == 0 and "TRL" not in more.stderr, more.stderr[-3000:]
     assert read_config(run / "config.yaml")["trained_by"] == "trl, then own"
     assert json.loads((run / "summary.json").read_text())["steps"] == 8
+
+
+@heavy
+def test_a_run_that_is_watched_has_the_held_out_losses_of_one_process(tmp_path):
+    found = {}
+    for gpus in ("1", "2"):
+        more = ["--eval-rows", "5", "--eval-steps", "3", "--gpus", gpus, "--output", gpus]
+        done = qlora_nb("train", *SHORT, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = [json.loads(line) for line in (tmp_path / gpus / "metrics.jsonl").read_text().splitlines()]
+        found[gpus] = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert len(found["1"]) == 2 and max(abs(a - b) for a, b in zip(found["1"], found["2"], strict=True)) < 1e-5
 
 
 @heavy
