@@ -284,8 +284,6 @@ def start_workers(gpus: int | str | None) -> Iterator[Workers | None]:  # the se
         if workers.children and not torch.cuda.is_available():  # a launcher has shared them out
             torch.set_num_threads(threads_of_each(size))
         yield workers
-        if workers.busy:  # those with a part of the base stay until nothing computes any more
-            workers.end_task()
     finally:
         workers.stop()
         torch.set_num_threads(threads)
@@ -300,6 +298,7 @@ def share_base(model, gpus: int | str | None) -> Iterator[Workers | None]:
     with start_workers(gpus) as workers:
         workers.hold(model)
         yield workers
+        workers.end_task()  # nothing computes any more
 
 # %% ../nbs/36_several_gpus.ipynb #36a0002b
 class SharedLoop(TrainingLoop):

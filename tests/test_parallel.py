@@ -128,8 +128,8 @@ def test_the_same_gradients_and_the_same_adapter(processes, engine, rows, tmp_pa
     # The control arm: each process takes the mean over its own tokens, and the gradients are averaged.
     deal = parallel.share_out
 
-    def by_process(batches, processes, *given):
-        shares = deal(batches, processes, *given)
+    def by_process(batches, processes, *given, **how):
+        shares = deal(batches, processes, *given, **how)
         own = [sum(int(count_learned(batch)) for batch in share.batches) for share in shares]
         return [share._replace(learned=count * processes) for share, count in zip(shares, own)]
 
@@ -188,7 +188,9 @@ def test_a_scaled_run_goes_on_with_as_many_processes(tmp_path):
     assert f"with scale_batch=True {words} gpus=4" in str(refused.value)
     assert f"with --scale-batch {words} --gpus 4" in name_flags(str(refused.value), "train")
     assert count_step_rows(settings_of({"gpus": 2, "scale_batch": True})) == 16 == 2 * count_step_rows(settings_of({}))
-    check_sharing(settings_of({"gpus": 3, "scale_batch": True}), "transformers")  # 8 rows can't be divided by 3
+    check_sharing(
+        settings_of({"gpus": 3, "scale_batch": True}), {"backend": "transformers"}
+    )  # 8 rows can't be divided by 3
 
 
 @pytest.mark.quick
@@ -309,8 +311,8 @@ def test_what_several_processes_cant_train_with(monkeypatch):
         ({"gpus": 3}, "transformers", "8 rows a step"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):
-            check_sharing(resolve_settings({"gpus": 2, **given}, profile=PROFILES["tiny"]), backend)
-    check_sharing(resolve_settings({"gpus": 2}, profile=PROFILES["tiny"]), "transformers")
+            check_sharing(resolve_settings({"gpus": 2, **given}, profile=PROFILES["tiny"]), {"backend": backend})
+    check_sharing(resolve_settings({"gpus": 2}, profile=PROFILES["tiny"]), {"backend": "transformers"})
     monkeypatch.setattr(processes, "_launched", [Rendezvous("127.0.0.1", 1, 0, 4)])
     assert [count_processes(given) for given in (None, "all", 4)] == [4, 4, 4]
     with pytest.raises(UserError, match="4 processes were started"):
@@ -595,7 +597,7 @@ def test_a_process_where_torch_distributed_is_in_use():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(UserError, match="torch.distributed is in use"):
-            check_sharing(resolve_settings({"gpus": 2}, profile=PROFILES["tiny"]), "transformers")
+            check_sharing(resolve_settings({"gpus": 2}, profile=PROFILES["tiny"]), {"backend": "transformers"})
     finally:
         torch.distributed.destroy_process_group()
 

@@ -54,6 +54,7 @@ LESSONS = {
     "27_manifest": "open_run",
     "30_quickstart": "load_run",
     "36_several_gpus": "start_workers",
+    "39_sharded_base": "find_sharded",
     "53_loop": "make_loop",
     "60_forwards": "replace_forward",
     "61_line": "join_rows",
