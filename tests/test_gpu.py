@@ -170,7 +170,7 @@ def test_a_run_learns_the_same_with_the_engine(tmp_path):
 
 @pytest.mark.parametrize("engine", [True, False])
 def test_fp16_learns_what_bf16_does(tmp_path, engine):
-    "As on a T4: the loss is scaled, and a step whose gradients overflow is left out, as its row says, until the scale fits."
+    "As on a T4: the loss is scaled, and a step whose gradients overflow is left out, as its row says."
     half, usual = (trained(tmp_path / kind, engine, eval_rows=0, dtype=kind) for kind in ("float16", "bfloat16"))
     assert half.model.dtype == torch.float16 and RunFolder(half.path).config["trained_by"] == (
         "own" if engine else "trl"
