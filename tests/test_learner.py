@@ -98,6 +98,7 @@ def check_what_is_shown(folder, steps):
     assert summary["after"]["loss"] < 0.8 * summary["before"]["loss"]
     report = (run / "report.html").read_text(encoding="utf-8")
     assert "held-out loss" in report.lower() and f"{summary['after']['loss']:.2f}" in report
+    assert "1 thread" in report and "1 threads" not in report, "as the kernel was started"
     assert len(list(run.glob("*.gguf"))) == 1 and (run / "Modelfile").exists()
     certified = json.loads((run / "certificate.json").read_text())
     assert certified["passed"], certified
