@@ -106,7 +106,7 @@ training := training sharding manifest same_run loop parallel signals public dia
 export := gguf gguf_base ollama certificate workflow
 faults := faults
 judges := judges
-reading := report doctor site release notebooks mission objects exam
+reading := report doctor site release notebooks learner mission objects exam
 
 test-all: test $(PARTS:%=test-all-%)
 

@@ -329,7 +329,8 @@ def with_template(tokenizer, template: str | None, template_kwargs: Mapping | No
 
 def device_name() -> str:
     "Return the GPU's name, or `CPU` with its threads."
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} thread{'s' * (threads > 1)}"
 
 # %% ../nbs/15_training.ipynb #15c00101
 def describe_checkpoints(config: Mapping) -> dict:  # what config.yaml holds

@@ -136,6 +136,18 @@ def test_the_commonest_flags_have_a_letter(command, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "typed, wanted",
+    [("qlora_nb tr", ["train"]), ("qlora_nb train --learn", ["--learning-rate"]), ("qlora_nb a", ["answer"])],
+)
+def test_a_shell_completes_commands_and_flags(typed, wanted, tmp_path):
+    "What the lines that --install-completion adds to bash's start ask for."
+    asks = {"_QLORA_NB_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    first = "import sys; sys.argv[0] = 'qlora_nb'"  # a shell calls it by this name
+    done = qlora_nb(cwd=tmp_path, env=asks, first=first)
+    assert done.returncode == 0 and done.stdout.split() == wanted, done.stderr[-1000:]
+
+
 def test_check_json_names_every_row(command, tmp_path):
     rows = [{"question": f"{i} + 1?", "answer": None if i % 2 else str(i + 1)} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,6 +1,7 @@
 """The profile `small` and a support team that uses it: SmolLM2 by name, a help desk's export, tickets with labels."""
 
 import json
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,10 +101,18 @@ def small(tmp_path, monkeypatch):
 
 
 def trained(done):
-    "The folder and the summary of a run."
+    "The folder and the summary of a run, whose held-out loss leads in the terminal, in the report and in its Markdown."
     folder = Path(done.stdout.splitlines()[-1])
-    assert (folder / "report.html").stat().st_size > 1000
-    return folder, json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert large_figures(folder)[0] == f"{summary['after']['loss']:.3f}"
+    (table,) = re.findall(r"^\d+ held-out rows .*\n(.*)\n", done.stderr, re.M)
+    assert table.startswith("held-out loss ")
+    assert re.search(r"^\|[- |]+\|\n\| held-out loss \|", (folder / "report.md").read_text(), re.M)
+    return folder, summary
+
+
+def large_figures(folder):
+    return re.findall(r'<p class="big">([^<]*)</p>', (folder / "report.html").read_text(encoding="utf-8"))
 
 
 FEW = ("--max-steps", "12", "--eval-rows", "8", "--max-new-tokens", "32")
@@ -118,6 +127,7 @@ def test_a_support_team(small):
     folder, summary = trained(small("train", "--data", "clean.jsonl", *FEW))
     assert folder.name.endswith("-smollm2")
     assert summary["after"]["loss"] < 0.6 * summary["before"]["loss"]
+    assert len(large_figures(folder)) == 1 and summary["after"]["exact"] is summary["after"]["form"] is None
 
 
 @pytest.mark.heavy
@@ -125,6 +135,7 @@ def test_tickets_with_labels(small):
     "One word is learned, and that a reply ends after it."
     write_tickets("tickets.csv")
     columns = ("--columns", "prompt=text,response=label", "--drop-duplicates")
-    _, summary = trained(small("train", "--data", "tickets.csv", *columns, *FEW))
+    folder, summary = trained(small("train", "--data", "tickets.csv", *columns, *FEW))
+    assert large_figures(folder)[1] == f"{100 * summary['after']['exact']:.1f} %" and summary["after"]["form"] is None
     assert summary["after"]["loss"] < 0.5 * summary["before"]["loss"]
     assert summary["after"]["stops"] > summary["before"]["stops"]

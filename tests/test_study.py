@@ -10,6 +10,7 @@ from repository import NBS, ROOT
 
 SCRIPT = ROOT / "benchmarks" / "study.py"
 STORED = NBS / "results" / "study.json"
+REAL_SCRIPT = ROOT / "benchmarks" / "study_real.py"
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +197,17 @@ def test_a_seed_gives_the_same_numbers_and_another_one_others():
     same = ("loss", "curve", "exact", "length", "base_perplexity", "base_exact", "weight_bytes", "train_loss")
     assert [first[name] for name in same] == [second[name] for name in same]
     assert first["loss"] != other["loss"] and first["curve"] != other["curve"]
+
+
+# --- on a real model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_no_run_on_the_real_model_is_missing():
+    listed = processes.run_script(REAL_SCRIPT, "--list", cwd=ROOT)
+    assert listed.stdout.splitlines() == [
+        "search: 15 of 15 stored", "before: 2 of 2 stored", "base: 15 of 15 stored", "factors: 51 of 51 stored",
+    ]  # fmt: skip
+    stored = json.loads((NBS / "results" / "study_real.json").read_text(encoding="utf-8"))
+    assert len(stored["runs"]) == 15 + 2 + 15 + 51 and {run["device"] for run in stored["runs"]} == {stored["gpu"]}
+    assert {"python", "torch", "transformers", "peft", "bitsandbytes"} <= set(stored["versions"]) and stored["date"]

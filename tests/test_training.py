@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import processes
@@ -1030,6 +1032,21 @@ def test_a_function_that_scores_is_recorded_by_its_name(adapted, data, tmp_path)
     assert again.settings.scorer is likes and again.config == {**found.config, "rows_read": again.config["rows_read"]}
     with pytest.raises(UserError, match="scorer is 'rouge', but the run was started with .*likes'"):
         prepare(resume=tmp_path / "run", scorer="rouge")
+
+
+def test_both_evaluations_say_how_long_they_take_and_which_they_are(data, tmp_path, capsys, monkeypatch):
+    "On a machine where five seconds pass between two looks at the clock."
+    import qlora_nb.evaluation as evaluation
+
+    class Slow(evaluation.EvaluationProgress):
+        def __init__(self, *given):
+            super().__init__(*given, clock=partial(next, itertools.count(0, 5)))
+
+    monkeypatch.setattr(evaluation, "EvaluationProgress", Slow)
+    train(*fresh(), data, output=tmp_path / "run", **{**SHORT, "eval_rows": 3, "max_new_tokens": 12})
+    said = capsys.readouterr().err
+    for stage in ("before", "after"):
+        assert re.search(rf"3 replies of at most 12 tokens, {stage} training: at most \d+ ", said), said
 
 
 def test_a_held_out_row_is_asked_once_and_not_trained_on(adapted, data, capsys):
