@@ -31,6 +31,7 @@ from qlora_nb.adapter_files import (
 from .core import UserError, annotate_module, file_sha256, match_modes, public_name, unwrap_base, write_aside
 from .engine.install import install_where_asked
 from .run import RunFolder, locate_paths
+from .sharding import refuse_sharded
 from .weights import STORED_DTYPES, check_numbers, check_same_base, read_header
 
 # %% ../nbs/56_adapter.ipynb #fca80c77-11
@@ -244,6 +245,7 @@ def _find_rows(model: torch.nn.Module, shapes: dict[str, tuple], config: dict, p
 
 def _resize_vocabulary(model: torch.nn.Module, new: int, path: Path) -> None:
     "Give embedding and head as many rows as an adapter has; until they are filled, each new row is the others' mean."
+    refuse_sharded(model, "be given an adapter with a larger vocabulary")
     old = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(new, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):

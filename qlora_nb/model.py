@@ -92,6 +92,13 @@ def is_stored_in_4bit(name: str, revision: str | None) -> bool:
     file = model_file(name, "config.json", revision)
     return bool(file and re.search(r'"load_in_4bit":\s*true', file.read_text(encoding="utf-8")))
 
+
+def fetch_weights(name: str, revision: str | None) -> None:
+    "Download a Hub model's configuration and weights, where they aren't here yet: they will be read by file."
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+
 # %% ../nbs/10_model.ipynb #fca80c77-9
 def _build_stored_in_4bit(name: str, dtype: torch.dtype, revision: str | None):
     "Return a model whose files hold it in 4 bits, without its numbers."
@@ -114,6 +121,8 @@ def _load_transformers(name: str, dtype: torch.dtype, load_in_4bit: bool, revisi
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if part and not Path(name).is_dir():
+        fetch_weights(name, revision)
     if part and is_stored_in_4bit(name, revision):  # scales aren't read without numbers
         model = _build_stored_in_4bit(name, dtype, revision)
     else:

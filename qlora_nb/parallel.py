@@ -23,9 +23,16 @@ from .engine.install import engine_of, install_engine
 from .engine.layers import FlatAdapters, cache_parameters
 from .forgetting import EncodedRows, row_losses
 from .loop import OTHER_LOOPS, TrainingLoop, count_learned, make_loop
-from .processes import ProcessGroup, count_processes, noticing_loss, receive_message, threads_of_each
+from qlora_nb.processes import (
+    ProcessEnded,
+    ProcessGroup,
+    count_processes,
+    noticing_loss,
+    receive_message,
+    threads_of_each,
+)
 from .run import Settings
-from .sharding import find_sharded, sum_bytes
+from .sharding import check_sharded_adapter, find_sharded, sum_bytes
 from .trainer import print_to_stderr, trainable_parameters
 
 # %% ../nbs/36_several_gpus.ipynb #36a0000e
@@ -132,11 +139,11 @@ def add_bytes(weight: torch.Tensor) -> int:
 
 
 def list_weights(model) -> dict[str, tuple]:
-    "Return shape and type of each weight, and the sum of its bytes; None for the sum of one that is trained, which is sent. The layers of a sharded base have sums of their own."
+    "Return shape and type of each weight, and the sum of its bytes; None for both of one that is trained, which is sent. The layers of a sharded base have sums of their own."
     sharded = find_sharded(model)
     known = {f"layer or table {number} of the base": ((unit.size,), "bytes", unit.total) for number, unit in enumerate(sharded.units)} if sharded else {}
     apart = sharded.weights if sharded else ()
-    return {name: (tuple(p.shape), str(p.dtype), None if p.requires_grad else 0 if id(p) in apart else add_bytes(p)) for name, p in model.named_parameters()} | known
+    return known | {name: (tuple(p.shape), None, None) if p.requires_grad else (tuple(p.shape), str(p.dtype), 0 if id(p) in apart else add_bytes(p)) for name, p in model.named_parameters()}
 
 
 def describe_model(model) -> dict:
@@ -194,21 +201,25 @@ class Workers(ProcessGroup):
 
     def __init__(self, size: int):
         super().__init__(size, TRAINING_WORK)
-        self.weights, self.model, self.in_step, self.gathering = [], None, False, False
+        self.weights, self.model, self.in_step, self.gathering, self.stepping = [], None, False, False, False
 
     def hold(self, model) -> None:
         "Have the processes build a model. From here on they gather a sharded base with this one, whatever it computes."
         if self.model is model:
             return
+        engine = engine_of(model)
+        check_sharded_adapter(model, model.peft_config[find_active_adapter(model)], bool(engine and engine.dense))
         self.model = model
         self.begin_task(describe_model(model))
         if sharded := find_sharded(model):
-            sharded.announce = self.announce
+            sharded.begin_with(self.noticing, self.announce)
 
     def announce(self, number: int) -> None:
         "Have the others gather a unit of the base; in a step they know by themselves."
         if self.in_step:
             return
+        if self.stepping:
+            raise UserError("a callback ran the model between the gradients and the optimizer's step (on_pre_optimizer_step, on_optimizer_step), when the other processes of a sharded base wait for the step: run it in on_step_end")
         if not self.gathering:
             self.tell([GatherAlong()] * self.size)
             self.gathering = True
@@ -241,7 +252,7 @@ class Workers(ProcessGroup):
 
     def add_up(self, loss: torch.Tensor) -> torch.Tensor:  # (): of this process's share
         "Add up the gradients of all processes, in place, and return the sum of their losses."
-        joined = join_gradients(self.weights, loss)
+        joined, self.stepping = join_gradients(self.weights, loss), True
         with self.noticing():
             torch.distributed.reduce(joined, 0)
         return split_gradients(self.weights, joined)
@@ -261,11 +272,19 @@ class Workers(ProcessGroup):
         "Give all processes the weights of this one."
         with self.noticing():
             torch.distributed.broadcast(join_weights(self.weights), 0)
+        self.stepping = False
 
     def end_task(self) -> None:
         "Say that the training is over."
         super().end_task()
         self.model = None
+
+    def stop(self) -> None:
+        "End the processes, and hold on to no model."
+        try:
+            super().stop()
+        finally:
+            self.model, self.weights = None, []
 
 # %% ../nbs/36_several_gpus.ipynb #36a00028
 TRAINING_WORK = "qlora_nb.parallel:take_part"  # what the other processes do
@@ -292,13 +311,17 @@ def start_workers(gpus: int | str | None) -> Iterator[Workers | None]:  # the se
 @contextlib.contextmanager
 def share_base(model, gpus: int | str | None) -> Iterator[Workers | None]:
     "A context with the other processes of a model whose base is sharded, which gather it with this one whenever it computes; None for a whole base."
-    if not find_sharded(model):
+    if not (sharded := find_sharded(model)):
         yield None
         return
-    with start_workers(gpus) as workers:
-        workers.hold(model)
-        yield workers
-        workers.end_task()  # nothing computes any more
+    try:
+        with start_workers(gpus) as workers:
+            workers.hold(model)
+            yield workers
+            with contextlib.suppress(ProcessEnded):  # nothing computes any more
+                workers.end_task()
+    finally:
+        sharded.begin_with()
 
 # %% ../nbs/36_several_gpus.ipynb #36a0002b
 class SharedLoop(TrainingLoop):
@@ -390,6 +413,8 @@ class OtherSide:
 
     def __init__(self, model, until_end: contextlib.ExitStack):
         self.model, self.until_end, self.how, self.weights, self.cast = model.train(), until_end, None, [], None
+        if sharded := find_sharded(model):
+            sharded.begin_with(noticing_loss)
 
     def begin(self, how: LoopKind) -> None:
         "Make ready for a training, and take its first weights."

@@ -6,10 +6,12 @@
 __all__ = ['TrainingDiverged']
 
 # %% ../nbs/76_safeguards.ipynb #76a00004
+import contextlib
 import json
 import math
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -131,6 +133,7 @@ def make_sealer(folder: RunFolder, facts: dict, settings: Settings):
 
         def on_save(self, args, state, control, model, **kwargs):
             if state.is_world_process_zero:
+                self.on_step_end()  # where a step is saved twice
                 checkpoint, best = (folder.checkpoint_folder / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
                 make_checkpoint_portable(checkpoint, model)
                 self.sealing = self.thread.submit(seal, checkpoint, best)
@@ -143,6 +146,15 @@ def make_sealer(folder: RunFolder, facts: dict, settings: Settings):
         on_train_end = on_step_end
 
     return Sealer()
+
+
+@contextlib.contextmanager
+def sealing_first(trainer: object) -> Iterator[None]:
+    "A context whose end waits until the newest checkpoint is completed, before anybody looks which ones are whole."
+    try:
+        yield
+    finally:
+        wait([sealing for callback in trainer.callback_handler.callbacks if (sealing := getattr(callback, "sealing", None))])
 
 # %% ../nbs/76_safeguards.ipynb #5c1e7b06
 def find_damage(checkpoint: Path) -> str | None:

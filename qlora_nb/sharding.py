@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/39_sharded_base.ipynb #39a00005
+import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -62,7 +63,8 @@ class ShardedUnit:
         for (tensor, _), place in zip(tensors, self.places):
             whole[place.start :][: tensor.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
         self.part = whole[rank * self.size :][: self.size].clone()
-        self.total = sum_bytes(whole)
+        offsets = [weight.quant_state.offset for weight in module.parameters() if getattr(getattr(weight, "quant_state", None), "nested", False)]
+        self.total = sum_bytes(whole) + sum(map(sum_bytes, offsets))
 
     def lie_in(self, buffer: torch.Tensor) -> None:  # uint8
         "Let the module's tensors be views of a buffer, in which their bytes come and go."
@@ -83,8 +85,9 @@ class ShardedBase:
     def __init__(self, rank: int, processes: int):
         self.rank, self.processes, self.units, self.buffers, self.gathered = rank, processes, [], [], 0
         self.layers, self.previous, self.ahead = 0, None, 1
-        self.announce = lambda number: None  # says which unit is gathered, where the others run nothing themselves
-        self.weights = set()  # ids of the weights that are sharded
+        self.announce = None  # says which unit is gathered, where the others run nothing themselves
+        self.weights, self.tables = set(), []  # ids of the weights that are sharded; embedding and head, if they are
+        self.noticing = contextlib.nullcontext  # explains a connection that breaks
 
     def cut(self, module: torch.nn.Module) -> None:
         "Keep a part of a module's frozen tensors; they are nowhere until `install`."
@@ -96,18 +99,18 @@ class ShardedBase:
 
     def install(self, base: torch.nn.Module) -> None:
         "Give the units their buffers, and the modules the hooks that gather. The layers were cut first."
-        decoder, tables = base.get_decoder(), find_tables(base)
-        self.layers, sizes = len(decoder.layers), {}
+        decoder, self.tables = base.get_decoder(), find_tables(base)
+        self.layers, sizes = len(decoder.layers), dict.fromkeys(range(3), 0)
         for number, unit in enumerate(self.units):
-            sizes[self.buffer_of(number)] = max(sizes.get(self.buffer_of(number), 0), unit.size * self.processes)
-        self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.units[0].part.device) for _, size in sorted(sizes.items())]
-        self.held, self.coming = [None] * len(self.buffers), [None] * len(self.buffers)
+            sizes[self.buffer_of(number)] = max(sizes[self.buffer_of(number)], unit.size * self.processes)
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.units[0].part.device) for size in sizes.values()]
+        self.begin_with()
         for number, unit in enumerate(self.units):
             unit.lie_in(self.buffers[self.buffer_of(number)])
         for number, layer in enumerate(decoder.layers):
             self.hook(layer, partial(self.reach, number))
-        if tables:
-            self.hook(tables[0], partial(self.gather, self.layers))
+        if self.tables:
+            self.tables[0].register_forward_pre_hook(lambda *_: self.gather(self.layers))
             decoder.register_forward_hook(lambda *_: self.gather(self.layers + 1))  # a loss may read the head's weight by itself
             base.register_forward_hook(lambda module, given, output: self.before_backward(output, partial(self.gather, self.layers + 1)))
 
@@ -152,14 +155,22 @@ class ShardedBase:
         self.announce(number)
         unit = self.units[number]
         together = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor  # its older name
-        self.coming[place] = together(self.buffers[place][: unit.size * self.processes], unit.part, async_op=True)
+        with self.noticing():
+            self.coming[place] = together(self.buffers[place][: unit.size * self.processes], unit.part, async_op=True)
         self.held[place], self.gathered = number, self.gathered + 1
 
     def wait_for(self, place: int) -> None:
         "Wait until what is coming into a buffer is there."
         coming, self.coming[place] = self.coming[place], None
         if coming is not None:
-            coming.wait()
+            with self.noticing():
+                coming.wait()
+
+    def begin_with(self, noticing: Callable = contextlib.nullcontext, announce: Callable = lambda number: None) -> None:
+        "Begin with other processes, which have gathered nothing yet."
+        self.held, self.coming = [None] * len(self.buffers), [None] * len(self.buffers)
+        self.noticing, self.announce = noticing, announce
+        self.start_over()
 
     def start_over(self) -> None:
         "Forget in which direction the last pass went: all processes begin the next one alike."
@@ -184,6 +195,19 @@ def refuse_sharded(model: torch.nn.Module, what: str) -> None:  # such as "be me
 def find_sharded(model: torch.nn.Module) -> ShardedBase | None:
     "Return what a model's base is sharded by; None for a whole one."
     return _SHARDED.get(unwrap_base(model))
+
+
+def check_sharded_adapter(model: torch.nn.Module, config, dense: bool) -> None:  # peft's configuration; whether the engine keeps 16-bit copies
+    "Raise `UserError` for an adapter or engine of a sharded model that reads the base's numbers outside of its layers' passes, where they aren't there."
+    if not (sharded := find_sharded(model)):
+        return
+    start = getattr(config, "init_lora_weights", True)
+    names = ("modules_to_save", "trainable_token_indices", "target_parameters", "use_dora")
+    unable = {"engine=Engine(dense=True)": dense, f"init_lora_weights={start!r}": start not in (True, False, "gaussian", "orthogonal"),
+              **{f"{name}={value!r}": value for name in names if (value := getattr(config, name, None))}}
+    apart = [name for name, module in model.named_modules() if hasattr(module, "base_layer") and any(module.base_layer is table for table in sharded.tables)]
+    if found := [name for name, is_on in unable.items() if is_on] + [f"an adapter on {name.rpartition('.')[2]}" for name in apart]:
+        raise UserError(f"{found[0]} needs all of the base at once, and this one is sharded: leave that out, or load the base whole")
 
 
 def shard_base(
@@ -228,11 +252,13 @@ def load_weights(base: torch.nn.Module, module: torch.nn.Module, tensors: Tensor
 
 
 def fill_base(base: torch.nn.Module, tensors: TensorFolder, rank: int, processes: int, dtype: torch.dtype, device: torch.device) -> None:
-    "Load the weights of a base without numbers (on the device `meta`), and keep this process's part of them."
+    "Load the weights of a base without numbers (on the device `meta`), and keep this process's part of them. Raise `UserError` for one that can't be sharded."
+    decoder, names = base.get_decoder(), {name for name, _ in base.named_parameters()}
+    apart = [name for name, buffer in base.named_buffers() if buffer.is_meta and ".rotary_emb." not in f".{name}"]
+    if not hasattr(decoder, "layers") or not hasattr(decoder, "rotary_emb") or apart or (names - set(tensors.entries)):
+        what = f"its files don't hold {min(names - set(tensors.entries))}" if names - set(tensors.entries) else f"it has {apart[0]}" if apart else "its decoder has other parts than Llama's"
+        raise UserError(f"the base of a {type(base).__name__} in {tensors.path} can't be sharded: {what}; load it whole")
     shard_base(base, rank, processes, lambda module: load_weights(base, module, tensors, dtype, device))
     load_weights(base, base, tensors, dtype, device)  # the rest: the last norm, and an embedding that is the head, too
     base.tie_weights()
-    decoder = base.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(base.config).to(device)  # its numbers are computed, not read
-    if empty := [name for name, buffer in base.named_buffers() if buffer.is_meta]:
-        raise UserError(f"{type(base).__name__} has numbers that aren't read from its files ({empty[0]}), so its base can't be sharded: load it whole")
+    decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(device)  # its numbers are computed, not read

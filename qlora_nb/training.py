@@ -42,6 +42,7 @@ from qlora_nb.safeguards import (
     metrics_before,
     restore_callbacks,
     restore_ended_run,
+    sealing_first,
     stop_diverged_run,
     tidy_checkpoints,
 )
@@ -204,7 +205,7 @@ def run_trainer(trainer: object, watch: object, progress: Progress, folder: RunF
         raise_if_interrupted(interrupted, trainer.state.global_step, folder)
         return
     try:
-        with quiet_libraries(model_info(trainer.model)["backend"]), release_after(trainer.model):
+        with quiet_libraries(model_info(trainer.model)["backend"]), release_after(trainer.model), sealing_first(trainer):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:
         step = trainer.state.global_step

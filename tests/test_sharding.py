@@ -1,14 +1,17 @@
 """A sharded base: each process keeps its part of every layer, as bytes; training is as on a whole one."""
 
+import contextlib
 import copy
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from qlora_nb import sharding
 from qlora_nb.core import EMBEDDED_MODEL, PROFILES, UserError
@@ -26,7 +29,7 @@ from qlora_nb.parallel import (
 from qlora_nb.processes import ProcessEnded
 from qlora_nb.rows import load_sft_dataset
 from qlora_nb.run import RunFolder, resolve_settings
-from qlora_nb.sharding import ShardedUnit, find_frozen_tensors, find_sharded, shard_base
+from qlora_nb.sharding import ShardedUnit, check_sharded_adapter, find_frozen_tensors, find_sharded, shard_base
 from qlora_nb.trainer import trainable_parameters
 from qlora_nb.training import train_adapter
 
@@ -197,6 +200,18 @@ def test_gradients_are_those_of_a_whole_base(kind, engine, again, untied, one_pr
         assert torch.equal(*(m.generate(input_ids=ids, max_new_tokens=6, do_sample=False) for m in (sharded, whole)))
 
 
+def test_one_layer_is_enough(tmp_path, one_process):
+    from qlora_nb.loading import load_tokenizer
+
+    config = LlamaConfig.from_pretrained(EMBEDDED_MODEL, num_hidden_layers=1, tie_word_embeddings=False)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    load_tokenizer(str(EMBEDDED_MODEL)).save_pretrained(tmp_path)
+    whole, sharded = (load_model(str(tmp_path), backend="transformers")[0] for _ in range(2))
+    shard_base(sharded, 0, 1)
+    with torch.no_grad():
+        assert torch.equal(*(model(input_ids=torch.arange(5)[None]).logits for model in (whole, sharded)))
+
+
 def test_a_model_that_computes_when_the_others_are_gone(untied):
     model = add_lora(load_model(str(untied), backend="transformers", shard=2)[0], r=4)
     with pytest.raises(UserError, match="shared out among 2 processes.*open_run"):
@@ -220,6 +235,61 @@ def test_a_number_of_parts_that_cant_be(how, words):
         check_part(2, "unsloth")
     with pytest.raises(UserError, match=words):
         load_model("qlora_nb:embedded", **{"backend": "transformers", **how})
+
+
+@pytest.mark.parametrize(
+    "made, words",
+    [
+        ({}, None), ({"init_lora_weights": "gaussian"}, None),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"use_dora": True}, "use_dora=True"), ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices="),
+        ({"target_modules": ["embed_tokens"]}, "an adapter on embed_tokens"),
+        ({"target_modules": ["lm_head"]}, "an adapter on lm_head"), ("dense", "dense=True"),
+    ],
+)  # fmt: skip
+def test_what_reads_the_bases_numbers_elsewhere(made, words, untied):
+    "They aren't there: an adapter that starts from them would start from anything."
+    from peft import LoraConfig, get_peft_model
+
+    base = load_model(str(untied), backend="transformers", shard=2, load_in_4bit=False)[0]
+    how = {} if made == "dense" else {**made, "init_lora_weights": True}
+    model = get_peft_model(base, LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **how}))
+    config = model.peft_config["default"]
+    if made != "dense":
+        config.init_lora_weights = made.get("init_lora_weights", True)
+    said = pytest.raises(UserError, match=f"{words}.* needs all of the base at once") if words else None
+    with said or contextlib.nullcontext():
+        check_sharded_adapter(model, config, dense=made == "dense")
+
+
+def test_an_adapter_with_a_larger_vocabulary(untied):
+    from qlora_nb.adapter import _resize_vocabulary
+
+    with pytest.raises(UserError, match="larger vocabulary.*sharded"):
+        _resize_vocabulary(load_model(str(untied), backend="transformers", shard=2)[0], 800, untied)
+
+
+@pytest.mark.parametrize(
+    "family, words",
+    [("gpt2", "other parts than Llama's"), ("opt", "other parts than Llama's"), ("qwen3_moe", "files don't hold")],
+)
+def test_another_kind_of_model(family, words, tmp_path):
+    "Said to be what it is, and not damaged."
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_nb.loading import load_tokenizer
+
+    own = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2},
+        "opt": {**own, "ffn_dim": 64, "word_embed_proj_dim": 64},
+        "qwen3_moe": {**own, "num_key_value_heads": 2, "head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4},
+    }[family]
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=768, **sizes)).save_pretrained(tmp_path)
+    load_tokenizer(str(EMBEDDED_MODEL)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"can't be sharded: .*{words}"):
+        load_model(str(tmp_path), backend="transformers", shard=2)
 
 
 @quick
@@ -294,6 +364,43 @@ def cli(*given, cwd):
         [sys.executable, "-m", "qlora_nb", *given], cwd=cwd, capture_output=True, text=True, timeout=500,
         env={**os.environ, "QLORA_NB_PROFILE": "tiny"},
     )  # fmt: skip
+
+
+class RunsTheModel(TrainerCallback):
+    "Runs the model where it may not be run; before that, where it may."
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            model(input_ids=torch.arange(5)[None])
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            self.on_step_begin(args, state, control, model)
+
+
+def test_a_model_is_trained_again_after_a_training_that_broke_off(untied, tmp_path):
+    "By a callback that would have hung all. With an adapter in bf16, and other processes, which begin anew."
+    model, tokenizer = load_model(str(untied), backend="transformers", shard=2, dtype="float32")
+    model, rows = add_lora(model, r=4), load_sft_dataset(limit=18)
+    for weight in trainable_parameters(model).values():
+        weight.data = weight.data.bfloat16()
+    first = {name: weight.detach().float().clone() for name, weight in trainable_parameters(model).items()}
+    how = {**EXACT, "gpus": 2, "eval_rows": 0, "max_steps": 3}
+    with pytest.raises(UserError, match="on_optimizer_step.*run it in on_step_end"):
+        train_adapter(model, tokenizer, rows, how, output=tmp_path / "broken", check=False, callbacks=[RunsTheModel()])
+    for name, weight in trainable_parameters(model).items():
+        weight.data.copy_(first[name])
+    again = train_adapter(model, tokenizer, rows, how, output=tmp_path / "again", check=False)[0]
+    whole = add_lora(load_model(str(untied), backend="transformers", dtype="float32")[0], r=4)
+    for name, weight in trainable_parameters(whole).items():
+        weight.data.copy_(first[name])
+    alone = train_adapter(whole, tokenizer, rows, how, output=tmp_path / "alone", check=False)[0]
+    assert [row["loss"] for row in again.metrics] == [row["loss"] for row in alone.metrics]
+    assert again.summary["adapter_sha256"] == alone.summary["adapter_sha256"]
+    gone = weakref.ref(model.get_base_model())
+    del model
+    gc.collect()
+    assert gone() is None, "nothing holds a model of a training that broke off"
 
 
 @heavy
