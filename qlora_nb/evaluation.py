@@ -6,6 +6,7 @@
 __all__ = ['Evaluation', 'evaluate', 'before_and_after', 'measure_change']
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8
+import importlib.util
 import math
 import sys
 import time
@@ -16,9 +17,9 @@ from statistics import NormalDist
 import torch
 
 from .chat_templates import probe_template
-from .core import UserError, render_html_table
+from .core import ShownObject, UserError, render_html_table
 from .forgetting import load_base_rows, loss_to_perplexity, mean_loss, row_losses
-from .generation import generate_replies
+from .generation import generate_replies, input_device
 from .row_statistics import EncodedRows, list_conversations, split_reply
 from .scorers import JUDGED_SHARE, Scorer, apply_scorer, find_scorer, has_form
 
@@ -88,7 +89,7 @@ def format_lines(rows: list[tuple[str, ...]]) -> str:
 
 # %% ../nbs/14_evaluation.ipynb #2e35dae8-11
 @dataclass(repr=False)
-class Evaluation:
+class Evaluation(ShownObject):
     "A model's results on held-out rows. Shares range from 0 to 1."
 
     exact: float | None  # right answers, by the scorer `number` or `exact`; None where a reply isn't right or wrong
@@ -123,8 +124,8 @@ class Evaluation:
         found = {name: getattr(self, name) for name in FIGURE_TITLES}
         return {name: value for name, value in found.items() if value is not None}
 
-    def __repr__(self) -> str:
-        return f"<Evaluation: {', '.join([f'{len(self.rows)} rows', *(f'{name} {value:.4g}' for name, value in self.figures.items())])}>"
+    def short_text(self) -> str:
+        return ", ".join([f"{len(self.rows)} rows", *(f"{name} {value:.4g}" for name, value in self.figures.items())])
 
     def list_figures(self) -> list[tuple[str, str]]:
         "Return title and value with its interval, of each figure."
@@ -214,12 +215,20 @@ def describe_seconds(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole >= 120 else f"{whole} s"
 
 
+def name_faster_engine(device: torch.device) -> str | None:
+    "Return how vLLM, where it is installed, would answer in place of a model on a GPU; else None. It is looked for, not imported."
+    if device.type != "cuda" or importlib.util.find_spec("vllm") is None:
+        return None
+    return "vLLM is installed and may answer many questions faster: save_merged(model, tokenizer, FOLDER), then vllm serve FOLDER"
+
+
 class EvaluationProgress:
     "Says once how long an evaluation takes at most, and then how far it is: on one line of stderr, or of a notebook's output."
 
-    def __init__(self, shown: bool | str | None, rows: int, limit: int, stream=None, clock=time.monotonic):
+    def __init__(self, shown: bool | str | None, rows: int, limit: int, stream=None, clock=time.monotonic, hint: str | None = None):
         shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
         self.shown, self.clock, self.stream = shown, clock, stream or sys.stderr
+        self.hint = None if isinstance(shown, str) else hint  # what trains, or compares, evaluates here and nowhere else
         self.what = f"{rows} {'reply' if rows == 1 else 'replies'} of at most {limit} tokens" + (f", {shown}" if isinstance(shown, str) else "")
         self.notebook = stream is None and type(shell).__name__ == "ZMQInteractiveShell"
         self.line = self.notebook or self.stream.isatty()  # whether a line can be replaced
@@ -264,6 +273,8 @@ class EvaluationProgress:
         self.loud = self.loud or now - self.begun + left > 10
         if self.loud and not where and not self.announced:
             self.write(f"{self.what}: at most {describe_seconds(now - self.begun + left)}", stays=True)
+            if self.hint:
+                print(self.hint, file=self.stream, flush=True)
             self.announced, self.due = True, now + self.every
         elif self.loud and now >= self.due:
             self.write(f"{where or f'step {done:,} of at most {most:,}'}, {'' if where else 'at most '}{describe_seconds(left)} left")
@@ -293,7 +304,7 @@ def evaluate(
     prompts, expected = split_reply(rows)
     chosen = find_scorer(scorer, expected)
     base = None if base_data is None else load_base_rows(model, tokenizer, base_data, **how)
-    with EvaluationProgress(progress, len(rows), max_new_tokens) as shown:
+    with EvaluationProgress(progress, len(rows), max_new_tokens, hint=name_faster_engine(input_device(model))) as shown:
         losses = row_losses(model, tokenizer, rows, progress=shown.count_rows, **how)
         base_losses = [loss for loss in row_losses(model, tokenizer, base or [], progress=shown.count_rows) if loss] if base else []
         replies = generate_replies(

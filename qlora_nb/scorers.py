@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -137,7 +138,7 @@ def load_metric(name: str) -> Callable:
 
     def score(reply: str, expected: str, row: dict | None = None) -> float:
         found = metric.compute(predictions=[read_final(reply)], references=[read_final(expected)])
-        value = found.get(name.rpartition("/")[2], next(iter(found.values()), None))
+        value = found.get(Path(name).stem, next(iter(found.values()), None)) if isinstance(found, dict) else found  # some return a number alone
         if isinstance(value, (list, tuple)) and len(value) == 1:  # one a row, as BERTScore gives
             value = value[0]
         return value

@@ -4,9 +4,11 @@ import copy
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from qlora_nb.evaluation import (
     has_form,
     measure_change,
     measure_perplexity,
+    name_faster_engine,
     parse_answer,
     row_losses,
     wilson_interval,
@@ -240,18 +243,18 @@ def test_the_data_choose_a_scorer(expected, name):
 @pytest.mark.quick
 def test_a_metric_of_hugging_faces_evaluate(monkeypatch):
     "The package isn't installed here: one that behaves as its documentation says."
-    import sys
     import types
 
     def load(name):
-        if name != "chrf":
+        if name not in ("chrf", "wer"):
             raise FileNotFoundError(name)
         compute = lambda predictions, references: {"score": 50.0, "chrf": 100.0 * (predictions == references)}  # noqa: E731
-        return types.SimpleNamespace(compute=compute)
+        return types.SimpleNamespace(compute=compute if name == "chrf" else lambda predictions, references: 0.25)
 
     monkeypatch.setitem(sys.modules, "evaluate", types.SimpleNamespace(load=load))
     score = find_scorer("evaluate:chrf", ["a"]).score
     assert (score("<think>x</think> a", "a"), score("b", "a")) == (100.0, 0.0)
+    assert find_scorer("evaluate:wer", ["a"]).score("b", "a") == 0.25, "a number alone, not figures by name"
     with pytest.raises(UserError, match="evaluate can't load the metric 'chrg' .FileNotFoundError"):
         load_metric("chrg")
 
@@ -678,6 +681,26 @@ def test_before_and_after_as_a_table(exact):
     )
     assert max(map(len, lines)) < 100 and sum(line.endswith("none") for line in lines) == len(found.figures)
     assert f"{found.loss:#.3g}" in lines[1] and f"{found.perplexity:#.3g}" in lines[2]
+
+
+def test_a_faster_engine_is_named_where_it_is_installed(exact, capfd, tmp_path, monkeypatch):
+    "On a GPU, once, as the time is; it is found without an import."
+    cpu, gpu = map(torch.device, ("cpu", "cuda"))
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "vllm", None)  # also where it is installed
+        assert name_faster_engine(gpu) is None
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").write_text("raise RuntimeError('it was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    named = name_faster_engine(gpu)
+    assert named.startswith("vLLM is installed") and "vllm serve" in named and name_faster_engine(cpu) is None
+    seconds = itertools.count()
+    monkeypatch.setattr(EvaluationProgress.__init__, "__defaults__", (None, lambda: float(next(seconds)), None))
+    for device, times in ((cpu, 0), (gpu, 1)):
+        monkeypatch.setattr("qlora_nb.evaluation.input_device", lambda model, device=device: device)
+        evaluate(*exact, ROWS[:1], max_new_tokens=8, progress=True)
+        said = capfd.readouterr().err
+        assert "1 reply of at most 8 tokens: at most" in said and said.count(named) == times
 
 
 def test_the_progress_of_an_evaluation(exact, capfd):

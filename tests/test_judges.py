@@ -1,4 +1,4 @@
-"""Other people's programs judge what we write: GGUF files, merges, quantized numbers (`make judges` fetches them)."""
+"""Other programs judge what we write: GGUF files, merges, numbers, logs, scores (`make judges` fetches them)."""
 
 import ctypes
 import json
@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from gguf_models import byte_level, needed, random_model, sentencepiece
+from processes import qlora_nb, run
 from repository import JUDGES, judge, real_file, real_tokenizer
 
 from qlora_nb import load_model
@@ -235,3 +236,90 @@ def test_lm_eval_counts_the_right_choices_that_we_count(tmp_path):
     assert done.returncode == 0, done.stderr
     base, tuned = json.loads(done.stdout.splitlines()[-1])
     assert base[0] == base[1] and tuned[0] == tuned[1] != base[0]
+
+
+# --- tensorboard: what `report_to` writes ---------------------------------------------------------------------------
+
+
+def installed(*packages):
+    "What to begin a program with, so that it has these; the test is skipped where they aren't there."
+    for package in packages:
+        if not (JUDGES / package).is_dir():
+            pytest.skip(
+                f"{package} is not in {JUDGES}: `make judges` fetches it, where the package registry can be reached"
+            )
+    return f"import sys; sys.path.append({str(JUDGES)!r})"
+
+
+EVENTS = """
+import json, sys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+events = EventAccumulator(sys.argv[1])
+events.Reload()
+print(json.dumps({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}))
+"""
+
+
+def test_tensorboard_reads_the_losses_of_a_run(tmp_path):
+    "And its learning rates and held-out losses, all at their steps, in the run's own folder."
+    first = installed("tensorboard", "absl")
+    how = ["--report-to", "tensorboard", "--eval-steps", "2", "--save-steps", "2", "--eval-rows", "3"]
+    how += ["--max-new-tokens", "4", "--limit", "40", "-o", "run"]
+    done = qlora_nb("train", "--max-steps", "4", *how, cwd=tmp_path, first=first)
+    assert done.returncode == 0, done.stderr[-2000:]
+    read = run(EVENTS, tmp_path / "run/tensorboard", cwd=tmp_path, first=first)
+    assert read.returncode == 0, read.stderr[-2000:]
+    found = json.loads(read.stdout.splitlines()[-1])
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    for tag, name, count in (
+        ("train/loss", "loss", 4),
+        ("train/learning_rate", "learning_rate", 4),
+        ("eval/loss", "eval_loss", 2),
+    ):
+        wanted = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        assert len(wanted) == count and [step for step, _ in found[tag]] == [step for step, _ in wanted], (tag, wanted)
+        torch.testing.assert_close(torch.tensor([v for _, v in found[tag]]), torch.tensor([v for _, v in wanted]))
+
+
+# --- evaluate: a metric by name --------------------------------------------------------------------------------------
+
+METRIC = """
+import datasets
+import evaluate
+
+
+class FirstWord(evaluate.Metric):
+    def _info(self):
+        texts = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=texts)
+
+    def _compute(self, predictions, references):
+        same = [one.split()[:1] == other.split()[:1] for one, other in zip(predictions, references)]
+        return RESULT
+"""
+
+
+@pytest.mark.parametrize("place", ["first_word", "./first_word/", "first_word/first_word.py"])
+@pytest.mark.parametrize("result", ['{"rows": 7, "first_word": sum(same) / len(same)}', "sum(same) / len(same)"])
+def test_a_metric_of_ones_own_scores_a_run(result, place, tmp_path):
+    "Loaded from a folder, as Hugging Face's are from the Hub: the figure of its name, or the number that it returns."
+    first = installed("evaluate")
+    (tmp_path / "first_word").mkdir()
+    (tmp_path / "first_word/first_word.py").write_text(METRIC.replace("RESULT", result))
+    rows = [("What is 3 + 4?", "The answer is 7."), ("What is 5 + 6?", "It is 11."), ("What is 2 + 2?", "The sum: 4")]
+    lines = [json.dumps({"question": question, "answer": answer}) for question, answer in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    done = qlora_nb(
+        "evaluate", "-m", EMBEDDED_NAME, "-d", "rows.jsonl", "--scorer", f"evaluate:{place}", "--max-new-tokens", "8",
+        cwd=tmp_path, first=first, env={"HF_HOME": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["score"] == pytest.approx(2 / 3) and (found["exact"], found["scorer"]) == (None, f"evaluate:{place}")
+    assert f"score (evaluate:{place})" in done.stderr
+
+
+def test_a_metric_that_is_not_there_is_named(tmp_path):
+    done = qlora_nb("evaluate", "-m", EMBEDDED_NAME, "--scorer", "evaluate:none", "--limit", "1", cwd=tmp_path,
+                    first=installed("evaluate"))  # fmt: skip
+    assert done.returncode == 2 and "evaluate can't load the metric 'none'" in done.stderr

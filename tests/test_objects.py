@@ -11,7 +11,16 @@ from IPython.lib.pretty import pretty
 from repository import PACKAGE, ROOT
 
 import qlora_nb
-from qlora_nb import add_lora, check_dataset, diagnose, estimate_memory, load_model, load_run, load_sft_dataset
+from qlora_nb import (
+    add_lora,
+    check_dataset,
+    diagnose,
+    estimate_memory,
+    evaluate,
+    load_model,
+    load_run,
+    load_sft_dataset,
+)
 from qlora_nb.core import UserError, profile
 from qlora_nb.memory import draw_memory_bar, estimate_generation
 from qlora_nb.plan import plan_training, write_settings_file
@@ -31,7 +40,9 @@ LLAMA = {
 def shown(tmp_path_factory):
     "An object of each kind."
     run = load_run(copy_embedded_run(tmp_path_factory.mktemp("<b>")))
-    tokenizer = load_model("qlora_nb:embedded", load_in_4bit=False)[1]
+    model, tokenizer = load_model("qlora_nb:embedded", load_in_4bit=False)
+    half = lambda reply, expected, row: 0.5  # noqa: E731
+    half.__name__ = "<b>&"
     return {
         "Profile": profile("t4"),
         "MemoryEstimate": estimate_memory(LLAMA, card=16 * 2**30),
@@ -42,15 +53,20 @@ def shown(tmp_path_factory):
         "DatasetReport": check_dataset(load_sft_dataset(limit=40), tokenizer, 120),
         "CodeReport": qlora_nb.explain_old_code("SFTTrainer(tokenizer='<b>&')"),
         "Comparison": compare([run, run]),
+        "Evaluation": evaluate(model, tokenizer, load_sft_dataset(limit=3), scorer=half, max_new_tokens=4),
     }
 
 
 class Tags(HTMLParser):
-    "Raises where a tag is closed that isn't the open one."
+    "Raises where a tag is closed that isn't the open one; `cells` are the texts of a table's."
 
     def __init__(self):
         super().__init__()
-        self.open = []
+        self.open, self.cells = [], []
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("th", "td"):
+            self.cells.append(data)
 
     def handle_starttag(self, tag, attrs):
         self.open.append(tag)
@@ -76,10 +92,33 @@ def test_the_html_is_well_formed_and_escaped(shown):
         tags.feed(found._repr_html_())
         assert not tags.open, f"{name}: {tags.open} stay open"
         assert "/tmp" not in found._repr_html_(), f"{name} shows a path of the machine"
-    assert "<b>&" not in shown["CodeReport"]._repr_html_()
+    for name in ("CodeReport", "Evaluation"):
+        assert "<b>&" not in shown[name]._repr_html_() and "&lt;b&gt;&amp;" in shown[name]._repr_html_()
     title = shown["Run"]
     title.path = title.path.parent / "<i>mine"
     assert "<i>" not in title._repr_html_() and "&lt;i&gt;mine" in title._repr_html_()
+
+
+def test_an_evaluation_is_a_table_of_its_figures(shown):
+    "Each with its interval, as the text has them; the rows behind them agree."
+    found, tags = shown["Evaluation"], Tags()
+    tags.feed(found._repr_html_())
+    table = [tuple(tags.cells[i : i + 2]) for i in range(0, len(tags.cells), 2)]
+    assert table[0] == ("3 held-out rows", "measured (95 %)")
+    losses = [row["loss"] for row in found.rows]
+    tokens = [row["tokens"] for row in found.rows]
+    loss = sum(value * count for value, count in zip(losses, tokens)) / sum(tokens)
+    wanted = {
+        "held-out loss": f"{loss:#.3g}",
+        "score (<b>&)": "0.500",
+        "stops by itself, limit too short": "0.0 %",
+        "tokens a reply": "4.00",
+    }
+    figures = {title: text.partition(" (") for title, text in table[1:]}
+    assert list(figures) == ["held-out loss", "its perplexity", "score (<b>&)", "<think> form", *list(wanted)[2:]]
+    assert {title: figures[title][0] for title in wanted} == wanted
+    assert all(interval.endswith(")") and "–" in interval for _, _, interval in figures.values())
+    assert [tuple(re.split("  +", line, maxsplit=1)) for line in str(found).splitlines()] == table
 
 
 def test_pictures_have_the_colours_of_the_page(shown):

@@ -64,6 +64,22 @@ def test_a_pipe_of_questions_and_commands(tmp_path):
     assert done.stdout == "".join(turn["content"] + "\n" for turn in row["messages"] if turn["role"] == "assistant")
 
 
+def test_reset_forgets_what_was_said_and_keeps_the_system_text(tmp_path):
+    "Also how far a full context has pushed it: two long questions after /reset fill it as two before did."
+    fills = [f"{'apple ' * 550}What is {i} + 4?" for i in (1, 2, 3, 4)]
+    lines = ["/system Be brief.", *fills[:2], "/reset", *fills[2:], "/reset", "What is 3 + 4?", "/save talk.jsonl"]
+    arguments = ("chat", "--history", "--temperature", "0", "--max-new-tokens", "8")
+    done = qlora_nb(*arguments, cwd=tmp_path, input="\n".join(lines))
+    assert done.returncode == 0, done.stderr[-1500:]
+    said = [
+        line.partition(": ")[2] or line for line in done.stderr.splitlines() if "forgotten" in line or "full" in line
+    ]
+    full, forgotten = "the oldest question with its reply is no longer sent", "everything that was said is forgotten"
+    assert said == [full, forgotten, full, forgotten]
+    (row,) = map(json.loads, (tmp_path / "talk.jsonl").read_text().splitlines())
+    assert [turn["content"] for turn in row["messages"]] == ["Be brief.", "What is 3 + 4?", "The answer is 7."]
+
+
 @pytest.fixture
 def command(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
