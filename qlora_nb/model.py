@@ -116,7 +116,7 @@ def _build_stored_in_4bit(name: str, dtype: torch.dtype, revision: str | None):
     return model
 
 
-def _load_transformers(name: str, dtype: torch.dtype, load_in_4bit: bool, revision: str | None, part: tuple[int, int] | None):
+def _load_transformers(name: str, dtype: torch.dtype, load_in_4bit: bool, revision: str | None, part: tuple[int, int] | None = None):
     "Base and tokenizer by transformers and bitsandbytes; with `part`, (number, of how many), that part of the base alone."
     from transformers import AutoModelForCausalLM
 
@@ -148,7 +148,7 @@ def _load_unsloth(name: str, dtype: torch.dtype, load_in_4bit: bool, revision: s
     return model, own_tokenizer(tokenizer, model.name_or_path or name, revision)
 
 # %% ../nbs/10_model.ipynb #fca80c77-12
-def _load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, revision: str | None, max_seq_length: int, part: tuple[int, int] | None):
+def _load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, revision: str | None, max_seq_length: int, part: tuple[int, int] | None = None):
     "Return base and tokenizer, loaded by one of the backends and checked."
     check_config(name, revision)
     if not load_in_4bit and is_stored_in_4bit(name, revision):

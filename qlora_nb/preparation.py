@@ -381,6 +381,11 @@ def check_plan(model, plan: Plan) -> Plan:
     return plan
 
 # %% ../nbs/77_preparation.ipynb #631aaf75
+def is_sharded(model) -> bool:
+    "Return whether each of several processes holds a part of a model's base alone."
+    return bool(model_info(model).get("shard"))
+
+
 def make_plan(model, lengths: list[int], plan, settings: Settings, fixed: Mapping) -> Plan | None:
     "Return the plan that `plan` asks for, for rows of these `lengths`; `fixed` settings stay. None for `auto` without a GPU."
     cuda = torch.cuda.is_available()
@@ -520,11 +525,6 @@ def other_lora_settings(lora) -> dict:
     found = {f.name: getattr(lora, f.name) for f in fields(lora) if f.name not in _WRITTEN_ELSEWHERE and getattr(lora, f.name) != getattr(usual, f.name)}
     plain = {name: sorted(value) if isinstance(value, (set, tuple)) else value if isinstance(value, (str, int, float, list, dict, bool)) else str(value) for name, value in found.items()}
     return {"peft_settings": plain} if plain else {}
-
-
-def is_sharded(model) -> bool:
-    "Return whether each of several processes holds a part of a model's base alone."
-    return bool(model_info(model).get("shard"))
 
 
 def make_run_config(model, tokenizer, settings: Settings, data, eval_data: object, source: dict) -> dict:
