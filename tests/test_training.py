@@ -1039,8 +1039,8 @@ def test_both_evaluations_say_how_long_they_take_and_which_they_are(data, tmp_pa
     import qlora_nb.evaluation as evaluation
 
     class Slow(evaluation.EvaluationProgress):
-        def __init__(self, *given):
-            super().__init__(*given, clock=partial(next, itertools.count(0, 5)))
+        def __init__(self, *given, **how):
+            super().__init__(*given, **how, clock=partial(next, itertools.count(0, 5)))
 
     monkeypatch.setattr(evaluation, "EvaluationProgress", Slow)
     train(*fresh(), data, output=tmp_path / "run", **{**SHORT, "eval_rows": 3, "max_new_tokens": 12})
