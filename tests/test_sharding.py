@@ -455,6 +455,8 @@ def rows_of_kill(tmp_path_factory):
         "2",
         "--optim",
         "adamw_torch",
+        "--learning-rate",
+        "2e-4",
         "--eval-rows",
         "4",
         "--limit",
