@@ -245,7 +245,7 @@ def _find_rows(model: torch.nn.Module, shapes: dict[str, tuple], config: dict, p
 
 def _resize_vocabulary(model: torch.nn.Module, new: int, path: Path) -> None:
     "Give embedding and head as many rows as an adapter has; until they are filled, each new row is the others' mean."
-    refuse_sharded(model, "be given an adapter with a larger vocabulary")
+    refuse_sharded(model, "be given an adapter with a larger vocabulary", "load the base whole, without shard")
     old = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(new, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -80,6 +80,7 @@ def choose_backend(
     engine: bool | None = None,  # whether the package's own engine is wanted; None leaves it to `auto`
     model: str | dict | None = None,  # a folder, a Hub name or a configuration to check; None is one that the engine can train
     revision: str | None = None,  # commit or tag on the Hub
+    several: bool = False,  # whether several processes will train, which Unsloth doesn't
 ) -> BackendChoice:
     "Choose the backend of this process, with or without the engine, and say why. Raise `UserError` where what was asked for is not available."
     _check_way(backend, engine)
@@ -92,6 +93,6 @@ def choose_backend(
     against = "the engine was not asked for" if engine is False else _against_engine(model, revision)
     if against is None:
         return BackendChoice("transformers", True, "on a GPU of this kind the engine was measured the fastest")
-    if refusal := unsloth_refusal():
+    if refusal := "several processes train, and Unsloth trains in one" if several else unsloth_refusal():
         return BackendChoice("transformers", False, f"{against}; {refusal}")
     return BackendChoice("unsloth", False, f"there is a CUDA GPU, and on it Unsloth is faster than plain transformers; {against}")

@@ -347,6 +347,7 @@ def train_from_flags(flags: dict, formats: list[str]):
     from qlora_nb.model import add_lora, check_checkpointing, load_model
     from qlora_nb.parallel import count_parts
     from qlora_nb.preparation import warn_of_large_model
+    from qlora_nb.processes import count_processes
     from qlora_nb.workflow import check_exportable, train_and_report
 
     config = read_train_config(flags["config"], flags["resume"], flags["output"], flags["extend"])
@@ -360,9 +361,12 @@ def train_from_flags(flags: dict, formats: list[str]):
     model_path(name)  # and so is a missing folder
     data, held_out, source = load_rows(settings)
     wanted = settings.use_gradient_checkpointing
-    check_checkpointing(wanted, choose_backend(settings.backend, settings.engine, name, settings.revision).engine)
+    way = choose_backend(settings.backend, settings.engine, name, settings.revision, several := count_processes(settings.gpus) > 1)
+    check_checkpointing(wanted, way.engine)
     warn_of_large_model(name, settings)
     how = {**settings.of_part("model"), "max_seq_length": settings.max_seq_length, "shard": count_parts(settings)}
+    if several and not way.engine and settings.backend == "auto":
+        how["backend"] = way.backend  # not the one that `auto` is for one process
     model, tokenizer = load_model(how.pop("model"), **how)
     model = add_lora(model, **drop_missing(**settings.of_part("adapter")))
     if formats:
@@ -370,7 +374,6 @@ def train_from_flags(flags: dict, formats: list[str]):
         for note in check_exportable(model, tokenizer, formats, rows=data, held_out=able, output=flags["output"], template=settings.template,
                                      template_kwargs=settings.template_kwargs):
             print(name_flags(note, "train"), file=sys.stderr)
-    if formats:
         source["export"] = formats
     trainer = {name: value for name, value in given.items() if name in settings_of_part("trainer", "loop")}
     run = train_and_report(

@@ -97,7 +97,7 @@ def fetch_weights(name: str, revision: str | None) -> None:
     "Download a Hub model's configuration and weights, where they aren't here yet: they will be read by file."
     from huggingface_hub import snapshot_download
 
-    snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+    snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["consolidated*", "*/*"])  # other forms of the same weights
 
 # %% ../nbs/10_model.ipynb #fca80c77-9
 def _build_stored_in_4bit(name: str, dtype: torch.dtype, revision: str | None):
@@ -163,9 +163,9 @@ def _load_base(name: str, backend: str, dtype: torch.dtype, load_in_4bit: bool, 
     return loaded, tokenizer
 
 # %% ../nbs/10_model.ipynb #d104000c
-def _choose_way(name: str, backend: str, engine: bool | None, adapter: object, revision: str | None) -> BackendChoice:
+def _choose_way(name: str, backend: str, engine: bool | None, adapter: object, revision: str | None, several: bool = False) -> BackendChoice:
     "Return the way to load a model; what `auto` had to leave out goes to stderr. An adapter that is only used needs no engine."
-    way = choose_backend(backend, False if adapter and not engine else engine, name, revision)
+    way = choose_backend(backend, False if adapter and not engine else engine, name, revision, several)
     if "too late to patch" in way.why or "can't train this model" in way.why:
         print(f"backend {way.backend}: {way.why}", file=sys.stderr)
     return way
@@ -240,7 +240,7 @@ def load_model(
         raise UserError(f"revision={revision!r} is for models on the Hub, and {model} is a file: leave it out")
     with _naming_base(named):
         name, dtype = model_path(model), choose_dtype(dtype)
-        way = _choose_way(name, backend, engine, adapter, revision)
+        way = _choose_way(name, backend, engine, adapter, revision, several=shard is not None)
         part = check_part(shard, way.backend)
         loaded, tokenizer = _load_base(name, way.backend, dtype, load_in_4bit, revision, max_seq_length, part)
     set_model_info(

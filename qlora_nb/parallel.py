@@ -195,13 +195,16 @@ def check_same_model(here: dict, there: dict) -> None:
             what = "is missing" if name not in here else "is only here" if other is None else "has other numbers" if here[name][:2] == other[:2] else f"is {here[name][:2]}, not {other[:2]}"
             raise UserError(f"the model isn't that of process 0: {name} {what}; several processes train what load_model and add_lora make, unchanged")
 
-# %% ../nbs/36_several_gpus.ipynb #36a00027
-class Workers(ProcessGroup):
-    "The other processes of a training, as process 0 sees them: it deals each step's micro-batches, adds up the gradients, and hands out the new weights."
+# %% ../nbs/36_several_gpus.ipynb #36a00101
+TRAINING_WORK = "qlora_nb.parallel:take_part"  # what the other processes do
+
+
+class ModelHolders(ProcessGroup):
+    "The other processes of a training, each with the model; whatever process 0 computes on a sharded base, they gather it with this one."
 
     def __init__(self, size: int):
         super().__init__(size, TRAINING_WORK)
-        self.weights, self.model, self.in_step, self.gathering, self.stepping = [], None, False, False, False
+        self.model, self.in_step, self.gathering, self.stepping = None, False, False, False
 
     def hold(self, model) -> None:
         "Have the processes build a model. From here on they gather a sharded base with this one, whatever it computes."
@@ -236,6 +239,26 @@ class Workers(ProcessGroup):
             self.gathering = False
             self.name_unit(-1)
         super().tell(messages)
+
+    def end_task(self) -> None:
+        "Say that the training is over."
+        super().end_task()
+        self.model = None
+
+    def stop(self) -> None:
+        "End the processes, and hold on to no model."
+        try:
+            super().stop()
+        finally:
+            self.model = None
+
+# %% ../nbs/36_several_gpus.ipynb #36a00027
+class Workers(ModelHolders):
+    "The other processes of a training, as process 0 sees them: it deals each step's micro-batches, adds up the gradients, and hands out the new weights."
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self.weights = []  # those that are trained
 
     def begin(self, model, how: LoopKind) -> None:
         "Have the processes train a model, and give them its weights."
@@ -274,22 +297,7 @@ class Workers(ProcessGroup):
             torch.distributed.broadcast(join_weights(self.weights), 0)
         self.stepping = False
 
-    def end_task(self) -> None:
-        "Say that the training is over."
-        super().end_task()
-        self.model = None
-
-    def stop(self) -> None:
-        "End the processes, and hold on to no model."
-        try:
-            super().stop()
-        finally:
-            self.model, self.weights = None, []
-
 # %% ../nbs/36_several_gpus.ipynb #36a00028
-TRAINING_WORK = "qlora_nb.parallel:take_part"  # what the other processes do
-
-
 @contextlib.contextmanager
 def start_workers(gpus: int | str | None) -> Iterator[Workers | None]:  # the setting
     "A context with the other processes of a training, which end with it; None where one process trains. Without a GPU they share the CPU's threads."

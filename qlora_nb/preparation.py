@@ -739,7 +739,7 @@ def warn_of_large_model(name: str, settings: Settings, card=None) -> None:
     if card is None and not torch.cuda.is_available():
         return
     card = card or find_card("cuda")
-    way = choose_backend(settings.backend, settings.engine, name, settings.revision)
+    way = choose_backend(settings.backend, settings.engine, name, settings.revision, count_processes(settings.gpus) > 1)
     adapter = {name: value for name in ("r", "target_modules") if (value := getattr(settings, name)) is not None}
     with contextlib.suppress(UserError):  # an architecture or optimizer that isn't covered; loading says what is really wrong
         estimate = estimate_for_rows(

@@ -150,7 +150,7 @@ class ShardedBase:
         if self.held[place := self.buffer_of(number)] == number:
             return
         if not torch.distributed.is_initialized():
-            raise UserError(f"the base of this model is shared out among {self.processes} processes, and it computes only while they train: open the finished run with open_run, on a machine that holds the base")
+            raise UserError(f"the base of this model is shared out among {self.processes} processes, and it computes only while they train (train with gpus={self.processes}): open the finished run with open_run, on a machine that holds the base")
         self.wait_for(place)
         self.announce(number)
         unit = self.units[number]
@@ -186,10 +186,10 @@ def find_tables(base: torch.nn.Module) -> list[torch.nn.Module]:
     return [] if embedding.weight is head.weight else [embedding, head]
 
 
-def refuse_sharded(model: torch.nn.Module, what: str) -> None:  # such as "be merged"
+def refuse_sharded(model: torch.nn.Module, what: str, cure: str = "open the finished run with open_run, which loads the base whole") -> None:  # `what` it can't, such as "be merged"
     "Raise `UserError` for a model whose weights are not all in this process."
     if find_sharded(model):
-        raise UserError(f"this model can't {what}: its base is sharded, and each process holds a part of it; open the finished run with open_run, which loads the base whole")
+        raise UserError(f"this model can't {what}: its base is sharded, and each process holds a part of it; {cure}")
 
 
 def find_sharded(model: torch.nn.Module) -> ShardedBase | None:

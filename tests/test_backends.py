@@ -432,6 +432,12 @@ def test_what_is_asked_for_is_kept(on_a_card):
     on_a_card((9, 0))
     assert choose_backend(engine=False, model=LLAMA)[:2] == ("unsloth", False)
     assert choose_backend("unsloth", model=LLAMA)[:2] == ("unsloth", False)
+    assert choose_backend(engine=False, model=LLAMA, several=True) == (
+        "transformers", False, "the engine was not asked for; several processes train, and Unsloth trains in one"
+    )  # fmt: skip
+    assert choose_backend("unsloth", model=LLAMA, several=True)[:2] == ("unsloth", False), (
+        "what is asked for is refused later"
+    )
     assert choose_backend("transformers", model=LLAMA)[:2] == ("transformers", False)
     on_a_card((7, 5))
     assert choose_backend(engine=True, model=LLAMA)[:2] == ("transformers", True)

@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+from repository import real_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from qlora_nb import sharding
@@ -117,6 +118,25 @@ def test_a_base_read_in_parts_is_that_of_from_pretrained(kind, bits, dtype, unti
     for (_, found), (_, wanted) in zip(one.named_buffers(), whole.named_buffers(), strict=True):
         assert torch.equal(found, wanted)
     assert one.generation_config.to_dict() == whole.generation_config.to_dict()
+
+
+@heavy
+def test_a_real_model_in_parts(one_process):
+    "SmolLM2: 30 layers, byte by byte, and what they compute."
+    name = str(real_file("smollm2/config.json").parent)
+    whole, part, other = (
+        load_model(name, backend="transformers", **how)[0] for how in ({}, {"shard": 2}, {"shard": (1, 2)})
+    )
+    layers = whole.requires_grad_(False).get_decoder().layers
+    for number, layer in enumerate(layers):
+        found = torch.cat([find_sharded(model).units[number].part for model in (part, other)])
+        wanted = ShardedUnit(copy.deepcopy(layer), 0, 1).part
+        assert torch.equal(found[: len(wanted)], wanted)
+    again = load_model(name, backend="transformers")[0]
+    shard_base(again, 0, 1)
+    with torch.no_grad():
+        assert torch.equal(*(model(input_ids=torch.arange(40)[None]).logits for model in (whole, again)))
+    assert len(layers) == 30 == find_sharded(again).gathered
 
 
 def test_a_base_that_is_stored_in_4_bits(tmp_path):
